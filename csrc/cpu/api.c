@@ -1,0 +1,270 @@
+/* Every public entry: all argument checks stand here, and only here. */
+#include "ops.h"
+
+#define REQUIRE(condition, status) \
+    do {                           \
+        if (!(condition)) return status; \
+    } while (0)
+
+#define TRY(call)                            \
+    do {                                     \
+        mq_status try_status = (call);       \
+        if (try_status != MQ_OK) return try_status; \
+    } while (0)
+
+static const mq_kernels *active_kernels(void) { return mq_kernels_of(mq_isa_active()); }
+
+static int is_dtype(mq_dtype dtype) { return (unsigned)dtype <= MQ_BF16; }
+
+const char *mq_status_message(mq_status status) {
+    switch (status) {
+        case MQ_OK: return "no error";
+        case MQ_INVALID_POINTER: return "a pointer is NULL although its array is not empty";
+        case MQ_INVALID_SIZE: return "a size, stride or range is negative or out of bounds";
+        case MQ_INVALID_GROUP_SIZE: return "the group size must be at least 1";
+        case MQ_INVALID_BITS: return "the number of bits is out of range";
+        case MQ_INVALID_DTYPE: return "the dtype is not supported here";
+        case MQ_INVALID_PERM: return "perm holds an index outside [0, k)";
+        case MQ_INVALID_SALIENT: return "the number of salient channels must be in [0, k]";
+        case MQ_INVALID_SCALE: return "a scale or clip ratio is negative, too large or not finite";
+        case MQ_INVALID_KEY: return "unknown sort key";
+        case MQ_INVALID_ISA: return "the instruction set is unknown or this processor lacks it";
+        case MQ_INVALID_FLAGS: return "a reserved flag is set";
+        case MQ_NON_FINITE: return "a weight is NaN or Inf";
+    }
+    return "unknown status";
+}
+
+mq_status mq_channel_stats_update(mq_dtype dtype, const void *x, int64_t rows, int64_t stride,
+                                  int64_t col0, int64_t col1, int64_t count,
+                                  const mq_channel_stats *stats) {
+    REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
+    REQUIRE(rows >= 0 && stride >= 0 && count >= 0 && 0 <= col0 && col0 <= col1, MQ_INVALID_SIZE);
+    if (rows == 0 || col0 == col1) return MQ_OK;
+    REQUIRE(x && stats && stats->abs_max && stats->minimum && stats->abs_sum && stats->sq_sum &&
+                stats->argmax,
+            MQ_INVALID_POINTER);
+    active_kernels()->channel_stats(dtype, x, rows, stride, col0, col1, count, stats);
+    return MQ_OK;
+}
+
+mq_status mq_sort_keys(mq_sort_key key, int64_t k, int64_t count, const mq_channel_stats *stats,
+                       double *keys) {
+    REQUIRE((unsigned)key <= MQ_KEY_RMS, MQ_INVALID_KEY);
+    REQUIRE(k >= 0 && count >= 0, MQ_INVALID_SIZE);
+    if (k == 0) return MQ_OK;
+    REQUIRE(stats && keys, MQ_INVALID_POINTER);
+    REQUIRE(key != MQ_KEY_ARGMAX || stats->argmax, MQ_INVALID_POINTER);
+    REQUIRE(key != MQ_KEY_MAX || stats->abs_max, MQ_INVALID_POINTER);
+    REQUIRE(key != MQ_KEY_MEAN3STD || (stats->abs_sum && stats->sq_sum), MQ_INVALID_POINTER);
+    REQUIRE(key != MQ_KEY_RMS || stats->sq_sum, MQ_INVALID_POINTER);
+    if (count == 0)
+        for (int64_t i = 0; i < k; i++) keys[i] = 0;
+    else
+        active_kernels()->sort_keys(key, k, count, stats, keys);
+    return MQ_OK;
+}
+
+mq_status mq_argsort(const double *keys, int64_t k, int descending, int64_t *indices,
+                     int64_t *scratch) {
+    REQUIRE(k >= 0, MQ_INVALID_SIZE);
+    REQUIRE(k == 0 || (keys && indices && scratch), MQ_INVALID_POINTER);
+    mq_run_argsort(keys, k, descending, indices, scratch);
+    return MQ_OK;
+}
+
+static mq_status check_format(const mq_group_format *format, mq_dtype dtype, int64_t rows,
+                              int64_t cols) {
+    REQUIRE(format, MQ_INVALID_POINTER);
+    REQUIRE(format->group_size >= 1, MQ_INVALID_GROUP_SIZE);
+    REQUIRE(format->num_bits >= 2 && format->num_bits <= 8, MQ_INVALID_BITS);
+    REQUIRE((unsigned)format->is_unsigned <= 1, MQ_INVALID_BITS);
+    REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
+    REQUIRE(rows >= 0 && cols >= 0, MQ_INVALID_SIZE);
+    return MQ_OK;
+}
+
+mq_status mq_group_quantize(const mq_group_format *format, mq_dtype dtype, const void *x,
+                            int64_t rows, int64_t cols, int64_t stride, int8_t *q, float *scales) {
+    TRY(check_format(format, dtype, rows, cols));
+    if (rows == 0 || cols == 0) return MQ_OK;
+    REQUIRE(stride >= 0, MQ_INVALID_SIZE);
+    REQUIRE(x && q && scales, MQ_INVALID_POINTER);
+    mq_run_group_quantize(active_kernels(), format, dtype, x, rows, cols, stride, q, scales);
+    return MQ_OK;
+}
+
+mq_status mq_group_dequantize(const mq_group_format *format, const int8_t *q, const float *scales,
+                              int64_t rows, int64_t cols, mq_dtype dtype, void *out) {
+    TRY(check_format(format, dtype, rows, cols));
+    if (rows == 0 || cols == 0) return MQ_OK;
+    REQUIRE(q && scales && out, MQ_INVALID_POINTER);
+    mq_run_group_dequantize(active_kernels(), format, q, scales, rows, cols, dtype, out);
+    return MQ_OK;
+}
+
+mq_status mq_group_fake_quantize(const mq_group_format *format, mq_dtype dtype, const void *x,
+                                 int64_t rows, int64_t cols, int64_t stride, void *out) {
+    TRY(check_format(format, dtype, rows, cols));
+    if (rows == 0 || cols == 0) return MQ_OK;
+    REQUIRE(stride >= 0, MQ_INVALID_SIZE);
+    REQUIRE(x && out, MQ_INVALID_POINTER);
+    mq_run_group_fake_quantize(active_kernels(), format, dtype, x, rows, cols, stride, out);
+    return MQ_OK;
+}
+
+mq_status mq_pack_nibbles(const int8_t *q, int64_t rows, int64_t cols, uint8_t *packed) {
+    REQUIRE(rows >= 0 && cols >= 0, MQ_INVALID_SIZE);
+    REQUIRE(rows == 0 || cols == 0 || (q && packed), MQ_INVALID_POINTER);
+    for (int64_t r = 0; r < rows; r++)
+        active_kernels()->pack_nibbles(q + r * cols, cols, packed + r * mq_ceil_div(cols, 2));
+    return MQ_OK;
+}
+
+mq_status mq_unpack_nibbles(const uint8_t *packed, int64_t rows, int64_t cols, int is_unsigned,
+                            int8_t *q) {
+    REQUIRE(rows >= 0 && cols >= 0, MQ_INVALID_SIZE);
+    REQUIRE((unsigned)is_unsigned <= 1, MQ_INVALID_BITS);
+    REQUIRE(rows == 0 || cols == 0 || (q && packed), MQ_INVALID_POINTER);
+    for (int64_t r = 0; r < rows; r++)
+        active_kernels()->unpack_nibbles(packed + r * mq_ceil_div(cols, 2), cols, is_unsigned,
+                                         q + r * cols);
+    return MQ_OK;
+}
+
+mq_status mq_shape_of(int64_t n, int64_t k, int64_t k_salient, int64_t group_size,
+                      mq_shape *shape) {
+    REQUIRE(shape, MQ_INVALID_POINTER);
+    REQUIRE(n >= 0 && k >= 0, MQ_INVALID_SIZE);
+    REQUIRE(k_salient >= 0 && k_salient <= k, MQ_INVALID_SALIENT);
+    REQUIRE(group_size >= 1, MQ_INVALID_GROUP_SIZE);
+    const int64_t k4 = k - k_salient;
+    *shape = (mq_shape){.panels = mq_ceil_div(n, MQ_PANEL)};
+    if (k4 == 0) return MQ_OK;
+    shape->groups = mq_ceil_div(k4, group_size);
+    shape->group_quads = mq_ceil_div(mq_min(group_size, k4), MQ_QUAD);
+    const int64_t last = mq_ceil_div(k4 - (shape->groups - 1) * group_size, MQ_QUAD);
+    shape->quads = (shape->groups - 1) * shape->group_quads + last;
+    shape->blocks = mq_ceil_div(shape->quads, 2);
+    shape->segments = (shape->groups - 1) * mq_ceil_div(shape->group_quads, MQ_SEGMENT_QUADS) +
+                      mq_ceil_div(last, MQ_SEGMENT_QUADS);
+    return MQ_OK;
+}
+
+static mq_status check_perm(const mq_linear *lin) {
+    uint32_t wrong = 0; /* one flag for all: the loop vectorizes */
+    if (lin->perm)
+        for (int64_t i = 0; i < lin->k; i++)
+            wrong |= (uint32_t)((lin->perm[i] < 0) | (lin->perm[i] >= lin->k));
+    return wrong ? MQ_INVALID_PERM : MQ_OK;
+}
+
+/* What pack, unpack, quantize and multiply all need of lin. */
+static mq_status check_layer(const mq_linear *lin, mq_shape *shape) {
+    REQUIRE(lin, MQ_INVALID_POINTER);
+    TRY(mq_shape_of(lin->n, lin->k, lin->k_salient, lin->group_size, shape));
+    REQUIRE(lin->salient_dtype == MQ_BF16 || lin->salient_dtype == MQ_F16, MQ_INVALID_DTYPE);
+    REQUIRE((unsigned)lin->isa < MQ_ISA_COUNT && mq_isa_supported(lin->isa), MQ_INVALID_ISA);
+    REQUIRE(lin->flags == 0, MQ_INVALID_FLAGS);
+    return MQ_OK;
+}
+
+static mq_status check_panels(const mq_shape *shape, int64_t panel0, int64_t panel1) {
+    return 0 <= panel0 && panel0 <= panel1 && panel1 <= shape->panels ? MQ_OK : MQ_INVALID_SIZE;
+}
+
+mq_status mq_pack_weight(const mq_linear *lin, int q_max, mq_dtype dtype, const void *w,
+                         int64_t stride, const float *group_scales, int64_t panel0, int64_t panel1,
+                         uint8_t *qweight, uint16_t *scales, void *salient) {
+    mq_shape shape;
+    TRY(check_layer(lin, &shape));
+    REQUIRE(q_max >= 1 && q_max <= 7, MQ_INVALID_BITS);
+    REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
+    REQUIRE(stride >= 0, MQ_INVALID_SIZE);
+    TRY(check_panels(&shape, panel0, panel1));
+    if (panel0 == panel1 || lin->k == 0) return MQ_OK;
+    REQUIRE(w && (!shape.groups || (qweight && scales)) && (!lin->k_salient || salient),
+            MQ_INVALID_POINTER);
+    TRY(check_perm(lin));
+    return mq_run_pack_weight(mq_kernels_of(lin->isa), &shape, lin, q_max, dtype, w, stride,
+                              group_scales, panel0, panel1, qweight, scales, salient);
+}
+
+static mq_status check_weights(const mq_linear *lin, const mq_shape *shape) {
+    REQUIRE(!shape->panels || !shape->groups || (lin->qweight && lin->scales), MQ_INVALID_POINTER);
+    REQUIRE(!shape->panels || !lin->k_salient || lin->salient, MQ_INVALID_POINTER);
+    return MQ_OK;
+}
+
+mq_status mq_unpack_weight(const mq_linear *lin, int64_t panel0, int64_t panel1, float *w) {
+    mq_shape shape;
+    TRY(check_layer(lin, &shape));
+    TRY(check_weights(lin, &shape));
+    TRY(check_panels(&shape, panel0, panel1));
+    if (panel0 == panel1 || lin->k == 0) return MQ_OK;
+    REQUIRE(w, MQ_INVALID_POINTER);
+    TRY(check_perm(lin));
+    mq_run_unpack_weight(&shape, lin, panel0, panel1, w);
+    return MQ_OK;
+}
+
+mq_status mq_linear_workspace_size(const mq_linear *lin, int64_t m, size_t *bytes) {
+    mq_shape shape;
+    TRY(check_layer(lin, &shape));
+    REQUIRE(bytes, MQ_INVALID_POINTER);
+    REQUIRE(m >= 0, MQ_INVALID_SIZE);
+    *bytes = mq_workspace_bytes(&shape, lin->k_salient, m, mq_kernels_of(lin->isa)->tile_rows);
+    return MQ_OK;
+}
+
+mq_status mq_linear_tile_rows(const mq_linear *lin, int64_t m, int64_t *rows) {
+    mq_shape shape;
+    TRY(check_layer(lin, &shape));
+    REQUIRE(rows, MQ_INVALID_POINTER);
+    REQUIRE(m >= 0, MQ_INVALID_SIZE);
+    *rows = m == 0 ? 1 : mq_min(m, mq_kernels_of(lin->isa)->tile_rows);
+    return MQ_OK;
+}
+
+/* row0 starts a tile and row1 ends one, or the matrix. */
+static mq_status check_rows(const mq_linear *lin, int64_t m, int64_t row0, int64_t row1) {
+    int64_t h;
+    TRY(mq_linear_tile_rows(lin, m, &h));
+    REQUIRE(0 <= row0 && row0 <= row1 && row1 <= m, MQ_INVALID_SIZE);
+    REQUIRE(row0 % h == 0 && (row1 % h == 0 || row1 == m), MQ_INVALID_SIZE);
+    return MQ_OK;
+}
+
+mq_status mq_linear_quantize(const mq_linear *lin, mq_dtype dtype, const void *x, int64_t stride,
+                             int64_t m, int64_t row0, int64_t row1, void *workspace) {
+    mq_shape shape;
+    TRY(check_layer(lin, &shape));
+    REQUIRE(lin->q_max >= 1 && lin->q_max <= 7, MQ_INVALID_BITS);
+    REQUIRE(lin->clip > 0 && lin->clip <= 1, MQ_INVALID_SCALE);
+    REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
+    REQUIRE(stride >= 0, MQ_INVALID_SIZE);
+    TRY(check_rows(lin, m, row0, row1));
+    if (row0 == row1 || lin->k == 0) return MQ_OK;
+    REQUIRE(x && workspace, MQ_INVALID_POINTER);
+    TRY(check_perm(lin));
+    mq_run_linear_quantize(mq_kernels_of(lin->isa), &shape, lin, dtype, x, stride, m, row0, row1,
+                           workspace);
+    return MQ_OK;
+}
+
+mq_status mq_linear_multiply(const mq_linear *lin, int64_t m, int64_t row0, int64_t row1,
+                             int64_t panel0, int64_t panel1, const void *workspace, mq_dtype dtype,
+                             void *out, int64_t stride) {
+    mq_shape shape;
+    TRY(check_layer(lin, &shape));
+    TRY(check_weights(lin, &shape));
+    REQUIRE(is_dtype(dtype) && (!lin->bias || is_dtype(lin->bias_dtype)), MQ_INVALID_DTYPE);
+    REQUIRE(stride >= 0, MQ_INVALID_SIZE);
+    TRY(check_rows(lin, m, row0, row1));
+    TRY(check_panels(&shape, panel0, panel1));
+    if (row0 == row1 || panel0 == panel1) return MQ_OK;
+    REQUIRE(out && (lin->k == 0 || workspace), MQ_INVALID_POINTER);
+    mq_run_linear_multiply(mq_kernels_of(lin->isa), &shape, lin, m, row0, row1, panel0, panel1,
+                           workspace, dtype, out, stride);
+    return MQ_OK;
+}

@@ -1,0 +1,38 @@
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include "x86.h"
+
+MQ_AVX2 void mq_widen_avx2(mq_dtype dtype, const uint16_t *x, int64_t n, float *out) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m128i halves = _mm_loadu_si128((const __m128i *)(const void *)(x + i));
+        __m256 wide = dtype == MQ_F16 ? _mm256_cvtph_ps(halves)
+                                      : _mm256_castsi256_ps(_mm256_slli_epi32(
+                                            _mm256_cvtepu16_epi32(halves), 16));
+        _mm256_storeu_ps(out + i, wide);
+    }
+    mq_widen_scalar(dtype, x + i, n - i, out + i);
+}
+
+MQ_AVX2 static MQ_INLINE __m128i narrow_bf16(__m256 x) {
+    __m256i bits = _mm256_castps_si256(x);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+    __m256i top = _mm256_srli_epi32(rounded, 16);
+    top = _mm256_blendv_epi8(top, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(nan));
+    return _mm_packus_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+}
+
+MQ_AVX2 void mq_narrow_avx2(mq_dtype dtype, const float *x, int64_t n, uint16_t *out) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 wide = _mm256_loadu_ps(x + i);
+        __m128i halves = dtype == MQ_F16 ? _mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT)
+                                         : narrow_bf16(wide);
+        _mm_storeu_si128((__m128i *)(void *)(out + i), halves);
+    }
+    mq_narrow_scalar(dtype, x + i, n - i, out + i);
+}
+#endif

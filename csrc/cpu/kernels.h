@@ -1,0 +1,159 @@
+/* Micro-kernels of the CPU: one table of them per instruction set, filled in dispatch.c.
+ *
+ * Contracts that all of them share: no argument checks (api.c has done them), no memory touched
+ * outside the stated arrays, results equal to the scalar kernels bit for bit (any NaN is as good as
+ * any other). A file <kernel>_<isa>.c defines mq_<kernel>_<isa>. */
+#ifndef MQ_CPU_KERNELS_H
+#define MQ_CPU_KERNELS_H
+
+#include "../mixedquant.h"
+
+enum {
+    MQ_MAX_TILE_ROWS = 12, /* the largest tile_rows of any table */
+    MQ_ROW_CHUNK = 240,    /* tokens whose sums stay in L1 while a panel's weights are reused */
+    MQ_BUFFER = MQ_SEGMENT_QUADS * MQ_QUAD /* values gathered at a time */
+};
+
+/* Views into a workspace; h = rows of a tile = min(m, tile_rows of the instruction set). */
+typedef struct mq_activations {
+    int64_t m, h;
+    int8_t *codes;   /* [tiles][quads][h][4] */
+    float *scales;   /* [tiles][groups][h] */
+    int32_t *starts; /* [tiles][segments][h]: two int16: -8 * the sum of a segment's codes at
+                        positions 0, 1 and 2, 3 of each quad; cancels the weights' +8 */
+    float *salient;  /* [tiles][k_salient][h] */
+} mq_activations;
+
+/* x [rows] with `stride`, channels [col0, col1) */
+typedef void mq_channel_stats_fn(mq_dtype dtype, const void *x, int64_t rows, int64_t stride,
+                                 int64_t col0, int64_t col1, int64_t count,
+                                 const mq_channel_stats *stats);
+typedef void mq_sort_keys_fn(mq_sort_key key, int64_t k, int64_t count,
+                             const mq_channel_stats *stats, double *keys);
+/* n 16-bit values to fp32; NaN stays NaN */
+typedef void mq_widen_fn(mq_dtype dtype, const uint16_t *x, int64_t n, float *out);
+/* n fp32 values to 16 bits, round half to even; NaN gives a quiet NaN */
+typedef void mq_narrow_fn(mq_dtype dtype, const float *x, int64_t n, uint16_t *out);
+/* The largest magnitude's bits: the largest of x's bits without sign, so that Inf < NaN; and the
+ * largest of x's bits as int32, at least 0: the largest positive value. */
+typedef struct mq_extent {
+    uint32_t abs_bits, max_bits;
+} mq_extent;
+typedef mq_extent mq_extent_of_fn(const float *x, int64_t n);
+/* q = clamp(round_half_even(x * inverse), low, high); x finite */
+typedef void mq_quantize_fn(const float *x, int64_t n, float inverse, int low, int high, int8_t *q);
+/* out = q * scale */
+typedef void mq_dequantize_fn(const int8_t *q, int64_t n, int is_unsigned, float scale, float *out);
+typedef void mq_pack_nibbles_fn(const int8_t *q, int64_t n, uint8_t *packed);
+typedef void mq_unpack_nibbles_fn(const uint8_t *packed, int64_t n, int is_unsigned, int8_t *q);
+/* sums [rows of tiles tile0 .. tile1][16] += salient channels [s0, s1) of the panel, whose weights
+ * w [s1 - s0][16] are already fp32 */
+typedef void mq_multiply_salient_fn(const mq_activations *act, int64_t k_salient, int64_t tile0,
+                                    int64_t tile1, int64_t s0, int64_t s1, const float *w,
+                                    float *sums);
+/* sums [rows of tiles tile0 .. tile1][16] += all groups of one panel; at most MQ_ROW_CHUNK rows */
+typedef void mq_multiply_groups_fn(const mq_activations *act, const mq_shape *shape, int64_t tile0,
+                                   int64_t tile1, const uint8_t *qweight, const uint16_t *scales,
+                                   float *sums);
+
+typedef struct mq_kernels {
+    const char *name;
+    int tile_rows; /* <= MQ_MAX_TILE_ROWS */
+    mq_channel_stats_fn *channel_stats;
+    mq_sort_keys_fn *sort_keys;
+    mq_widen_fn *widen;
+    mq_narrow_fn *narrow;
+    mq_extent_of_fn *extent_of;
+    mq_quantize_fn *quantize;
+    mq_dequantize_fn *dequantize;
+    mq_pack_nibbles_fn *pack_nibbles;
+    mq_unpack_nibbles_fn *unpack_nibbles;
+    mq_multiply_salient_fn *multiply_salient;
+    mq_multiply_groups_fn *multiply_groups;
+} mq_kernels;
+
+/* The table of a supported instruction set. */
+const mq_kernels *mq_kernels_of(mq_isa isa);
+
+#define MQ_DECLARE_KERNELS(isa)                          \
+    mq_channel_stats_fn mq_channel_stats_##isa;          \
+    mq_sort_keys_fn mq_sort_keys_##isa;                  \
+    mq_widen_fn mq_widen_##isa;                          \
+    mq_narrow_fn mq_narrow_##isa;                        \
+    mq_extent_of_fn mq_extent_of_##isa;                  \
+    mq_quantize_fn mq_quantize_##isa;                    \
+    mq_dequantize_fn mq_dequantize_##isa;                \
+    mq_pack_nibbles_fn mq_pack_nibbles_##isa;            \
+    mq_unpack_nibbles_fn mq_unpack_nibbles_##isa;        \
+    mq_multiply_salient_fn mq_multiply_salient_##isa;    \
+    mq_multiply_groups_fn mq_multiply_groups_##isa;
+
+MQ_DECLARE_KERNELS(scalar)
+MQ_DECLARE_KERNELS(avx2)
+
+/* ---- Single values, the same for every instruction set --------------------------------------- */
+
+static inline float mq_float_of_bits(uint32_t bits) {
+    union {
+        uint32_t u;
+        float f;
+    } v = {.u = bits};
+    return v.f;
+}
+
+static inline uint32_t mq_bits_of_float(float value) {
+    union {
+        float f;
+        uint32_t u;
+    } v = {.f = value};
+    return v.u;
+}
+
+static inline int64_t mq_min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline int64_t mq_ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
+static inline size_t mq_dtype_size(mq_dtype dtype) { return dtype == MQ_F32 ? 4 : 2; }
+
+static inline float mq_bf16_to_f32(uint16_t bits) {
+    return mq_float_of_bits((uint32_t)bits << 16);
+}
+
+static inline uint16_t mq_f32_to_bf16(float value) {
+    uint32_t bits = mq_bits_of_float(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0; /* rounding could carry a NaN to 0 */
+    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+static inline float mq_f16_to_f32(uint16_t bits) {
+    uint32_t sign = (uint32_t)(bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
+    if (magnitude >= 0x7c00u) /* Inf, NaN */
+        return mq_float_of_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+    if (magnitude < 0x400u) /* subnormal: an exact product with 2^-24 */
+        return mq_float_of_bits(sign | mq_bits_of_float((float)magnitude * 0x1p-24f));
+    return mq_float_of_bits(sign | ((magnitude << 13) + (112u << 23)));
+}
+
+static inline uint16_t mq_f32_to_f16(float value) {
+    uint32_t bits = mq_bits_of_float(value), magnitude = bits & 0x7fffffffu;
+    uint16_t sign = (uint16_t)((bits >> 16) & 0x8000u);
+    if (magnitude > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);
+    if (magnitude >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u); /* rounds to 2^16 or more */
+    if (magnitude < 0x38800000u) {
+        /* subnormal: adding 0.5 leaves, rounded half to even, the result in the low bits */
+        uint32_t shifted = mq_bits_of_float(mq_float_of_bits(magnitude) + 0.5f);
+        return (uint16_t)(sign | (shifted - 0x3f000000u));
+    }
+    return (uint16_t)(sign | ((magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
+}
+
+/* Element i of an array of dtype. */
+static inline float mq_load(mq_dtype dtype, const void *x, int64_t i) {
+    switch (dtype) {
+        case MQ_F16: return mq_f16_to_f32(((const uint16_t *)x)[i]);
+        case MQ_BF16: return mq_bf16_to_f32(((const uint16_t *)x)[i]);
+        default: return ((const float *)x)[i];
+    }
+}
+
+#endif

@@ -1,0 +1,53 @@
+/* The operations behind api.c: arguments are valid, kernels are chosen. */
+#ifndef MQ_CPU_OPS_H
+#define MQ_CPU_OPS_H
+
+#include "kernels.h"
+
+void mq_run_argsort(const double *keys, int64_t k, int descending, int64_t *indices,
+                    int64_t *scratch);
+
+void mq_run_group_quantize(const mq_kernels *kernels, const mq_group_format *format, mq_dtype dtype,
+                           const void *x, int64_t rows, int64_t cols, int64_t stride, int8_t *q,
+                           float *scales);
+void mq_run_group_dequantize(const mq_kernels *kernels, const mq_group_format *format,
+                             const int8_t *q, const float *scales, int64_t rows, int64_t cols,
+                             mq_dtype dtype, void *out);
+void mq_run_group_fake_quantize(const mq_kernels *kernels, const mq_group_format *format,
+                                mq_dtype dtype, const void *x, int64_t rows, int64_t cols,
+                                int64_t stride, void *out);
+
+mq_status mq_run_pack_weight(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
+                             int q_max, mq_dtype dtype, const void *w, int64_t stride,
+                             const float *group_scales, int64_t panel0, int64_t panel1,
+                             uint8_t *qweight, uint16_t *scales, void *salient);
+void mq_run_unpack_weight(const mq_shape *shape, const mq_linear *lin, int64_t panel0,
+                          int64_t panel1, float *w);
+
+size_t mq_workspace_bytes(const mq_shape *shape, int64_t k_salient, int64_t m, int64_t tile_rows);
+void mq_run_linear_quantize(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
+                            mq_dtype dtype, const void *x, int64_t stride, int64_t m, int64_t row0,
+                            int64_t row1, void *workspace);
+void mq_run_linear_multiply(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
+                            int64_t m, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1,
+                            const void *workspace, mq_dtype dtype, void *out, int64_t stride);
+
+/* Channels perm[k0 .. k0 + n) of one row (perm NULL: channels k0 .. k0 + n) as fp32; n <= MQ_BUFFER.
+ * Returns where they are: in buffer, or in the row itself. */
+const float *mq_gather(const mq_kernels *kernels, mq_dtype dtype, const void *row,
+                       const int32_t *perm, int64_t k0, int64_t n, float *buffer);
+
+/* The extent of channels perm[k0 .. k0 + n) of one row, any n. */
+mq_extent mq_gather_extent(const mq_kernels *kernels, mq_dtype dtype, const void *row,
+                           const int32_t *perm, int64_t k0, int64_t n);
+
+/* The scale of a group by mixedquant.h's rule: NaN for a non-finite group, 0 for one too small. */
+static inline float mq_scale_of(float magnitude_times_clip, float q_max) {
+    float scale = magnitude_times_clip / q_max;
+    return scale < 0x1p-126f ? 0.0f : scale;
+}
+
+/* What x is multiplied by: 0 (hence code 0) for a scale of 0 or NaN. */
+static inline float mq_inverse_of(float scale) { return scale > 0 ? 1.0f / scale : 0.0f; }
+
+#endif
