@@ -1,0 +1,5 @@
+"""The one exception of its own that the package raises."""
+
+
+class CheckpointError(Exception):
+    """A file is broken, incomplete or not what it claims to be; the message names file and tensor."""

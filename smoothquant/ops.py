@@ -1,0 +1,336 @@
+"""The torch ops of MixedQuant, ``torch.ops.mixedquant.*``, and control of the kernels behind them.
+
+Every op is a pure function of its arguments (but ``channel_stats_update``, which says what it
+writes), works under ``torch.compile(fullgraph=True)`` and ``torch.export``, and gives the same bits
+on every instruction set; ``smoothquant.reference`` specifies each in plain torch. Wrong arguments raise
+ValueError naming the op, the argument and the value.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+try:
+    from . import _C
+except ImportError as error:
+    raise RuntimeError(
+        "MixedQuant's compiled kernels could not be loaded; build them with "
+        f"'pip install --no-build-isolation .' for this Python and PyTorch >= 2.10 ({error})"
+    ) from error
+
+if TYPE_CHECKING:
+    from .sorting import ChannelStats
+
+_ops = torch.ops.mixedquant
+
+PANEL = 16
+QUAD = 4
+BLOCK_BYTES = 64
+
+
+def supported_isas() -> list[str]:
+    """Instruction sets this processor has kernels for, the specification ("scalar") first."""
+    return _C.supported_isas()
+
+
+def isa() -> str:
+    """The instruction set in use; the best supported one unless forced."""
+    return _C.active_isa()
+
+
+def set_isa(name: str) -> None:
+    """Force an instruction set for all threads.
+
+    The environment variable ``MIXEDQUANT_ISA`` does the same at import.
+
+    Raises:
+        ValueError: unknown name. RuntimeError: this processor lacks it.
+    """
+    _C.set_isa(name)
+
+
+if os.environ.get("MIXEDQUANT_ISA"):
+    try:
+        set_isa(os.environ["MIXEDQUANT_ISA"])
+    except ValueError as error:
+        raise RuntimeError(f"environment variable MIXEDQUANT_ISA: {error}") from error
+
+
+def channel_stats_update(
+    x: Tensor,
+    count: Tensor,
+    abs_max: Tensor,
+    minimum: Tensor,
+    abs_sum: Tensor,
+    sq_sum: Tensor,
+    argmax: Tensor,
+) -> None:
+    """Add the rows of x to running statistics of its K channels, in place.
+
+    Args:
+        x: [..., K], float32, float16 or bfloat16.
+        count: int64 [], rows seen so far.
+        abs_max, minimum: float32 [K], max|x| and min x.
+        abs_sum, sq_sum: float64 [K], sum|x| and sum x^2, added in row order.
+        argmax: int64 [K], row (counted from the first ever) of the first max|x|.
+    """
+    _ops.channel_stats_update(x, count, abs_max, minimum, abs_sum, sq_sum, argmax)
+
+
+def sort_keys(stats: ChannelStats, key: str) -> Tensor:
+    """Sort keys, float64 [K], of K channels.
+
+    Args:
+        stats: :class:`smoothquant.sorting.ChannelStats` of the channels.
+        key: "argmax" (row of max|x|), "max" (max|x|), "mean3std" (mean + 3 STD of |x|, population
+            STD) or "rms" (sqrt of mean x^2).
+    """
+    return _ops.sort_keys(
+        stats.count, stats.abs_max, stats.abs_sum, stats.sq_sum, stats.argmax, key
+    )
+
+
+def argsort(keys: Tensor, descending: bool = False) -> Tensor:
+    """Stable argsort of float64 [K] keys: int64 [K]; NaN last in either direction."""
+    return _ops.argsort(keys, descending)
+
+
+def group_quantize(
+    x: Tensor, group_size: int, num_bits: int = 4, is_unsigned: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Quantize each row's groups of `group_size` values symmetrically.
+
+    s = max|x| / q_max, q = clamp(round_half_even(x * (1/s)), -q_max, q_max) in fp32 with
+    q_max = 2^(num_bits-1) - 1; unsigned: s = max(x, 0) / q_max, q in [0, q_max], q_max = 2^num_bits - 1.
+    A group of zeros has s = 0 and q = 0; a group with NaN or Inf has s = NaN and q = 0.
+
+    Args:
+        x: [..., K], float32, float16 or bfloat16, any strides.
+        group_size: any integer >= 1; the last group of a row may be short.
+        num_bits: 2-8.
+
+    Returns:
+        q: int8 (uint8 if unsigned), x's shape; scales: float32 [..., ceil(K / group_size)].
+    """
+    return _ops.group_quantize(x, group_size, num_bits, is_unsigned)
+
+
+def group_dequantize(
+    q: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """q * s, rounded once to `dtype`; the inverse of :func:`group_quantize`.
+
+    Args:
+        q: int8 or uint8 [..., K].
+        scales: float32 [..., ceil(K / group_size)].
+    """
+    return _ops.group_dequantize(q, scales, group_size, dtype)
+
+
+def group_fake_quantize(
+    x: Tensor, group_size: int, num_bits: int = 4, is_unsigned: bool = False
+) -> Tensor:
+    """``group_dequantize(group_quantize(x))`` in x's dtype, without the tensors in between."""
+    return _ops.group_fake_quantize(x, group_size, num_bits, is_unsigned)
+
+
+def pack_nibbles(q: Tensor) -> Tensor:
+    """Low four bits of int8 or uint8 [..., K], two to a byte, first in the low nibble.
+
+    Returns:
+        uint8 [..., ceil(K / 2)]; the last high nibble of an odd row is 0.
+    """
+    return _ops.pack_nibbles(q)
+
+
+def unpack_nibbles(packed: Tensor, cols: int, is_unsigned: bool = False) -> Tensor:
+    """The inverse of :func:`pack_nibbles`: int8 in [-8, 7], or uint8 in [0, 15], [..., cols]."""
+    return _ops.unpack_nibbles(packed, cols, is_unsigned)
+
+
+def pack_weight(
+    w: Tensor,
+    perm: Tensor,
+    num_salient: int,
+    group_size: int,
+    num_bits: int = 4,
+    group_scales: Tensor | None = None,
+    salient_dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize and pack the weight of a linear layer (layout: docs/format.md).
+
+    Args:
+        w: [N, K], float32, float16 or bfloat16, finite.
+        perm: int32 [K], a bijection: INT4 channels first, the `num_salient` 16-bit ones last.
+        group_size: >= 1; the last group may be short.
+        num_bits: 2-4, codes in [-q_max, q_max], q_max = 2^(num_bits-1) - 1.
+        group_scales: float32 [N, G] to use in place of max|w| / q_max; rounded to bfloat16.
+        salient_dtype: bfloat16 or float16.
+
+    Returns:
+        With P = ceil(N / 16) panels, B blocks and G = ceil((K - num_salient) / group_size) groups:
+        qweight uint8 [P, B, 64], scales bfloat16 [P, G, 16], salient [P, num_salient, 16].
+    """
+    return _ops.pack_weight(
+        w, perm, num_salient, group_size, num_bits, group_scales, salient_dtype
+    )
+
+
+def unpack_weight(
+    qweight: Tensor,
+    scales: Tensor,
+    salient_weight: Tensor,
+    perm: Tensor,
+    out_features: int,
+    group_size: int,
+) -> Tensor:
+    """The weight that packed tensors stand for: float32 [N, K], channels in natural order."""
+    return _ops.unpack_weight(qweight, scales, salient_weight, perm, out_features, group_size)
+
+
+def w4a4_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    salient_weight: Tensor,
+    perm: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    num_bits: int = 4,
+    per_token: bool = False,
+    clip: float = 1.0,
+) -> Tensor:
+    """The fused W4A4 linear: x's INT4 channels are quantized per token and group, multiplied with the
+    packed INT4 weight in integers, and the salient channels are added in 16-bit precision.
+
+    y = sum_salient x w  +  sum_groups sa sw (sum qa qw)  +  bias, in fp32 and in that order, with
+    sa = clip max|x| / q_max per token and group (per token if `per_token`). A token's result depends
+    on that token alone. A token that holds NaN or Inf has NaN outputs; other tokens are untouched.
+
+    Args:
+        x: [..., K], float32, float16 or bfloat16, any strides, any number of tokens.
+        qweight, scales, salient_weight, perm: from :func:`pack_weight` with the same `group_size`.
+        bias: [N], float32, float16 or bfloat16, or None.
+        num_bits: 2-4 bits of the activations.
+        clip: in (0, 1].
+
+    Returns:
+        [..., N] in x's dtype.
+    """
+    return _ops.w4a4_linear(
+        x,
+        qweight,
+        scales,
+        salient_weight,
+        perm,
+        bias,
+        out_features,
+        group_size,
+        num_bits,
+        per_token,
+        clip,
+    )
+
+
+# ---- Fake (meta) kernels: shapes and dtypes for torch.compile and torch.export ----
+
+
+def _groups(cols: int, group_size: int) -> int:
+    return -(-cols // group_size)
+
+
+@torch.library.register_fake("mixedquant::channel_stats_update")
+def _(x, count, abs_max, minimum, abs_sum, sq_sum, argmax):
+    return None
+
+
+@torch.library.register_fake("mixedquant::sort_keys")
+def _(count, abs_max, abs_sum, sq_sum, argmax, key):
+    return abs_max.new_empty(abs_max.shape, dtype=torch.float64)
+
+
+@torch.library.register_fake("mixedquant::argsort")
+def _(keys, descending):
+    return keys.new_empty(keys.shape, dtype=torch.int64)
+
+
+@torch.library.register_fake("mixedquant::group_quantize")
+def _(x, group_size, num_bits, is_unsigned):
+    q = x.new_empty(x.shape, dtype=torch.uint8 if is_unsigned else torch.int8)
+    groups = _groups(x.shape[-1], group_size)
+    return q, x.new_empty((*x.shape[:-1], groups), dtype=torch.float32)
+
+
+@torch.library.register_fake("mixedquant::group_dequantize")
+def _(q, scales, group_size, dtype):
+    return q.new_empty(q.shape, dtype=dtype)
+
+
+@torch.library.register_fake("mixedquant::group_fake_quantize")
+def _(x, group_size, num_bits, is_unsigned):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("mixedquant::pack_nibbles")
+def _(q):
+    return q.new_empty((*q.shape[:-1], (q.shape[-1] + 1) // 2), dtype=torch.uint8)
+
+
+@torch.library.register_fake("mixedquant::unpack_nibbles")
+def _(packed, cols, is_unsigned):
+    dtype = torch.uint8 if is_unsigned else torch.int8
+    return packed.new_empty((*packed.shape[:-1], cols), dtype=dtype)
+
+
+def packed_shapes(
+    out_features: int, in_features: int, num_salient: int, group_size: int
+) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int]]:
+    """Shapes of (qweight, scales, salient_weight) for a linear [out_features, in_features]."""
+    k4 = in_features - num_salient
+    panels, groups = -(-out_features // PANEL), _groups(k4, group_size)
+    quads = 0
+    if groups:
+        quads = (groups - 1) * -(-min(group_size, k4) // QUAD)
+        quads += -(-(k4 - (groups - 1) * group_size) // QUAD)
+    return (
+        (panels, -(-quads // 2), BLOCK_BYTES),
+        (panels, groups, PANEL),
+        (panels, num_salient, PANEL),
+    )
+
+
+@torch.library.register_fake("mixedquant::pack_weight")
+def _(w, perm, num_salient, group_size, num_bits, group_scales, salient_dtype):
+    qweight, scales, salient = packed_shapes(*w.shape, num_salient, group_size)
+    return (
+        w.new_empty(qweight, dtype=torch.uint8),
+        w.new_empty(scales, dtype=torch.bfloat16),
+        w.new_empty(salient, dtype=salient_dtype),
+    )
+
+
+@torch.library.register_fake("mixedquant::unpack_weight")
+def _(qweight, scales, salient_weight, perm, out_features, group_size):
+    return qweight.new_empty((out_features, perm.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("mixedquant::w4a4_linear")
+def _(
+    x,
+    qweight,
+    scales,
+    salient_weight,
+    perm,
+    bias,
+    out_features,
+    group_size,
+    num_bits,
+    per_token,
+    clip,
+):
+    return x.new_empty((*x.shape[:-1], out_features))

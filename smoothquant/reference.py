@@ -1,0 +1,243 @@
+"""The specification of every op in plain torch, written for reading, not for speed.
+
+Same names and arguments as :mod:`smoothquant.ops`. Integers and single roundings are equal bit for bit; the
+C scalar kernels equal this module, and every instruction set equals the C scalar kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .ops import BLOCK_BYTES, PANEL, QUAD
+
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
+
+def channel_stats_update(x, count, abs_max, minimum, abs_sum, sq_sum, argmax) -> None:
+    rows = x.reshape(-1, x.shape[-1]).float()
+    for row in rows:
+        magnitude = row.abs()
+        larger = magnitude > abs_max
+        abs_max.copy_(torch.where(larger, magnitude, abs_max))
+        argmax.copy_(torch.where(larger, count, argmax))
+        minimum.copy_(torch.where(row < minimum, row, minimum))
+        abs_sum += magnitude.double()
+        sq_sum += row.double() * row.double()
+        count += 1
+
+
+def sort_keys(stats, key: str) -> Tensor:
+    if key == "argmax":
+        return stats.argmax.double()
+    if key == "max":
+        return stats.abs_max.double()
+    count = stats.count.double()
+    if count == 0:
+        return torch.zeros_like(stats.sq_sum)
+    if key == "rms":
+        return (stats.sq_sum / count).sqrt()
+    mean = stats.abs_sum / count
+    variance = stats.sq_sum / count - mean * mean
+    return mean + 3.0 * torch.where(variance < 0, 0.0, variance).sqrt()
+
+
+def argsort(keys: Tensor, descending: bool = False) -> Tensor:
+    last = float("-inf") if descending else float("inf")
+    is_nan = keys.isnan()
+    order = torch.argsort(keys.masked_fill(is_nan, last), stable=True, descending=descending)
+    return torch.cat([order[~is_nan[order]], order[is_nan[order]].sort().values])
+
+
+def _grouped(x: Tensor, group_size: int) -> Tensor:
+    """[..., K] as [..., G, g], the last group filled with zeros."""
+    k = x.shape[-1]
+    group_size = max(1, min(group_size, k))
+    groups = -(-k // group_size)
+    padded = torch.zeros((*x.shape[:-1], groups * group_size), dtype=x.dtype)
+    padded[..., :k] = x
+    return padded.reshape(*x.shape[:-1], groups, group_size)
+
+
+def _ungrouped(groups: Tensor, k: int) -> Tensor:
+    return groups.flatten(-2)[..., :k]
+
+
+def _scale(magnitude: Tensor, finite: Tensor, q_max: int) -> Tensor:
+    scale = magnitude / torch.tensor(float(q_max))
+    scale = torch.where(scale < SMALLEST_NORMAL, 0.0, scale)
+    return torch.where(finite, scale, float("nan"))
+
+
+def _codes(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    usable = scale > 0
+    inverse = torch.where(usable, 1.0 / torch.where(usable, scale, 1.0), 0.0)
+    q = (torch.where(usable, x, 0.0) * inverse).clamp(low, high).round()
+    return q.to(torch.int32)
+
+
+def group_quantize(x, group_size, num_bits=4, is_unsigned=False):
+    high = 2 ** (num_bits - (not is_unsigned)) - 1
+    groups = _grouped(x.float(), group_size)
+    finite = torch.isfinite(groups).all(-1, keepdim=True)
+    safe = torch.where(finite, groups, 0.0)
+    magnitude = safe.clamp(min=0) if is_unsigned else safe.abs()
+    scale = _scale(magnitude.amax(-1, keepdim=True), finite, high)
+    q = _codes(groups, scale, 0 if is_unsigned else -high, high)
+    dtype = torch.uint8 if is_unsigned else torch.int8
+    return _ungrouped(q, x.shape[-1]).to(dtype), scale.squeeze(-1)
+
+
+def group_dequantize(q, scales, group_size, dtype=torch.float32):
+    groups = _grouped(q.float(), group_size) * scales.unsqueeze(-1)
+    return _ungrouped(groups, q.shape[-1]).to(dtype)
+
+
+def group_fake_quantize(x, group_size, num_bits=4, is_unsigned=False):
+    q, scales = group_quantize(x, group_size, num_bits, is_unsigned)
+    return group_dequantize(q, scales, group_size, x.dtype)
+
+
+def pack_nibbles(q):
+    pairs = _grouped((q.to(torch.int32) & 15), 2) if q.shape[-1] > 1 else (q.to(torch.int32) & 15)
+    if q.shape[-1] <= 1:
+        return pairs.to(torch.uint8)
+    return (pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8)
+
+
+def unpack_nibbles(packed, cols, is_unsigned=False):
+    nibbles = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[..., :cols]
+    if is_unsigned:
+        return nibbles
+    return ((nibbles.to(torch.int32) ^ 8) - 8).to(torch.int8)
+
+
+def weight_codes(w, perm, num_salient, group_size, num_bits=4, group_scales=None):
+    """int32 codes [N, K4] in packed order and the bfloat16 scales [N, G] they belong to."""
+    q_max = 2 ** (num_bits - 1) - 1
+    k4 = w.shape[1] - num_salient
+    groups = _grouped(w.float()[:, perm.long()][:, :k4], group_size)
+    scale = groups.abs().amax(-1) / torch.tensor(float(q_max)) if k4 else torch.zeros(len(w), 0)
+    if group_scales is not None:
+        scale = group_scales
+    scale = torch.where(scale < SMALLEST_NORMAL, 0.0, scale).bfloat16()
+    return _ungrouped(_codes(groups, scale.float().unsqueeze(-1), -q_max, q_max), k4), scale
+
+
+def pack_weight(
+    w, perm, num_salient, group_size, num_bits=4, group_scales=None, salient_dtype=torch.bfloat16
+):
+    n, k = w.shape
+    k4 = k - num_salient
+    codes, scale = weight_codes(w, perm, num_salient, group_size, num_bits, group_scales)
+    panels = -(-n // PANEL)
+
+    def by_panel(matrix: Tensor, fill: float = 0) -> Tensor:
+        """[N, C] -> [P, C, 16]"""
+        padded = torch.full((panels * PANEL, matrix.shape[1]), fill, dtype=matrix.dtype)
+        padded[:n] = matrix
+        return padded.reshape(panels, PANEL, -1).transpose(1, 2).contiguous()
+
+    quads = []  # each [P, 4, 16]: codes + 8 of four channels
+    for start in range(0, k4, group_size):
+        group = by_panel(codes[:, start : min(start + group_size, k4)])
+        for quad in group.split(QUAD, dim=1):
+            full = torch.zeros(panels, QUAD, PANEL, dtype=torch.int32)
+            full[:, : quad.shape[1]] = quad
+            quads.append(full + 8)
+    if len(quads) % 2:
+        quads.append(torch.full((panels, QUAD, PANEL), 8, dtype=torch.int32))
+    blocks = [even | odd << 4 for even, odd in zip(quads[::2], quads[1::2], strict=True)]
+    qweight = torch.zeros(panels, len(blocks), BLOCK_BYTES, dtype=torch.uint8)
+    for b, block in enumerate(blocks):
+        qweight[:, b] = block.transpose(1, 2).reshape(panels, BLOCK_BYTES).to(torch.uint8)
+    salient = w.float()[:, perm.long()][:, k4:].to(salient_dtype)
+    return qweight, by_panel(scale), by_panel(salient)
+
+
+def unpack_weight(qweight, scales, salient_weight, perm, out_features, group_size):
+    k, num_salient = len(perm), salient_weight.shape[1]
+    k4 = k - num_salient
+    nibbles = torch.stack([qweight & 15, qweight >> 4], dim=2).to(torch.int32) - 8
+    quads = nibbles.reshape(len(qweight), -1, PANEL, QUAD)
+    columns, quad = [], 0
+    for j, start in enumerate(range(0, k4, group_size)):
+        channels = min(group_size, k4 - start)
+        count = -(-channels // QUAD)
+        group = quads[:, quad : quad + count].transpose(1, 2).reshape(len(qweight), PANEL, -1)
+        columns.append(group[..., :channels].float() * scales[:, j].float().unsqueeze(-1))
+        quad += count
+    columns.append(salient_weight.float().transpose(1, 2))
+    packed_order = torch.cat(columns, dim=-1).reshape(-1, k)[:out_features]
+    w = torch.zeros(out_features, k)
+    w[:, perm.long()] = packed_order
+    return w
+
+
+def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c rounded once, for fp32. The product is exact in float64; where the sum is not, its
+    float64 rounding may hide on which side of a float32 tie it lies, so it is rounded to odd."""
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    virtual = total - product
+    error = (product - (total - virtual)) + (addend - virtual)
+    bits = total.view(torch.int64)
+    # away from zero if the error has the sum's sign, toward zero otherwise
+    away = (error > 0) == (total > 0)
+    odd = torch.where(bits % 2 != 0, bits, torch.where(away, bits + 1, bits - 1))
+    inexact = (error != 0) & torch.isfinite(total) & (total != 0)
+    return torch.where(inexact, odd, bits).view(torch.float64).float()
+
+
+def w4a4_linear(
+    x,
+    qweight,
+    scales,
+    salient_weight,
+    perm,
+    bias,
+    out_features,
+    group_size,
+    num_bits=4,
+    per_token=False,
+    clip=1.0,
+):
+    q_max = 2 ** (num_bits - 1) - 1
+    k4 = len(perm) - salient_weight.shape[1]
+    rows = x.reshape(-1, x.shape[-1]).float()[:, perm.long()]
+    y = torch.zeros(len(rows), out_features)
+
+    salient = rows[:, k4:]
+    finite = torch.isfinite(salient).all(-1, keepdim=True)
+    salient = torch.where(finite, salient, float("nan"))
+    salient_rows = salient_weight.float().permute(1, 0, 2).flatten(1)[:, :out_features]
+    for s in range(salient.shape[1]):
+        y = _fma(salient[:, s : s + 1], salient_rows[s], y)
+
+    if k4:
+        groups = _grouped(rows[:, :k4], group_size)
+        extent = (-2, -1) if per_token else (-1,)
+        finite = torch.isfinite(groups).all(-1, keepdim=True)
+        if per_token:
+            finite = finite.all(-2, keepdim=True)
+        magnitude = torch.where(finite, groups, 0.0).abs().amax(extent, keepdim=True)
+        act_scale = _scale(torch.tensor(clip) * magnitude, finite, q_max)
+        act_scale = act_scale.expand(*groups.shape[:-1], 1)
+        act_codes = _codes(groups, act_scale, -q_max, q_max)
+
+        weight = unpack_weight(
+            qweight,
+            torch.ones_like(scales),
+            torch.zeros_like(salient_weight),
+            perm,
+            out_features,
+            group_size,
+        )
+        weight_groups = _grouped(weight[:, perm.long()][:, :k4].to(torch.int64), group_size)
+        scale_rows = scales.float().permute(1, 0, 2).flatten(1)[:, :out_features]
+        for j in range(groups.shape[-2]):
+            dots = act_codes[:, j].to(torch.int64) @ weight_groups[:, j].T
+            y = _fma(dots.float() * scale_rows[j], act_scale[:, j], y)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
