@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import warnings
 from typing import Any
 
 SORTS = ("none", "max", "mean3std", "argmax", "rms")
@@ -107,3 +108,19 @@ def check_real(name: str, value: Any, low: float, high: float) -> None:
         raise TypeError(f"{name} must be a number; got {value!r}")
     if math.isnan(value) or not low <= value <= high:
         raise ValueError(f"{name} must be in [{low:g}, {high:g}]; got {value!r}")
+
+
+def published_config(backend: str, act_quant: str, **fields: Any) -> MixedQuantConfig:
+    """The config for arguments of the published functions.
+
+    They allow ``act_quant="per_tensor"`` everywhere; the int4 backend then quantizes per token (never
+    coarser), because a scale of the whole live batch would make a token depend on the others.
+    """
+    if backend == "int4" and act_quant == "per_tensor":
+        warnings.warn(
+            "act_quant='per_tensor' depends on the live batch; backend='int4' quantizes per token "
+            "instead (backend='fake' simulates per_tensor)",
+            stacklevel=3,
+        )
+        act_quant = "per_token"
+    return MixedQuantConfig(backend=backend, act_quant=act_quant, **fields)

@@ -175,9 +175,7 @@ def pack_weight(
         With P = ceil(N / 16) panels, B blocks and G = ceil((K - num_salient) / group_size) groups:
         qweight uint8 [P, B, 64], scales bfloat16 [P, G, 16], salient [P, num_salient, 16].
     """
-    return _ops.pack_weight(
-        w, perm, num_salient, group_size, num_bits, group_scales, salient_dtype
-    )
+    return _ops.pack_weight(w, perm, num_salient, group_size, num_bits, group_scales, salient_dtype)
 
 
 def unpack_weight(

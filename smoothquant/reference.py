@@ -6,6 +6,8 @@ C scalar kernels equal this module, and every instruction set equals the C scala
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,7 @@ SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 def channel_stats_update(x, count, abs_max, minimum, abs_sum, sq_sum, argmax) -> None:
-    rows = x.reshape(-1, x.shape[-1]).float()
-    for row in rows:
+    for row in x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1]):
         magnitude = row.abs()
         larger = magnitude > abs_max
         abs_max.copy_(torch.where(larger, magnitude, abs_max))
@@ -99,10 +100,8 @@ def group_fake_quantize(x, group_size, num_bits=4, is_unsigned=False):
 
 
 def pack_nibbles(q):
-    pairs = _grouped((q.to(torch.int32) & 15), 2) if q.shape[-1] > 1 else (q.to(torch.int32) & 15)
-    if q.shape[-1] <= 1:
-        return pairs.to(torch.uint8)
-    return (pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8)
+    nibbles = torch.nn.functional.pad(q.to(torch.int32) & 15, (0, q.shape[-1] % 2))
+    return (nibbles[..., ::2] | nibbles[..., 1::2] << 4).to(torch.uint8)
 
 
 def unpack_nibbles(packed, cols, is_unsigned=False):
@@ -136,7 +135,7 @@ def pack_weight(
         """[N, C] -> [P, C, 16]"""
         padded = torch.full((panels * PANEL, matrix.shape[1]), fill, dtype=matrix.dtype)
         padded[:n] = matrix
-        return padded.reshape(panels, PANEL, -1).transpose(1, 2).contiguous()
+        return padded.reshape(panels, PANEL, matrix.shape[1]).transpose(1, 2).contiguous()
 
     quads = []  # each [P, 4, 16]: codes + 8 of four channels
     for start in range(0, k4, group_size):
@@ -159,16 +158,16 @@ def unpack_weight(qweight, scales, salient_weight, perm, out_features, group_siz
     k, num_salient = len(perm), salient_weight.shape[1]
     k4 = k - num_salient
     nibbles = torch.stack([qweight & 15, qweight >> 4], dim=2).to(torch.int32) - 8
-    quads = nibbles.reshape(len(qweight), -1, PANEL, QUAD)
+    quads = nibbles.reshape(len(qweight), 2 * qweight.shape[1], PANEL, QUAD)
     columns, quad = [], 0
     for j, start in enumerate(range(0, k4, group_size)):
         channels = min(group_size, k4 - start)
         count = -(-channels // QUAD)
-        group = quads[:, quad : quad + count].transpose(1, 2).reshape(len(qweight), PANEL, -1)
+        group = quads[:, quad : quad + count].transpose(1, 2).flatten(2)
         columns.append(group[..., :channels].float() * scales[:, j].float().unsqueeze(-1))
         quad += count
     columns.append(salient_weight.float().transpose(1, 2))
-    packed_order = torch.cat(columns, dim=-1).reshape(-1, k)[:out_features]
+    packed_order = torch.cat(columns, dim=-1).flatten(0, 1)[:out_features]
     w = torch.zeros(out_features, k)
     w[:, perm.long()] = packed_order
     return w
@@ -204,7 +203,7 @@ def w4a4_linear(
 ):
     q_max = 2 ** (num_bits - 1) - 1
     k4 = len(perm) - salient_weight.shape[1]
-    rows = x.reshape(-1, x.shape[-1]).float()[:, perm.long()]
+    rows = x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1])[:, perm.long()]
     y = torch.zeros(len(rows), out_features)
 
     salient = rows[:, k4:]

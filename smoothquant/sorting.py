@@ -79,10 +79,7 @@ class ChannelStats:
             raise ValueError(
                 f"x must end in {self.num_channels} channels; got shape {tuple(x.shape)}"
             )
-        rows = x.detach().reshape(-1, x.shape[-1]).cpu()
-        ops.channel_stats_update(
-            rows, self.count, self.abs_max, self.minimum, self.abs_sum, self.sq_sum, self.argmax
-        )
+        ops.channel_stats_update(x.detach().cpu(), *self.to_dict().values())
 
     @property
     def num_channels(self) -> int:

@@ -1,0 +1,395 @@
+"""The two quantized linear layers: packed integers, and their simulation in floating point."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .config import MixedQuantConfig, check_integer, published_config
+from .sorting import ChannelPlan, ChannelStats, choose_channels, num_salient_channels
+
+
+def weight_group_scales(w4: Tensor, config: MixedQuantConfig, group_size: int) -> Tensor:
+    """max|w| / q_max over each group, row or the whole of w4 [N, K4], for each group: fp32 [N, G]."""
+    n, k4 = w4.shape
+    groups = -(-k4 // group_size)
+    magnitude = w4.float().abs()
+    if config.weight_quant == "per_group":
+        padded = F.pad(magnitude, (0, groups * group_size - k4))
+        largest = padded.reshape(n, groups, group_size).amax(-1)
+    elif config.weight_quant == "per_channel":
+        largest = magnitude.amax(1, keepdim=True).expand(n, groups)
+    else:
+        largest = magnitude.amax().expand(n, groups)
+    return (largest / (2 ** (config.num_bits - 1) - 1)).contiguous()
+
+
+class QuantizedLinear(nn.Module):
+    """What the packed and the simulated layer share; not built by itself.
+
+    Attributes:
+        in_features, out_features: K and N.
+        config: the :class:`MixedQuantConfig` of the layer.
+        num_salient: K_s, input channels kept in 16 bits.
+        group_size: channels to a scale; K - K_s where nothing is per group.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: MixedQuantConfig,
+        num_salient: int,
+        quantize_output: bool,
+    ) -> None:
+        super().__init__()
+        check_integer("in_features", in_features, 0)
+        check_integer("out_features", out_features, 0)
+        check_integer("num_salient", num_salient, 0, in_features)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.config = config
+        self.num_salient = num_salient
+        self.quantize_output = quantize_output
+        k4 = in_features - num_salient
+        by_group = "per_group" in (config.weight_quant, config.act_quant)
+        self.group_size = max(1, min(config.group_size, k4) if by_group else k4)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer computes with, [N, K] in natural channel order (made anew)."""
+        return self.dequantize()
+
+    def dequantize(self) -> Tensor:
+        raise NotImplementedError
+
+    def _check_input(self, x: Tensor) -> None:
+        if self.config.non_finite == "raise" and not torch.isfinite(x).all():
+            raise ValueError(f"x holds NaN or Inf (shape {tuple(x.shape)}, non_finite='raise')")
+
+    def _quantize_output(self, y: Tensor) -> Tensor:
+        return quantize_activation(y, self.config) if self.quantize_output else y
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
+            f"num_bits={self.config.num_bits}, group_size={self.group_size}, "
+            f"num_salient={self.num_salient}, weight_quant={self.config.weight_quant}, "
+            f"act_quant={self.config.act_quant}, quantize_output={self.quantize_output}"
+        )
+
+
+def quantize_activation(x: Tensor, config: MixedQuantConfig) -> Tensor:
+    """x quantized and dequantized in its own dtype by the config's activation format."""
+    k = x.shape[-1]
+    if x.numel() == 0:
+        return x
+    shape, group_size = x.shape, k
+    if config.act_quant == "per_group":
+        group_size = config.group_size
+    elif config.act_quant == "per_tensor":
+        x = x.reshape(1, -1)
+        group_size = x.shape[-1]
+    if config.act_clip < 1:
+        # what a smaller scale would saturate, saturates before; the scale then follows
+        groups = F.pad(x, (0, -x.shape[-1] % group_size)).unflatten(-1, (-1, group_size))
+        limit = groups.abs().amax(-1, keepdim=True).float() * config.act_clip
+        limit = limit.to(x.dtype)
+        x = groups.clamp(-limit, limit).flatten(-2)[..., : x.shape[-1]]
+    return ops.group_fake_quantize(x, group_size, config.num_bits).reshape(shape)
+
+
+class W4A4Linear(QuantizedLinear):
+    """A linear layer whose INT4 weights are packed and whose INT4 activations are quantized per token
+    inside the kernel; the salient channels of both stay in 16 bits. For inference.
+
+    Buffers, with P = ceil(N / 16), B blocks, G groups and K_s salient channels (docs/format.md):
+        qweight uint8 [P, B, 64], scales bfloat16 [P, G, 16],
+        salient_weight bfloat16 (float16 for float16 weights) [P, K_s, 16],
+        perm int32 [K] (INT4 channels first), bias [N] or None.
+    ``.to(dtype)`` casts the bias alone; the others keep their dtypes.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        act_quant: str = "per_token",
+        quantize_output: bool = False,
+        importance: Tensor | None = None,
+        salient_prop: float = 0,
+        quant_bits: int = 4,
+        group_size: int = 128,
+        *,
+        weight_quant: str = "per_channel",
+        num_salient: int | None = None,
+        config: MixedQuantConfig | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: Any = None,
+    ) -> None:
+        """A layer of zeros, to load a state_dict into.
+
+        Args:
+            importance, salient_prop: with both, max(1, floor(salient_prop K)) channels are salient.
+            num_salient: that number given directly.
+            config: all choices in one value, in place of the published arguments.
+            dtype: of the bias; float16 also makes the salient weights float16.
+        """
+        config = config or published_config(
+            "int4",
+            act_quant,
+            weight_quant=weight_quant,
+            num_bits=quant_bits,
+            group_size=group_size,
+            salient_prop=salient_prop,
+        )
+        if num_salient is None:
+            num_salient = 0
+            if importance is not None:
+                num_salient = num_salient_channels(in_features, salient_prop)
+        super().__init__(in_features, out_features, config, num_salient, quantize_output)
+        shapes = ops.packed_shapes(out_features, in_features, num_salient, self.group_size)
+        salient_dtype = torch.float16 if dtype == torch.float16 else torch.bfloat16
+        dtypes = (torch.uint8, torch.bfloat16, salient_dtype)
+        for name, shape, kind in zip(
+            ("qweight", "scales", "salient_weight"), shapes, dtypes, strict=True
+        ):
+            self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
+        perm = torch.arange(in_features, dtype=torch.int32, device=device)
+        self.register_buffer("perm", perm)
+        zero_bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.register_buffer("bias", zero_bias)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        config: MixedQuantConfig,
+        plan: ChannelPlan,
+        *,
+        quantize_output: bool = False,
+    ) -> W4A4Linear:
+        """Quantize and pack a weight [N, K] (float32, float16 or bfloat16) by a channel plan."""
+        n, k = weight.shape
+        layer = cls(
+            k,
+            n,
+            bias is not None,
+            config=config,
+            num_salient=plan.num_salient,
+            quantize_output=quantize_output,
+            dtype=weight.dtype,
+            device="meta",
+        )
+        weight = weight.detach()
+        group_scales = None
+        if config.weight_quant != "per_group":
+            w4 = weight[:, plan.perm[: k - plan.num_salient].long()]
+            group_scales = weight_group_scales(w4, config, layer.group_size)
+        layer.qweight, layer.scales, layer.salient_weight = ops.pack_weight(
+            weight,
+            plan.perm,
+            plan.num_salient,
+            layer.group_size,
+            config.num_bits,
+            group_scales,
+            layer.salient_weight.dtype,
+        )
+        layer.perm = plan.perm.clone()
+        layer.bias = None if bias is None else bias.detach().clone()
+        return layer
+
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Linear,
+        weight_quant: str = "per_channel",
+        act_quant: str = "per_token",
+        quantize_output: bool = False,
+        importance: Tensor | None = None,
+        salient_prop: float = 0,
+        quant_bits: int = 4,
+        group_size: int = 128,
+        *,
+        sort: str = "rms",
+        backend: str = "int4",
+        plan: ChannelPlan | None = None,
+    ) -> QuantizedLinear:
+        """Quantize an nn.Linear, which stays as it is.
+
+        Args:
+            importance: [K], mean magnitude per input channel, or None: the weight's columns decide.
+            sort: key of the channel order, taken from the weight.
+            backend: "int4" gives a W4A4Linear, "fake" a FakeW4A4Linear.
+            plan: salient channels and order, in place of importance, salient_prop and sort.
+
+        Raises:
+            TypeError: module is no nn.Linear. ValueError: any other bad argument.
+        """
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"module must be an nn.Linear; got {type(module).__name__}")
+        config = published_config(
+            backend,
+            act_quant,
+            weight_quant=weight_quant,
+            num_bits=quant_bits,
+            group_size=group_size,
+            salient_prop=0.0 if salient_prop is None else salient_prop,
+            sort=sort,
+            sort_by="weight",
+        )
+        if plan is None:
+            of_weight = ChannelStats.empty(module.in_features)
+            of_weight.update(module.weight)
+            stats = of_weight
+            if importance is not None:
+                stats = ChannelStats.from_mean(importance)
+                if stats.num_channels != module.in_features:
+                    raise ValueError(
+                        f"importance must have {module.in_features} entries; "
+                        f"got {stats.num_channels}"
+                    )
+            plan = choose_channels(
+                stats, salient_prop=config.salient_prop, sort=sort, sort_stats=of_weight
+            )
+        return linear_class(config).from_weight(
+            module.weight, module.bias, config, plan, quantize_output=quantize_output
+        )
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in x's dtype."""
+        self._check_input(x)
+        y = ops.w4a4_linear(
+            x,
+            self.qweight,
+            self.scales,
+            self.salient_weight,
+            self.perm,
+            self.bias,
+            self.out_features,
+            self.group_size,
+            self.config.num_bits,
+            self.config.act_quant == "per_token",
+            self.config.act_clip,
+        )
+        return self._quantize_output(y)
+
+    def dequantize(self) -> Tensor:
+        """The weight the integers stand for: float32 [N, K], channels in natural order."""
+        return ops.unpack_weight(
+            self.qweight,
+            self.scales,
+            self.salient_weight,
+            self.perm,
+            self.out_features,
+            self.group_size,
+        )
+
+    def _apply(self, fn, recurse: bool = True):
+        # a cast of the module would round the scales and salient weights: they only move
+        kept = {name: self._buffers[name] for name in ("scales", "salient_weight")}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+
+class FakeW4A4Linear(QuantizedLinear):
+    """The same choices simulated in the tensor's dtype: weights and activations are quantized and
+    dequantized, the product is a floating-point one. Takes the memory of a float layer.
+
+    Buffers: simulated_weight [N, K] in perm's order, perm int32 [K], bias [N] or None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        config: MixedQuantConfig,
+        num_salient: int = 0,
+        quantize_output: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: Any = None,
+    ) -> None:
+        """A layer of zeros, to load a state_dict into."""
+        super().__init__(in_features, out_features, config, num_salient, quantize_output)
+        weight = torch.zeros(out_features, in_features, dtype=dtype, device=device)
+        self.register_buffer("simulated_weight", weight)
+        perm = torch.arange(in_features, dtype=torch.int32, device=device)
+        self.register_buffer("perm", perm)
+        zero_bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.register_buffer("bias", zero_bias)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        config: MixedQuantConfig,
+        plan: ChannelPlan,
+        *,
+        quantize_output: bool = False,
+    ) -> FakeW4A4Linear:
+        """Simulate the quantization of a weight [N, K] by a channel plan."""
+        n, k = weight.shape
+        layer = cls(
+            k,
+            n,
+            bias is not None,
+            config=config,
+            num_salient=plan.num_salient,
+            quantize_output=quantize_output,
+            dtype=weight.dtype,
+            device="meta",
+        )
+        weight = weight.detach()
+        if not torch.isfinite(weight).all():
+            raise ValueError("weight holds NaN or Inf")
+        permuted = weight[:, plan.perm.long()]
+        k4 = k - plan.num_salient
+        w4 = permuted[:, :k4].float()
+        if w4.numel():
+            # the packed layer's arithmetic: bfloat16 scales, and codes computed with them
+            scale = weight_group_scales(w4, config, layer.group_size).bfloat16().float()
+            scale = scale.repeat_interleave(layer.group_size, dim=1)[:, :k4]
+            q_max = 2 ** (config.num_bits - 1) - 1
+            inverse = torch.where(scale > 0, 1 / scale, 0)
+            permuted[:, :k4] = ((w4 * inverse).round().clamp(-q_max, q_max) * scale).to(
+                weight.dtype
+            )
+        layer.simulated_weight = permuted
+        layer.perm = plan.perm.clone()
+        layer.bias = None if bias is None else bias.detach().clone()
+        return layer
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in x's dtype."""
+        self._check_input(x)
+        k4 = self.in_features - self.num_salient
+        permuted = x[..., self.perm.long()]
+        quantized = quantize_activation(permuted[..., :k4], self.config)
+        permuted = torch.cat([quantized, permuted[..., k4:]], dim=-1)
+        return self._quantize_output(F.linear(permuted, self.simulated_weight, self.bias))
+
+    def dequantize(self) -> Tensor:
+        """The simulated weight, [N, K], channels in natural order."""
+        weight = torch.empty_like(self.simulated_weight)
+        weight[:, self.perm.long()] = self.simulated_weight
+        return weight
+
+
+def linear_class(config: MixedQuantConfig) -> type[W4A4Linear] | type[FakeW4A4Linear]:
+    """The layer class of a config's backend."""
+    return W4A4Linear if config.backend == "int4" else FakeW4A4Linear
