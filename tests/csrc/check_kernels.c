@@ -1,0 +1,284 @@
+/* Runs every entry of mixedquant.h on random small problems, each array ending at a page that cannot
+ * be touched, and compares every instruction set with scalar bit for bit. Built with ASan and UBSan
+ * by tests/test_csrc.py. Usage: check_kernels SEED CASES. Prints "N cases"; any fault aborts. */
+#define _GNU_SOURCE
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "../../csrc/mixedquant.h"
+
+#define CHECK(condition)                                                             \
+    do {                                                                             \
+        if (!(condition)) {                                                          \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);          \
+            abort();                                                                 \
+        }                                                                            \
+    } while (0)
+
+typedef struct guarded {
+    void *map, *data;
+    size_t mapped, bytes;
+} guarded;
+
+/* `bytes` writable bytes; the next byte (after rounding up to `alignment`) is in a guard page. */
+static guarded guarded_alloc(size_t bytes, size_t alignment) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), rounded = (bytes + alignment - 1) / alignment * alignment;
+    size_t pages = (rounded + page - 1) / page * page;
+    guarded g = {.mapped = pages + 2 * page, .bytes = bytes};
+    g.map = mmap(NULL, g.mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(g.map != MAP_FAILED);
+    CHECK(mprotect(g.map, page, PROT_NONE) == 0);
+    CHECK(mprotect((char *)g.map + page + pages, page, PROT_NONE) == 0);
+    g.data = (char *)g.map + page + pages - rounded;
+    memset(g.data, 0x5a, rounded);
+    return g;
+}
+
+static void guarded_free(guarded *g) { CHECK(munmap(g->map, g->mapped) == 0); }
+
+static int64_t below(int64_t bound) { return bound > 0 ? rand() % bound : 0; }
+
+static size_t size_of(mq_dtype dtype) { return dtype == MQ_F32 ? 4 : 2; }
+
+/* Random values; now and then zero, subnormal, huge, Inf or NaN if `special`. */
+static guarded random_values(mq_dtype dtype, int64_t count, int special) {
+    guarded g = guarded_alloc((size_t)count * size_of(dtype), size_of(dtype));
+    for (int64_t i = 0; i < count; i++) {
+        if (dtype == MQ_F32) {
+            float odd[] = {0, -0.0f, 1e-45f, 1e-38f, 3e38f, INFINITY, NAN, -1.5f};
+            float value = ((float)rand() / (float)RAND_MAX - 0.5f) * powf(10, (float)below(9) - 4);
+            ((float *)g.data)[i] = special && below(20) == 0 ? odd[below(8)] : value;
+        } else {
+            /* any bits of small exponent; or any bits at all */
+            uint16_t any = (uint16_t)rand();
+            uint16_t small = dtype == MQ_F16 ? (any & 0xbfff) : (uint16_t)((any & 0x80ff) | 0x3f00);
+            ((uint16_t *)g.data)[i] = special && below(20) == 0 ? any : small;
+        }
+    }
+    return g;
+}
+
+static int is_nan_at(mq_dtype dtype, const void *x, int64_t i) {
+    if (dtype == MQ_F32) return isnan(((const float *)x)[i]);
+    uint16_t bits = ((const uint16_t *)x)[i] & 0x7fff;
+    return bits > (dtype == MQ_F16 ? 0x7c00 : 0x7f80);
+}
+
+static void check_same(mq_dtype dtype, const void *a, const void *b, int64_t count) {
+    size_t size = size_of(dtype);
+    for (int64_t i = 0; i < count; i++) {
+        int same = memcmp((const char *)a + (size_t)i * size, (const char *)b + (size_t)i * size, size) == 0;
+        CHECK(same || (is_nan_at(dtype, a, i) && is_nan_at(dtype, b, i)));
+    }
+}
+
+static void check_bytes(const guarded *a, const guarded *b) {
+    CHECK(a->bytes == b->bytes && memcmp(a->data, b->data, a->bytes) == 0);
+}
+
+static void check_groups(void) {
+    mq_dtype dtype = (mq_dtype)below(3);
+    int64_t rows = below(4), cols = below(300), stride = cols + below(3);
+    mq_group_format format = {1 + below(below(2) ? 40 : 2000), (int)(2 + below(7)), (int)below(2)};
+    int64_t groups = cols / format.group_size + (cols % format.group_size != 0);
+    int64_t read = rows ? (rows - 1) * stride + cols : 0;
+    guarded x = random_values(dtype, read, 1), q[2], scales[2], out[2], fake[2], packed[2], codes[2];
+    int64_t packed_bytes = rows * (cols / 2 + cols % 2);
+    for (int i = 0; i < 2; i++) {
+        q[i] = guarded_alloc((size_t)(rows * cols), 1);
+        scales[i] = guarded_alloc((size_t)(rows * groups) * 4, 4);
+        out[i] = guarded_alloc((size_t)(rows * cols) * size_of(dtype), size_of(dtype));
+        fake[i] = guarded_alloc((size_t)(rows * cols) * size_of(dtype), size_of(dtype));
+        packed[i] = guarded_alloc((size_t)packed_bytes, 1);
+        codes[i] = guarded_alloc((size_t)(rows * cols), 1);
+    }
+    for (int isa = 0; isa < MQ_ISA_COUNT; isa++) {
+        if (!mq_isa_supported((mq_isa)isa)) continue;
+        CHECK(mq_isa_set((mq_isa)isa) == MQ_OK);
+        int i = isa > 0;
+        CHECK(mq_group_quantize(&format, dtype, x.data, rows, cols, stride, q[i].data, scales[i].data) == MQ_OK);
+        CHECK(mq_group_dequantize(&format, q[i].data, scales[i].data, rows, cols, dtype, out[i].data) == MQ_OK);
+        CHECK(mq_group_fake_quantize(&format, dtype, x.data, rows, cols, stride, fake[i].data) == MQ_OK);
+        CHECK(mq_pack_nibbles(q[i].data, rows, cols, packed[i].data) == MQ_OK);
+        CHECK(mq_unpack_nibbles(packed[i].data, rows, cols, format.is_unsigned, codes[i].data) == MQ_OK);
+        check_bytes(&q[i], &q[0]);
+        check_same(MQ_F32, scales[i].data, scales[0].data, rows * groups);
+        check_same(dtype, out[i].data, out[0].data, rows * cols);
+        check_same(dtype, fake[i].data, out[0].data, rows * cols);
+        check_bytes(&packed[i], &packed[0]);
+        check_bytes(&codes[i], &codes[0]);
+    }
+    guarded_free(&x);
+    for (int i = 0; i < 2; i++) {
+        guarded_free(&q[i]), guarded_free(&scales[i]), guarded_free(&out[i]);
+        guarded_free(&fake[i]), guarded_free(&packed[i]), guarded_free(&codes[i]);
+    }
+}
+
+static void check_stats(void) {
+    mq_dtype dtype = (mq_dtype)below(3);
+    int64_t rows = below(5), cols = below(70), stride = cols + below(3);
+    guarded x = random_values(dtype, rows ? (rows - 1) * stride + cols : 0, 0);
+    guarded fields[2][5], keys[2], indices = guarded_alloc((size_t)cols * 8, 8);
+    guarded scratch = guarded_alloc((size_t)cols * 8, 8);
+    const size_t sizes[5] = {4, 4, 8, 8, 8};
+    for (int i = 0; i < 2; i++) {
+        for (int f = 0; f < 5; f++) {
+            fields[i][f] = guarded_alloc((size_t)cols * sizes[f], sizes[f]);
+            memset(fields[i][f].data, 0, fields[i][f].bytes);
+        }
+        for (int64_t c = 0; c < cols; c++) ((float *)fields[i][1].data)[c] = INFINITY;
+        keys[i] = guarded_alloc((size_t)cols * 8, 8);
+    }
+    for (int isa = 0; isa < MQ_ISA_COUNT; isa++) {
+        if (!mq_isa_supported((mq_isa)isa)) continue;
+        CHECK(mq_isa_set((mq_isa)isa) == MQ_OK);
+        int i = isa > 0;
+        mq_channel_stats stats = {fields[i][0].data, fields[i][1].data, fields[i][2].data,
+                                  fields[i][3].data, fields[i][4].data};
+        int64_t split = below(cols + 1);
+        CHECK(mq_channel_stats_update(dtype, x.data, rows, stride, 0, split, 7, &stats) == MQ_OK);
+        CHECK(mq_channel_stats_update(dtype, x.data, rows, stride, split, cols, 7, &stats) == MQ_OK);
+        for (int f = 0; f < 5; f++) check_bytes(&fields[i][f], &fields[0][f]);
+        for (int key = MQ_KEY_ARGMAX; key <= MQ_KEY_RMS; key++) {
+            CHECK(mq_sort_keys((mq_sort_key)key, cols, rows, &stats, keys[i].data) == MQ_OK);
+            mq_isa_set(MQ_ISA_SCALAR);
+            CHECK(mq_sort_keys((mq_sort_key)key, cols, rows, &stats, keys[0].data) == MQ_OK);
+            mq_isa_set((mq_isa)isa);
+            check_bytes(&keys[i], &keys[0]);
+            CHECK(mq_argsort(keys[i].data, cols, key % 2, indices.data, scratch.data) == MQ_OK);
+        }
+    }
+    guarded_free(&x), guarded_free(&indices), guarded_free(&scratch);
+    for (int i = 0; i < 2; i++) {
+        for (int f = 0; f < 5; f++) guarded_free(&fields[i][f]);
+        guarded_free(&keys[i]);
+    }
+}
+
+static void check_linear(void) {
+    mq_dtype dtype = (mq_dtype)below(3);
+    int64_t m = below(30), n = below(50), k = below(below(8) ? 150 : 2600);
+    mq_linear lin = {.n = n, .k = k, .k_salient = below(3) ? below(k / 4 + 1) : below(k + 1),
+                     .group_size = 1 + below(below(2) ? 48 : 2600),
+                     .salient_dtype = below(2) ? MQ_F16 : MQ_BF16, .q_max = 7,
+                     .per_token = (int)below(2), .clip = below(2) ? 1.0f : 0.7f};
+    mq_shape shape;
+    CHECK(mq_shape_of(n, k, lin.k_salient, lin.group_size, &shape) == MQ_OK);
+    int64_t x_stride = k + below(3), y_stride = n + below(3), w_stride = k + below(3);
+    guarded x = random_values(dtype, m ? (m - 1) * x_stride + k : 0, below(2) == 0);
+    guarded w = random_values(dtype, n ? (n - 1) * w_stride + k : 0, 0);
+    guarded bias = random_values(dtype, n, 0), perm = guarded_alloc((size_t)k * 4, 4);
+    int32_t *order = perm.data;
+    for (int32_t i = 0; i < k; i++) order[i] = i;
+    for (int64_t i = k - 1; i > 0; i--) {
+        int64_t j = below(i + 1);
+        int32_t swap = order[i];
+        order[i] = order[j], order[j] = swap;
+    }
+    lin.perm = below(4) ? order : NULL;
+    lin.bias = below(3) ? bias.data : NULL;
+    lin.bias_dtype = dtype;
+    guarded qweight[2], scales[2], salient[2], y[2], unpacked[2];
+    for (int i = 0; i < 2; i++) {
+        qweight[i] = guarded_alloc((size_t)(shape.panels * shape.blocks * MQ_BLOCK_BYTES), 1);
+        scales[i] = guarded_alloc((size_t)(shape.panels * shape.groups * MQ_PANEL) * 2, 2);
+        salient[i] = guarded_alloc((size_t)(shape.panels * lin.k_salient * MQ_PANEL) * 2, 2);
+        y[i] = guarded_alloc((size_t)(m ? (m - 1) * y_stride + n : 0) * size_of(dtype), size_of(dtype));
+        unpacked[i] = guarded_alloc((size_t)(n * k) * 4, 4);
+    }
+    for (int isa = 0; isa < MQ_ISA_COUNT; isa++) {
+        lin.isa = (mq_isa)isa;
+        if (!mq_isa_supported(lin.isa)) continue;
+        int i = isa > 0;
+        int64_t middle = below(shape.panels + 1), tile;
+        CHECK(mq_pack_weight(&lin, 7, dtype, w.data, w_stride, NULL, 0, middle, qweight[i].data,
+                             scales[i].data, salient[i].data) == MQ_OK);
+        CHECK(mq_pack_weight(&lin, 7, dtype, w.data, w_stride, NULL, middle, shape.panels,
+                             qweight[i].data, scales[i].data, salient[i].data) == MQ_OK);
+        lin.qweight = qweight[i].data, lin.scales = scales[i].data, lin.salient = salient[i].data;
+        CHECK(mq_unpack_weight(&lin, 0, shape.panels, unpacked[i].data) == MQ_OK);
+        size_t bytes;
+        CHECK(mq_linear_workspace_size(&lin, m, &bytes) == MQ_OK);
+        CHECK(mq_linear_tile_rows(&lin, m, &tile) == MQ_OK);
+        guarded workspace = guarded_alloc(bytes, 64);
+        int64_t split = below(m / tile + 1) * tile;
+        CHECK(mq_linear_quantize(&lin, dtype, x.data, x_stride, m, split, m, workspace.data) == MQ_OK);
+        CHECK(mq_linear_quantize(&lin, dtype, x.data, x_stride, m, 0, split, workspace.data) == MQ_OK);
+        CHECK(mq_linear_multiply(&lin, m, split, m, 0, shape.panels, workspace.data, dtype, y[i].data, y_stride) == MQ_OK);
+        CHECK(mq_linear_multiply(&lin, m, 0, split, middle, shape.panels, workspace.data, dtype, y[i].data, y_stride) == MQ_OK);
+        CHECK(mq_linear_multiply(&lin, m, 0, split, 0, middle, workspace.data, dtype, y[i].data, y_stride) == MQ_OK);
+        guarded_free(&workspace);
+        check_bytes(&qweight[i], &qweight[0]);
+        check_bytes(&scales[i], &scales[0]);
+        check_bytes(&salient[i], &salient[0]);
+        check_bytes(&unpacked[i], &unpacked[0]);
+        check_same(dtype, y[i].data, y[0].data, m ? (m - 1) * y_stride + n : 0);
+    }
+    guarded_free(&x), guarded_free(&w), guarded_free(&bias), guarded_free(&perm);
+    for (int i = 0; i < 2; i++) {
+        guarded_free(&qweight[i]), guarded_free(&scales[i]), guarded_free(&salient[i]);
+        guarded_free(&y[i]), guarded_free(&unpacked[i]);
+    }
+}
+
+/* Every kind of wrong argument gives its status and touches nothing: all pointers are NULL. */
+static void check_statuses(void) {
+    mq_group_format format = {4, 4, 0};
+    CHECK(mq_group_quantize(&format, MQ_F32, NULL, 1, 1, 1, NULL, NULL) == MQ_INVALID_POINTER);
+    CHECK(mq_group_quantize(NULL, MQ_F32, NULL, 1, 1, 1, NULL, NULL) == MQ_INVALID_POINTER);
+    CHECK(mq_group_quantize(&format, MQ_F32, NULL, -1, 1, 1, NULL, NULL) == MQ_INVALID_SIZE);
+    CHECK(mq_group_quantize(&format, (mq_dtype)9, NULL, 1, 1, 1, NULL, NULL) == MQ_INVALID_DTYPE);
+    format.num_bits = 9;
+    CHECK(mq_group_quantize(&format, MQ_F32, NULL, 1, 1, 1, NULL, NULL) == MQ_INVALID_BITS);
+    format = (mq_group_format){0, 4, 0};
+    CHECK(mq_group_quantize(&format, MQ_F32, NULL, 1, 1, 1, NULL, NULL) == MQ_INVALID_GROUP_SIZE);
+    CHECK(mq_pack_nibbles(NULL, 1, 1, NULL) == MQ_INVALID_POINTER);
+    CHECK(mq_argsort(NULL, -1, 0, NULL, NULL) == MQ_INVALID_SIZE);
+    CHECK(mq_sort_keys((mq_sort_key)7, 0, 0, NULL, NULL) == MQ_INVALID_KEY);
+    CHECK(mq_channel_stats_update(MQ_F32, NULL, 1, 1, 0, 1, 0, NULL) == MQ_INVALID_POINTER);
+    CHECK(mq_isa_set((mq_isa)99) == MQ_INVALID_ISA);
+    CHECK(mq_isa_name((mq_isa)99) == NULL);
+    mq_shape shape;
+    CHECK(mq_shape_of(4, 4, 5, 1, &shape) == MQ_INVALID_SALIENT);
+    CHECK(mq_shape_of(4, 4, 4, 0, &shape) == MQ_INVALID_GROUP_SIZE);
+    CHECK(mq_shape_of(-4, 4, 4, 1, &shape) == MQ_INVALID_SIZE);
+    int32_t perm[8] = {0, 1, 2, 3, 4, 5, 6, 8};
+    float x[8] = {0};
+    uint8_t qweight[128];
+    uint16_t scales[32];
+    char space[4096];
+    mq_linear lin = {.n = 8, .k = 8, .group_size = 8, .qweight = qweight, .scales = scales,
+                     .salient_dtype = MQ_BF16, .perm = perm, .q_max = 7, .clip = 1};
+    CHECK(mq_linear_quantize(&lin, MQ_F32, x, 8, 1, 0, 1, space) == MQ_INVALID_PERM);
+    perm[7] = 7;
+    CHECK(mq_linear_quantize(&lin, MQ_F32, x, 8, 1, 0, 1, space) == MQ_OK);
+    CHECK(mq_linear_quantize(&lin, MQ_F32, x, 8, 13, 1, 13, space) == MQ_INVALID_SIZE);
+    CHECK(mq_linear_multiply(&lin, 1, 0, 1, 0, 2, space, MQ_F32, x, 8) == MQ_INVALID_SIZE);
+    lin.clip = 2;
+    CHECK(mq_linear_quantize(&lin, MQ_F32, x, 8, 1, 0, 1, space) == MQ_INVALID_SCALE);
+    lin.clip = 1, lin.flags = 1;
+    CHECK(mq_linear_quantize(&lin, MQ_F32, x, 8, 1, 0, 1, space) == MQ_INVALID_FLAGS);
+    lin.flags = 0, lin.isa = (mq_isa)42;
+    CHECK(mq_linear_quantize(&lin, MQ_F32, x, 8, 1, 0, 1, space) == MQ_INVALID_ISA);
+    for (int status = MQ_OK; status <= MQ_NON_FINITE + 1; status++)
+        CHECK(mq_status_message((mq_status)status)[0]);
+}
+
+int main(int argc, char **argv) {
+    CHECK(argc == 3);
+    srand((unsigned)atoi(argv[1]));
+    int cases = atoi(argv[2]);
+    check_statuses();
+    for (int i = 0; i < cases; i++) {
+        check_groups();
+        check_stats();
+        check_linear();
+    }
+    printf("%d cases\n", cases);
+    return 0;
+}

@@ -1,0 +1,454 @@
+"""The oracle chain: plain torch (smoothquant.reference) = C scalar = every instruction set, in bits."""
+
+import math
+
+import pytest
+import torch
+from bits import assert_same_bits, forced_isa
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smoothquant import ops, reference
+from smoothquant.sorting import ChannelStats
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ISAS = ops.supported_isas()
+# zeros, subnormals, the extremes, what rounds half-way, and what is not finite
+SPECIAL = [
+    0.0,
+    -0.0,
+    1e-45,
+    -1e-40,
+    1.2e-38,
+    6e-8,
+    0.5,
+    1.5,
+    -2.5,
+    65504.0,
+    -3.0e38,
+    math.inf,
+    -math.inf,
+    math.nan,
+]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    with forced_isa(request.param):
+        yield request.param
+
+
+def values(seed: int, *shape: int, dtype=torch.float32, special: float = 0.0) -> torch.Tensor:
+    """Random values over 12 decades; a share `special` of them from SPECIAL."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    x *= 10.0 ** torch.randint(-6, 6, shape[-1:] or (1,), generator=generator)
+    if special and x.numel():
+        picks = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), shape, generator=generator)]
+        x = torch.where(torch.rand(shape, generator=generator) < special, picks, x)
+    return x.to(dtype)
+
+
+SHAPES = [(0, 5), (1, 1), (3, 7), (4, 16), (2, 33), (5, 128), (3, 131), (2, 1024), (2, 2051)]
+GROUP_SIZES = [1, 3, 4, 16, 32, 128, 1500, 10**12]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_bits, is_unsigned", [(2, False), (4, False), (4, True), (8, True)])
+def test_group_ops_equal_the_reference(isa, dtype, num_bits, is_unsigned):
+    for seed, (rows, cols) in enumerate(SHAPES):
+        for group_size in GROUP_SIZES:
+            for special in (0.0, 0.1):
+                x = values(seed, rows, cols, dtype=dtype, special=special)
+                q, scales = ops.group_quantize(x, group_size, num_bits, is_unsigned)
+                q_ref, scales_ref = reference.group_quantize(x, group_size, num_bits, is_unsigned)
+                assert_same_bits(q, q_ref)
+                assert_same_bits(scales, scales_ref)
+                assert_same_bits(
+                    ops.group_dequantize(q, scales, group_size, dtype),
+                    reference.group_dequantize(q, scales, group_size, dtype),
+                )
+                assert_same_bits(
+                    ops.group_fake_quantize(x, group_size, num_bits, is_unsigned),
+                    reference.group_fake_quantize(x, group_size, num_bits, is_unsigned),
+                )
+
+
+@pytest.mark.parametrize("num_bits", range(2, 9))
+def test_group_quantize_error_is_at_most_half_a_step(isa, num_bits):
+    x = values(1, 50, 96)
+    q, scales = ops.group_quantize(x, 32, num_bits)
+    error = (ops.group_dequantize(q, scales, 32) - x).abs()
+    step = scales.repeat_interleave(32, dim=1)
+    assert (error <= 0.5 * step * (1 + 1e-5)).all()
+    assert q.abs().max() == 2 ** (num_bits - 1) - 1
+
+
+@pytest.mark.parametrize("cols", [0, 1, 2, 31, 32, 33, 64, 97])
+@pytest.mark.parametrize("is_unsigned", [False, True])
+def test_nibbles_equal_the_reference_and_come_back(isa, cols, is_unsigned):
+    low, high = (0, 16) if is_unsigned else (-8, 8)
+    dtype = torch.uint8 if is_unsigned else torch.int8
+    q = torch.randint(low, high, (5, 3, cols), dtype=dtype)
+    packed = ops.pack_nibbles(q)
+    assert packed.shape == (5, 3, (cols + 1) // 2)
+    assert_same_bits(packed, reference.pack_nibbles(q))
+    assert_same_bits(ops.unpack_nibbles(packed, cols, is_unsigned), q)
+    assert_same_bits(reference.unpack_nibbles(packed, cols, is_unsigned), q)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cols", [1, 7, 8, 40, 129])
+def test_channel_stats_equal_the_reference_in_any_split(isa, dtype, cols):
+    x = values(cols, 23, cols, dtype=dtype)
+    x[5] = -x[3].abs()  # ties: the first row wins
+    whole, parts, expected = (ChannelStats.empty(cols) for _ in range(3))
+    whole.update(x)
+    for part in (x[:1], x[1:1], x[1:20], x[20:]):
+        parts.update(part)
+    reference.channel_stats_update(x, *expected.to_dict().values())
+    for name, tensor in expected.to_dict().items():
+        assert_same_bits(getattr(whole, name), tensor)
+        assert_same_bits(getattr(parts, name), tensor)
+    assert whole.count == 23
+
+
+@pytest.mark.parametrize("key", ["argmax", "max", "mean3std", "rms"])
+@pytest.mark.parametrize("cols", [0, 1, 5, 64])
+def test_sort_keys_and_argsort_equal_the_reference(isa, key, cols):
+    stats = ChannelStats.empty(cols)
+    stats.update(values(3, 40, cols))
+    keys = ops.sort_keys(stats, key)
+    assert_same_bits(keys, reference.sort_keys(stats, key))
+    for descending in (False, True):
+        assert_same_bits(ops.argsort(keys, descending), reference.argsort(keys, descending))
+
+
+def test_sort_keys_mean_what_they_say():
+    x = values(4, 100, 9)
+    stats = ChannelStats.empty(9)
+    stats.update(x)
+    magnitude = x.double().abs()
+    expected = {
+        "argmax": magnitude.argmax(0).double(),
+        "max": magnitude.amax(0),
+        "mean3std": magnitude.mean(0) + 3 * magnitude.std(0, correction=0),
+        "rms": magnitude.square().mean(0).sqrt(),
+    }
+    for key, value in expected.items():
+        torch.testing.assert_close(ops.sort_keys(stats, key), value)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 100, 1023])
+def test_argsort_is_stable_with_nan_last(isa, size):
+    keys = torch.randint(0, 10, (size,)).double()
+    keys[torch.rand(size) < 0.1] = math.nan
+    for descending in (False, True):
+        assert_same_bits(ops.argsort(keys, descending), reference.argsort(keys, descending))
+
+
+# m, n, k, num_salient, group_size: 0, 1, primes, tails, a group larger than K, nothing or everything
+# salient, groups of several segments
+LINEARS = [
+    (0, 4, 9, 1, 4),
+    (1, 1, 1, 0, 1),
+    (1, 1, 1, 1, 1),
+    (3, 0, 5, 0, 4),
+    (2, 3, 0, 0, 4),
+    (2, 17, 33, 3, 8),
+    (7, 16, 128, 0, 128),
+    (13, 40, 100, 100, 4),
+    (5, 3, 301, 17, 3),
+    (6, 5, 50, 2, 1000),
+    (12, 31, 64, 5, 16),
+    (247, 19, 70, 3, 32),
+    (3, 20, 2100, 40, 1500),
+    (8, 17, 4100, 0, 4100),
+]
+
+
+def packed_linear(n, k, num_salient, group_size, dtype=torch.float32, num_bits=4, seed=0):
+    """Positional arguments of w4a4_linear behind x, up to bias."""
+    w = values(seed, n, k).to(dtype)
+    w = torch.nan_to_num(w, posinf=6e4, neginf=-6e4)
+    generator = torch.Generator().manual_seed(seed)
+    perm = torch.randperm(k, generator=generator).int()
+    salient_dtype = torch.float16 if dtype == torch.float16 else torch.bfloat16
+    packed = ops.pack_weight(w, perm, num_salient, group_size, num_bits, None, salient_dtype)
+    expected = reference.pack_weight(
+        w, perm, num_salient, group_size, num_bits, None, salient_dtype
+    )
+    for one, other in zip(packed, expected, strict=True):
+        assert_same_bits(one, other)
+    shapes = ops.packed_shapes(n, k, num_salient, group_size)
+    assert tuple(tuple(t.shape) for t in packed) == shapes
+    return (*packed, perm, torch.randn(n, generator=generator))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m, n, k, num_salient, group_size", LINEARS)
+def test_linear_equals_the_reference(isa, dtype, m, n, k, num_salient, group_size):
+    args = packed_linear(n, k, num_salient, group_size, dtype)
+    assert_same_bits(
+        ops.unpack_weight(*args[:4], n, group_size),
+        reference.unpack_weight(*args[:4], n, group_size),
+    )
+    x = values(7, m, k, dtype=dtype)
+    if m > 2 and k:
+        x[1] = 0
+        x[2, k // 2] = math.nan
+    for num_bits, per_token, clip in [(4, False, 1.0), (4, True, 0.9), (3, False, 0.5)]:
+        options = (n, group_size, num_bits, per_token, clip)
+        assert_same_bits(
+            ops.w4a4_linear(x, *args, *options), reference.w4a4_linear(x, *args, *options)
+        )
+    assert_same_bits(
+        ops.w4a4_linear(x, *args[:4], None, n, group_size),
+        reference.w4a4_linear(x, *args[:4], None, n, group_size),
+    )
+
+
+def test_given_group_scales_are_used(isa):
+    w, perm = values(5, 20, 48), torch.randperm(48).int()
+    scales = torch.rand(20, 3) * w.abs().amax()
+    packed = ops.pack_weight(w, perm, 0, 16, 4, scales)
+    for one, other in zip(packed, reference.pack_weight(w, perm, 0, 16, 4, scales), strict=True):
+        assert_same_bits(one, other)
+    assert_same_bits(packed[1].transpose(1, 2).flatten(0, 1)[:20], scales.bfloat16())
+
+
+shapes = st.tuples(
+    st.integers(0, 20), st.integers(0, 40), st.integers(0, 90), st.floats(0, 1), st.integers(1, 100)
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(shapes, st.sampled_from(DTYPES), st.integers(0, 2**31))
+def test_linear_equals_the_reference_for_any_shape(shape, dtype, seed):
+    m, n, k, salient_share, group_size = shape
+    args = packed_linear(n, k, int(salient_share * k), group_size, dtype, seed=seed)
+    x = values(seed + 1, m, k, dtype=dtype, special=0.02)
+    expected = reference.w4a4_linear(x, *args, n, group_size)
+    for name in ISAS:
+        with forced_isa(name):
+            assert_same_bits(ops.w4a4_linear(x, *args, n, group_size), expected)
+
+
+@settings(max_examples=5000, deadline=None)
+@given(shapes, st.integers(1, 2000), st.sampled_from(DTYPES), st.integers(0, 2**31))
+def test_every_isa_equals_scalar_for_any_shape(shape, extra_channels, dtype, seed):
+    m, n, k, salient_share, group_size = shape
+    k = k + extra_channels if seed % 50 == 0 else k  # now and then more than one segment
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(n, k, generator=generator).to(dtype)
+    perm = torch.randperm(k, generator=generator).int()
+    num_salient = int(salient_share * k)
+    x = torch.randn(m, k, generator=generator).to(dtype)
+    results = []
+    for name in ISAS:
+        with forced_isa(name):
+            packed = ops.pack_weight(w, perm, num_salient, group_size)
+            y = ops.w4a4_linear(x, *packed, perm, None, n, group_size)
+            results.append((*packed, y, *ops.group_quantize(x, group_size)))
+    for result in results[1:]:
+        for one, other in zip(result, results[0], strict=True):
+            assert_same_bits(one, other)
+
+
+@st.composite
+def views(draw):
+    """A tensor with any strides and rank >= 1, made by slicing, transposing and expanding."""
+    rank = draw(st.integers(1, 4))
+    base = torch.randn([draw(st.integers(1, 9)) for _ in range(rank)])
+    view = base
+    for dim in range(rank):
+        step = draw(st.integers(1, 3))
+        start = draw(st.integers(0, view.shape[dim] - 1))
+        index = [slice(None)] * rank
+        index[dim] = slice(start, None, step)
+        view = view[tuple(index)]
+    view = view.permute(draw(st.permutations(range(rank))))
+    if draw(st.booleans()):
+        view = view.unsqueeze(0).expand(draw(st.integers(1, 3)), *view.shape)
+    return view
+
+
+@settings(max_examples=2000, deadline=None)
+@given(views(), st.integers(1, 12))
+def test_strides_do_not_matter(view, group_size):
+    k = view.shape[-1]
+    plain = view.contiguous().clone()
+    before = view.clone()
+    w = torch.randn(5, k)
+    perm = torch.arange(k).flip(0).int()
+    packed = ops.pack_weight(w, perm, k // 3, group_size)
+    assert_same_bits(
+        ops.w4a4_linear(view, *packed, perm, None, 5, group_size),
+        ops.w4a4_linear(plain, *packed, perm, None, 5, group_size),
+    )
+    for one, other in zip(
+        ops.group_quantize(view, group_size), ops.group_quantize(plain, group_size), strict=True
+    ):
+        assert_same_bits(one, other)
+    matrix, plain_matrix = view.flatten(0, -2) if view.ndim > 1 else view[None], None
+    plain_matrix = matrix.contiguous()
+    order = torch.randperm(k).int()
+    for one, other in zip(
+        ops.pack_weight(matrix, order, 0, group_size),
+        ops.pack_weight(plain_matrix, order, 0, group_size),
+        strict=True,
+    ):
+        assert_same_bits(one, other)
+    assert torch.equal(view, before)
+
+
+def test_offsets_beyond_two_to_the_31():
+    q = torch.zeros(2**31 + 66, dtype=torch.int8)
+    q[-5:] = torch.tensor([1, 2, 3, 4, 5], dtype=torch.int8)
+    packed = ops.pack_nibbles(q)
+    assert packed[-3:].tolist() == [0x10, 0x32, 0x54]
+    del q
+    assert ops.unpack_nibbles(packed[-3:].clone(), 6).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+# ---- torch integration ----
+
+
+def op_arguments() -> dict[str, tuple]:
+    stats = ChannelStats.empty(24)
+    x = torch.randn(6, 24)
+    perm = torch.randperm(24).int()
+    packed = ops.pack_weight(torch.randn(20, 24), perm, 3, 8)
+    q, scales = ops.group_quantize(x, 8)
+    fields = (stats.count, stats.abs_max, stats.abs_sum, stats.sq_sum, stats.argmax)
+    return {
+        "channel_stats_update": (x, *stats.to_dict().values()),
+        "sort_keys": (*fields, "rms"),
+        "argsort": (torch.randn(9).double(), True),
+        "group_quantize": (x, 8, 4, False),
+        "group_dequantize": (q, scales, 8, torch.float16),
+        "group_fake_quantize": (x, 8, 4, True),
+        "pack_nibbles": (q,),
+        "unpack_nibbles": (ops.pack_nibbles(q), 24, False),
+        "pack_weight": (torch.randn(20, 24), perm, 3, 8, 4, None, torch.bfloat16),
+        "unpack_weight": (*packed, perm, 20, 8),
+        "w4a4_linear": (x, *packed, perm, torch.randn(20), 20, 8, 4, False, 1.0),
+    }
+
+
+def test_every_op_is_in_the_table():
+    schemas = torch._C._jit_get_all_schemas()
+    registered = {s.name.split("::")[1] for s in schemas if s.name.startswith("mixedquant::")}
+    assert registered == set(op_arguments())
+
+
+@pytest.mark.parametrize("name", sorted(op_arguments()))
+def test_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.mixedquant, name).default, op_arguments()[name])
+
+
+@pytest.mark.parametrize("name", ["group_fake_quantize", "w4a4_linear", "group_quantize"])
+def test_ops_compile_and_export(name):
+    args = op_arguments()[name]
+    op = getattr(torch.ops.mixedquant, name)
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return op(x + 1, *args[1:])
+
+    expected = Module()(args[0])
+    compiled = torch.compile(Module(), fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(Module(), (args[0],)).module()
+    torch.testing.assert_close(compiled(args[0]), expected, rtol=0, atol=0)
+    torch.testing.assert_close(exported(args[0]), expected, rtol=0, atol=0)
+
+
+# ---- errors: ValueError naming op, argument and value; RuntimeError for the environment ----
+
+BAD_CALLS = {
+    "group_size": (lambda: ops.group_quantize(torch.randn(2, 4), 0), "group_size.*got 0"),
+    "num_bits": (lambda: ops.group_quantize(torch.randn(2, 4), 4, 9), "num_bits.*got 9"),
+    "x dtype": (lambda: ops.group_quantize(torch.zeros(2, 4).double(), 4), "x must be.*got Double"),
+    "x scalar": (lambda: ops.group_quantize(torch.tensor(1.0), 4), "x must have at least one"),
+    "q dtype": (lambda: ops.pack_nibbles(torch.zeros(4)), "q must be int8.*got Float"),
+    "cols": (lambda: ops.unpack_nibbles(torch.zeros(4, dtype=torch.uint8), 6), "cols.*got 6"),
+    "key": (lambda: ops.sort_keys(ChannelStats.empty(3), "median"), "key must be.*'median'"),
+    "scales": (
+        lambda: ops.group_dequantize(torch.zeros(2, 8, dtype=torch.int8), torch.ones(2, 3), 4),
+        r"scales must have shape \[2, 2\]; got \[2, 3\]",
+    ),
+    "perm twice": (
+        lambda: ops.pack_weight(torch.randn(2, 3), torch.tensor([0, 1, 1]).int(), 0, 4),
+        r"perm must hold every channel in \[0, 3\) once; perm\[2\] is 1",
+    ),
+    "perm dtype": (
+        lambda: ops.pack_weight(torch.randn(2, 3), torch.tensor([0, 1, 2]), 0, 4),
+        "perm must be Int; got Long",
+    ),
+    "num_salient": (
+        lambda: ops.pack_weight(torch.randn(2, 3), torch.arange(3).int(), 4, 4),
+        r"num_salient must be in \[0, 3\]; got 4",
+    ),
+    "weight NaN": (
+        lambda: ops.pack_weight(torch.full((2, 3), math.nan), torch.arange(3).int(), 1, 4),
+        "pack_weight: a weight is NaN or Inf",
+    ),
+    "salient Inf": (
+        lambda: ops.pack_weight(torch.full((2, 3), math.inf), torch.arange(3).int(), 3, 4),
+        "pack_weight: a weight is NaN or Inf",
+    ),
+    "negative scale": (
+        lambda: ops.pack_weight(
+            torch.randn(2, 3), torch.arange(3).int(), 0, 4, 4, torch.full((2, 1), -1.0)
+        ),
+        "a scale or clip ratio is negative",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_arguments_are_value_errors(case):
+    call, message = BAD_CALLS[case]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.randn(2, 23)}, r"x must end in 24 channels; got shape \[2, 23\]"),
+        ({"x": torch.randn(2, 24).double()}, "x must be float32, float16 or bfloat16; got Double"),
+        ({"perm": torch.full((24,), 99).int()}, r"perm holds an index outside \[0, k\)"),
+        ({"perm": torch.full((24,), -1).int()}, r"perm holds an index outside \[0, k\)"),
+        ({"perm": torch.arange(40).int()}, "qweight must have shape"),
+        ({"bias": torch.randn(19)}, r"bias must have shape \[20\]; got \[19\]"),
+        ({"out_features": 33}, "qweight must have shape"),
+        ({"out_features": -1}, "out_features must not be negative; got -1"),
+        ({"group_size": 0}, "group_size must be at least 1; got 0"),
+        ({"group_size": 4}, "must have shape"),
+        ({"num_bits": 5}, r"num_bits must be in \[2, 4\]; got 5"),
+        ({"clip": 0.0}, r"clip must be in \(0, 1\]; got 0"),
+        ({"clip": math.nan}, r"clip must be in \(0, 1\]; got nan"),
+    ],
+)
+def test_bad_linear_arguments_are_value_errors(change, message):
+    names = (
+        "x qweight scales salient_weight perm bias out_features group_size num_bits per_token clip"
+    ).split()
+    args = dict(zip(names, op_arguments()["w4a4_linear"], strict=True))
+    with pytest.raises(ValueError, match=message):
+        ops.w4a4_linear(**(args | change))
+
+
+def test_isa_errors():
+    with pytest.raises(ValueError, match="unknown instruction set 'sse9'.*scalar"):
+        ops.set_isa("sse9")
+
+
+def test_environment_variable_forces_the_isa(run_python):
+    code = "from smoothquant import ops; print(ops.isa())"
+    for name in ISAS:
+        assert run_python(code, MIXEDQUANT_ISA=name).stdout.strip() == name
+    broken = run_python(code, MIXEDQUANT_ISA="sse9", check=False)
+    assert broken.returncode != 0
+    assert "RuntimeError: environment variable MIXEDQUANT_ISA" in broken.stderr
