@@ -25,7 +25,9 @@ TORCH_FIRST = (
     'install PyTorch first ("pip install torch==2.13.0"), then MixedQuant with '
     '"pip install --no-build-isolation ."'
 )
-C_FLAGS = "-std=c11 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wconversion".split()
+C_FLAGS = (
+    "-std=c11 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wconversion".split()
+)
 CXX_FLAGS = "-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall -Wextra".split()
 CUDA_ARCHS = "75,80,86,89,90a"
 
@@ -66,7 +68,9 @@ def cuda_compiler() -> str | None:
 
 def cuda_library_flags(nvcc: str) -> list[str]:
     """nvcc may be a wrapper, so it is asked where its libraries are."""
-    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True)
+    dry = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True
+    )
     for line in dry.stderr.splitlines():
         if line.startswith("#$ LIBRARIES="):
             folders = shlex.split(line.split("=", 1)[1])

@@ -1,9 +1,9 @@
 """Speed of the W4A4 linear against torch's own linears, as ratios of one interleaved run.
 
-    python benchmarks/linear.py [--threads 1 2] [--shapes 4096x4096 ...] [--tokens 1 64 512] [--json FILE]
+    python benchmarks/linear.py [--threads 1 2] [--shapes 4096x4096] [--tokens 1 64 512] [--json F]
 
-Every figure includes the quantization of the activations. The contenders take turns, and medians are
-reported; weights of M <= 16 rotate over more than 200 MB, so that they come from memory. Benchmarks
+Every figure includes the quantization of the activations. The contenders take turns, and medians
+are reported; weights of M <= 16 rotate over more than 200 MB, so that they come from memory. Benchmarks
 need a quiet machine.
 """
 
@@ -65,7 +65,7 @@ def contenders(n: int, k: int, args, cold: bool) -> dict[str, list]:
 def measure(layers: dict[str, list], x: torch.Tensor, seconds: float) -> dict[str, float]:
     """Median seconds of each contender; they take turns until `seconds` each have passed."""
     times = {name: [] for name in layers}
-    for name, copies in layers.items():
+    for copies in layers.values():
         copies[0](x)
     turn = 0
     while turn < 5 or min(map(sum, times.values())) < seconds:
@@ -110,8 +110,8 @@ def main() -> None:
                         ratio = medians["torch fp32"] / median
                         speed = m * n * k / median / 1e9
                         rows.append(
-                            dict(k=k, n=n, m=m, threads=threads, contender=label)
-                            | dict(milliseconds=1e3 * median, gmacs=speed, ratio=ratio)
+                            {"k": k, "n": n, "m": m, "threads": threads, "contender": label}
+                            | {"milliseconds": 1e3 * median, "gmacs": speed, "ratio": ratio}
                         )
                         print(
                             f"| {shape} | {m} | {threads} | {label} | {1e3 * median:.3f} "
@@ -119,9 +119,9 @@ def main() -> None:
                             flush=True,
                         )
     if args.json:
-        record = dict(chip=chip(), torch=torch.__version__, date=str(date.today()), rows=rows)
+        record = {"chip": chip(), "torch": torch.__version__, "date": str(date.today())}
         with open(args.json, "w") as file:
-            json.dump(record, file, indent=1)
+            json.dump(record | {"rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":
