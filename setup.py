@@ -1,7 +1,7 @@
 """Builds smoothquant._C: C kernels, CUDA kernels when nvcc is there, and the C++ shim over them.
 
-A build_ext of the project's own, because setuptools and torch compile .c files as C++ or need a CUDA
-build of torch. Environment:
+A build_ext of the project's own, because setuptools and torch compile .c files as C++ or need a
+CUDA build of torch. Environment:
     CC, CXX                  compilers (default: cc, c++)
     MIXEDQUANT_CUDA          0: never build CUDA kernels; 1: fail without nvcc (default: if found)
     MIXEDQUANT_CUDA_ARCHS    architectures for nvcc, e.g. "80,90a"
@@ -25,10 +25,9 @@ TORCH_FIRST = (
     'install PyTorch first ("pip install torch==2.13.0"), then MixedQuant with '
     '"pip install --no-build-isolation ."'
 )
-C_FLAGS = (
-    "-std=c11 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wconversion".split()
-)
-CXX_FLAGS = "-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall -Wextra".split()
+COMMON_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+C_FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-Wconversion", *COMMON_FLAGS]
+CXX_FLAGS = ["-std=c++20", "-O2", *COMMON_FLAGS]
 CUDA_ARCHS = "75,80,86,89,90a"
 
 
@@ -52,8 +51,8 @@ def compiler(variable: str, default: str) -> list[str]:
     command = shlex.split(os.environ.get(variable, default))
     if not command or shutil.which(command[0]) is None:
         stop(
-            f"no {'C++' if variable == 'CXX' else 'C'} compiler ({command[0] if command else default}) "
-            f"was found; install one (Debian: apt install build-essential) or set {variable}"
+            f"no compiler {command[0] if command else default!r} was found; install one "
+            f"(Debian: apt install build-essential) or set {variable}"
         )
     return command
 

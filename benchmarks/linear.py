@@ -3,8 +3,8 @@
     python benchmarks/linear.py [--threads 1 2] [--shapes 4096x4096] [--tokens 1 64 512] [--json F]
 
 Every figure includes the quantization of the activations. The contenders take turns, and medians
-are reported; weights of M <= 16 rotate over more than 200 MB, so that they come from memory. Benchmarks
-need a quiet machine.
+are reported; weights of M <= 16 rotate over more than 200 MB, so that they come from memory.
+Benchmarks need a quiet machine.
 """
 
 import argparse

@@ -35,7 +35,7 @@ class MixedQuantConfig:
             The last group of a row may be short.
         salient_prop: share of input channels kept in 16 bits, in [0, 1].
         salient_metric: score that makes a channel salient: mean ``E|x|``, ``max|x|`` or ``rms``.
-        sort: key by which the quantized channels are sorted, largest first; "none" keeps their order.
+        sort: key by which the quantized channels are sorted, largest first; "none" keeps order.
         sort_by: take the sort key from "activation" or "weight" statistics.
         weight_quant: elements that share a weight scale: a group, an output channel, the tensor.
         act_quant: elements that share an activation scale: a group, a token, or (only
@@ -76,8 +76,8 @@ class MixedQuantConfig:
             raise TypeError(f"quantize_output must be a bool; got {self.quantize_output!r}")
         if self.backend == "int4" and self.act_quant == "per_tensor":
             raise ValueError(
-                "act_quant='per_tensor' takes its scale from the whole live batch, so a token's result "
-                "would depend on other tokens; use act_quant='per_token' or backend='fake'"
+                "act_quant='per_tensor' takes its scale from the whole live batch, so a token's "
+                "result would depend on other tokens; use act_quant='per_token' or backend='fake'"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,8 +113,8 @@ def check_real(name: str, value: Any, low: float, high: float) -> None:
 def published_config(backend: str, act_quant: str, **fields: Any) -> MixedQuantConfig:
     """The config for arguments of the published functions.
 
-    They allow ``act_quant="per_tensor"`` everywhere; the int4 backend then quantizes per token (never
-    coarser), because a scale of the whole live batch would make a token depend on the others.
+    They allow ``act_quant="per_tensor"`` everywhere; the int4 backend then quantizes per token, which
+    is never coarser: a scale of the whole live batch would make a token depend on the others.
     """
     if backend == "int4" and act_quant == "per_tensor":
         warnings.warn(

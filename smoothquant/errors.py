@@ -2,4 +2,4 @@
 
 
 class CheckpointError(Exception):
-    """A file is broken, incomplete or not what it claims to be; the message names file and tensor."""
+    """A file is broken or not what it claims to be; the message names file and tensor."""

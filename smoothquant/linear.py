@@ -14,7 +14,7 @@ from .sorting import ChannelPlan, ChannelStats, choose_channels, num_salient_cha
 
 
 def weight_group_scales(w4: Tensor, config: MixedQuantConfig, group_size: int) -> Tensor:
-    """max|w| / q_max over each group, row or the whole of w4 [N, K4], for each group: fp32 [N, G]."""
+    """max|w| / q_max of each group: over the group, row or whole of w4 [N, K4]; fp32 [N, G]."""
     n, k4 = w4.shape
     groups = -(-k4 // group_size)
     magnitude = w4.float().abs()
@@ -104,8 +104,8 @@ def quantize_activation(x: Tensor, config: MixedQuantConfig) -> Tensor:
 
 
 class W4A4Linear(QuantizedLinear):
-    """A linear layer whose INT4 weights are packed and whose INT4 activations are quantized per token
-    inside the kernel; the salient channels of both stay in 16 bits. For inference.
+    """A linear layer whose INT4 weights are packed and whose INT4 activations are quantized per
+    token inside the kernel; the salient channels of both stay in 16 bits. For inference.
 
     Buffers, with P = ceil(N / 16), B blocks, G groups and K_s salient channels (docs/format.md):
         qweight uint8 [P, B, 64], scales bfloat16 [P, G, 16],

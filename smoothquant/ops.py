@@ -2,8 +2,8 @@
 
 Every op is a pure function of its arguments (but ``channel_stats_update``, which says what it
 writes), works under ``torch.compile(fullgraph=True)`` and ``torch.export``, and gives the same bits
-on every instruction set; ``smoothquant.reference`` specifies each in plain torch. Wrong arguments raise
-ValueError naming the op, the argument and the value.
+on every instruction set; ``smoothquant.reference`` specifies each in plain torch. Wrong arguments
+raise ValueError naming the op, the argument and the value.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def group_quantize(
     """Quantize each row's groups of `group_size` values symmetrically.
 
     s = max|x| / q_max, q = clamp(round_half_even(x * (1/s)), -q_max, q_max) in fp32 with
-    q_max = 2^(num_bits-1) - 1; unsigned: s = max(x, 0) / q_max, q in [0, q_max], q_max = 2^num_bits - 1.
+    q_max = 2^(num_bits-1) - 1. Unsigned: s = max(x, 0) / q_max, q in [0, q_max] with
+    q_max = 2^num_bits - 1.
     A group of zeros has s = 0 and q = 0; a group with NaN or Inf has s = NaN and q = 0.
 
     Args:
@@ -203,12 +204,12 @@ def w4a4_linear(
     per_token: bool = False,
     clip: float = 1.0,
 ) -> Tensor:
-    """The fused W4A4 linear: x's INT4 channels are quantized per token and group, multiplied with the
-    packed INT4 weight in integers, and the salient channels are added in 16-bit precision.
+    """The fused W4A4 linear: x's INT4 channels are quantized per token and group, multiplied with
+    the packed INT4 weight in integers, and the salient channels are added in 16-bit precision.
 
     y = sum_salient x w  +  sum_groups sa sw (sum qa qw)  +  bias, in fp32 and in that order, with
-    sa = clip max|x| / q_max per token and group (per token if `per_token`). A token's result depends
-    on that token alone. A token that holds NaN or Inf has NaN outputs; other tokens are untouched.
+    sa = clip max|x| / q_max per token and group (per token if `per_token`). A token's result
+    depends on that token alone. A token that holds NaN or Inf has NaN outputs; other tokens are untouched.
 
     Args:
         x: [..., K], float32, float16 or bfloat16, any strides, any number of tokens.

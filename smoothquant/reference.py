@@ -1,6 +1,6 @@
 """The specification of every op in plain torch, written for reading, not for speed.
 
-Same names and arguments as :mod:`smoothquant.ops`. Integers and single roundings are equal bit for bit; the
+Same names and arguments as :mod:`smoothquant.ops`. Results are equal bit for bit: the
 C scalar kernels equal this module, and every instruction set equals the C scalar kernels.
 """
 

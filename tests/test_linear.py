@@ -57,7 +57,8 @@ from smoothquant.sorting import ChannelPlan
 torch.manual_seed(0)
 torch.set_num_threads({threads})
 w, x = torch.randn(700, 1100), torch.randn(300, 1100)
-layer = W4A4Linear.from_weight(w, None, MixedQuantConfig(), ChannelPlan(torch.randperm(1100).int(), 55))
+plan = ChannelPlan(torch.randperm(1100).int(), 55)
+layer = W4A4Linear.from_weight(w, None, MixedQuantConfig(), plan)
 print(hash(tuple(layer(x).flatten().tolist())), hash(bytes(layer.qweight.flatten().tolist())))
 """
     results = {run_python(code.format(threads=t), PYTHONHASHSEED="0").stdout for t in (1, 2, 5)}

@@ -1,4 +1,4 @@
-"""The oracle chain: plain torch (smoothquant.reference) = C scalar = every instruction set, in bits."""
+"""The oracle chain: smoothquant.reference = C scalar = every instruction set, in bits."""
 
 import inspect
 import math
@@ -148,8 +148,8 @@ def test_argsort_is_stable_with_nan_last(isa, size):
         assert_same_bits(ops.argsort(keys, descending), reference.argsort(keys, descending))
 
 
-# m, n, k, num_salient, group_size: 0, 1, primes, tails, a group larger than K, nothing or everything
-# salient, groups of several segments
+# m, n, k, num_salient, group_size: 0, 1, primes, tails, a group larger than K, nothing or
+# everything salient, groups of several segments
 LINEARS = [
     (0, 4, 9, 1, 4),
     (1, 1, 1, 0, 1),
