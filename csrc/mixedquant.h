@@ -7,7 +7,8 @@
  *
  * Words: m tokens (rows of x), n output channels, k input channels, g group size.
  * Matrices are row-major; "[a][b]" is contiguous unless a row stride (in elements) is given.
- * Offsets are 64-bit. Non-finite means NaN or Inf. bf16 and fp16 values are passed as uint16_t bits.
+ * Offsets are 64-bit. Non-finite means NaN or Inf. bf16 and fp16 values are passed as uint16_t
+ * bits.
  */
 #ifndef MIXEDQUANT_H
 #define MIXEDQUANT_H
@@ -128,17 +129,17 @@ mq_status mq_unpack_nibbles(const uint8_t *packed, int64_t rows, int64_t cols, i
 /* ---- The W4A4 linear ------------------------------------------------------------------------- */
 
 enum {
-    MQ_PANEL = 16,        /* output channels in a panel of packed weights */
-    MQ_QUAD = 4,          /* input channels whose products are summed by one instruction */
-    MQ_BLOCK_BYTES = 64,  /* a panel's weights of two quads */
+    MQ_PANEL = 16,         /* output channels in a panel of packed weights */
+    MQ_QUAD = 4,           /* input channels whose products are summed by one instruction */
+    MQ_BLOCK_BYTES = 64,   /* a panel's weights of two quads */
     MQ_SEGMENT_QUADS = 256 /* quads whose 4-bit products an int16 sum holds exactly */
 };
 
-/* Packed weights (docs/format.md has the page). k4 = k - k_salient INT4 channels come first in perm.
- *   groups  = ceil(k4 / g); a group takes group_quads = ceil(min(g, k4) / 4) quads, the last one only
- *             what it needs; quads = all groups' quads; blocks = ceil(quads / 2); panels = ceil(n / 16)
- *   qweight [panels][blocks][64]: byte c * 4 + i of a block holds, for output channel c of the panel,
- *             code + 8 of channel i of the even quad (low nibble) and of the odd quad (high nibble);
+/* Packed weights (docs/format.md has the page). k4 = k - k_salient INT4 channels come first in
+ * perm. groups  = ceil(k4 / g); a group takes group_quads = ceil(min(g, k4) / 4) quads, the last
+ * one only what it needs; quads = all groups' quads; blocks = ceil(quads / 2); panels = ceil(n /
+ * 16) qweight [panels][blocks][64]: byte c * 4 + i of a block holds, for output channel c of the
+ * panel, code + 8 of channel i of the even quad (low nibble) and of the odd quad (high nibble);
  *             padding holds code 0
  *   scales  [panels][groups][16], bf16
  *   salient [panels][k_salient][16], bf16 or fp16 */
@@ -158,11 +159,11 @@ typedef struct mq_linear {
     const int32_t *perm;    /* [k]; NULL: the identity */
     const void *bias;       /* [n] or NULL */
     mq_dtype bias_dtype;
-    int q_max;        /* activation codes lie in [-q_max, q_max]; 1..7 */
-    int per_token;    /* 0: a scale per token and group; 1: a scale per token */
-    float clip;       /* in (0, 1] */
-    uint32_t flags;   /* reserved for zero-points, unsigned codes and the in-group rotation: 0 */
-    mq_isa isa;       /* the kernels that quantize and multiply; fixes the workspace's layout */
+    int q_max;      /* activation codes lie in [-q_max, q_max]; 1..7 */
+    int per_token;  /* 0: a scale per token and group; 1: a scale per token */
+    float clip;     /* in (0, 1] */
+    uint32_t flags; /* reserved for zero-points, unsigned codes and the in-group rotation: 0 */
+    mq_isa isa;     /* the kernels that quantize and multiply; fixes the workspace's layout */
 } mq_linear;
 
 /* Packs rows [16 * panel0, 16 * panel1) of w [n][k], row stride `stride`. Reads lin's n, k,
@@ -175,8 +176,8 @@ mq_status mq_pack_weight(const mq_linear *lin, int q_max, mq_dtype dtype, const 
                          int64_t stride, const float *group_scales, int64_t panel0, int64_t panel1,
                          uint8_t *qweight, uint16_t *scales, void *salient);
 
-/* The weight that lin computes with: rows [16 * panel0, min(n, 16 * panel1)) of w, fp32 [n][k] in the
- * channels' natural order. Every entry is code * scale, or the salient value. */
+/* The weight that lin computes with: rows [16 * panel0, min(n, 16 * panel1)) of w, fp32 [n][k] in
+ * the channels' natural order. Every entry is code * scale, or the salient value. */
 mq_status mq_unpack_weight(const mq_linear *lin, int64_t panel0, int64_t panel1, float *w);
 
 /* Bytes of workspace for m tokens; alignment 64. */

@@ -113,8 +113,8 @@ def check_real(name: str, value: Any, low: float, high: float) -> None:
 def published_config(backend: str, act_quant: str, **fields: Any) -> MixedQuantConfig:
     """The config for arguments of the published functions.
 
-    They allow ``act_quant="per_tensor"`` everywhere; the int4 backend then quantizes per token, which
-    is never coarser: a scale of the whole live batch would make a token depend on the others.
+    They allow ``act_quant="per_tensor"`` everywhere; the int4 backend then quantizes per token,
+    which is never coarser: a scale of the whole live batch would make a token depend on the others.
     """
     if backend == "int4" and act_quant == "per_tensor":
         warnings.warn(

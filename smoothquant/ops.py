@@ -209,7 +209,8 @@ def w4a4_linear(
 
     y = sum_salient x w  +  sum_groups sa sw (sum qa qw)  +  bias, in fp32 and in that order, with
     sa = clip max|x| / q_max per token and group (per token if `per_token`). A token's result
-    depends on that token alone. A token that holds NaN or Inf has NaN outputs; other tokens are untouched.
+    depends on that token alone. A token that holds NaN or Inf has NaN outputs; other tokens are
+    untouched.
 
     Args:
         x: [..., K], float32, float16 or bfloat16, any strides, any number of tokens.

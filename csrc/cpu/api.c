@@ -1,14 +1,14 @@
 /* Every public entry: all argument checks stand here, and only here. */
 #include "ops.h"
 
-#define REQUIRE(condition, status) \
-    do {                           \
+#define REQUIRE(condition, status)       \
+    do {                                 \
         if (!(condition)) return status; \
     } while (0)
 
-#define TRY(call)                            \
-    do {                                     \
-        mq_status try_status = (call);       \
+#define TRY(call)                                   \
+    do {                                            \
+        mq_status try_status = (call);              \
         if (try_status != MQ_OK) return try_status; \
     } while (0)
 

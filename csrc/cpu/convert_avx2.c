@@ -7,9 +7,10 @@ MQ_AVX2 void mq_widen_avx2(mq_dtype dtype, const uint16_t *x, int64_t n, float *
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
         __m128i halves = _mm_loadu_si128((const __m128i *)(const void *)(x + i));
-        __m256 wide = dtype == MQ_F16 ? _mm256_cvtph_ps(halves)
-                                      : _mm256_castsi256_ps(_mm256_slli_epi32(
-                                            _mm256_cvtepu16_epi32(halves), 16));
+        __m256 wide =
+            dtype == MQ_F16
+                ? _mm256_cvtph_ps(halves)
+                : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
         _mm256_storeu_ps(out + i, wide);
     }
     mq_widen_scalar(dtype, x + i, n - i, out + i);
@@ -29,8 +30,8 @@ MQ_AVX2 void mq_narrow_avx2(mq_dtype dtype, const float *x, int64_t n, uint16_t 
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
         __m256 wide = _mm256_loadu_ps(x + i);
-        __m128i halves = dtype == MQ_F16 ? _mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT)
-                                         : narrow_bf16(wide);
+        __m128i halves =
+            dtype == MQ_F16 ? _mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT) : narrow_bf16(wide);
         _mm_storeu_si128((__m128i *)(void *)(out + i), halves);
     }
     mq_narrow_scalar(dtype, x + i, n - i, out + i);

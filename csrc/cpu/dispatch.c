@@ -3,10 +3,20 @@
 
 #include "kernels.h"
 
-#define MQ_KERNELS(isa, rows)                                                              \
-    {#isa, rows, mq_channel_stats_##isa, mq_sort_keys_##isa, mq_widen_##isa, mq_narrow_##isa, \
-     mq_extent_of_##isa, mq_quantize_##isa, mq_dequantize_##isa, mq_pack_nibbles_##isa,    \
-     mq_unpack_nibbles_##isa, mq_multiply_salient_##isa, mq_multiply_groups_##isa}
+#define MQ_KERNELS(isa, rows)   \
+    {#isa,                      \
+     rows,                      \
+     mq_channel_stats_##isa,    \
+     mq_sort_keys_##isa,        \
+     mq_widen_##isa,            \
+     mq_narrow_##isa,           \
+     mq_extent_of_##isa,        \
+     mq_quantize_##isa,         \
+     mq_dequantize_##isa,       \
+     mq_pack_nibbles_##isa,     \
+     mq_unpack_nibbles_##isa,   \
+     mq_multiply_salient_##isa, \
+     mq_multiply_groups_##isa}
 
 static const mq_kernels tables[MQ_ISA_COUNT] = {
     [MQ_ISA_SCALAR] = MQ_KERNELS(scalar, 6),

@@ -28,8 +28,8 @@ mq_extent mq_gather_extent(const mq_kernels *kernels, mq_dtype dtype, const void
     float buffer[MQ_BUFFER];
     for (int64_t i = 0; i < n; i += MQ_BUFFER) {
         int64_t part = mq_min(MQ_BUFFER, n - i);
-        mq_extent of_part = kernels->extent_of(
-            mq_gather(kernels, dtype, row, perm, k0 + i, part, buffer), part);
+        mq_extent of_part =
+            kernels->extent_of(mq_gather(kernels, dtype, row, perm, k0 + i, part, buffer), part);
         if (of_part.abs_bits > extent.abs_bits) extent.abs_bits = of_part.abs_bits;
         if (of_part.max_bits > extent.max_bits) extent.max_bits = of_part.max_bits;
     }

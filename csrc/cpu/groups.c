@@ -12,9 +12,8 @@ static float group_scale(const mq_kernels *kernels, const mq_group_format *forma
                          const void *row, int64_t k0, int64_t n) {
     mq_extent extent = mq_gather_extent(kernels, dtype, row, NULL, k0, n);
     if (extent.abs_bits >= 0x7f800000u) return mq_float_of_bits(0x7fc00000u);
-    return mq_scale_of(
-        mq_float_of_bits(format->is_unsigned ? extent.max_bits : extent.abs_bits),
-        q_max_of(format));
+    return mq_scale_of(mq_float_of_bits(format->is_unsigned ? extent.max_bits : extent.abs_bits),
+                       q_max_of(format));
 }
 
 /* The codes of a group's values k0 .. k0 + n, n <= MQ_BUFFER. */

@@ -75,17 +75,17 @@ typedef struct mq_kernels {
 /* The table of a supported instruction set. */
 const mq_kernels *mq_kernels_of(mq_isa isa);
 
-#define MQ_DECLARE_KERNELS(isa)                          \
-    mq_channel_stats_fn mq_channel_stats_##isa;          \
-    mq_sort_keys_fn mq_sort_keys_##isa;                  \
-    mq_widen_fn mq_widen_##isa;                          \
-    mq_narrow_fn mq_narrow_##isa;                        \
-    mq_extent_of_fn mq_extent_of_##isa;                  \
-    mq_quantize_fn mq_quantize_##isa;                    \
-    mq_dequantize_fn mq_dequantize_##isa;                \
-    mq_pack_nibbles_fn mq_pack_nibbles_##isa;            \
-    mq_unpack_nibbles_fn mq_unpack_nibbles_##isa;        \
-    mq_multiply_salient_fn mq_multiply_salient_##isa;    \
+#define MQ_DECLARE_KERNELS(isa)                       \
+    mq_channel_stats_fn mq_channel_stats_##isa;       \
+    mq_sort_keys_fn mq_sort_keys_##isa;               \
+    mq_widen_fn mq_widen_##isa;                       \
+    mq_narrow_fn mq_narrow_##isa;                     \
+    mq_extent_of_fn mq_extent_of_##isa;               \
+    mq_quantize_fn mq_quantize_##isa;                 \
+    mq_dequantize_fn mq_dequantize_##isa;             \
+    mq_pack_nibbles_fn mq_pack_nibbles_##isa;         \
+    mq_unpack_nibbles_fn mq_unpack_nibbles_##isa;     \
+    mq_multiply_salient_fn mq_multiply_salient_##isa; \
     mq_multiply_groups_fn mq_multiply_groups_##isa;
 
 MQ_DECLARE_KERNELS(scalar)
@@ -115,9 +115,7 @@ static inline int64_t mq_ceil_div(int64_t a, int64_t b) { return a / b + (a % b 
 
 static inline size_t mq_dtype_size(mq_dtype dtype) { return dtype == MQ_F32 ? 4 : 2; }
 
-static inline float mq_bf16_to_f32(uint16_t bits) {
-    return mq_float_of_bits((uint32_t)bits << 16);
-}
+static inline float mq_bf16_to_f32(uint16_t bits) { return mq_float_of_bits((uint32_t)bits << 16); }
 
 static inline uint16_t mq_f32_to_bf16(float value) {
     uint32_t bits = mq_bits_of_float(value);
@@ -144,7 +142,8 @@ static inline uint16_t mq_f32_to_f16(float value) {
         uint32_t shifted = mq_bits_of_float(mq_float_of_bits(magnitude) + 0.5f);
         return (uint16_t)(sign | (shifted - 0x3f000000u));
     }
-    return (uint16_t)(sign | ((magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
+    return (uint16_t)(sign |
+                      ((magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
 }
 
 /* Element i of an array of dtype. */

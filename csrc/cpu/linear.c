@@ -41,8 +41,7 @@ static int32_t start_of(const int8_t *codes, int64_t n) {
         low += codes[i] + codes[i + 1];
         high += codes[i + 2] + codes[i + 3];
     }
-    return (int32_t)((uint32_t)(-8 * low) & 0xffffu) |
-           (int32_t)((uint32_t)(-8 * high) << 16);
+    return (int32_t)((uint32_t)(-8 * low) & 0xffffu) | (int32_t)((uint32_t)(-8 * high) << 16);
 }
 
 typedef struct token {
@@ -88,8 +87,7 @@ static void quantize_groups(const token *t) {
             part = mq_min(MQ_BUFFER, n - i);
             if (inverse > 0) {
                 const float *values =
-                    x ? x
-                      : mq_gather(t->kernels, t->dtype, t->x, lin->perm, k0 + i, part, buffer);
+                    x ? x : mq_gather(t->kernels, t->dtype, t->x, lin->perm, k0 + i, part, buffer);
                 t->kernels->quantize(values, part, inverse, -lin->q_max, lin->q_max, q);
             } else {
                 memset(q, 0, (size_t)part);
@@ -112,8 +110,7 @@ static void split_salient(const token *t) {
     uint32_t bits = 0;
     for (int64_t i = 0, part; i < lin->k_salient; i += part) {
         part = mq_min(MQ_BUFFER, lin->k_salient - i);
-        const float *x =
-            mq_gather(t->kernels, t->dtype, t->x, lin->perm, k4 + i, part, buffer);
+        const float *x = mq_gather(t->kernels, t->dtype, t->x, lin->perm, k4 + i, part, buffer);
         mq_extent extent = t->kernels->extent_of(x, part);
         if (extent.abs_bits > bits) bits = extent.abs_bits;
         for (int64_t e = 0; e < part; e++) salient[(i + e) * h] = x[e];
@@ -127,9 +124,14 @@ void mq_run_linear_quantize(const mq_kernels *kernels, const mq_shape *shape, co
                             int64_t row1, void *workspace) {
     mq_activations act = view(shape, lin->k_salient, m, kernels->tile_rows, workspace);
     for (int64_t row = row0; row < row1; row++) {
-        token t = {kernels, shape, lin, dtype,
+        token t = {kernels,
+                   shape,
+                   lin,
+                   dtype,
                    (const char *)x + (size_t)(row * stride) * mq_dtype_size(dtype),
-                   &act, row / act.h, row % act.h};
+                   &act,
+                   row / act.h,
+                   row % act.h};
         quantize_groups(&t);
         split_salient(&t);
     }

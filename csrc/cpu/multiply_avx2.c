@@ -2,9 +2,9 @@
  * and a temporary fill the 16 ymm registers.
  *
  * 4-bit codes allow what 8-bit ones do not: maddubs(weight + 8 as u8, activation as s8) sums two
- * products of at most 15 * 7 in int16, and int16 sums of a whole segment stay exact: they wrap modulo
- * 2^16 on the way, but start at -8 * sum(activations), so the last value is the plain dot product,
- * at most 2 * 256 * 49 < 2^15 in magnitude. */
+ * products of at most 15 * 7 in int16, and int16 sums of a whole segment stay exact: they wrap
+ * modulo 2^16 on the way, but start at -8 * sum(activations), so the last value is the plain dot
+ * product, at most 2 * 256 * 49 < 2^15 in magnitude. */
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -14,15 +14,15 @@
 
 enum { TILE_ROWS = 6 };
 
-/* Calls `call` with ROWS a constant, so that every loop over the tile's rows unrolls. */
-#define FOR_CONSTANT_ROWS(rows, call)                       \
-    switch (rows) {                                         \
-        case 1: { enum { ROWS = 1 }; call; break; }         \
-        case 2: { enum { ROWS = 2 }; call; break; }         \
-        case 3: { enum { ROWS = 3 }; call; break; }         \
-        case 4: { enum { ROWS = 4 }; call; break; }         \
-        case 5: { enum { ROWS = 5 }; call; break; }         \
-        default: { enum { ROWS = TILE_ROWS }; call; break; } \
+/* Calls tile(rows, ...) with a constant first argument, so that its loops over rows unroll. */
+#define WITH_CONSTANT_ROWS(rows, tile, ...)    \
+    switch (rows) {                            \
+        case 1: tile(1, __VA_ARGS__); break;   \
+        case 2: tile(2, __VA_ARGS__); break;   \
+        case 3: tile(3, __VA_ARGS__); break;   \
+        case 4: tile(4, __VA_ARGS__); break;   \
+        case 5: tile(5, __VA_ARGS__); break;   \
+        default: tile(TILE_ROWS, __VA_ARGS__); \
     }
 
 MQ_AVX2 static MQ_INLINE void salient_tile(const int rows, const float *x, int64_t h,
@@ -55,8 +55,8 @@ MQ_AVX2 void mq_multiply_salient_avx2(const mq_activations *act, int64_t k_salie
     for (int64_t tile = tile0; tile < tile1; tile++) {
         const float *x = act->salient + (tile * k_salient + s0) * act->h;
         float *tile_sums = sums + (tile - tile0) * act->h * MQ_PANEL;
-        FOR_CONSTANT_ROWS(mq_min(act->h, act->m - tile * act->h),
-                          salient_tile(ROWS, x, act->h, w, s1 - s0, tile_sums))
+        WITH_CONSTANT_ROWS(mq_min(act->h, act->m - tile * act->h), salient_tile, x, act->h, w,
+                           s1 - s0, tile_sums);
     }
 }
 
@@ -129,7 +129,8 @@ MQ_AVX2 static MQ_INLINE void scale_tile(const int rows, __m256i dots[TILE_ROWS]
     }
 }
 
-/* Consecutive groups of one tile whose quads, `quads` in all, are unpacked; a group is one segment */
+/* Consecutive groups of one tile whose quads, `quads` in all, are unpacked; a group is one segment
+ */
 MQ_AVX2 static MQ_INLINE void groups_tile(const int rows, const int8_t *codes, int64_t h,
                                           const int32_t *starts, const float *act_scales,
                                           const uint8_t *w, const uint16_t *weight_scales,
@@ -182,13 +183,12 @@ MQ_AVX2 static void multiply_long_groups(const mq_activations *act, const mq_sha
             const uint8_t *w = unpack(qweight, quad0, quad1, buffer);
             for (int64_t tile = tile0; tile < tile1; tile++) {
                 const int64_t at = (tile - tile0) * h * MQ_PANEL;
-                FOR_CONSTANT_ROWS(
-                    mq_min(h, act->m - tile * h),
-                    long_group_tile(ROWS, act->codes + (tile * shape->quads + quad0) * h * MQ_QUAD,
-                                    h, act->starts + (tile * shape->segments + segment) * h,
-                                    act->scales + (tile * shape->groups + j) * h, w,
-                                    scales + j * MQ_PANEL, quad1 - quad0, quad0 == group0,
-                                    quad1 == group1, totals + at, sums + at))
+                WITH_CONSTANT_ROWS(mq_min(h, act->m - tile * h), long_group_tile,
+                                   act->codes + (tile * shape->quads + quad0) * h * MQ_QUAD, h,
+                                   act->starts + (tile * shape->segments + segment) * h,
+                                   act->scales + (tile * shape->groups + j) * h, w,
+                                   scales + j * MQ_PANEL, quad1 - quad0, quad0 == group0,
+                                   quad1 == group1, totals + at, sums + at);
             }
         }
     }
@@ -209,13 +209,12 @@ MQ_AVX2 void mq_multiply_groups_avx2(const mq_activations *act, const mq_shape *
         const int64_t quad1 = mq_min(quad0 + groups_at_once * shape->group_quads, shape->quads);
         const uint8_t *w = unpack(qweight, quad0, quad1, buffer);
         for (int64_t tile = tile0; tile < tile1; tile++) {
-            FOR_CONSTANT_ROWS(
-                mq_min(h, act->m - tile * h),
-                groups_tile(ROWS, act->codes + (tile * shape->quads + quad0) * h * MQ_QUAD, h,
-                            act->starts + (tile * shape->segments + j) * h,
-                            act->scales + (tile * shape->groups + j) * h, w, scales + j * MQ_PANEL,
-                            shape->group_quads, quad1 - quad0,
-                            sums + (tile - tile0) * h * MQ_PANEL))
+            WITH_CONSTANT_ROWS(mq_min(h, act->m - tile * h), groups_tile,
+                               act->codes + (tile * shape->quads + quad0) * h * MQ_QUAD, h,
+                               act->starts + (tile * shape->segments + j) * h,
+                               act->scales + (tile * shape->groups + j) * h, w,
+                               scales + j * MQ_PANEL, shape->group_quads, quad1 - quad0,
+                               sums + (tile - tile0) * h * MQ_PANEL);
         }
     }
 }

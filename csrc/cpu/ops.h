@@ -32,8 +32,8 @@ void mq_run_linear_multiply(const mq_kernels *kernels, const mq_shape *shape, co
                             int64_t m, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1,
                             const void *workspace, mq_dtype dtype, void *out, int64_t stride);
 
-/* Channels perm[k0 .. k0 + n) of one row (perm NULL: channels k0 .. k0 + n) as fp32; n <= MQ_BUFFER.
- * Returns where they are: in buffer, or in the row itself. */
+/* Channels perm[k0 .. k0 + n) of one row (perm NULL: channels k0 .. k0 + n) as fp32; n <=
+ * MQ_BUFFER. Returns where they are: in buffer, or in the row itself. */
 const float *mq_gather(const mq_kernels *kernels, mq_dtype dtype, const void *row,
                        const int32_t *perm, int64_t k0, int64_t n, float *buffer);
 

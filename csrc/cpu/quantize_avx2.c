@@ -22,7 +22,8 @@ MQ_AVX2 mq_extent mq_extent_of_avx2(const float *x, int64_t n) {
         max0 = _mm256_max_epi32(max0, a);
         max1 = _mm256_max_epi32(max1, b);
     }
-    mq_extent extent = {largest(_mm256_max_epi32(abs0, abs1)), largest(_mm256_max_epi32(max0, max1))};
+    mq_extent extent = {largest(_mm256_max_epi32(abs0, abs1)),
+                        largest(_mm256_max_epi32(max0, max1))};
     mq_extent rest = mq_extent_of_scalar(x + i, n - i);
     if (rest.abs_bits > extent.abs_bits) extent.abs_bits = rest.abs_bits;
     if (rest.max_bits > extent.max_bits) extent.max_bits = rest.max_bits;

@@ -13,8 +13,8 @@ MQ_AVX2 void mq_sort_keys_avx2(mq_sort_key key, int64_t k, int64_t count,
             _mm256_storeu_pd(keys + i, _mm256_cvtps_pd(_mm_loadu_ps(stats->abs_max + i)));
     if (key == MQ_KEY_RMS)
         for (; i + 4 <= k; i += 4)
-            _mm256_storeu_pd(keys + i, _mm256_sqrt_pd(_mm256_div_pd(
-                                           _mm256_loadu_pd(stats->sq_sum + i), rows)));
+            _mm256_storeu_pd(
+                keys + i, _mm256_sqrt_pd(_mm256_div_pd(_mm256_loadu_pd(stats->sq_sum + i), rows)));
     if (key == MQ_KEY_MEAN3STD)
         for (; i + 4 <= k; i += 4) {
             __m256d mean = _mm256_div_pd(_mm256_loadu_pd(stats->abs_sum + i), rows);
@@ -22,7 +22,8 @@ MQ_AVX2 void mq_sort_keys_avx2(mq_sort_key key, int64_t k, int64_t count,
             __m256d variance = _mm256_sub_pd(square, _mm256_mul_pd(mean, mean));
             /* max_pd gives its second operand for a NaN, as the scalar comparison does */
             __m256d std = _mm256_sqrt_pd(_mm256_max_pd(_mm256_setzero_pd(), variance));
-            _mm256_storeu_pd(keys + i, _mm256_add_pd(mean, _mm256_mul_pd(_mm256_set1_pd(3.0), std)));
+            _mm256_storeu_pd(keys + i,
+                             _mm256_add_pd(mean, _mm256_mul_pd(_mm256_set1_pd(3.0), std)));
         }
     mq_channel_stats rest = *stats;
     if (rest.abs_max) rest.abs_max += i;

@@ -7,7 +7,8 @@ static int64_t group_channels(const mq_linear *lin, int64_t j) {
     return mq_min(lin->group_size, lin->k - lin->k_salient - j * lin->group_size);
 }
 
-/* Where the code of a group's channel i of output channel c lies: a byte of the panel and a shift. */
+/* Where the code of a group's channel i of output channel c lies: a byte of the panel and a shift.
+ */
 static uint8_t *code_place(uint8_t *panel, const mq_shape *shape, int64_t j, int64_t i, int64_t c,
                            int *shift) {
     int64_t quad = j * shape->group_quads + i / MQ_QUAD;
@@ -48,8 +49,8 @@ static mq_status pack_salient(const mq_kernels *kernels, const mq_linear *lin, m
     uint16_t halves[MQ_BUFFER];
     for (int64_t i = 0; i < lin->k_salient; i += MQ_BUFFER) {
         int64_t part = mq_min(MQ_BUFFER, lin->k_salient - i);
-        const float *x = mq_gather(kernels, dtype, row, lin->perm,
-                                   lin->k - lin->k_salient + i, part, buffer);
+        const float *x =
+            mq_gather(kernels, dtype, row, lin->perm, lin->k - lin->k_salient + i, part, buffer);
         if (kernels->extent_of(x, part).abs_bits >= 0x7f800000u) return MQ_NON_FINITE;
         kernels->narrow(lin->salient_dtype, x, part, halves);
         for (int64_t e = 0; e < part; e++) panel[(i + e) * MQ_PANEL + c] = halves[e];
@@ -73,10 +74,10 @@ mq_status mq_run_pack_weight(const mq_kernels *kernels, const mq_shape *shape, c
             int64_t o = p * MQ_PANEL + c;
             const void *row = (const char *)w + (size_t)(o * stride) * mq_dtype_size(dtype);
             for (int64_t j = 0; j < shape->groups; j++) {
-                mq_status status = pack_group(kernels, shape, lin, q_max, dtype, row,
-                                              group_scales ? group_scales + o * shape->groups + j
-                                                           : NULL,
-                                              j, c, panel, panel_scales + j * MQ_PANEL + c);
+                mq_status status =
+                    pack_group(kernels, shape, lin, q_max, dtype, row,
+                               group_scales ? group_scales + o * shape->groups + j : NULL, j, c,
+                               panel, panel_scales + j * MQ_PANEL + c);
                 if (status != MQ_OK) return status;
             }
             mq_status status = pack_salient(kernels, lin, dtype, row, c, panel_salient);

@@ -28,479 +28,502 @@ constexpr int64_t kGrainProducts = 1 << 22;
 constexpr int64_t kRowsPerTask = 240;
 
 template <typename... Parts>
-[[noreturn]] void fail(const char* op, const Parts&... parts) {
-  std::ostringstream message;
-  message << "mixedquant::" << op << ": ";
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
+[[noreturn]] void fail(const char *op, const Parts &...parts) {
+    std::ostringstream message;
+    message << "mixedquant::" << op << ": ";
+    (message << ... << parts);
+    throw std::invalid_argument(message.str());
 }
 
 template <typename... Parts>
-void require(bool condition, const char* op, const Parts&... parts) {
-  if (!condition) fail(op, parts...);
+void require(bool condition, const char *op, const Parts &...parts) {
+    if (!condition) fail(op, parts...);
 }
 
-void check(const char* op, mq_status status) {
-  if (status != MQ_OK) fail(op, mq_status_message(status));
+void check(const char *op, mq_status status) {
+    if (status != MQ_OK) fail(op, mq_status_message(status));
 }
 
-std::string shape_text(const Tensor& t) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t i = 0; i < t.dim(); i++) text << (i ? ", " : "") << t.size(i);
-  text << ']';
-  return text.str();
+std::string shape_text(const Tensor &t) {
+    std::ostringstream text;
+    text << '[';
+    for (int64_t i = 0; i < t.dim(); i++) text << (i ? ", " : "") << t.size(i);
+    text << ']';
+    return text.str();
 }
 
-mq_dtype dtype_of(const char* op, const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return MQ_F32;
-    case ScalarType::Half: return MQ_F16;
-    case ScalarType::BFloat16: return MQ_BF16;
-    default:
-      fail(op, name, " must be float32, float16 or bfloat16; got ",
-           torch::headeronly::toString(t.scalar_type()));
-  }
+mq_dtype dtype_of(const char *op, const char *name, const Tensor &t) {
+    switch (t.scalar_type()) {
+        case ScalarType::Float: return MQ_F32;
+        case ScalarType::Half: return MQ_F16;
+        case ScalarType::BFloat16: return MQ_BF16;
+        default:
+            fail(op, name, " must be float32, float16 or bfloat16; got ",
+                 torch::headeronly::toString(t.scalar_type()));
+    }
 }
 
-ScalarType require_float(const char* op, const char* name, ScalarType dtype) {
-  require(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-          op, name, " must be float32, float16 or bfloat16; got ", torch::headeronly::toString(dtype));
-  return dtype;
+ScalarType require_float(const char *op, const char *name, ScalarType dtype) {
+    require(
+        dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+        op, name, " must be float32, float16 or bfloat16; got ",
+        torch::headeronly::toString(dtype));
+    return dtype;
 }
 
 // A CPU tensor of this dtype and shape (-1: any size), contiguous.
-Tensor expect(const char* op, const char* name, const Tensor& t, ScalarType dtype,
-              const std::vector<int64_t>& shape) {
-  require(t.is_cpu(), op, name, " must be on the CPU");
-  require(t.scalar_type() == dtype, op, name, " must be ", torch::headeronly::toString(dtype), "; got ",
-          torch::headeronly::toString(t.scalar_type()));
-  bool same = t.dim() == static_cast<int64_t>(shape.size());
-  for (size_t i = 0; same && i < shape.size(); i++)
-    same = shape[i] < 0 || t.size(static_cast<int64_t>(i)) == shape[i];
-  if (!same) {
-    std::ostringstream want;
-    for (size_t i = 0; i < shape.size(); i++) {
-      want << (i ? ", " : "");
-      if (shape[i] < 0) want << '*';
-      else want << shape[i];
+Tensor expect(const char *op, const char *name, const Tensor &t, ScalarType dtype,
+              const std::vector<int64_t> &shape) {
+    require(t.is_cpu(), op, name, " must be on the CPU");
+    require(t.scalar_type() == dtype, op, name, " must be ", torch::headeronly::toString(dtype),
+            "; got ", torch::headeronly::toString(t.scalar_type()));
+    bool same = t.dim() == static_cast<int64_t>(shape.size());
+    for (size_t i = 0; same && i < shape.size(); i++)
+        same = shape[i] < 0 || t.size(static_cast<int64_t>(i)) == shape[i];
+    if (!same) {
+        std::ostringstream want;
+        for (size_t i = 0; i < shape.size(); i++) {
+            want << (i ? ", " : "");
+            if (shape[i] < 0)
+                want << '*';
+            else
+                want << shape[i];
+        }
+        fail(op, name, " must have shape [", want.str(), "]; got ", shape_text(t));
     }
-    fail(op, name, " must have shape [", want.str(), "]; got ", shape_text(t));
-  }
-  return t.is_contiguous() ? t : stable::contiguous(t);
+    return t.is_contiguous() ? t : stable::contiguous(t);
 }
 
 // The same for an output argument: written in place, so it cannot be a contiguous copy.
-void expect_out(const char* op, const char* name, const Tensor& t, ScalarType dtype,
-                const std::vector<int64_t>& shape) {
-  expect(op, name, t, dtype, shape);
-  require(t.is_contiguous(), op, name, " must be contiguous");
+void expect_out(const char *op, const char *name, const Tensor &t, ScalarType dtype,
+                const std::vector<int64_t> &shape) {
+    expect(op, name, t, dtype, shape);
+    require(t.is_contiguous(), op, name, " must be contiguous");
 }
 
 // x [..., cols] as a contiguous [rows][cols].
 struct Matrix {
-  Tensor tensor;
-  int64_t rows, cols;
+    Tensor tensor;
+    int64_t rows, cols;
 };
 
-Matrix matrix(const char* op, const char* name, const Tensor& t) {
-  require(t.is_cpu(), op, name, " must be on the CPU");
-  require(t.dim() >= 1, op, name, " must have at least one dimension; got a scalar");
-  Matrix m{t.is_contiguous() ? t : stable::contiguous(t), 1, t.size(t.dim() - 1)};
-  for (int64_t i = 0; i + 1 < t.dim(); i++) m.rows *= t.size(i);
-  return m;
+Matrix matrix(const char *op, const char *name, const Tensor &t) {
+    require(t.is_cpu(), op, name, " must be on the CPU");
+    require(t.dim() >= 1, op, name, " must have at least one dimension; got a scalar");
+    Matrix m{t.is_contiguous() ? t : stable::contiguous(t), 1, t.size(t.dim() - 1)};
+    for (int64_t i = 0; i + 1 < t.dim(); i++) m.rows *= t.size(i);
+    return m;
 }
 
-std::vector<int64_t> shape_with_last(const Tensor& t, int64_t last) {
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i + 1 < t.dim(); i++) shape.push_back(t.size(i));
-  shape.push_back(last);
-  return shape;
+std::vector<int64_t> shape_with_last(const Tensor &t, int64_t last) {
+    std::vector<int64_t> shape;
+    for (int64_t i = 0; i + 1 < t.dim(); i++) shape.push_back(t.size(i));
+    shape.push_back(last);
+    return shape;
 }
 
-Tensor allocate(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return stable::new_empty(like, shape, dtype);
+Tensor allocate(const Tensor &like, const std::vector<int64_t> &shape, ScalarType dtype) {
+    return stable::new_empty(like, shape, dtype);
 }
 
 // body(begin, end) -> mq_status over [0, n); the first failure is reported.
 template <typename Body>
-void parallel(const char* op, int64_t n, int64_t grain, const Body& body) {
-  std::atomic<int> failure{MQ_OK};
-  const auto part = [&](int64_t begin, int64_t end) {
-    const mq_status status = body(begin, end);
-    int none = MQ_OK;
-    if (status != MQ_OK) failure.compare_exchange_strong(none, status);
-  };
-  if (n <= std::max<int64_t>(grain, 1))
-    part(0, n);
-  else
-    stable::parallel_for(0, n, std::max<int64_t>(grain, 1), part);
-  check(op, static_cast<mq_status>(failure.load()));
+void parallel(const char *op, int64_t n, int64_t grain, const Body &body) {
+    std::atomic<int> failure{MQ_OK};
+    const auto part = [&](int64_t begin, int64_t end) {
+        const mq_status status = body(begin, end);
+        int none = MQ_OK;
+        if (status != MQ_OK) failure.compare_exchange_strong(none, status);
+    };
+    if (n <= std::max<int64_t>(grain, 1))
+        part(0, n);
+    else
+        stable::parallel_for(0, n, std::max<int64_t>(grain, 1), part);
+    check(op, static_cast<mq_status>(failure.load()));
 }
 
-const char* bytes_at(const Tensor& t, int64_t offset_elements, mq_dtype dtype) {
-  return static_cast<const char*>(t.const_data_ptr()) + offset_elements * (dtype == MQ_F32 ? 4 : 2);
+const char *bytes_at(const Tensor &t, int64_t offset_elements, mq_dtype dtype) {
+    return static_cast<const char *>(t.const_data_ptr()) +
+           offset_elements * (dtype == MQ_F32 ? 4 : 2);
 }
 
-char* out_bytes_at(const Tensor& t, int64_t offset_elements, mq_dtype dtype) {
-  return static_cast<char*>(t.mutable_data_ptr()) + offset_elements * (dtype == MQ_F32 ? 4 : 2);
+char *out_bytes_at(const Tensor &t, int64_t offset_elements, mq_dtype dtype) {
+    return static_cast<char *>(t.mutable_data_ptr()) + offset_elements * (dtype == MQ_F32 ? 4 : 2);
 }
 
 // ---- Channel statistics and sorting ----
 
 void channel_stats_update(Tensor x, Tensor count, Tensor abs_max, Tensor minimum, Tensor abs_sum,
                           Tensor sq_sum, Tensor argmax) {
-  const char* op = "channel_stats_update";
-  const mq_dtype dtype = dtype_of(op, "x", x);
-  const Matrix m = matrix(op, "x", x);
-  expect_out(op, "count", count, ScalarType::Long, {});
-  expect_out(op, "abs_max", abs_max, ScalarType::Float, {m.cols});
-  expect_out(op, "minimum", minimum, ScalarType::Float, {m.cols});
-  expect_out(op, "abs_sum", abs_sum, ScalarType::Double, {m.cols});
-  expect_out(op, "sq_sum", sq_sum, ScalarType::Double, {m.cols});
-  expect_out(op, "argmax", argmax, ScalarType::Long, {m.cols});
-  const mq_channel_stats stats{abs_max.mutable_data_ptr<float>(), minimum.mutable_data_ptr<float>(),
-                               abs_sum.mutable_data_ptr<double>(), sq_sum.mutable_data_ptr<double>(),
-                               argmax.mutable_data_ptr<int64_t>()};
-  int64_t* seen = count.mutable_data_ptr<int64_t>();
-  // whole cache lines of every statistic to a thread
-  const int64_t lines = (m.cols + 15) / 16;
-  parallel(op, lines, kGrainValues / std::max<int64_t>(16 * m.rows, 1),
-           [&](int64_t begin, int64_t end) {
-             return mq_channel_stats_update(dtype, m.tensor.const_data_ptr(), m.rows, m.cols,
-                                            16 * begin, std::min(16 * end, m.cols), *seen, &stats);
-           });
-  *seen += m.rows;
+    const char *op = "channel_stats_update";
+    const mq_dtype dtype = dtype_of(op, "x", x);
+    const Matrix m = matrix(op, "x", x);
+    expect_out(op, "count", count, ScalarType::Long, {});
+    expect_out(op, "abs_max", abs_max, ScalarType::Float, {m.cols});
+    expect_out(op, "minimum", minimum, ScalarType::Float, {m.cols});
+    expect_out(op, "abs_sum", abs_sum, ScalarType::Double, {m.cols});
+    expect_out(op, "sq_sum", sq_sum, ScalarType::Double, {m.cols});
+    expect_out(op, "argmax", argmax, ScalarType::Long, {m.cols});
+    const mq_channel_stats stats{
+        abs_max.mutable_data_ptr<float>(), minimum.mutable_data_ptr<float>(),
+        abs_sum.mutable_data_ptr<double>(), sq_sum.mutable_data_ptr<double>(),
+        argmax.mutable_data_ptr<int64_t>()};
+    int64_t *seen = count.mutable_data_ptr<int64_t>();
+    // whole cache lines of every statistic to a thread
+    const int64_t lines = (m.cols + 15) / 16;
+    parallel(op, lines, kGrainValues / std::max<int64_t>(16 * m.rows, 1),
+             [&](int64_t begin, int64_t end) {
+                 return mq_channel_stats_update(dtype, m.tensor.const_data_ptr(), m.rows, m.cols,
+                                                16 * begin, std::min(16 * end, m.cols), *seen,
+                                                &stats);
+             });
+    *seen += m.rows;
 }
 
 Tensor sort_keys(Tensor count, Tensor abs_max, Tensor abs_sum, Tensor sq_sum, Tensor argmax,
                  std::string key) {
-  const char* op = "sort_keys";
-  static const char* const names[] = {"argmax", "max", "mean3std", "rms"};
-  int index = 0;
-  while (index < 4 && key != names[index]) index++;
-  require(index < 4, op, "key must be argmax, max, mean3std or rms; got '", key, "'");
-  require(abs_max.dim() == 1, op, "abs_max must be a vector; got shape ", shape_text(abs_max));
-  const int64_t k = abs_max.size(0);
-  count = expect(op, "count", count, ScalarType::Long, {});
-  abs_max = expect(op, "abs_max", abs_max, ScalarType::Float, {k});
-  abs_sum = expect(op, "abs_sum", abs_sum, ScalarType::Double, {k});
-  sq_sum = expect(op, "sq_sum", sq_sum, ScalarType::Double, {k});
-  argmax = expect(op, "argmax", argmax, ScalarType::Long, {k});
-  const int64_t rows = *count.const_data_ptr<int64_t>();
-  require(rows >= 0, op, "count must not be negative; got ", rows);
-  // only read; the C struct serves the update too
-  const mq_channel_stats stats{const_cast<float*>(abs_max.const_data_ptr<float>()), nullptr,
-                               const_cast<double*>(abs_sum.const_data_ptr<double>()),
-                               const_cast<double*>(sq_sum.const_data_ptr<double>()),
-                               const_cast<int64_t*>(argmax.const_data_ptr<int64_t>())};
-  Tensor keys = allocate(abs_max, {k}, ScalarType::Double);
-  check(op, mq_sort_keys(static_cast<mq_sort_key>(index), k, rows, &stats,
-                         keys.mutable_data_ptr<double>()));
-  return keys;
+    const char *op = "sort_keys";
+    static const char *const names[] = {"argmax", "max", "mean3std", "rms"};
+    int index = 0;
+    while (index < 4 && key != names[index]) index++;
+    require(index < 4, op, "key must be argmax, max, mean3std or rms; got '", key, "'");
+    require(abs_max.dim() == 1, op, "abs_max must be a vector; got shape ", shape_text(abs_max));
+    const int64_t k = abs_max.size(0);
+    count = expect(op, "count", count, ScalarType::Long, {});
+    abs_max = expect(op, "abs_max", abs_max, ScalarType::Float, {k});
+    abs_sum = expect(op, "abs_sum", abs_sum, ScalarType::Double, {k});
+    sq_sum = expect(op, "sq_sum", sq_sum, ScalarType::Double, {k});
+    argmax = expect(op, "argmax", argmax, ScalarType::Long, {k});
+    const int64_t rows = *count.const_data_ptr<int64_t>();
+    require(rows >= 0, op, "count must not be negative; got ", rows);
+    // only read; the C struct serves the update too
+    const mq_channel_stats stats{const_cast<float *>(abs_max.const_data_ptr<float>()), nullptr,
+                                 const_cast<double *>(abs_sum.const_data_ptr<double>()),
+                                 const_cast<double *>(sq_sum.const_data_ptr<double>()),
+                                 const_cast<int64_t *>(argmax.const_data_ptr<int64_t>())};
+    Tensor keys = allocate(abs_max, {k}, ScalarType::Double);
+    check(op, mq_sort_keys(static_cast<mq_sort_key>(index), k, rows, &stats,
+                           keys.mutable_data_ptr<double>()));
+    return keys;
 }
 
 Tensor argsort(Tensor keys, bool descending) {
-  const char* op = "argsort";
-  keys = expect(op, "keys", keys, ScalarType::Double, {-1});
-  const int64_t k = keys.size(0);
-  Tensor indices = allocate(keys, {k}, ScalarType::Long);
-  Tensor scratch = allocate(keys, {k}, ScalarType::Long);
-  check(op, mq_argsort(keys.const_data_ptr<double>(), k, descending,
-                       indices.mutable_data_ptr<int64_t>(), scratch.mutable_data_ptr<int64_t>()));
-  return indices;
+    const char *op = "argsort";
+    keys = expect(op, "keys", keys, ScalarType::Double, {-1});
+    const int64_t k = keys.size(0);
+    Tensor indices = allocate(keys, {k}, ScalarType::Long);
+    Tensor scratch = allocate(keys, {k}, ScalarType::Long);
+    check(op, mq_argsort(keys.const_data_ptr<double>(), k, descending,
+                         indices.mutable_data_ptr<int64_t>(), scratch.mutable_data_ptr<int64_t>()));
+    return indices;
 }
 
 // ---- Group quantization ----
 
-mq_group_format group_format(const char* op, int64_t group_size, int64_t num_bits,
+mq_group_format group_format(const char *op, int64_t group_size, int64_t num_bits,
                              bool is_unsigned) {
-  require(group_size >= 1, op, "group_size must be at least 1; got ", group_size);
-  require(num_bits >= 2 && num_bits <= 8, op, "num_bits must be in [2, 8]; got ", num_bits);
-  return {group_size, static_cast<int>(num_bits), is_unsigned};
+    require(group_size >= 1, op, "group_size must be at least 1; got ", group_size);
+    require(num_bits >= 2 && num_bits <= 8, op, "num_bits must be in [2, 8]; got ", num_bits);
+    return {group_size, static_cast<int>(num_bits), is_unsigned};
 }
 
 int64_t groups_of(int64_t cols, int64_t group_size) {
-  return cols / group_size + (cols % group_size != 0);
+    return cols / group_size + (cols % group_size != 0);
 }
 
 std::tuple<Tensor, Tensor> group_quantize(Tensor x, int64_t group_size, int64_t num_bits,
                                           bool is_unsigned) {
-  const char* op = "group_quantize";
-  const mq_group_format format = group_format(op, group_size, num_bits, is_unsigned);
-  const mq_dtype dtype = dtype_of(op, "x", x);
-  const Matrix m = matrix(op, "x", x);
-  const int64_t groups = groups_of(m.cols, group_size);
-  Tensor q = allocate(x, shape_with_last(x, m.cols), is_unsigned ? ScalarType::Byte : ScalarType::Char);
-  Tensor scales = allocate(x, shape_with_last(x, groups), ScalarType::Float);
-  parallel(op, m.rows, kGrainValues / std::max<int64_t>(m.cols, 1), [&](int64_t begin, int64_t end) {
-    return mq_group_quantize(&format, dtype, bytes_at(m.tensor, begin * m.cols, dtype), end - begin,
-                             m.cols, m.cols, static_cast<int8_t*>(q.mutable_data_ptr()) + begin * m.cols,
-                             scales.mutable_data_ptr<float>() + begin * groups);
-  });
-  return {q, scales};
+    const char *op = "group_quantize";
+    const mq_group_format format = group_format(op, group_size, num_bits, is_unsigned);
+    const mq_dtype dtype = dtype_of(op, "x", x);
+    const Matrix m = matrix(op, "x", x);
+    const int64_t groups = groups_of(m.cols, group_size);
+    Tensor q =
+        allocate(x, shape_with_last(x, m.cols), is_unsigned ? ScalarType::Byte : ScalarType::Char);
+    Tensor scales = allocate(x, shape_with_last(x, groups), ScalarType::Float);
+    parallel(
+        op, m.rows, kGrainValues / std::max<int64_t>(m.cols, 1), [&](int64_t begin, int64_t end) {
+            return mq_group_quantize(&format, dtype, bytes_at(m.tensor, begin * m.cols, dtype),
+                                     end - begin, m.cols, m.cols,
+                                     static_cast<int8_t *>(q.mutable_data_ptr()) + begin * m.cols,
+                                     scales.mutable_data_ptr<float>() + begin * groups);
+        });
+    return {q, scales};
 }
 
 Tensor group_dequantize(Tensor q, Tensor scales, int64_t group_size, ScalarType out_dtype) {
-  const char* op = "group_dequantize";
-  const bool is_unsigned = q.scalar_type() == ScalarType::Byte;
-  require(is_unsigned || q.scalar_type() == ScalarType::Char, op, "q must be int8 or uint8; got ",
-          torch::headeronly::toString(q.scalar_type()));
-  const mq_group_format format = group_format(op, group_size, 8, is_unsigned);
-  require_float(op, "dtype", out_dtype);
-  const Matrix m = matrix(op, "q", q);
-  const int64_t groups = groups_of(m.cols, group_size);
-  scales = expect(op, "scales", scales, ScalarType::Float, shape_with_last(q, groups));
-  Tensor out = allocate(q, shape_with_last(q, m.cols), out_dtype);
-  const mq_dtype dtype = dtype_of(op, "out", out);
-  parallel(op, m.rows, kGrainValues / std::max<int64_t>(m.cols, 1), [&](int64_t begin, int64_t end) {
-    return mq_group_dequantize(&format,
-                               static_cast<const int8_t*>(m.tensor.const_data_ptr()) + begin * m.cols,
-                               scales.const_data_ptr<float>() + begin * groups, end - begin, m.cols,
-                               dtype, out_bytes_at(out, begin * m.cols, dtype));
-  });
-  return out;
+    const char *op = "group_dequantize";
+    const bool is_unsigned = q.scalar_type() == ScalarType::Byte;
+    require(is_unsigned || q.scalar_type() == ScalarType::Char, op, "q must be int8 or uint8; got ",
+            torch::headeronly::toString(q.scalar_type()));
+    const mq_group_format format = group_format(op, group_size, 8, is_unsigned);
+    require_float(op, "dtype", out_dtype);
+    const Matrix m = matrix(op, "q", q);
+    const int64_t groups = groups_of(m.cols, group_size);
+    scales = expect(op, "scales", scales, ScalarType::Float, shape_with_last(q, groups));
+    Tensor out = allocate(q, shape_with_last(q, m.cols), out_dtype);
+    const mq_dtype dtype = dtype_of(op, "out", out);
+    parallel(
+        op, m.rows, kGrainValues / std::max<int64_t>(m.cols, 1), [&](int64_t begin, int64_t end) {
+            return mq_group_dequantize(
+                &format, static_cast<const int8_t *>(m.tensor.const_data_ptr()) + begin * m.cols,
+                scales.const_data_ptr<float>() + begin * groups, end - begin, m.cols, dtype,
+                out_bytes_at(out, begin * m.cols, dtype));
+        });
+    return out;
 }
 
 Tensor group_fake_quantize(Tensor x, int64_t group_size, int64_t num_bits, bool is_unsigned) {
-  const char* op = "group_fake_quantize";
-  const mq_group_format format = group_format(op, group_size, num_bits, is_unsigned);
-  const mq_dtype dtype = dtype_of(op, "x", x);
-  const Matrix m = matrix(op, "x", x);
-  Tensor out = allocate(x, shape_with_last(x, m.cols), x.scalar_type());
-  parallel(op, m.rows, kGrainValues / std::max<int64_t>(m.cols, 1), [&](int64_t begin, int64_t end) {
-    return mq_group_fake_quantize(&format, dtype, bytes_at(m.tensor, begin * m.cols, dtype),
-                                  end - begin, m.cols, m.cols,
-                                  out_bytes_at(out, begin * m.cols, dtype));
-  });
-  return out;
+    const char *op = "group_fake_quantize";
+    const mq_group_format format = group_format(op, group_size, num_bits, is_unsigned);
+    const mq_dtype dtype = dtype_of(op, "x", x);
+    const Matrix m = matrix(op, "x", x);
+    Tensor out = allocate(x, shape_with_last(x, m.cols), x.scalar_type());
+    parallel(
+        op, m.rows, kGrainValues / std::max<int64_t>(m.cols, 1), [&](int64_t begin, int64_t end) {
+            return mq_group_fake_quantize(&format, dtype, bytes_at(m.tensor, begin * m.cols, dtype),
+                                          end - begin, m.cols, m.cols,
+                                          out_bytes_at(out, begin * m.cols, dtype));
+        });
+    return out;
 }
 
 Tensor pack_nibbles(Tensor q) {
-  const char* op = "pack_nibbles";
-  require(q.scalar_type() == ScalarType::Char || q.scalar_type() == ScalarType::Byte, op,
-          "q must be int8 or uint8; got ", torch::headeronly::toString(q.scalar_type()));
-  const Matrix m = matrix(op, "q", q);
-  const int64_t packed_cols = (m.cols + 1) / 2;
-  Tensor packed = allocate(q, shape_with_last(q, packed_cols), ScalarType::Byte);
-  parallel(op, m.rows, kGrainValues / std::max<int64_t>(m.cols, 1), [&](int64_t begin, int64_t end) {
-    return mq_pack_nibbles(static_cast<const int8_t*>(m.tensor.const_data_ptr()) + begin * m.cols,
-                           end - begin, m.cols,
-                           packed.mutable_data_ptr<uint8_t>() + begin * packed_cols);
-  });
-  return packed;
+    const char *op = "pack_nibbles";
+    require(q.scalar_type() == ScalarType::Char || q.scalar_type() == ScalarType::Byte, op,
+            "q must be int8 or uint8; got ", torch::headeronly::toString(q.scalar_type()));
+    const Matrix m = matrix(op, "q", q);
+    const int64_t packed_cols = (m.cols + 1) / 2;
+    Tensor packed = allocate(q, shape_with_last(q, packed_cols), ScalarType::Byte);
+    parallel(op, m.rows, kGrainValues / std::max<int64_t>(m.cols, 1),
+             [&](int64_t begin, int64_t end) {
+                 return mq_pack_nibbles(
+                     static_cast<const int8_t *>(m.tensor.const_data_ptr()) + begin * m.cols,
+                     end - begin, m.cols, packed.mutable_data_ptr<uint8_t>() + begin * packed_cols);
+             });
+    return packed;
 }
 
 Tensor unpack_nibbles(Tensor packed, int64_t cols, bool is_unsigned) {
-  const char* op = "unpack_nibbles";
-  require(packed.scalar_type() == ScalarType::Byte, op, "packed must be uint8; got ",
-          torch::headeronly::toString(packed.scalar_type()));
-  const Matrix m = matrix(op, "packed", packed);
-  require(cols >= 0 && m.cols == cols / 2 + cols % 2, op, "cols must be ", 2 * m.cols, " or one less for packed of shape ",
-          shape_text(packed), "; got ", cols);
-  Tensor q = allocate(packed, shape_with_last(packed, cols), is_unsigned ? ScalarType::Byte : ScalarType::Char);
-  parallel(op, m.rows, kGrainValues / std::max<int64_t>(cols, 1), [&](int64_t begin, int64_t end) {
-    return mq_unpack_nibbles(m.tensor.const_data_ptr<uint8_t>() + begin * m.cols, end - begin, cols,
-                             is_unsigned, static_cast<int8_t*>(q.mutable_data_ptr()) + begin * cols);
-  });
-  return q;
+    const char *op = "unpack_nibbles";
+    require(packed.scalar_type() == ScalarType::Byte, op, "packed must be uint8; got ",
+            torch::headeronly::toString(packed.scalar_type()));
+    const Matrix m = matrix(op, "packed", packed);
+    require(cols >= 0 && m.cols == cols / 2 + cols % 2, op, "cols must be ", 2 * m.cols,
+            " or one less for packed of shape ", shape_text(packed), "; got ", cols);
+    Tensor q = allocate(packed, shape_with_last(packed, cols),
+                        is_unsigned ? ScalarType::Byte : ScalarType::Char);
+    parallel(
+        op, m.rows, kGrainValues / std::max<int64_t>(cols, 1), [&](int64_t begin, int64_t end) {
+            return mq_unpack_nibbles(m.tensor.const_data_ptr<uint8_t>() + begin * m.cols,
+                                     end - begin, cols, is_unsigned,
+                                     static_cast<int8_t *>(q.mutable_data_ptr()) + begin * cols);
+        });
+    return q;
 }
 
 // ---- The W4A4 linear ----
 
-int q_max_of(const char* op, int64_t num_bits) {
-  require(num_bits >= 2 && num_bits <= 4, op, "num_bits must be in [2, 4]; got ", num_bits);
-  return (1 << (num_bits - 1)) - 1;
+int q_max_of(const char *op, int64_t num_bits) {
+    require(num_bits >= 2 && num_bits <= 4, op, "num_bits must be in [2, 4]; got ", num_bits);
+    return (1 << (num_bits - 1)) - 1;
 }
 
 // The fields every linear op shares; n and k are given, perm is checked for shape and dtype.
-mq_linear layer(const char* op, int64_t n, int64_t k, int64_t num_salient, int64_t group_size,
-                const Tensor& perm, mq_shape* shape) {
-  require(n >= 0, op, "out_features must not be negative; got ", n);
-  require(num_salient >= 0 && num_salient <= k, op, "num_salient must be in [0, ", k, "]; got ",
-          num_salient);
-  require(group_size >= 1, op, "group_size must be at least 1; got ", group_size);
-  mq_linear lin{};
-  lin.n = n;
-  lin.k = k;
-  lin.k_salient = num_salient;
-  lin.group_size = group_size;
-  lin.salient_dtype = MQ_BF16;
-  lin.perm = perm.const_data_ptr<int32_t>();
-  lin.isa = mq_isa_active();
-  check(op, mq_shape_of(n, k, num_salient, group_size, shape));
-  return lin;
+mq_linear layer(const char *op, int64_t n, int64_t k, int64_t num_salient, int64_t group_size,
+                const Tensor &perm, mq_shape *shape) {
+    require(n >= 0, op, "out_features must not be negative; got ", n);
+    require(num_salient >= 0 && num_salient <= k, op, "num_salient must be in [0, ", k, "]; got ",
+            num_salient);
+    require(group_size >= 1, op, "group_size must be at least 1; got ", group_size);
+    mq_linear lin{};
+    lin.n = n;
+    lin.k = k;
+    lin.k_salient = num_salient;
+    lin.group_size = group_size;
+    lin.salient_dtype = MQ_BF16;
+    lin.perm = perm.const_data_ptr<int32_t>();
+    lin.isa = mq_isa_active();
+    check(op, mq_shape_of(n, k, num_salient, group_size, shape));
+    return lin;
 }
 
-mq_dtype salient_dtype_of(const char* op, ScalarType dtype) {
-  require(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
-          "salient dtype must be bfloat16 or float16; got ", torch::headeronly::toString(dtype));
-  return dtype == ScalarType::Half ? MQ_F16 : MQ_BF16;
+mq_dtype salient_dtype_of(const char *op, ScalarType dtype) {
+    require(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
+            "salient dtype must be bfloat16 or float16; got ", torch::headeronly::toString(dtype));
+    return dtype == ScalarType::Half ? MQ_F16 : MQ_BF16;
 }
 
 std::tuple<Tensor, Tensor, Tensor> pack_weight(Tensor w, Tensor perm, int64_t num_salient,
                                                int64_t group_size, int64_t num_bits,
                                                std::optional<Tensor> group_scales,
                                                ScalarType salient_dtype) {
-  const char* op = "pack_weight";
-  const mq_dtype dtype = dtype_of(op, "w", w);
-  require(w.dim() == 2, op, "w must be a matrix; got shape ", shape_text(w));
-  const Matrix m = matrix(op, "w", w);
-  perm = expect(op, "perm", perm, ScalarType::Int, {m.cols});
-  const int q_max = q_max_of(op, num_bits);
-  mq_shape shape;
-  mq_linear lin = layer(op, m.rows, m.cols, num_salient, group_size, perm, &shape);
-  lin.salient_dtype = salient_dtype_of(op, salient_dtype);
-  std::vector<bool> used(static_cast<size_t>(m.cols));
-  for (int64_t i = 0; i < m.cols; i++) {
-    const int32_t channel = lin.perm[i];
-    require(channel >= 0 && channel < m.cols && !used[static_cast<size_t>(channel)], op,
-            "perm must hold every channel in [0, ", m.cols, ") once; perm[", i, "] is ", channel);
-    used[static_cast<size_t>(channel)] = true;
-  }
-  const float* given = nullptr;
-  if (group_scales) {
-    group_scales = expect(op, "group_scales", *group_scales, ScalarType::Float, {m.rows, shape.groups});
-    given = group_scales->const_data_ptr<float>();
-  }
-  Tensor qweight = allocate(w, {shape.panels, shape.blocks, MQ_BLOCK_BYTES}, ScalarType::Byte);
-  Tensor scales = allocate(w, {shape.panels, shape.groups, MQ_PANEL}, ScalarType::BFloat16);
-  Tensor salient = allocate(w, {shape.panels, num_salient, MQ_PANEL}, salient_dtype);
-  parallel(op, shape.panels, kGrainValues / std::max<int64_t>(MQ_PANEL * m.cols, 1),
-           [&](int64_t begin, int64_t end) {
-             return mq_pack_weight(&lin, q_max, dtype, m.tensor.const_data_ptr(), m.cols, given, begin,
-                                   end, qweight.mutable_data_ptr<uint8_t>(),
-                                   static_cast<uint16_t*>(scales.mutable_data_ptr()),
-                                   salient.mutable_data_ptr());
-           });
-  return {qweight, scales, salient};
+    const char *op = "pack_weight";
+    const mq_dtype dtype = dtype_of(op, "w", w);
+    require(w.dim() == 2, op, "w must be a matrix; got shape ", shape_text(w));
+    const Matrix m = matrix(op, "w", w);
+    perm = expect(op, "perm", perm, ScalarType::Int, {m.cols});
+    const int q_max = q_max_of(op, num_bits);
+    mq_shape shape;
+    mq_linear lin = layer(op, m.rows, m.cols, num_salient, group_size, perm, &shape);
+    lin.salient_dtype = salient_dtype_of(op, salient_dtype);
+    std::vector<bool> used(static_cast<size_t>(m.cols));
+    for (int64_t i = 0; i < m.cols; i++) {
+        const int32_t channel = lin.perm[i];
+        require(channel >= 0 && channel < m.cols && !used[static_cast<size_t>(channel)], op,
+                "perm must hold every channel in [0, ", m.cols, ") once; perm[", i, "] is ",
+                channel);
+        used[static_cast<size_t>(channel)] = true;
+    }
+    const float *given = nullptr;
+    if (group_scales) {
+        group_scales =
+            expect(op, "group_scales", *group_scales, ScalarType::Float, {m.rows, shape.groups});
+        given = group_scales->const_data_ptr<float>();
+    }
+    Tensor qweight = allocate(w, {shape.panels, shape.blocks, MQ_BLOCK_BYTES}, ScalarType::Byte);
+    Tensor scales = allocate(w, {shape.panels, shape.groups, MQ_PANEL}, ScalarType::BFloat16);
+    Tensor salient = allocate(w, {shape.panels, num_salient, MQ_PANEL}, salient_dtype);
+    parallel(op, shape.panels, kGrainValues / std::max<int64_t>(MQ_PANEL * m.cols, 1),
+             [&](int64_t begin, int64_t end) {
+                 return mq_pack_weight(&lin, q_max, dtype, m.tensor.const_data_ptr(), m.cols, given,
+                                       begin, end, qweight.mutable_data_ptr<uint8_t>(),
+                                       static_cast<uint16_t *>(scales.mutable_data_ptr()),
+                                       salient.mutable_data_ptr());
+             });
+    return {qweight, scales, salient};
 }
 
 // Checks the packed tensors and points lin at them; they stay alive through the caller's arguments.
-mq_linear packed_layer(const char* op, Tensor& qweight, Tensor& scales, Tensor& salient,
-                       Tensor& perm, int64_t n, int64_t group_size, mq_shape* shape) {
-  perm = expect(op, "perm", perm, ScalarType::Int, {-1});
-  require(salient.dim() == 3, op, "salient_weight must have three dimensions; got shape ",
-          shape_text(salient));
-  mq_linear lin = layer(op, n, perm.size(0), salient.size(1), group_size, perm, shape);
-  lin.salient_dtype = salient_dtype_of(op, salient.scalar_type());
-  qweight = expect(op, "qweight", qweight, ScalarType::Byte, {shape->panels, shape->blocks, MQ_BLOCK_BYTES});
-  scales = expect(op, "scales", scales, ScalarType::BFloat16, {shape->panels, shape->groups, MQ_PANEL});
-  salient = expect(op, "salient_weight", salient, salient.scalar_type(),
-                   {shape->panels, lin.k_salient, MQ_PANEL});
-  lin.qweight = qweight.const_data_ptr<uint8_t>();
-  lin.scales = static_cast<const uint16_t*>(scales.const_data_ptr());
-  lin.salient = salient.const_data_ptr();
-  return lin;
+mq_linear packed_layer(const char *op, Tensor &qweight, Tensor &scales, Tensor &salient,
+                       Tensor &perm, int64_t n, int64_t group_size, mq_shape *shape) {
+    perm = expect(op, "perm", perm, ScalarType::Int, {-1});
+    require(salient.dim() == 3, op, "salient_weight must have three dimensions; got shape ",
+            shape_text(salient));
+    mq_linear lin = layer(op, n, perm.size(0), salient.size(1), group_size, perm, shape);
+    lin.salient_dtype = salient_dtype_of(op, salient.scalar_type());
+    qweight = expect(op, "qweight", qweight, ScalarType::Byte,
+                     {shape->panels, shape->blocks, MQ_BLOCK_BYTES});
+    scales = expect(op, "scales", scales, ScalarType::BFloat16,
+                    {shape->panels, shape->groups, MQ_PANEL});
+    salient = expect(op, "salient_weight", salient, salient.scalar_type(),
+                     {shape->panels, lin.k_salient, MQ_PANEL});
+    lin.qweight = qweight.const_data_ptr<uint8_t>();
+    lin.scales = static_cast<const uint16_t *>(scales.const_data_ptr());
+    lin.salient = salient.const_data_ptr();
+    return lin;
 }
 
 Tensor unpack_weight(Tensor qweight, Tensor scales, Tensor salient, Tensor perm,
                      int64_t out_features, int64_t group_size) {
-  const char* op = "unpack_weight";
-  mq_shape shape;
-  const mq_linear lin =
-      packed_layer(op, qweight, scales, salient, perm, out_features, group_size, &shape);
-  // an index that occurs twice would leave another channel unwritten
-  Tensor w = stable::new_zeros(qweight, {out_features, lin.k}, ScalarType::Float);
-  parallel(op, shape.panels, kGrainValues / std::max<int64_t>(MQ_PANEL * lin.k, 1),
-           [&](int64_t begin, int64_t end) {
-             return mq_unpack_weight(&lin, begin, end, w.mutable_data_ptr<float>());
-           });
-  return w;
+    const char *op = "unpack_weight";
+    mq_shape shape;
+    const mq_linear lin =
+        packed_layer(op, qweight, scales, salient, perm, out_features, group_size, &shape);
+    // an index that occurs twice would leave another channel unwritten
+    Tensor w = stable::new_zeros(qweight, {out_features, lin.k}, ScalarType::Float);
+    parallel(op, shape.panels, kGrainValues / std::max<int64_t>(MQ_PANEL * lin.k, 1),
+             [&](int64_t begin, int64_t end) {
+                 return mq_unpack_weight(&lin, begin, end, w.mutable_data_ptr<float>());
+             });
+    return w;
 }
 
 Tensor w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient, Tensor perm,
                    std::optional<Tensor> bias, int64_t out_features, int64_t group_size,
                    int64_t num_bits, bool per_token, double clip) {
-  const char* op = "w4a4_linear";
-  const mq_dtype dtype = dtype_of(op, "x", x);
-  const Matrix m = matrix(op, "x", x);
-  mq_shape shape;
-  mq_linear lin = packed_layer(op, qweight, scales, salient, perm, out_features, group_size, &shape);
-  require(m.cols == lin.k, op, "x must end in ", lin.k, " channels; got shape ", shape_text(x));
-  lin.q_max = q_max_of(op, num_bits);
-  lin.per_token = per_token;
-  lin.clip = static_cast<float>(clip);
-  require(lin.clip > 0 && lin.clip <= 1, op, "clip must be in (0, 1]; got ", clip);
-  if (bias) {
-    lin.bias_dtype = dtype_of(op, "bias", *bias);
-    bias = expect(op, "bias", *bias, bias->scalar_type(), {out_features});
-    lin.bias = bias->const_data_ptr();
-  }
+    const char *op = "w4a4_linear";
+    const mq_dtype dtype = dtype_of(op, "x", x);
+    const Matrix m = matrix(op, "x", x);
+    mq_shape shape;
+    mq_linear lin =
+        packed_layer(op, qweight, scales, salient, perm, out_features, group_size, &shape);
+    require(m.cols == lin.k, op, "x must end in ", lin.k, " channels; got shape ", shape_text(x));
+    lin.q_max = q_max_of(op, num_bits);
+    lin.per_token = per_token;
+    lin.clip = static_cast<float>(clip);
+    require(lin.clip > 0 && lin.clip <= 1, op, "clip must be in (0, 1]; got ", clip);
+    if (bias) {
+        lin.bias_dtype = dtype_of(op, "bias", *bias);
+        bias = expect(op, "bias", *bias, bias->scalar_type(), {out_features});
+        lin.bias = bias->const_data_ptr();
+    }
 
-  Tensor y = allocate(x, shape_with_last(x, out_features), x.scalar_type());
-  if (m.rows == 0 || out_features == 0) return y;
-  size_t workspace_bytes;
-  int64_t tile_rows;
-  check(op, mq_linear_workspace_size(&lin, m.rows, &workspace_bytes));
-  check(op, mq_linear_tile_rows(&lin, m.rows, &tile_rows));
-  Tensor workspace = allocate(x, {static_cast<int64_t>(workspace_bytes) + 64}, ScalarType::Byte);
-  void* space = workspace.mutable_data_ptr();
+    Tensor y = allocate(x, shape_with_last(x, out_features), x.scalar_type());
+    if (m.rows == 0 || out_features == 0) return y;
+    size_t workspace_bytes;
+    int64_t tile_rows;
+    check(op, mq_linear_workspace_size(&lin, m.rows, &workspace_bytes));
+    check(op, mq_linear_tile_rows(&lin, m.rows, &tile_rows));
+    Tensor workspace = allocate(x, {static_cast<int64_t>(workspace_bytes) + 64}, ScalarType::Byte);
+    void *space = workspace.mutable_data_ptr();
 
-  const int64_t tiles = (m.rows + tile_rows - 1) / tile_rows;
-  parallel(op, tiles, kGrainValues / std::max<int64_t>(tile_rows * lin.k, 1),
-           [&](int64_t begin, int64_t end) {
-             return mq_linear_quantize(&lin, dtype, m.tensor.const_data_ptr(), lin.k, m.rows,
-                                       begin * tile_rows, std::min(end * tile_rows, m.rows), space);
-           });
+    const int64_t tiles = (m.rows + tile_rows - 1) / tile_rows;
+    parallel(op, tiles, kGrainValues / std::max<int64_t>(tile_rows * lin.k, 1),
+             [&](int64_t begin, int64_t end) {
+                 return mq_linear_quantize(&lin, dtype, m.tensor.const_data_ptr(), lin.k, m.rows,
+                                           begin * tile_rows, std::min(end * tile_rows, m.rows),
+                                           space);
+             });
 
-  const int64_t task_rows = kRowsPerTask / tile_rows * tile_rows;
-  const int64_t row_tasks = (m.rows + task_rows - 1) / task_rows;
-  const int64_t task_products = MQ_PANEL * std::min(task_rows, m.rows) * std::max<int64_t>(lin.k, 1);
-  parallel(op, shape.panels * row_tasks, kGrainProducts / task_products,
-           [&](int64_t begin, int64_t end) {
-             for (int64_t task = begin; task < end; task++) {
-               const int64_t panel = task / row_tasks, row0 = task % row_tasks * task_rows;
-               const mq_status status = mq_linear_multiply(
-                   &lin, m.rows, row0, std::min(row0 + task_rows, m.rows), panel, panel + 1, space,
-                   dtype, y.mutable_data_ptr(), out_features);
-               if (status != MQ_OK) return status;
-             }
-             return MQ_OK;
-           });
-  return y;
+    const int64_t task_rows = kRowsPerTask / tile_rows * tile_rows;
+    const int64_t row_tasks = (m.rows + task_rows - 1) / task_rows;
+    const int64_t task_products =
+        MQ_PANEL * std::min(task_rows, m.rows) * std::max<int64_t>(lin.k, 1);
+    parallel(op, shape.panels * row_tasks, kGrainProducts / task_products,
+             [&](int64_t begin, int64_t end) {
+                 for (int64_t task = begin; task < end; task++) {
+                     const int64_t panel = task / row_tasks, row0 = task % row_tasks * task_rows;
+                     const mq_status status = mq_linear_multiply(
+                         &lin, m.rows, row0, std::min(row0 + task_rows, m.rows), panel, panel + 1,
+                         space, dtype, y.mutable_data_ptr(), out_features);
+                     if (status != MQ_OK) return status;
+                 }
+                 return MQ_OK;
+             });
+    return y;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(mixedquant, m) {
-  m.def(
-      "channel_stats_update(Tensor x, Tensor(a!) count, Tensor(b!) abs_max, Tensor(c!) minimum, "
-      "Tensor(d!) abs_sum, Tensor(e!) sq_sum, Tensor(f!) argmax) -> ()");
-  m.def(
-      "sort_keys(Tensor count, Tensor abs_max, Tensor abs_sum, Tensor sq_sum, Tensor argmax, "
-      "str key) -> Tensor");
-  m.def("argsort(Tensor keys, bool descending) -> Tensor");
-  m.def(
-      "group_quantize(Tensor x, int group_size, int num_bits, bool is_unsigned) -> (Tensor, Tensor)");
-  m.def(
-      "group_dequantize(Tensor q, Tensor scales, int group_size, ScalarType dtype) -> Tensor");
-  m.def(
-      "group_fake_quantize(Tensor x, int group_size, int num_bits, bool is_unsigned) -> Tensor");
-  m.def("pack_nibbles(Tensor q) -> Tensor");
-  m.def("unpack_nibbles(Tensor packed, int cols, bool is_unsigned) -> Tensor");
-  m.def(
-      "pack_weight(Tensor w, Tensor perm, int num_salient, int group_size, int num_bits, "
-      "Tensor? group_scales, ScalarType salient_dtype) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "unpack_weight(Tensor qweight, Tensor scales, Tensor salient_weight, Tensor perm, "
-      "int out_features, int group_size) -> Tensor");
-  m.def(
-      "w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient_weight, Tensor perm, "
-      "Tensor? bias, int out_features, int group_size, int num_bits, bool per_token, float clip) "
-      "-> Tensor");
+    m.def(
+        "channel_stats_update(Tensor x, Tensor(a!) count, Tensor(b!) abs_max, Tensor(c!) minimum, "
+        "Tensor(d!) abs_sum, Tensor(e!) sq_sum, Tensor(f!) argmax) -> ()");
+    m.def(
+        "sort_keys(Tensor count, Tensor abs_max, Tensor abs_sum, Tensor sq_sum, Tensor argmax, "
+        "str key) -> Tensor");
+    m.def("argsort(Tensor keys, bool descending) -> Tensor");
+    m.def(
+        "group_quantize(Tensor x, int group_size, int num_bits, bool is_unsigned) -> (Tensor, "
+        "Tensor)");
+    m.def("group_dequantize(Tensor q, Tensor scales, int group_size, ScalarType dtype) -> Tensor");
+    m.def(
+        "group_fake_quantize(Tensor x, int group_size, int num_bits, bool is_unsigned) -> Tensor");
+    m.def("pack_nibbles(Tensor q) -> Tensor");
+    m.def("unpack_nibbles(Tensor packed, int cols, bool is_unsigned) -> Tensor");
+    m.def(
+        "pack_weight(Tensor w, Tensor perm, int num_salient, int group_size, int num_bits, "
+        "Tensor? group_scales, ScalarType salient_dtype) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "unpack_weight(Tensor qweight, Tensor scales, Tensor salient_weight, Tensor perm, "
+        "int out_features, int group_size) -> Tensor");
+    m.def(
+        "w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient_weight, Tensor perm, "
+        "Tensor? bias, int out_features, int group_size, int num_bits, bool per_token, float clip) "
+        "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mixedquant, CPU, m) {
-  m.impl("channel_stats_update", TORCH_BOX(&channel_stats_update));
-  m.impl("sort_keys", TORCH_BOX(&sort_keys));
-  m.impl("argsort", TORCH_BOX(&argsort));
-  m.impl("group_quantize", TORCH_BOX(&group_quantize));
-  m.impl("group_dequantize", TORCH_BOX(&group_dequantize));
-  m.impl("group_fake_quantize", TORCH_BOX(&group_fake_quantize));
-  m.impl("pack_nibbles", TORCH_BOX(&pack_nibbles));
-  m.impl("unpack_nibbles", TORCH_BOX(&unpack_nibbles));
-  m.impl("pack_weight", TORCH_BOX(&pack_weight));
-  m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
-  m.impl("w4a4_linear", TORCH_BOX(&w4a4_linear));
+    m.impl("channel_stats_update", TORCH_BOX(&channel_stats_update));
+    m.impl("sort_keys", TORCH_BOX(&sort_keys));
+    m.impl("argsort", TORCH_BOX(&argsort));
+    m.impl("group_quantize", TORCH_BOX(&group_quantize));
+    m.impl("group_dequantize", TORCH_BOX(&group_dequantize));
+    m.impl("group_fake_quantize", TORCH_BOX(&group_fake_quantize));
+    m.impl("pack_nibbles", TORCH_BOX(&pack_nibbles));
+    m.impl("unpack_nibbles", TORCH_BOX(&unpack_nibbles));
+    m.impl("pack_weight", TORCH_BOX(&pack_weight));
+    m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
+    m.impl("w4a4_linear", TORCH_BOX(&w4a4_linear));
 }

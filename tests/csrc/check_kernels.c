@@ -1,6 +1,7 @@
-/* Runs every entry of mixedquant.h on random small problems, each array ending at a page that cannot
- * be touched, and compares every instruction set with scalar bit for bit. Built with ASan and UBSan
- * by tests/test_csrc.py. Usage: check_kernels SEED CASES. Prints "N cases"; any fault aborts. */
+/* Runs every entry of mixedquant.h on random small problems, each array ending at a page that
+ * cannot be touched, and compares every instruction set with scalar bit for bit. Built with ASan
+ * and UBSan by tests/test_csrc.py. Usage: check_kernels SEED CASES. Prints "N cases"; any fault
+ * aborts. */
 #define _GNU_SOURCE
 #include <math.h>
 #include <stdio.h>
@@ -11,12 +12,12 @@
 
 #include "../../csrc/mixedquant.h"
 
-#define CHECK(condition)                                                             \
-    do {                                                                             \
-        if (!(condition)) {                                                          \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);          \
-            abort();                                                                 \
-        }                                                                            \
+#define CHECK(condition)                                                    \
+    do {                                                                    \
+        if (!(condition)) {                                                 \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+            abort();                                                        \
+        }                                                                   \
     } while (0)
 
 typedef struct guarded {
@@ -26,7 +27,8 @@ typedef struct guarded {
 
 /* `bytes` writable bytes; the next byte (after rounding up to `alignment`) is in a guard page. */
 static guarded guarded_alloc(size_t bytes, size_t alignment) {
-    size_t page = (size_t)sysconf(_SC_PAGESIZE), rounded = (bytes + alignment - 1) / alignment * alignment;
+    size_t page = (size_t)sysconf(_SC_PAGESIZE),
+           rounded = (bytes + alignment - 1) / alignment * alignment;
     size_t pages = (rounded + page - 1) / page * page;
     guarded g = {.mapped = pages + 2 * page, .bytes = bytes};
     g.map = mmap(NULL, g.mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -71,7 +73,8 @@ static int is_nan_at(mq_dtype dtype, const void *x, int64_t i) {
 static void check_same(mq_dtype dtype, const void *a, const void *b, int64_t count) {
     size_t size = size_of(dtype);
     for (int64_t i = 0; i < count; i++) {
-        int same = memcmp((const char *)a + (size_t)i * size, (const char *)b + (size_t)i * size, size) == 0;
+        int same = memcmp((const char *)a + (size_t)i * size, (const char *)b + (size_t)i * size,
+                          size) == 0;
         CHECK(same || (is_nan_at(dtype, a, i) && is_nan_at(dtype, b, i)));
     }
 }
@@ -86,7 +89,8 @@ static void check_groups(void) {
     mq_group_format format = {1 + below(below(2) ? 40 : 2000), (int)(2 + below(7)), (int)below(2)};
     int64_t groups = cols / format.group_size + (cols % format.group_size != 0);
     int64_t read = rows ? (rows - 1) * stride + cols : 0;
-    guarded x = random_values(dtype, read, 1), q[2], scales[2], out[2], fake[2], packed[2], codes[2];
+    guarded x = random_values(dtype, read, 1), q[2], scales[2], out[2], fake[2], packed[2],
+            codes[2];
     int64_t packed_bytes = rows * (cols / 2 + cols % 2);
     for (int i = 0; i < 2; i++) {
         q[i] = guarded_alloc((size_t)(rows * cols), 1);
@@ -100,11 +104,15 @@ static void check_groups(void) {
         if (!mq_isa_supported((mq_isa)isa)) continue;
         CHECK(mq_isa_set((mq_isa)isa) == MQ_OK);
         int i = isa > 0;
-        CHECK(mq_group_quantize(&format, dtype, x.data, rows, cols, stride, q[i].data, scales[i].data) == MQ_OK);
-        CHECK(mq_group_dequantize(&format, q[i].data, scales[i].data, rows, cols, dtype, out[i].data) == MQ_OK);
-        CHECK(mq_group_fake_quantize(&format, dtype, x.data, rows, cols, stride, fake[i].data) == MQ_OK);
+        CHECK(mq_group_quantize(&format, dtype, x.data, rows, cols, stride, q[i].data,
+                                scales[i].data) == MQ_OK);
+        CHECK(mq_group_dequantize(&format, q[i].data, scales[i].data, rows, cols, dtype,
+                                  out[i].data) == MQ_OK);
+        CHECK(mq_group_fake_quantize(&format, dtype, x.data, rows, cols, stride, fake[i].data) ==
+              MQ_OK);
         CHECK(mq_pack_nibbles(q[i].data, rows, cols, packed[i].data) == MQ_OK);
-        CHECK(mq_unpack_nibbles(packed[i].data, rows, cols, format.is_unsigned, codes[i].data) == MQ_OK);
+        CHECK(mq_unpack_nibbles(packed[i].data, rows, cols, format.is_unsigned, codes[i].data) ==
+              MQ_OK);
         check_bytes(&q[i], &q[0]);
         check_same(MQ_F32, scales[i].data, scales[0].data, rows * groups);
         check_same(dtype, out[i].data, out[0].data, rows * cols);
@@ -142,7 +150,8 @@ static void check_stats(void) {
                                   fields[i][3].data, fields[i][4].data};
         int64_t split = below(cols + 1);
         CHECK(mq_channel_stats_update(dtype, x.data, rows, stride, 0, split, 7, &stats) == MQ_OK);
-        CHECK(mq_channel_stats_update(dtype, x.data, rows, stride, split, cols, 7, &stats) == MQ_OK);
+        CHECK(mq_channel_stats_update(dtype, x.data, rows, stride, split, cols, 7, &stats) ==
+              MQ_OK);
         for (int f = 0; f < 5; f++) check_bytes(&fields[i][f], &fields[0][f]);
         for (int key = MQ_KEY_ARGMAX; key <= MQ_KEY_RMS; key++) {
             CHECK(mq_sort_keys((mq_sort_key)key, cols, rows, &stats, keys[i].data) == MQ_OK);
@@ -163,10 +172,14 @@ static void check_stats(void) {
 static void check_linear(void) {
     mq_dtype dtype = (mq_dtype)below(3);
     int64_t m = below(30), n = below(50), k = below(below(8) ? 150 : 2600);
-    mq_linear lin = {.n = n, .k = k, .k_salient = below(3) ? below(k / 4 + 1) : below(k + 1),
+    mq_linear lin = {.n = n,
+                     .k = k,
+                     .k_salient = below(3) ? below(k / 4 + 1) : below(k + 1),
                      .group_size = 1 + below(below(2) ? 48 : 2600),
-                     .salient_dtype = below(2) ? MQ_F16 : MQ_BF16, .q_max = 7,
-                     .per_token = (int)below(2), .clip = below(2) ? 1.0f : 0.7f};
+                     .salient_dtype = below(2) ? MQ_F16 : MQ_BF16,
+                     .q_max = 7,
+                     .per_token = (int)below(2),
+                     .clip = below(2) ? 1.0f : 0.7f};
     mq_shape shape;
     CHECK(mq_shape_of(n, k, lin.k_salient, lin.group_size, &shape) == MQ_OK);
     int64_t x_stride = k + below(3), y_stride = n + below(3), w_stride = k + below(3);
@@ -188,7 +201,8 @@ static void check_linear(void) {
         qweight[i] = guarded_alloc((size_t)(shape.panels * shape.blocks * MQ_BLOCK_BYTES), 1);
         scales[i] = guarded_alloc((size_t)(shape.panels * shape.groups * MQ_PANEL) * 2, 2);
         salient[i] = guarded_alloc((size_t)(shape.panels * lin.k_salient * MQ_PANEL) * 2, 2);
-        y[i] = guarded_alloc((size_t)(m ? (m - 1) * y_stride + n : 0) * size_of(dtype), size_of(dtype));
+        y[i] = guarded_alloc((size_t)(m ? (m - 1) * y_stride + n : 0) * size_of(dtype),
+                             size_of(dtype));
         unpacked[i] = guarded_alloc((size_t)(n * k) * 4, 4);
     }
     for (int isa = 0; isa < MQ_ISA_COUNT; isa++) {
@@ -207,11 +221,16 @@ static void check_linear(void) {
         CHECK(mq_linear_tile_rows(&lin, m, &tile) == MQ_OK);
         guarded workspace = guarded_alloc(bytes, 64);
         int64_t split = below(m / tile + 1) * tile;
-        CHECK(mq_linear_quantize(&lin, dtype, x.data, x_stride, m, split, m, workspace.data) == MQ_OK);
-        CHECK(mq_linear_quantize(&lin, dtype, x.data, x_stride, m, 0, split, workspace.data) == MQ_OK);
-        CHECK(mq_linear_multiply(&lin, m, split, m, 0, shape.panels, workspace.data, dtype, y[i].data, y_stride) == MQ_OK);
-        CHECK(mq_linear_multiply(&lin, m, 0, split, middle, shape.panels, workspace.data, dtype, y[i].data, y_stride) == MQ_OK);
-        CHECK(mq_linear_multiply(&lin, m, 0, split, 0, middle, workspace.data, dtype, y[i].data, y_stride) == MQ_OK);
+        CHECK(mq_linear_quantize(&lin, dtype, x.data, x_stride, m, split, m, workspace.data) ==
+              MQ_OK);
+        CHECK(mq_linear_quantize(&lin, dtype, x.data, x_stride, m, 0, split, workspace.data) ==
+              MQ_OK);
+        CHECK(mq_linear_multiply(&lin, m, split, m, 0, shape.panels, workspace.data, dtype,
+                                 y[i].data, y_stride) == MQ_OK);
+        CHECK(mq_linear_multiply(&lin, m, 0, split, middle, shape.panels, workspace.data, dtype,
+                                 y[i].data, y_stride) == MQ_OK);
+        CHECK(mq_linear_multiply(&lin, m, 0, split, 0, middle, workspace.data, dtype, y[i].data,
+                                 y_stride) == MQ_OK);
         guarded_free(&workspace);
         check_bytes(&qweight[i], &qweight[0]);
         check_bytes(&scales[i], &scales[0]);
@@ -252,8 +271,15 @@ static void check_statuses(void) {
     uint8_t qweight[128];
     uint16_t scales[32];
     char space[4096];
-    mq_linear lin = {.n = 8, .k = 8, .group_size = 8, .qweight = qweight, .scales = scales,
-                     .salient_dtype = MQ_BF16, .perm = perm, .q_max = 7, .clip = 1};
+    mq_linear lin = {.n = 8,
+                     .k = 8,
+                     .group_size = 8,
+                     .qweight = qweight,
+                     .scales = scales,
+                     .salient_dtype = MQ_BF16,
+                     .perm = perm,
+                     .q_max = 7,
+                     .clip = 1};
     CHECK(mq_linear_quantize(&lin, MQ_F32, x, 8, 1, 0, 1, space) == MQ_INVALID_PERM);
     perm[7] = 7;
     CHECK(mq_linear_quantize(&lin, MQ_F32, x, 8, 1, 0, 1, space) == MQ_OK);
