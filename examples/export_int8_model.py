@@ -1,0 +1,118 @@
+"""Smooth a model, quantize it to packed INT4 weights and INT4 activations, and save both.
+
+    python examples/export_int8_model.py --model-name tiny-opt --num-samples 16
+
+The name is the published one; what is written is W4A4: packed 4-bit weights, 4-bit activations
+and 16-bit salient channels, and the script says so. With --export-FT only the smoothed 16-bit
+model is saved and, for an OPT, the static INT8 scales that go with it, as published.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from smoothquant.bundled import check_model_name, load_model, wikitext
+from smoothquant.calibration import (
+    collect_stats,
+    get_act_scales,
+    get_static_decoder_layer_scales,
+    load_act_scales,
+    read_texts,
+    token_blocks,
+)
+from smoothquant.checkpoint import save_quantized
+from smoothquant.config import MixedQuantConfig
+from smoothquant.errors import CheckpointError
+from smoothquant.quantize import quantize
+from smoothquant.smooth import smooth_lm
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check the flags (the published ones keep their names); adds args.config."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model-name", default="smollm2-135m", help="bundled name, folder or Hugging Face id")
+    add("--num-samples", type=int, default=512, help="texts or blocks (default: %(default)s)")
+    add("--seq-len", type=int, default=512, help="tokens in each (default: %(default)s)")
+    add("--act-scales", help="file of activation scales (default: taken from the texts)")
+    add("--output-path", type=Path, default=Path("quantized_models"), help="folder to write in")
+    add(
+        "--dataset-path",
+        help="texts: .txt, .raw, .jsonl, .jsonl.zst or .parquet "
+        "(default: the bundled WikiText-2 validation split)",
+    )
+    add("--export-FT", action="store_true", help="save the smoothed 16-bit model only")
+    add("--alpha", type=float, default=0.5, help="smoothing strength (default: %(default)s)")
+    add("--group-size", type=int, default=128, help="channels per scale (default: %(default)s)")
+    add(
+        "--salient-prop",
+        type=float,
+        default=0.05,
+        help="share of channels that stay in 16 bits (default: %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    for flag in ("num_samples", "seq_len"):
+        if getattr(args, flag) < 1:
+            parser.error(f"{flag} must be at least 1; got {getattr(args, flag)}")
+    if not 0 <= args.alpha <= 1:
+        parser.error(f"alpha must be in [0, 1]; got {args.alpha}")
+    try:
+        check_model_name(args.model_name)
+        if args.dataset_path is not None:
+            read_texts(args.dataset_path)
+        args.config = MixedQuantConfig(group_size=args.group_size, salient_prop=args.salient_prop)
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        act_scales = None if args.act_scales is None else load_act_scales(args.act_scales)
+    except CheckpointError as error:
+        raise SystemExit(f"--act-scales: {error}") from error
+    if args.dataset_path is None:
+        texts = wikitext("validation")
+    else:
+        texts = list(read_texts(args.dataset_path))
+    model, tokenizer = load_model(args.model_name)
+    if act_scales is None:
+        act_scales = get_act_scales(model, tokenizer, texts, args.num_samples, args.seq_len)
+    smooth_lm(model, act_scales, args.alpha)
+
+    name = Path(args.model_name).name
+    smoothed = args.output_path / f"{name}-smoothquant"
+    model.save_pretrained(smoothed)
+    tokenizer.save_pretrained(smoothed)
+    print(f"saved the smoothed model ({str(model.dtype).removeprefix('torch.')}) in {smoothed}")
+    if args.export_FT:
+        if model.config.model_type == "opt":
+            _, ranges = get_static_decoder_layer_scales(
+                model, tokenizer, texts, args.num_samples, args.seq_len
+            )
+            path = args.output_path / f"{name}-smoothquant-scales.pt"
+            torch.save(ranges, path)
+            print(f"saved the static INT8 scales in {path}")
+        return
+
+    config = args.config
+    blocks = token_blocks(texts, tokenizer, args.num_samples, args.seq_len)
+    quantize(model, config, collect_stats(model, blocks))
+    packed = args.output_path / f"{name}-smoothquant-w{config.num_bits}a{config.num_bits}"
+    save_quantized(model, packed)
+    tokenizer.save_pretrained(packed)
+    print(
+        f"saved the packed model in {packed}: {config.num_bits}-bit weights and activations, "
+        f"group size {config.group_size}, {config.salient_prop:.0%} salient channels in 16 bits"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""Perplexity by the one protocol that every number of this project follows, and its command line.
+
+    python -m smoothquant.ppl_eval --model_path smollm2-135m --n_samples 4 --quantize
+
+Rows joined by a blank line, one tokenizer call, non-overlapping windows, the last partial one
+dropped, exp(mean token NLL). A subset of windows is a different number, so how many were scored
+is always printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .bundled import BUNDLED_MODELS, check_model_name, load_model, wikitext
+from .calibration import collect_stats, load_act_scales, read_texts, token_blocks
+from .config import MixedQuantConfig
+from .errors import CheckpointError
+
+# Positions whose logits are turned into float32 and log-probabilities at a time: for a vocabulary
+# of 128,000 that is 128 MB, where a whole window of 2,048 would take 1 GB twice.
+LOSS_CHUNK = 256
+
+
+class Evaluator:
+    """Scores models on one text: WikiText-2 and its like, cut into windows of tokens.
+
+    Args:
+        dataset: a mapping with a list of rows under "text" (a Hugging Face dataset, for one), a
+            list of rows, or the path of a file that `calibration.read_texts` reads.
+        tokenizer: the tokenizer of the models to be scored.
+        device: device of the token ids; a model's own device is used for its forward pass.
+        n_samples: windows to score, from the beginning; None for all of them.
+        seq_len: tokens in a window, >= 2. The first token of each window is context only.
+        progress: show a progress bar.
+
+    Attributes:
+        dataset: int64 [1, T], the ids of the whole text.
+        num_windows: windows that `evaluate` scores.
+        available_windows: windows that the text gives.
+
+    Raises:
+        ValueError: the text is too short for one window or for `n_samples`, or an argument is out
+            of range; the message names it.
+        TypeError: `dataset` or a count has the wrong type.
+    """
+
+    def __init__(
+        self,
+        dataset: Mapping | Sequence[str] | str | os.PathLike,
+        tokenizer,
+        device="cpu",
+        n_samples: int | None = 40,
+        *,
+        seq_len: int = 2048,
+        progress: bool = True,
+    ) -> None:
+        _check_count("seq_len", seq_len, 2)
+        if n_samples is not None:
+            _check_count("n_samples", n_samples, 1)
+        text = "\n\n".join(_rows(dataset))
+        token_ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
+        self.dataset = token_ids.to(device)
+        self.device = device
+        self.seq_len = seq_len
+        self.progress = progress
+        self.available_windows = token_ids.shape[1] // seq_len
+        if self.available_windows == 0:
+            raise ValueError(
+                f"seq_len: dataset holds {token_ids.shape[1]} tokens, less than one window of "
+                f"{seq_len}"
+            )
+        if n_samples is not None and n_samples > self.available_windows:
+            raise ValueError(
+                f"n_samples must be at most {self.available_windows}, the windows of {seq_len} "
+                f"tokens in dataset; got {n_samples} (None scores all)"
+            )
+        self.n_samples = n_samples
+        self.num_windows = n_samples or self.available_windows
+
+    @torch.no_grad()
+    def token_nlls(self, model: nn.Module) -> Tensor:
+        """Return the negative log-likelihood (natural log) of every scored token.
+
+        Returns:
+            float64 [num_windows, seq_len - 1], CPU; the windows are those of `evaluate`.
+
+        Raises:
+            ValueError: as `check_model`.
+        """
+        self.check_model(model)
+        was_training = model.training
+        model.eval()
+        device = next(iter(model.parameters())).device
+        nlls = torch.empty(self.num_windows, self.seq_len - 1, dtype=torch.float64)
+        bar = tqdm(
+            range(self.num_windows), desc="evaluating", unit="window", disable=not self.progress
+        )
+        try:
+            for index in bar:
+                window = self.dataset[:, index * self.seq_len : (index + 1) * self.seq_len]
+                window = window.to(device)
+                logits = model(window).logits[0, :-1]
+                nlls[index] = _nlls(logits, window[0, 1:])
+        finally:
+            model.train(was_training)
+        return nlls
+
+    def evaluate(self, model: nn.Module) -> Tensor:
+        """Return the model's perplexity, a 0-d float tensor, and print how it was measured.
+
+        The mean is taken in float64. A model whose logits are not finite has the perplexity NaN or
+        Inf; ValueError as `check_model`.
+        """
+        started = time.perf_counter()
+        nlls = self.token_nlls(model)
+        seconds = time.perf_counter() - started
+        perplexity = nlls.mean().exp()
+        tokens = self.num_windows * self.seq_len
+        print(
+            f"perplexity {perplexity:.4f} on {self.num_windows} of {self.available_windows} "
+            f"windows, seqlen {self.seq_len}, {tokens / seconds:.1f} tokens/s"
+        )
+        return perplexity.float()
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ValueError if the model lacks token ids or positions that the windows need."""
+        embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        largest = int(self.dataset.max())
+        if embeddings is not None and largest >= embeddings:
+            raise ValueError(
+                f"model knows {embeddings} token ids, the tokenizer gave {largest}: "
+                "they do not belong together"
+            )
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and positions < self.seq_len:
+            raise ValueError(
+                f"seq_len must be at most {positions}, the model's positions; got {self.seq_len}"
+            )
+
+
+def _rows(dataset) -> Iterable[str]:
+    if isinstance(dataset, (str, os.PathLike)):
+        return read_texts(dataset)
+    try:
+        rows = dataset["text"]
+    except KeyError:
+        raise ValueError('dataset has no rows under "text"') from None
+    except (TypeError, IndexError):
+        rows = dataset
+    return read_texts(rows)
+
+
+def _nlls(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits [T, V] of any float dtype, labels int64 [T] -> float64 [T], CPU."""
+    return torch.cat(
+        [
+            nn.functional.cross_entropy(some.float(), label, reduction="none").double().cpu()
+            for some, label in zip(logits.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
+        ]
+    )
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int; got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's flags; the published ones keep their names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m smoothquant.ppl_eval",
+        description="Perplexity on WikiText-2, of a model as it is, smoothed or quantized.",
+    )
+    add = parser.add_argument
+    add(
+        "--model_path",
+        default="smollm2-135m",
+        help=f"{', '.join(BUNDLED_MODELS)}, a folder or a Hugging Face id (default: %(default)s)",
+    )
+    add("--smooth", action="store_true", help="smooth the model first; needs --act_scales_path")
+    add("--act_scales_path", help="activation scales, a .pt or .safetensors file")
+    add(
+        "--alpha", type=float, default=0.5, help="smoothing strength, 0 to 1 (default: %(default)s)"
+    )
+    add("--quantize", action="store_true", help="quantize weights and activations")
+    add("--num_bits", type=int, default=4, help="bits of both (default: %(default)s)")
+    add(
+        "--group_size",
+        type=int,
+        default=128,
+        help="channels that share a scale (default: %(default)s)",
+    )
+    add(
+        "--salient_prop",
+        type=float,
+        default=0.05,
+        help="share of channels that stay in 16 bits, 0 to 1 (default: %(default)s)",
+    )
+    add("--sort", default="rms", help="order of the channels (default: %(default)s)")
+    add(
+        "--backend",
+        default="int4",
+        help="int4 (packed weights, integer kernels) or fake (simulation) (default: %(default)s)",
+    )
+    add(
+        "--calibration_path",
+        help="texts for calibration (default: the bundled WikiText-2 validation split)",
+    )
+    add(
+        "--calibration_blocks",
+        type=int,
+        default=32,
+        help="blocks of 512 tokens (default: %(default)s)",
+    )
+    add("--dataset_path", help="texts to score (default: the bundled WikiText-2 test split)")
+    add("--n_samples", type=int, help="windows to score (default: all)")
+    add("--seq_len", type=int, default=2048, help="tokens per window (default: %(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; every argument is checked before the model is loaded."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        config, act_scales, calibration_texts, dataset = _checked(args)
+    except (ValueError, TypeError, CheckpointError) as error:
+        parser.error(str(error))
+
+    model, tokenizer = load_model(args.model_path)
+    device = next(iter(model.parameters())).device
+    try:
+        evaluator = Evaluator(dataset, tokenizer, device, args.n_samples, seq_len=args.seq_len)
+        evaluator.check_model(model)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.smooth:
+        from .smooth import smooth_lm
+
+        smooth_lm(model, act_scales, args.alpha)
+        print(f"smoothed with alpha {args.alpha}")
+    if args.quantize:
+        from .quantize import quantize
+
+        blocks = token_blocks(calibration_texts, tokenizer, args.calibration_blocks, 512)
+        records = quantize(model, config, collect_stats(model, blocks))
+        print(f"{args.model_path}: {_bits(config, records)}")
+    else:
+        print(f"{args.model_path}: not quantized")
+    print(f"Perplexity: {evaluator.evaluate(model)}")
+
+
+def _checked(args: argparse.Namespace):
+    """Return (config, act_scales, calibration texts, dataset) or raise on the first bad flag."""
+    check_model_name(args.model_path)
+    _check_count("seq_len", args.seq_len, 2)
+    _check_count("calibration_blocks", args.calibration_blocks, 1)
+    if args.n_samples is not None:
+        _check_count("n_samples", args.n_samples, 1)
+    if not 0 <= args.alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1]; got {args.alpha}")
+    if args.smooth and args.act_scales_path is None:
+        raise ValueError("--smooth needs --act_scales_path (see examples/generate_act_scales.py)")
+    config = MixedQuantConfig(
+        num_bits=args.num_bits,
+        group_size=args.group_size,
+        salient_prop=args.salient_prop,
+        sort=args.sort,
+        backend=args.backend,
+    )
+    act_scales = load_act_scales(args.act_scales_path) if args.smooth else None
+    calibration_texts = (
+        read_texts(args.calibration_path) if args.calibration_path else wikitext("validation")
+    )
+    dataset = list(read_texts(args.dataset_path)) if args.dataset_path else wikitext("test")
+    return config, act_scales, calibration_texts, dataset
+
+
+def _bits(config: MixedQuantConfig, records) -> str:
+    quantized = [
+        (math.prod(r.shape), r.bits_per_weight) for r in records if r.action == "quantized"
+    ]
+    weights = sum(count for count, _ in quantized)
+    bits = sum(count * bits for count, bits in quantized) / weights
+    return (
+        f"W{config.num_bits}A{config.num_bits}, {bits:.2f} bits per weight with all scales, "
+        f"group size {config.group_size}, {config.salient_prop:.0%} salient channels in 16 bits, "
+        f"sort {config.sort}, backend {config.backend}"
+    )
+
+
+if __name__ == "__main__":
+    main()
