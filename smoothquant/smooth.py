@@ -1,0 +1,164 @@
+"""SmoothQuant: move activation outliers into the weights, without changing the function.
+
+Every channel that a norm produces is divided by a factor s, and the weights that read it are
+multiplied by s = max|x|^alpha / max|w|^(1 - alpha).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .config import check_real
+from .families import LayerInput, layer_inputs
+from .moe import PARTS
+
+FLOOR = 1e-5
+
+
+class _Fold(NamedTuple):
+    """One norm to divide and the weights to multiply, by scales [K]."""
+
+    norm: nn.Module
+    gain: Tensor
+    weights: list[Tensor]
+    scales: Tensor
+
+
+@torch.no_grad()
+def smooth_lm(model: nn.Module, scales: Mapping[str, Tensor], alpha: float = 0.5) -> None:
+    """Smooth every norm of the model that feeds linears only, in place.
+
+    Args:
+        model: a float model of a family in `smoothquant.families`.
+        scales: largest magnitude per channel of the linears' inputs, {module name: [K]}, as
+            `smoothquant.calibration.get_act_scales` gives it. Linears that share an input share the
+            entry of the first of them that has one. A mixture of experts takes its router's entry,
+            else the largest of its experts' entries.
+        alpha: in [0, 1]; how much of the activations' range moves into the weights.
+
+    Raises:
+        ValueError: a missing entry, a wrong shape, a negative or non-finite scale, a model without
+            a norm to smooth. Nothing has been changed then.
+        TypeError: an entry that is no tensor.
+    """
+    modules = dict(model.named_modules())
+    folds = [
+        _fold(
+            modules[item.norm],
+            _weights(modules, item),
+            _act_scales(scales, item, modules),
+            alpha,
+            item.norm_offset,
+            item.name,
+        )
+        for item in layer_inputs(model)
+        if item.norm is not None
+    ]
+    if not folds:
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise ValueError(f"model of type {kind!r} has no norm that feeds linears only")
+    for fold in folds:
+        _apply(fold)
+
+
+@torch.no_grad()
+def smooth_ln_fcs(
+    ln: nn.Module, fcs: nn.Linear | Sequence[nn.Linear], act_scales: Tensor, alpha: float = 0.5
+) -> None:
+    """Smooth one LayerNorm and the linears that read it, in place.
+
+    Args:
+        ln: module with ``weight [K]`` and perhaps ``bias [K]``.
+        fcs: one or more nn.Linear with K input features.
+        act_scales: [K], largest magnitude of each of the norm's output channels.
+        alpha: in [0, 1].
+
+    Raises ValueError or TypeError, before any change, on a mismatch.
+    """
+    fcs = [fcs] if isinstance(fcs, nn.Module) else list(fcs)
+    for fc in fcs:
+        if not isinstance(fc, nn.Linear):
+            raise TypeError(f"fcs must be nn.Linear; got {type(fc).__name__}")
+    _apply(_fold(ln, [fc.weight for fc in fcs], act_scales, alpha))
+
+
+@torch.no_grad()
+def smooth_ln_fcs_llama_like(
+    ln: nn.Module, fcs: nn.Linear | Sequence[nn.Linear], act_scales: Tensor, alpha: float = 0.5
+) -> None:
+    """`smooth_ln_fcs` for an RMSNorm, which has no bias."""
+    if getattr(ln, "bias", None) is not None:
+        raise ValueError(
+            f"ln must have no bias; got {type(ln).__name__}, which smooth_ln_fcs takes"
+        )
+    smooth_ln_fcs(ln, fcs, act_scales, alpha)
+
+
+def _fold(norm, weights, act_scales, alpha, offset=0.0, name="act_scales") -> _Fold:
+    check_real("alpha", alpha, 0.0, 1.0)
+    if not isinstance(act_scales, Tensor):
+        raise TypeError(f"scales of {name} must be a tensor; got {type(act_scales).__name__}")
+    if getattr(norm, "weight", None) is None:
+        raise ValueError(f"the norm of {name} has no weight to divide: {type(norm).__name__}")
+    if not weights:
+        raise ValueError("fcs must name at least one linear; got none")
+    k = norm.weight.numel()
+    shapes = [tuple(act_scales.shape)] + [tuple(weight.shape[-1:]) for weight in weights]
+    if any(shape != (k,) for shape in shapes):
+        raise ValueError(f"{name}: the norm has {k} channels; scales and weights have {shapes}")
+    if not (torch.isfinite(act_scales).all() and (act_scales >= 0).all()):
+        raise ValueError(f"scales of {name} must be finite and not negative")
+    device, dtype = weights[0].device, weights[0].dtype
+    act_scales = act_scales.to(device=device, dtype=dtype)
+    largest = torch.stack([weight.abs().flatten(0, -2).amax(0) for weight in weights]).amax(0)
+    scales = act_scales.pow(alpha) / largest.clamp(min=FLOOR).pow(1 - alpha)
+    scales = scales.clamp(min=FLOOR).to(norm.weight.device)
+    gain = norm.weight / scales
+    if offset:
+        gain = ((norm.weight.double() + offset) / scales.double() - offset).to(norm.weight.dtype)
+    if not (torch.isfinite(gain).all() and torch.isfinite(scales).all()):
+        raise ValueError(f"{name}: smoothing factors leave the range of {gain.dtype}")
+    return _Fold(norm, gain, weights, scales)
+
+
+def _apply(fold: _Fold) -> None:
+    fold.norm.weight.copy_(fold.gain)
+    if getattr(fold.norm, "bias", None) is not None:
+        fold.norm.bias.div_(fold.scales)
+    for weight in fold.weights:
+        weight.mul_(fold.scales.to(weight.device))
+
+
+def _weights(modules: Mapping[str, nn.Module], item: LayerInput) -> list[Tensor]:
+    readers = [modules[name] for name in item.linears]
+    for name, module in zip(item.linears, readers, strict=True):
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"{name} must be an nn.Linear; got {type(module).__name__}")
+    weights = [module.weight for module in readers]
+    if item.router:
+        weights.append(modules[item.router].weight)
+    if item.experts:
+        weights.append(modules[item.experts].gate_up_proj)
+    return weights
+
+
+def _act_scales(
+    scales: Mapping[str, Tensor], item: LayerInput, modules: Mapping[str, nn.Module]
+) -> Tensor:
+    names = item.linears + ((item.router,) if item.router else ())
+    for name in names:
+        if name in scales:
+            return scales[name]
+    if item.experts:
+        # Every token reaches some expert, so the experts' largest is the input's.
+        count = modules[item.experts].gate_up_proj.shape[0]
+        names += tuple(item.expert_linear(expert, PARTS[0]) for expert in range(count))
+        found = [scales[name] for name in names if name in scales]
+        if found:
+            return torch.stack(found).amax(0)
+    raise ValueError(
+        f"scales has no entry for {' or '.join(names)}; it has {len(scales)} entries, "
+        f"the first {next(iter(scales), None)!r}"
+    )

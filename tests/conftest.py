@@ -1,0 +1,119 @@
+"""Tiny randomly initialized models of the real transformers classes, one per architecture."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+# Hidden and intermediate sizes are no multiples of the group sizes used, nor powers of two.
+_LLAMA = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_HEAD_DIM = dict(_LLAMA, head_dim=12)
+_FALCON = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 88,
+    "bias": True,
+    "alibi": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_OPT = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "word_embed_proj_dim": 48,
+    "ffn_dim": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+_BLOOM = {"vocab_size": 96, "hidden_size": 48, "n_layer": 2, "n_head": 4}
+
+ARCHITECTURES = {
+    "opt": ("opt", _OPT),
+    "opt-post-norm": ("opt", dict(_OPT, do_layer_norm_before=False, word_embed_proj_dim=40)),
+    "llama": ("llama", dict(_LLAMA, tie_word_embeddings=True)),
+    "llama-bias": ("llama", dict(_LLAMA, attention_bias=True, mlp_bias=True)),
+    "mistral": ("mistral", _LLAMA),
+    "mixtral": ("mixtral", dict(_LLAMA, num_local_experts=4, num_experts_per_tok=2)),
+    "falcon-parallel": ("falcon", dict(_FALCON, parallel_attn=True)),
+    "falcon-sequential": ("falcon", dict(_FALCON, parallel_attn=False, multi_query=False)),
+    "falcon-new": ("falcon", dict(_FALCON, new_decoder_architecture=True, num_kv_heads=2)),
+    "falcon-new-one-norm": (
+        "falcon",
+        dict(_FALCON, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1),
+    ),
+    "bloom": ("bloom", _BLOOM),
+    "bloom-post-norm": ("bloom", dict(_BLOOM, apply_residual_connection_post_layernorm=True)),
+    "qwen2": ("qwen2", _LLAMA),
+    "qwen3": ("qwen3", _HEAD_DIM),
+    "phi": ("phi", _LLAMA),
+    "phi3": ("phi3", _LLAMA),
+    "gemma": ("gemma", dict(_HEAD_DIM, tie_word_embeddings=True)),
+    "gemma2": ("gemma2", dict(_HEAD_DIM, query_pre_attn_scalar=12)),
+    "gpt_neox": ("gpt_neox", dict(_LLAMA, use_parallel_residual=True)),
+    "gpt_neox-sequential": ("gpt_neox", dict(_LLAMA, use_parallel_residual=False)),
+}
+
+
+def build_model(architecture: str, seed: int = 0):
+    """A float32 causal LM in eval mode with random weights, biases and norm gains."""
+    model_type, fields = ARCHITECTURES[architecture]
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Default initializations hide faults: zero biases, unit gains, tiny logits.
+            spread = 0.3 if parameter.dim() == 1 else 0.1
+            parameter.add_(torch.randn_like(parameter) * spread)
+    return model
+
+
+@pytest.fixture(scope="session")
+def token_ids():
+    """int64 [2, 24]: two rows of random tokens for the tiny models."""
+    return torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def architecture(request):
+    """The name of each tiny architecture in turn."""
+    return request.param
+
+
+@pytest.fixture
+def make_model():
+    """build_model, for tests that choose the architecture."""
+    return build_model
+
+
+@pytest.fixture
+def run_python():
+    """Runs Python code in a process of its own; keyword arguments are environment variables."""
+
+    def run(code: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            check=check,
+        )
+
+    return run

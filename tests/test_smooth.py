@@ -1,0 +1,152 @@
+"""Smoothing: the published formula, and the same function before and after, for every family."""
+
+import pytest
+import torch
+from torch import nn
+
+from smoothquant.families import layer_inputs
+from smoothquant.smooth import smooth_lm, smooth_ln_fcs, smooth_ln_fcs_llama_like
+
+POST_NORM = ("opt-post-norm", "bloom-post-norm")
+
+
+def random_scales(model, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    scales = {}
+    for item in layer_inputs(model):
+        name = item.router or item.linears[0]
+        k = model.get_submodule(name).weight.shape[1]
+        scales[name] = torch.rand(k, generator=generator) * 4 + 0.05
+    return scales
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def logits(model, token_ids):
+    with torch.no_grad():
+        return model(token_ids).logits
+
+
+def test_function_is_preserved(architecture, make_model, token_ids):
+    if architecture in POST_NORM:
+        pytest.skip("no norm to smooth")
+    model = make_model(architecture).double()
+    model.config._experts_implementation = "eager"  # the fused one knows no float64
+    before, weights = logits(model, token_ids), state(model)
+    smooth_lm(model, random_scales(model), alpha=0.6)
+    changed = [
+        name for name, tensor in model.state_dict().items() if not tensor.equal(weights[name])
+    ]
+    for item in layer_inputs(model):
+        assert (f"{item.norm}.weight" in changed) == (item.norm is not None)
+        for name in item.linears:
+            assert (f"{name}.weight" in changed) == (item.norm is not None), name
+        if item.experts:
+            assert f"{item.experts}.gate_up_proj" in changed
+            assert f"{item.router}.weight" in changed
+    torch.testing.assert_close(logits(model, token_ids), before, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", POST_NORM)
+def test_model_without_a_norm_to_smooth_is_refused(architecture, make_model):
+    model = make_model(architecture)
+    with pytest.raises(ValueError, match="has no norm that feeds linears only"):
+        smooth_lm(model, random_scales(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.85, 1.0])
+def test_published_formula(dtype, alpha):
+    torch.manual_seed(0)
+    ln, fcs = nn.LayerNorm(6), [nn.Linear(6, 5), nn.Linear(6, 3)]
+    with torch.no_grad():
+        ln.weight.uniform_(0.5, 2)
+        ln.bias.uniform_(-1, 1)
+        fcs[0].weight[:, 2] = 0
+        fcs[1].weight[:, 2] = 0
+    for module in (ln, *fcs):
+        module.to(dtype)
+    act = torch.rand(6) * 5
+    act[1] = 0
+    largest = torch.cat([fc.weight.abs().max(dim=0, keepdim=True)[0] for fc in fcs])
+    largest = largest.max(dim=0)[0].clamp(min=1e-5)
+    scales = (act.to(dtype).pow(alpha) / largest.pow(1 - alpha)).clamp(min=1e-5)
+    if not (torch.isfinite(ln.weight / scales).all() and torch.isfinite(scales).all()):
+        with pytest.raises(ValueError, match="leave the range of torch.float16"):
+            smooth_ln_fcs(ln, fcs, act, alpha)
+        return
+    expected = [ln.weight / scales, ln.bias / scales, *[fc.weight * scales for fc in fcs]]
+    smooth_ln_fcs(ln, fcs, act, alpha)
+    for got, want in zip([ln.weight, ln.bias, *[fc.weight for fc in fcs]], expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_rms_norm_form_takes_one_linear_and_refuses_a_bias():
+    norm, fc = nn.RMSNorm(4), nn.Linear(4, 3)
+    smooth_ln_fcs_llama_like(norm, fc, torch.full((4,), 9.0), 1.0)
+    assert torch.allclose(norm.weight, torch.full((4,), 1 / 9))
+    with pytest.raises(ValueError, match="ln must have no bias; got LayerNorm"):
+        smooth_ln_fcs_llama_like(nn.LayerNorm(4), fc, torch.ones(4))
+
+
+def test_experts_entries_serve_for_the_router(make_model):
+    one, other = make_model("mixtral"), make_model("mixtral")
+    scales = random_scales(one)
+    by_expert = dict(scales)
+    for item in layer_inputs(one):
+        if item.experts:
+            whole = by_expert.pop(item.router)
+            by_expert[item.expert_linear(0, "gate_up_proj")] = whole.clone().mul_(0.5)
+            by_expert[item.expert_linear(2, "gate_up_proj")] = whole
+    smooth_lm(one, scales)
+    smooth_lm(other, by_expert)
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def drop_last(scales):
+    del scales["model.layers.1.mlp.gate_proj"]
+
+
+def shorten(scales):
+    scales["model.layers.1.mlp.gate_proj"] = torch.ones(5)
+
+
+def poison(scales):
+    scales["model.layers.1.mlp.gate_proj"][3] = float("nan")
+
+
+def negate(scales):
+    scales["model.layers.1.mlp.gate_proj"].neg_()
+
+
+def listed(scales):
+    scales["model.layers.1.mlp.gate_proj"] = [1.0]
+
+
+@pytest.mark.parametrize(
+    "spoil, error, message",
+    [
+        (drop_last, ValueError, "no entry for model.layers.1.mlp.gate_proj or .*up_proj"),
+        (shorten, ValueError, "layers.1.mlp.gate_proj: the norm has 48 channels"),
+        (poison, ValueError, "gate_proj must be finite"),
+        (negate, ValueError, "gate_proj must be finite and not negative"),
+        (listed, TypeError, "gate_proj must be a tensor; got list"),
+    ],
+)
+def test_bad_scales_change_nothing(spoil, error, message, make_model):
+    model = make_model("llama")
+    before, scales = state(model), random_scales(model)
+    spoil(scales)
+    with pytest.raises(error, match=message):
+        smooth_lm(model, scales)
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])
+def test_alpha_is_checked(alpha, make_model):
+    model = make_model("llama")
+    with pytest.raises(ValueError, match="alpha must be in"):
+        smooth_lm(model, random_scales(model), alpha)
