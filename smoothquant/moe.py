@@ -1,0 +1,68 @@
+"""Fused mixture-of-experts blocks: each expert's two matrices as linears of their own.
+
+transformers 5 keeps all experts of a layer in two 3-D parameters, ``gate_up_proj [E, 2I, H]`` and
+``down_proj [E, H, I]``, so a walk over nn.Linear never sees them.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+PARTS = ("gate_up_proj", "down_proj")
+
+
+class W4A4Experts(nn.Module):
+    """Takes the place of a fused experts module, one pair of quantized linears per expert.
+
+    Children are named by expert index, each with ``gate_up_proj`` (H -> 2I) and ``down_proj``
+    (I -> H). A token's result depends on that token alone.
+
+    Args:
+        linears: {(expert, part): linear}, all experts 0 ... E-1, part in PARTS.
+        act_fn: the activation module between the two, applied to the first half of gate_up.
+    """
+
+    def __init__(self, linears: dict[tuple[int, str], nn.Module], act_fn: nn.Module) -> None:
+        super().__init__()
+        self.num_experts = len(linears) // len(PARTS)
+        self.act_fn = act_fn
+        for expert in range(self.num_experts):
+            pair = nn.ModuleDict({part: linears[expert, part] for part in PARTS})
+            self.add_module(str(expert), pair)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, H], top_k_index int64 [T, k], top_k_weights [T, k] -> [T, H]."""
+        out = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(top_k_index == expert)
+            if token.numel() == 0:
+                continue
+            pair = self.get_submodule(str(expert))
+            gate, up = pair["gate_up_proj"](hidden_states[token]).chunk(2, dim=-1)
+            y = pair["down_proj"](self.act_fn(gate) * up) * top_k_weights[token, slot, None]
+            out.index_add_(0, token, y.to(out.dtype))
+        return out
+
+
+@torch.no_grad()
+def routed_inputs(
+    experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """What each expert's matrices read in one call of a float fused experts module.
+
+    Args:
+        experts: the module, with ``gate_up_proj``, ``down_proj`` and ``act_fn``.
+        hidden_states: [T, H], its first argument.
+        top_k_index: int64 [T, k], its second argument.
+
+    Yields:
+        (expert, input of its gate_up_proj [t, H], input of its down_proj [t, I]) for every expert
+        that t >= 1 tokens are routed to.
+    """
+    for expert in range(experts.gate_up_proj.shape[0]):
+        token = torch.where(top_k_index == expert)[0]
+        if token.numel():
+            x = hidden_states[token]
+            gate, up = nn.functional.linear(x, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+            yield expert, x, experts.act_fn(gate) * up

@@ -1,0 +1,270 @@
+"""The walk over a model: every linear of a float model becomes a quantized one, in place."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .config import MixedQuantConfig
+from .families import ATTENTION_INPUTS, LayerInput, layer_inputs, output_heads
+from .linear import QuantizedLinear, linear_class
+from .moe import PARTS, W4A4Experts
+from .sorting import ChannelPlan, ChannelStats, choose_channels
+
+logger = logging.getLogger("smoothquant")
+
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class LinearRecord:
+    """What became of one weight matrix.
+
+    name: full name of the module, or of one expert's matrix.
+    shape: (N, K).
+    num_salient: input channels kept in 16 bits inside a quantized matrix.
+    bits_per_weight: of all its tensors but the bias.
+    action: "quantized" or "kept".
+    reason: why it was kept, or what its channels were chosen by.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    num_salient: int
+    bits_per_weight: float
+    action: str
+    reason: str
+
+
+class _Group(NamedTuple):
+    """Matrices that read the same rows and so share a plan: linears, or one matrix of an expert."""
+
+    names: tuple[str, ...]
+    stats: ChannelStats | None
+    expert: tuple[str, int, str] | None = None
+
+    def matrices(self, model: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
+        """(weight [N, K], bias [N] or None) of each."""
+        if self.expert:
+            experts, index, part = self.expert
+            return [(getattr(model.get_submodule(experts), part)[index], None)]
+        modules = [model.get_submodule(name) for name in self.names]
+        return [(module.weight, module.bias) for module in modules]
+
+
+@torch.no_grad()
+def quantize(
+    model: nn.Module,
+    config: MixedQuantConfig,
+    stats: Mapping[str, ChannelStats] | None = None,
+    *,
+    progress: bool = True,
+) -> list[LinearRecord]:
+    """Quantize a float model in place, freeing each float weight as soon as it is packed.
+
+    Linears that share an input (q/k/v, gate/up) share one permutation and salient set. Output
+    heads, embeddings and routers stay as they are. An expert that no calibration token was routed
+    to is quantized by the statistics of its weights.
+
+    Args:
+        model: a float model (float32, float16 or bfloat16); see `smoothquant.families`.
+        config: all choices.
+        stats: {name of a linear: statistics of its input}, as `smoothquant.collect_stats` gives
+            it; None chooses salient channels and order by the weights alone.
+        progress: show a progress bar.
+
+    Returns:
+        A record for every weight matrix, the quantized ones first.
+
+    Raises:
+        ValueError: a missing or unfit entry of stats, a weight that is not finite, a model that is
+            quantized already. TypeError: an argument or weight of a wrong type. Nothing has been
+            changed then.
+    """
+    items, groups = _checked(model, config, stats)
+    if stats is None:
+        logger.warning("no calibration statistics: the weights alone choose salience and order")
+    elif config.sort != "none" and any(group.stats and group.stats.mean_only for group in groups):
+        logger.warning(
+            "statistics hold only a mean per channel: sort=%r is taken from the weights",
+            config.sort,
+        )
+    records: list[LinearRecord] = []
+    experts: dict[tuple[int, str], QuantizedLinear] = {}
+    total = sum(len(group.names) for group in groups)
+    with tqdm(total=total, desc="quantizing", unit="linear", disable=not progress) as bar:
+        for group in groups:
+            plan, chosen_by = _plan(group, group.matrices(model), config)
+            for position, name in enumerate(group.names):
+                weight, bias = group.matrices(model)[position]
+                layer = linear_class(config).from_weight(
+                    weight,
+                    bias,
+                    config,
+                    plan,
+                    quantize_output=config.quantize_output
+                    and name.rpartition(".")[2] in ATTENTION_INPUTS,
+                )
+                del weight, bias
+                if group.expert:
+                    experts[group.expert[1:]] = layer
+                else:
+                    _swap(model, name, layer)
+                records.append(_quantized_record(name, layer, chosen_by))
+                bar.update()
+            if group.expert and len(experts) == _num_matrices(model, group.expert[0]):
+                act_fn = model.get_submodule(group.expert[0]).act_fn
+                _swap(model, group.expert[0], W4A4Experts(experts, act_fn))
+                experts = {}
+    return records + _kept_records(model, items)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any module of the model is a quantized linear."""
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def _checked(model, config, stats) -> tuple[list[LayerInput], list[_Group]]:
+    """The model's layer inputs and groups, every argument having been found fit."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    if not isinstance(config, MixedQuantConfig):
+        raise TypeError(f"config must be a MixedQuantConfig; got {type(config).__name__}")
+    if stats is not None and not isinstance(stats, Mapping):
+        raise TypeError(f"stats must be a mapping of names or None; got {type(stats).__name__}")
+    if is_quantized(model):
+        raise ValueError(f"model is quantized already: {type(model).__name__}")
+    items = layer_inputs(model)
+    for item in items:
+        for name in item.linears:
+            module = model.get_submodule(name)
+            if not isinstance(module, nn.Linear):
+                raise TypeError(f"{name} must be an nn.Linear; got {type(module).__name__}")
+    groups = [group for item in items for group in _groups(model, item, stats)]
+    for group in groups:
+        for name, (weight, _) in zip(group.names, group.matrices(model), strict=True):
+            _check_weight(name, weight)
+            if group.stats is not None:
+                _check_stats(name, weight, group)
+    return items, groups
+
+
+def _groups(model: nn.Module, item: LayerInput, stats) -> Iterator[_Group]:
+    if item.linears:
+        entry = (
+            next((stats[name] for name in item.linears if name in stats), None) if stats else None
+        )
+        if entry is None and stats is not None:
+            raise _missing(item.linears, stats)
+        yield _Group(item.linears, entry)
+    if item.experts:
+        count = model.get_submodule(item.experts).gate_up_proj.shape[0]
+        names = {
+            (expert, part): item.expert_linear(expert, part)
+            for expert in range(count)
+            for part in PARTS
+        }
+        if stats is not None and not any(name in stats for name in names.values()):
+            raise _missing(tuple(names.values()), stats)
+        for (expert, part), name in names.items():
+            entry = stats.get(name) if stats is not None else None
+            seen = not isinstance(entry, ChannelStats) or entry.count > 0
+            yield _Group((name,), entry if seen else None, (item.experts, expert, part))
+
+
+def _missing(names: tuple[str, ...], stats: Mapping) -> ValueError:
+    wanted = " or ".join(names[:4]) + (" ..." if len(names) > 4 else "")
+    present = ", ".join(map(str, list(stats)[:4])) or "nothing"
+    return ValueError(f"stats has no entry for {wanted}; its {len(stats)} entries begin: {present}")
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    if weight.dtype not in WEIGHT_DTYPES or weight.device.type == "meta":
+        raise TypeError(
+            f"weight of {name} must be float32, float16 or bfloat16 with values; "
+            f"got {weight.dtype} on {weight.device}"
+        )
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"weight of {name} holds NaN or Inf")
+
+
+def _check_stats(name: str, weight: Tensor, group: _Group) -> None:
+    entry = group.stats
+    if not isinstance(entry, ChannelStats):
+        raise TypeError(f"stats of {name} must be ChannelStats; got {type(entry).__name__}")
+    if entry.num_channels != weight.shape[1]:
+        raise ValueError(
+            f"stats of {name} must have {weight.shape[1]} channels; got {entry.num_channels}"
+        )
+    if entry.count == 0 or not entry.is_finite():
+        raise ValueError(f"stats of {name} must be finite and of at least one row")
+
+
+def _plan(group: _Group, matrices, config: MixedQuantConfig) -> tuple[ChannelPlan, str]:
+    """The group's plan, on the weights' device, and what it was chosen by."""
+    stats, sort_stats, chosen_by = group.stats, None, "calibration"
+    by_weight = config.sort != "none" and (
+        config.sort_by == "weight" or (stats is not None and stats.mean_only)
+    )
+    if stats is None or by_weight:
+        sort_stats = ChannelStats.empty(matrices[0][0].shape[1])
+        for weight, _ in matrices:
+            sort_stats.update(weight)
+        chosen_by = "calibration, order by weights"
+    if stats is None:
+        stats, chosen_by = sort_stats, "weights"
+        if group.expert:
+            chosen_by = "weights: no calibration token was routed to this expert"
+    plan = choose_channels(
+        stats,
+        salient_prop=config.salient_prop,
+        salient_metric=config.salient_metric,
+        sort=config.sort,
+        sort_stats=sort_stats,
+    )
+    return plan._replace(perm=plan.perm.to(matrices[0][0].device)), chosen_by
+
+
+def _swap(model: nn.Module, name: str, module: nn.Module) -> None:
+    module.train(model.get_submodule(name).training)
+    model.set_submodule(name, module)
+
+
+def _num_matrices(model: nn.Module, experts: str) -> int:
+    return model.get_submodule(experts).gate_up_proj.shape[0] * len(PARTS)
+
+
+def _quantized_record(name: str, layer: QuantizedLinear, chosen_by: str) -> LinearRecord:
+    shape = (layer.out_features, layer.in_features)
+    held = sum(tensor.nbytes for key, tensor in layer.state_dict().items() if key != "bias")
+    bits = 8 * held / max(1, shape[0] * shape[1])
+    return LinearRecord(name, shape, layer.num_salient, bits, "quantized", chosen_by)
+
+
+def _kept_records(model: nn.Module, items: list[LayerInput]) -> list[LinearRecord]:
+    heads = output_heads(model)
+    routers = {item.router for item in items}
+    reasons = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            reasons[f"{name}.weight"] = "embedding"
+        elif isinstance(module, nn.Linear):
+            reasons[f"{name}.weight"] = (
+                "output head" if name in heads else "not in the table of families"
+            )
+        elif name in routers:
+            reasons[f"{name}.weight"] = "router"
+    kept = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.dim() == 3:
+            reasons.setdefault(name, "fused parameter without a row in the table of families")
+        if name in reasons:
+            shape, bits = tuple(parameter.shape), 8.0 * parameter.element_size()
+            kept.append(
+                LinearRecord(name.removesuffix(".weight"), shape, 0, bits, "kept", reasons[name])
+            )
+    return kept

@@ -1,0 +1,312 @@
+"""The walk over a model: families, shared plans, memory, reports, refusals."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from smoothquant import collect_stats
+from smoothquant.config import MixedQuantConfig
+from smoothquant.families import layer_inputs
+from smoothquant.linear import FakeW4A4Linear, QuantizedLinear, W4A4Linear
+from smoothquant.model_size import get_model_size
+from smoothquant.moe import PARTS, W4A4Experts, routed_inputs
+from smoothquant.quantize import quantize
+from smoothquant.sorting import ChannelStats, choose_channels
+
+CONFIG = MixedQuantConfig(group_size=20, salient_prop=0.1)
+
+
+def logits(model, token_ids):
+    with torch.no_grad():
+        return model(token_ids).logits
+
+
+def relative(x, y):
+    return ((x - y).norm() / y.norm()).item()
+
+
+def quantized_layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+def matrix_groups(model):
+    """Names of the matrices that must share a plan."""
+    for item in layer_inputs(model):
+        if item.linears:
+            yield item.linears
+        if item.experts:
+            for expert in range(model.get_submodule(item.experts).num_experts):
+                yield from ((item.expert_linear(expert, part),) for part in PARTS)
+
+
+@pytest.mark.parametrize("backend", ["int4", "fake"])
+@pytest.mark.filterwarnings("ignore:no token was routed")
+def test_every_family(architecture, backend, make_model, token_ids):
+    model = make_model(architecture)
+    groups = list(matrix_groups(model))
+    stats = collect_stats(model, [token_ids], progress=False)
+    float_logits, float_size = logits(model, token_ids), get_model_size(model)
+    config = MixedQuantConfig(group_size=20, salient_prop=0.1, backend=backend)
+    report = quantize(model, config, stats, progress=False)
+
+    layers = quantized_layers(model)
+    assert sorted(layers) == sorted(name for group in groups for name in group)
+    for group in groups:
+        plan = choose_channels(stats[group[0]], salient_prop=0.1)
+        for name in group:
+            if stats[name].count:  # else an expert that no token was routed to
+                assert torch.equal(layers[name].perm, plan.perm)
+            assert layers[name].num_salient == plan.num_salient > 0
+    assert 0 < relative(logits(model, token_ids), float_logits) < 0.5
+    assert (get_model_size(model) < float_size) == (backend == "int4")
+    assert [r.name for r in report if r.action == "quantized"] == [n for g in groups for n in g]
+    kept = {r.name: r.reason for r in report if r.action == "kept"}
+    assert kept["lm_head"] == "output head" and "embedding" in kept.values()
+
+
+def test_backends_agree(make_model, token_ids):
+    models = {backend: make_model("opt") for backend in ("int4", "fake")}
+    before = logits(models["int4"], token_ids)
+    stats = collect_stats(models["int4"], [token_ids], progress=False)
+    for backend, model in models.items():
+        config = MixedQuantConfig(group_size=20, salient_prop=0.1, backend=backend)
+        quantize(model, config, stats, progress=False)
+    one, other = (logits(model, token_ids) for model in models.values())
+    # they differ in the rounding of salient weights, which later layers turn into other codes
+    assert relative(one, other) < 0.5 * relative(one, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_models(dtype, make_model, token_ids):
+    model = make_model("llama").to(dtype)
+    before = logits(model, token_ids)
+    quantize(model, CONFIG, collect_stats(model, [token_ids], progress=False), progress=False)
+    after = logits(model, token_ids)
+    assert after.dtype == dtype and relative(after.float(), before.float()) < 0.5
+    layer = model.model.layers[0].mlp.down_proj
+    assert layer.salient_weight.dtype == dtype and layer.scales.dtype == torch.bfloat16
+
+
+def test_no_float_copy_of_the_int4_part_remains(make_model, token_ids):
+    model = make_model("llama-bias")
+    old = [
+        weakref.ref(model.get_submodule(n).weight) for i in layer_inputs(model) for n in i.linears
+    ]
+    quantize(model, CONFIG, progress=False)
+    gc.collect()
+    assert not any(ref() is not None for ref in old)
+    for layer in quantized_layers(model).values():
+        held = sum(tensor.nbytes for tensor in vars(layer)["_buffers"].values())
+        exact = sum(tensor.nbytes for tensor in layer.state_dict().values())
+        assert held == exact and not list(layer.parameters())
+
+
+def test_each_float_weight_is_freed_before_the_next_is_packed(make_model, monkeypatch):
+    model = make_model("llama")
+    alive = {}
+    for item in layer_inputs(model):
+        alive |= {name: weakref.ref(model.get_submodule(name).weight) for name in item.linears}
+    done, packed = [], W4A4Linear.from_weight.__func__
+
+    def from_weight(cls, weight, *args, **kwargs):
+        assert [name for name in done if alive[name]() is not None] == []
+        layer = packed(cls, weight, *args, **kwargs)
+        done.append(next(name for name, ref in alive.items() if ref() is weight))
+        return layer
+
+    monkeypatch.setattr(W4A4Linear, "from_weight", classmethod(from_weight))
+    quantize(model, CONFIG, progress=False)
+    assert done == list(alive)
+
+
+def test_sort_by_weight_uses_all_weights_fed_by_the_input(make_model, token_ids):
+    model, untouched = make_model("llama"), make_model("llama")
+    stats = collect_stats(model, [token_ids], progress=False)
+    config = MixedQuantConfig(group_size=20, salient_prop=0.1, sort="max", sort_by="weight")
+    quantize(model, config, stats, progress=False)
+    block = untouched.model.layers[1].self_attn
+    rows = torch.cat([block.q_proj.weight, block.k_proj.weight, block.v_proj.weight])
+    of_weights = ChannelStats.empty(48)
+    of_weights.update(rows)
+    name = "model.layers.1.self_attn.v_proj"
+    plan = choose_channels(stats[name], salient_prop=0.1, sort="max", sort_stats=of_weights)
+    assert torch.equal(model.get_submodule(name).perm, plan.perm)
+    activation = choose_channels(stats[name], salient_prop=0.1, sort="max")
+    assert not torch.equal(plan.perm, activation.perm)
+
+
+def test_without_statistics_the_weights_choose(make_model, caplog):
+    model = make_model("llama")
+    weight = model.model.layers[0].mlp.down_proj.weight.detach().clone()
+    report = quantize(model, CONFIG, progress=False)
+    of_weight = ChannelStats.empty(88)
+    of_weight.update(weight)
+    plan = choose_channels(of_weight, salient_prop=0.1)
+    assert torch.equal(model.model.layers[0].mlp.down_proj.perm, plan.perm)
+    assert caplog.text.count("the weights alone") == 1
+    assert {r.reason for r in report if r.action == "quantized"} == {"weights"}
+
+
+def test_report_adds_up_to_the_model(make_model, token_ids):
+    model = make_model("mixtral")
+    report = quantize(model, CONFIG, progress=False)
+    counted = sum(r.bits_per_weight * torch.Size(r.shape).numel() for r in report)
+    names = {r.name for r in report}
+    rest = sum(
+        t.nbytes * 8 for n, t in model.state_dict().items() if n.rpartition(".")[0] not in names
+    )
+    assert counted + rest == pytest.approx(get_model_size(model))
+    assert {r.name: r.reason for r in report}["model.layers.0.mlp.gate"] == "router"
+
+
+# ---- Mixture of experts
+
+
+def test_experts_keep_the_forward_contract(make_model):
+    model = make_model("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    x = torch.randn(9, 48)
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(9)])
+    weights = torch.rand(9, 2)
+    linears = {}
+    for expert in range(4):
+        for part in PARTS:
+            matrix = getattr(experts, part)[expert]
+            linears[expert, part] = nn.Linear(*reversed(matrix.shape), bias=False)
+            linears[expert, part].weight.data = matrix.data
+    replacement = W4A4Experts(linears, experts.act_fn)
+    with torch.no_grad():
+        want = experts(x, index, weights)
+        torch.testing.assert_close(replacement(x, index, weights), want)
+        assert replacement(x[:0], index[:0], weights[:0]).shape == (0, 48)
+        seen = {expert: (a, b) for expert, a, b in routed_inputs(experts, x, index)}
+        rebuilt = torch.zeros_like(x)
+        for expert, (_, h) in seen.items():
+            token, slot = torch.where(index == expert)
+            rebuilt[token] += (h @ experts.down_proj[expert].T) * weights[token, slot, None]
+        torch.testing.assert_close(rebuilt, want)
+
+
+@pytest.mark.filterwarnings("ignore:no token was routed")
+def test_an_expert_without_tokens_falls_back_to_its_weights_and_the_report_says_so(
+    make_model, token_ids
+):
+    model = make_model("mixtral")
+    stats = collect_stats(model, [token_ids], progress=False)
+    name = "model.layers.0.mlp.experts.2.down_proj"
+    of_weight = ChannelStats.empty(88)
+    of_weight.update(model.model.layers[0].mlp.experts.down_proj[2])
+    stats[name] = ChannelStats.empty(88)
+    del stats["model.layers.0.mlp.experts.3.gate_up_proj"]
+    report = {r.name: r for r in quantize(model, CONFIG, stats, progress=False)}
+    perm = model.get_submodule(name).perm
+    assert torch.equal(perm, choose_channels(of_weight, salient_prop=0.1).perm)
+    idle = [n for n, r in report.items() if "no calibration token" in r.reason and ".0.mlp" in n]
+    assert idle == [name, "model.layers.0.mlp.experts.3.gate_up_proj"]
+
+
+# ---- Refusals: nothing is changed
+
+
+def drop(model, stats):
+    for part in ("gate_proj", "up_proj"):
+        del stats[f"model.layers.1.mlp.{part}"]
+
+
+def narrow(model, stats):
+    stats["model.layers.1.mlp.down_proj"] = ChannelStats.from_mean(torch.ones(7))
+
+
+def blind(model, stats):
+    stats["model.layers.1.mlp.down_proj"] = ChannelStats.empty(88)
+
+
+def tensor_entry(model, stats):
+    stats["model.layers.1.mlp.down_proj"] = torch.ones(88)
+
+
+def nan_weight(model, stats):
+    model.model.layers[1].mlp.down_proj.weight.data[3, 4] = float("nan")
+
+
+def wide_weight(model, stats):
+    model.model.layers[1].mlp.down_proj.double()
+
+
+def foreign_module(model, stats):
+    model.model.layers[1].mlp.down_proj = nn.Identity()
+
+
+@pytest.mark.parametrize(
+    "spoil, error, message",
+    [
+        (drop, ValueError, "no entry for model.layers.1.mlp.gate_proj or .*entries begin: model"),
+        (narrow, ValueError, "down_proj must have 88 channels; got 7"),
+        (blind, ValueError, "down_proj must be finite and of at least one row"),
+        (tensor_entry, TypeError, "down_proj must be ChannelStats; got Tensor"),
+        (nan_weight, ValueError, "weight of model.layers.1.mlp.down_proj holds NaN"),
+        (wide_weight, TypeError, "down_proj must be float32, .*got torch.float64"),
+        (foreign_module, TypeError, "down_proj must be an nn.Linear; got Identity"),
+    ],
+)
+def test_everything_is_checked_before_the_first_layer_changes(
+    spoil, error, message, make_model, token_ids
+):
+    model = make_model("llama")
+    stats = collect_stats(model, [token_ids], progress=False)
+    spoil(model, stats)
+    with pytest.raises(error, match=message):
+        quantize(model, CONFIG, stats, progress=False)
+    assert not quantized_layers(model)
+
+
+@pytest.mark.filterwarnings("ignore:no token was routed")
+def test_a_fused_block_without_any_statistics_is_refused(make_model, token_ids):
+    model = make_model("mixtral")
+    stats = collect_stats(model, [token_ids], progress=False)
+    stats = {name: entry for name, entry in stats.items() if "layers.1.mlp" not in name}
+    with pytest.raises(ValueError, match="no entry for model.layers.1.mlp.experts.0.gate_up_proj"):
+        quantize(model, CONFIG, stats, progress=False)
+
+
+def test_a_quantized_model_is_refused(make_model):
+    for backend, kind in (("int4", W4A4Linear), ("fake", FakeW4A4Linear)):
+        model = make_model("opt")
+        quantize(model, MixedQuantConfig(backend=backend), progress=False)
+        assert isinstance(model.model.decoder.layers[0].fc1, kind)
+        with pytest.raises(ValueError, match="model is quantized already: OPTForCausalLM"):
+            quantize(model, CONFIG, progress=False)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("model", CONFIG), "model must be an nn.Module; got str"),
+        ((nn.Linear(2, 2), {"group_size": 2}), "config must be a MixedQuantConfig; got dict"),
+        ((nn.Linear(2, 2), CONFIG, [1]), "stats must be a mapping of names or None; got list"),
+    ],
+)
+def test_argument_types(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        quantize(*arguments)
+
+
+def test_unknown_models_are_quantized_with_a_warning():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
+    x = torch.randn(64, 20)
+    before = model(x)
+    with pytest.warns(UserWarning, match="no row in the table of families"):
+        quantize(model, MixedQuantConfig(group_size=8), progress=False)
+    assert isinstance(model[0], W4A4Linear) and isinstance(model[2], W4A4Linear)
+    assert relative(model(x), before) < 0.3
+
+
+def test_progress_bar_is_switchable(make_model, capsys):
+    quantize(make_model("opt"), CONFIG, progress=False)
+    assert "quantizing" not in capsys.readouterr().err
+    quantize(make_model("opt"), CONFIG)
+    assert "quantizing: 100%" in capsys.readouterr().err
