@@ -1,0 +1,358 @@
+"""Quantized models on disk: same logits, exact sizes, whole or absent, and no trust in the file."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from smoothquant import CheckpointError, collect_stats, load_quantized, save_quantized
+from smoothquant.checkpoint import MANIFEST, TENSORS
+from smoothquant.config import MixedQuantConfig
+from smoothquant.model_size import get_model_size
+from smoothquant.quantize import quantize
+
+
+def logits(model, token_ids):
+    with torch.no_grad():
+        return model(token_ids).logits
+
+
+def quantized(model, backend="int4"):
+    config = MixedQuantConfig(group_size=20, salient_prop=0.1, backend=backend)
+    quantize(model, config, progress=False)
+    return model
+
+
+def payload(path):
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    return path.stat().st_size - 8 - header
+
+
+@pytest.mark.parametrize("backend", ["int4", "fake"])
+def test_round_trip(architecture, backend, make_model, token_ids, tmp_path):
+    model = quantized(make_model(architecture), backend)
+    want, folder = logits(model, token_ids), tmp_path / "deep" / "model"
+    save_quantized(model, folder)
+    loaded = load_quantized(folder)
+    assert torch.equal(logits(loaded, token_ids), want)
+    assert type(loaded) is type(model) and not loaded.training
+    assert payload(folder / TENSORS) * 8 == get_model_size(model) == get_model_size(loaded)
+    for name, tensor in model.state_dict().items():
+        other = loaded.state_dict()[name]
+        assert torch.equal(tensor, other) and tensor.dtype == other.dtype, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_models_and_calibrated_ones(dtype, make_model, token_ids, tmp_path):
+    model = make_model("mistral").to(dtype)
+    stats = collect_stats(model, [token_ids], progress=False)
+    config = MixedQuantConfig(
+        group_size=8, salient_prop=0.3, weight_quant="per_channel", act_quant="per_token",
+        quantize_output=True, act_clip=0.9, num_bits=3,
+    )  # fmt: skip
+    quantize(model, config, stats, progress=False)
+    save_quantized(model, tmp_path / "m")
+    loaded = load_quantized(tmp_path / "m")
+    assert torch.equal(logits(loaded, token_ids), logits(model, token_ids))
+    layer = loaded.model.layers[0].self_attn.q_proj
+    assert layer.config == config and layer.quantize_output
+    assert layer.salient_weight.dtype == dtype == loaded.lm_head.weight.dtype
+
+
+def test_tied_weights_stay_tied(make_model, tmp_path):
+    save_quantized(quantized(make_model("llama")), tmp_path / "m")
+    loaded = load_quantized(tmp_path / "m")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert "lm_head.weight" not in load_file(tmp_path / "m" / TENSORS)
+
+
+def test_headless_models_and_generation(make_model, token_ids, tmp_path):
+    model = quantized(make_model("llama"))
+    model.generation_config.max_new_tokens = 5
+    save_quantized(model, tmp_path / "whole")
+    save_quantized(model.model, tmp_path / "headless")
+    whole, headless = load_quantized(tmp_path / "whole"), load_quantized(tmp_path / "headless")
+    assert type(headless).__name__ == "LlamaModel"
+    assert torch.equal(
+        headless(token_ids).last_hidden_state, model.model(token_ids).last_hidden_state
+    )
+    assert whole.generate(token_ids[:1], do_sample=False).shape[1] <= token_ids.shape[1] + 5
+
+
+def test_all_files_can_be_read_by_the_same_people(pristine):
+    assert len({path.stat().st_mode for path in pristine.iterdir()}) == 1
+
+
+def test_loaded_tensors_do_not_depend_on_the_file(make_model, token_ids, tmp_path):
+    model = quantized(make_model("opt"))
+    save_quantized(model, tmp_path / "m")
+    loaded = load_quantized(tmp_path / "m")
+    with open(tmp_path / "m" / TENSORS, "r+b") as file:
+        file.truncate(100)
+    assert torch.equal(logits(loaded, token_ids), logits(model, token_ids))
+
+
+# ---- Whole or absent
+
+
+def test_a_taken_folder_is_refused_unless_overwritten(make_model, token_ids, tmp_path):
+    one, other, folder = (
+        quantized(make_model("opt")),
+        quantized(make_model("llama")),
+        tmp_path / "m",
+    )
+    folder.mkdir()
+    save_quantized(one, folder)
+    with pytest.raises(ValueError, match="folder exists already"):
+        save_quantized(other, folder)
+    assert torch.equal(logits(load_quantized(folder), token_ids), logits(one, token_ids))
+    save_quantized(other, folder, overwrite=True)
+    assert torch.equal(logits(load_quantized(folder), token_ids), logits(other, token_ids))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="folder exists already"):
+        save_quantized(one, tmp_path / "file", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "m"]
+
+
+@pytest.mark.parametrize("step", ["save_file", "_flush", "json.dumps"])
+def test_a_failing_write_leaves_nothing_new_and_nothing_lost(
+    step, make_model, token_ids, tmp_path, monkeypatch
+):
+    model, folder = quantized(make_model("opt")), tmp_path / "m"
+    save_quantized(model, folder)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"smoothquant.checkpoint.{step}", full)
+    for target, overwrite in ((tmp_path / "new", False), (folder, True)):
+        with pytest.raises(OSError, match="No space left"):
+            save_quantized(model, target, overwrite=overwrite)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert torch.equal(logits(load_quantized(folder), token_ids), logits(model, token_ids))
+
+
+def test_only_quantized_transformers_models_are_saved(make_model, tmp_path):
+    for model in (make_model("opt"), torch.nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match="must be a quantized transformers model"):
+            save_quantized(model, tmp_path / "m")
+    mixed = quantized(make_model("opt"))
+    mixed.model.decoder.layers[1].fc2.config = MixedQuantConfig(group_size=3)
+    with pytest.raises(ValueError, match="one MixedQuantConfig; model.decoder.layers.1.fc2 has"):
+        save_quantized(mixed, tmp_path / "m")
+    with pytest.raises(ValueError, match="folder must be a folder of a quantized model"):
+        load_quantized(tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- Hostile input
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    from conftest import build_model
+
+    folder = tmp_path_factory.mktemp("pristine") / "llama"
+    save_quantized(quantized(build_model("llama-bias")), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(pristine, tmp_path):
+    """A copy to spoil."""
+    return shutil.copytree(pristine, tmp_path / "copy")
+
+
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+def set_tensor(key, change):
+    def spoil(folder):
+        tensors = load_file(folder / TENSORS)
+        tensors[key] = change(tensors[key].clone())
+        save_file(tensors, folder / TENSORS)
+
+    return spoil
+
+
+def put(index, value):
+    def change(tensor):
+        tensor.view(-1)[index] = value
+        return tensor
+
+    return change
+
+
+TENSOR_FAULTS = [
+    (f"{LAYER}.perm", put(3, 4), "is no permutation"),
+    (f"{LAYER}.perm", put(0, 88), "is no permutation"),
+    (f"{LAYER}.perm", put(0, -1), "is no permutation"),
+    (f"{LAYER}.perm", put(0, 2**31 - 1), "is no permutation"),
+    (f"{LAYER}.perm", lambda t: t.float(), "must not be float32"),
+    (f"{LAYER}.perm", lambda t: t[:-1], r"must have shape \(88,\); got \(87,\)"),
+    (f"{LAYER}.scales", put(5, float("nan")), "holds NaN or Inf"),
+    (f"{LAYER}.scales", put(5, float("inf")), "holds NaN or Inf"),
+    (f"{LAYER}.scales", put(5, -1.0), "not negative"),
+    (f"{LAYER}.scales", lambda t: t.half(), "must not be float16"),
+    (f"{LAYER}.scales", lambda t: t[:, :-1].contiguous(), "must have shape"),
+    (f"{LAYER}.salient_weight", put(2, float("-inf")), "holds NaN or Inf"),
+    (f"{LAYER}.bias", put(2, float("nan")), "holds NaN or Inf"),
+    (f"{LAYER}.qweight", put(9, 0x80), "holds the code -8"),
+    (f"{LAYER}.qweight", put(9, 0x08), "holds the code -8"),
+    (f"{LAYER}.qweight", lambda t: t.to(torch.int8), "must not be int8"),
+    (f"{LAYER}.qweight", lambda t: t.flatten(), "must have shape"),
+    ("model.embed_tokens.weight", lambda t: t[:5].contiguous(), "must have shape"),
+    ("model.embed_tokens.weight", lambda t: t.int(), "must not be int32"),
+]
+
+
+@pytest.mark.parametrize("key, change, message", TENSOR_FAULTS)
+def test_bad_tensors_are_named(key, change, message, folder):
+    set_tensor(key, change)(folder)
+    with pytest.raises(CheckpointError, match=f"{TENSORS}: tensor {key} .*{message}"):
+        load_quantized(folder)
+
+
+@pytest.mark.parametrize(
+    "rename, message",
+    [
+        ({f"{LAYER}.perm": None}, f"lacks tensor {LAYER}.perm"),
+        ({f"{LAYER}.perm": "../perm"}, f"lacks tensor {LAYER}.perm"),
+        ({None: "../../etc/passwd"}, "should not have tensor ../../etc/passwd"),
+        ({None: "model.layers.7.fc.weight"}, "should not have tensor model.layers.7.fc.weight"),
+    ],
+)
+def test_missing_and_surplus_tensors_are_named(rename, message, folder):
+    tensors = load_file(folder / TENSORS)
+    for old, new in rename.items():
+        tensor = tensors.pop(old) if old else torch.zeros(3)
+        if new:
+            tensors[new] = tensor
+    save_file(tensors, folder / TENSORS)
+    with pytest.raises(CheckpointError, match=message):
+        load_quantized(folder)
+
+
+def edit(file, *keys, value):
+    def spoil(folder):
+        content = json.loads((folder / file).read_text())
+        target = content
+        for key in keys[:-1]:
+            target = target[key]
+        target[keys[-1]] = value
+        (folder / file).write_text(json.dumps(content))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (edit(MANIFEST, "format_version", value=2), f"{MANIFEST}: format_version 2 is not 1"),
+        (edit(MANIFEST, "format_version", value="1"), "format_version of the file must be int"),
+        (edit(MANIFEST, "extra", value=1), "the file must have the fields format_version"),
+        (edit(MANIFEST, "config", "group_size", value=0), "config: group_size must be >= 1; got 0"),
+        (
+            edit(MANIFEST, "config", "group_size", value="8"),
+            "config: group_size must be an integer",
+        ),
+        (edit(MANIFEST, "config", "group_size", value=8), "tensor .*.scales must have shape"),
+        (edit(MANIFEST, "config", "surprise", value=1), "config: unknown MixedQuantConfig field"),
+        (
+            edit(MANIFEST, "model_class", value="Trainer"),
+            "model_class 'Trainer' is no transformers",
+        ),
+        (edit(MANIFEST, "model_class", value="../x"), "is no transformers model"),
+        (edit(MANIFEST, "linears", value={}), "linears is empty"),
+        (edit(MANIFEST, "linears", LAYER, value=3), f"linear {LAYER} must have the fields"),
+        (edit(MANIFEST, "linears", LAYER, "num_salient", value=89), f"linear {LAYER}: num_salient"),
+        (edit(MANIFEST, "linears", LAYER, "num_salient", value=-1), f"linear {LAYER}: num_salient"),
+        (edit(MANIFEST, "linears", LAYER, "num_salient", value=7), f"tensor {LAYER}"),
+        (edit(MANIFEST, "linears", LAYER, "bias", value=False), f"not have tensor {LAYER}.bias"),
+        (edit(MANIFEST, "linears", LAYER, "bias", value=0), f"bias of linear {LAYER} must be bool"),
+        (
+            edit(
+                MANIFEST,
+                "linears",
+                "../../x",
+                value={"num_salient": 0, "bias": False, "quantize_output": False},
+            ),
+            "the model has no linear ../../x",
+        ),
+        (edit(MANIFEST, "shared", "a", value="b"), "should not have tensor a"),
+        (
+            edit(MANIFEST, "shared", f"{LAYER}.perm", value="lm_head.weight"),
+            "should not have tensor",
+        ),
+        (edit(MANIFEST, "shared", "a", value=5), "a of shared must be str"),
+        (
+            edit(MANIFEST, "dtypes", "lm_head.weight", value="int64"),
+            "lm_head.weight must not be float32; .* int64",
+        ),
+        (edit("config.json", "num_hidden_layers", value=10**9), "config.json: .*1000000000 layers"),
+        (edit("config.json", "num_hidden_layers", value=1), "has no linear model.layers.1"),
+        (edit("config.json", "hidden_size", value=52), "tensor .* must have shape"),
+        (edit("config.json", "hidden_act", value="nothing"), "config.json: "),
+        (edit("config.json", "model_type", value="unheard_of"), "config.json: "),
+        (edit("config.json", "model_type", value="opt"), "config.json: .*of type 'opt'"),
+    ],
+)
+def test_bad_manifests_are_named(spoil, message, folder):
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=message):
+        load_quantized(folder)
+
+
+def test_untied_twins_of_another_shape_are_refused(make_model, tmp_path):
+    save_quantized(quantized(make_model("llama")), tmp_path / "m")
+    edit(MANIFEST, "shared", "lm_head.weight", value="model.norm.weight")(tmp_path / "m")
+    with pytest.raises(CheckpointError, match="lm_head.weight has not the shape of its twin"):
+        load_quantized(tmp_path / "m")
+
+
+def test_code_in_the_folder_is_never_run(folder):
+    (folder / "evil.py").write_text("raise SystemExit('ran')")
+    for key in ("auto_map", "custom_pipelines"):
+        edit("config.json", key, value={"AutoConfig": "evil.C", "AutoModel": "evil.M"})(folder)
+    edit("config.json", "model_type", value="evil")(folder)
+    with pytest.raises(CheckpointError, match="config.json"):
+        load_quantized(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", MANIFEST, TENSORS])
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+def test_missing_and_broken_files_are_named(file, content, folder):
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=file):
+        load_quantized(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", MANIFEST, TENSORS])
+def test_mutated_and_truncated_files_never_raise_anything_else(file, folder, token_ids):
+    rng, content = random.Random(file), (folder / file).read_bytes()
+    refused = 0
+    for _ in range(60):
+        data = bytearray(content)
+        if rng.random() < 0.3:
+            del data[rng.randrange(len(data)) :]
+        for _ in range(rng.choice([0, 1, 1, 3, 30])):
+            if data:
+                # the header and its lengths are the interesting part of a tensor file
+                data[rng.randrange(min(len(data), 6000))] = rng.randrange(256)
+        (folder / file).write_bytes(data)
+        try:
+            model = load_quantized(folder)
+        except CheckpointError as error:
+            refused += 1
+            assert str(folder) in str(error)
+        else:
+            assert logits(model, token_ids).shape[:2] == token_ids.shape
+    assert refused > 10
