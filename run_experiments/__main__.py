@@ -1,0 +1,7 @@
+"""`python -m run_experiments`."""
+
+import sys
+
+from .run_experiments import main
+
+sys.exit(main())

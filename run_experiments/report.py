@@ -1,0 +1,534 @@
+"""Tables and figures of a sweep, drawn from stored results alone.
+
+The only writer of the figures folder. Beside each picture `name.png` stands its data, `name.csv`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .grid import Cell
+from .store import Store, write_atomically
+
+MIB = 1024 * 1024
+
+# Okabe and Ito's colours stay apart for colour-blind readers; markers and dashes do it in grey.
+STYLES = (
+    ("#0072B2", "o", "-"),
+    ("#D55E00", "s", "--"),
+    ("#009E73", "^", "-."),
+    ("#CC79A7", "D", (0, (5, 1.5, 1, 1.5, 1, 1.5))),
+    ("#E69F00", "v", (0, (1, 1))),
+    ("#56B4E9", "P", (0, (6, 2))),
+)
+REFERENCE_COLOUR = "#404040"
+REFERENCE_DASHES = (0, (2, 2))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One evaluated model: its settings (None for the unquantized one), result and run record."""
+
+    config: dict[str, Any] | None
+    result: dict[str, Any]
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 16.0 if self.config is None else self.result["bits_per_weight"]
+
+    @property
+    def size_mib(self) -> float:
+        name = "model_bytes_16_bit" if self.config is None else "model_bytes"
+        return self.result[name] / MIB
+
+
+@dataclass(frozen=True)
+class Series:
+    """A named line of a figure: (x, y) points in ascending x, with an optional text at each."""
+
+    label: str
+    points: tuple[tuple[float, float], ...]
+    texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What a figure shows. level: name and height of a horizontal line of reference."""
+
+    title: str
+    about: str
+    x_name: str
+    y_name: str
+    x_scale: str
+    y_scale: str
+    series: tuple[Series, ...]
+    level: tuple[str, float] | None = None
+
+
+def stored_rows(store: Store, cells: Iterable[Cell]) -> list[Row]:
+    """The stored results of the evaluations among `cells`, in order; unfinished ones left out."""
+    rows = []
+    for cell in cells:
+        result = store.get(cell) if cell.task != "calibration" else None
+        if result is not None:
+            rows.append(Row(None if cell.config is None else dict(cell.config), result))
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A Markdown table of the results, one line per evaluated model."""
+    reference = next((r.result["perplexity"] for r in rows if r.config is None), None)
+    head = (
+        ["group", "salient", "sort", "backend"]
+        + ["bits/weight", "size MiB", "PPL", "vs 16-bit", "tokens/s"]
+    )  # fmt: skip
+    body = [[*_settings(row), *_numbers(row, reference)] for row in rows]
+    return _markdown(head, body)
+
+
+def _settings(row: Row) -> list[str]:
+    if row.config is None:
+        return ["-", "-", "-", "16-bit model"]
+    c = row.config
+    return [str(c["group_size"]), _percent(c["salient_prop"]), c["sort"], c["backend"]]
+
+
+def _numbers(row: Row, reference: float | None) -> list[str]:
+    perplexity, run = row.result["perplexity"], row.result["run"]
+    # The simulation holds float weights: its bits and bytes say nothing about the method.
+    real = row.config is None or row.config["backend"] == "int4"
+    if perplexity is None:
+        quality = ["not finite", "-"]
+    elif row.config is None or reference is None:
+        quality = [_number(perplexity), "-"]
+    else:
+        quality = [_number(perplexity), f"{perplexity - reference:+.2f}"]
+    size = [f"{row.bits_per_weight:.3f}", f"{row.size_mib:.1f}"] if real else ["-", "-"]
+    return [*size, *quality, f"{run['tokens_per_s']:,.0f}"]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.2f}" if value < 1e5 else f"{value:.2e}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g} %"
+
+
+def _markdown(head: list[str], body: list[list[str]]) -> str:
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    # Words to the left, numbers to the right.
+    left = {"sort", "backend"}
+
+    def line(fields: list[str]) -> str:
+        padded = (
+            f.ljust(w) if h in left else f.rjust(w)
+            for f, w, h in zip(fields, widths, head, strict=True)
+        )
+        return "| " + " | ".join(padded) + " |"
+
+    rule = [
+        ("-" * w) if h in left else ("-" * (w - 1) + ":") for w, h in zip(widths, head, strict=True)
+    ]
+    return "\n".join([line(head), line(rule), *map(line, body)])
+
+
+def write(
+    store: Store, cells: Sequence[Cell], model_name: str, folder: str | Path, command: str
+) -> tuple[str, list[Path]]:
+    """Write the figures, their data and `<model>_results.md` from the store.
+
+    Args:
+        store, cells: where the results lie and which ones belong to this sweep.
+        model_name: its last part begins the files' names.
+        folder: made if it is not there.
+        command: the command that made the results, for the record.
+
+    Returns:
+        (the table as Markdown, the paths of the figures, then of the results file).
+    """
+    rows = stored_rows(store, cells)
+    text = table(rows)
+    paths = []
+    stem = _stem(model_name)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = _main_rows(rows)
+    if drawn:
+        reference = next((row for row in rows if row.config is None), None)
+        plots = _plots(drawn, reference, stem, cells[0].model["dtype"])
+        paths = [_draw(plot, folder / f"{stem}_{name}") for name, plot in plots.items()]
+    results = folder / f"{stem}_results.md"
+    write_atomically(results, _results_page(rows, cells, model_name, command, text))
+    return text, [*paths, results]
+
+
+def plot_results(
+    results: dict[str, dict[float, list[float]]],
+    group_sizes: Sequence[int],
+    model_name: str,
+    output_folder: str | Path = "figures",
+) -> list[Path]:
+    """Draw perplexity and size against group size, one line per salient share.
+
+    Args:
+        results: {"perplexity": {share: values}, "model_size": {share: MiB}}, one value per group
+            size; None where there is none.
+        group_sizes: the group sizes, in the order of the values.
+        model_name: named in the titles; its last part begins the files' names.
+        output_folder: made if it is not there.
+
+    Returns:
+        paths of `<model>_ppl_vs_group_size.png` and `<model>_size_vs_group_size.png`; the data of
+        each stands beside it as CSV.
+
+    Raises:
+        ValueError: results lacks an entry, or one has not a value for each group size.
+    """
+    plots = {}
+    for name, file, quantity, scale in (
+        ("perplexity", "ppl_vs_group_size", "Perplexity", "log"),
+        ("model_size", "size_vs_group_size", "Model size (MiB)", "linear"),
+    ):
+        if name not in results:
+            raise ValueError(f"results must hold {name!r}; got {sorted(results)}")
+        series = []
+        for share, values in results[name].items():
+            if len(values) != len(group_sizes):
+                raise ValueError(
+                    f"results[{name!r}][{share!r}] must hold {len(group_sizes)} values, one per "
+                    f"group size; got {len(values)}"
+                )
+            pairs = zip(group_sizes, values, strict=True)
+            points = tuple(sorted((g, y) for g, y in pairs if y is not None))
+            series.append(Series(_share_label(share), points))
+        title = f"{model_name}: {quantity.split(' (')[0].lower()} by group size"
+        plots[file] = Plot(title, "", "Group size", quantity, "log", scale, tuple(series))
+    folder = Path(output_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = _stem(model_name)
+    paths = [_draw(plot, folder / f"{stem}_{name}") for name, plot in plots.items()]
+    print("Figures:", *(f"  {path.resolve()}" for path in paths), sep="\n")
+    return paths
+
+
+def _stem(model_name: str) -> str:
+    return Path(model_name).name
+
+
+def _main_rows(rows: Sequence[Row]) -> list[Row]:
+    """The rows that a figure compares: one backend and the sort with most cells."""
+    quantized = [row for row in rows if row.config is not None and row.result["perplexity"]]
+    kinds = Counter((row.config["backend"] == "int4", row.config["sort"]) for row in quantized)
+    if not kinds:
+        return []
+    # Real kernels before simulation; among equals the sort that came first.
+    real, sort = max(kinds, key=lambda kind: (kind[0], kinds[kind]))
+    return [
+        row
+        for row in quantized
+        if (row.config["backend"] == "int4") == real and row.config["sort"] == sort
+    ]
+
+
+def _share_label(share: float) -> str:
+    return f"{_percent(share)} salient"
+
+
+def _by_share(rows: Sequence[Row]) -> list[tuple[float, list[Row]]]:
+    shares = sorted({row.config["salient_prop"] for row in rows})
+    return [
+        (
+            share,
+            sorted(
+                (row for row in rows if row.config["salient_prop"] == share),
+                key=lambda row: row.config["group_size"],
+            ),
+        )
+        for share in shares
+    ]
+
+
+def _plots(rows: list[Row], reference: Row | None, name: str, dtype: str) -> dict[str, Plot]:
+    config, result = rows[0].config, rows[0].result
+    method = f"W{config['num_bits']}A{config['num_bits']}, sort {config['sort']}"
+    if config["backend"] != "int4":
+        method += ", simulated"
+    quality = (
+        f"{method}. WikiText-2 test, {result['windows']} windows of {result['seqlen']:,} tokens."
+    )
+    size = f"{method}. Bytes of all tensors; what is not quantized stays {dtype}."
+    ppl_level = size_level = None
+    if reference:
+        size_level = "16-bit model", reference.size_mib
+        if reference.result["perplexity"]:
+            ppl_level = "16-bit model", reference.result["perplexity"]
+    by_group = ("Group size", "Perplexity", "log", "log")
+    size_by_group = ("Group size", "Model size (MiB)", "log", "linear")
+    by_bits = (
+        "Bits per weight (codes, scales and salient channels)", "Perplexity", "linear", "log",
+    )  # fmt: skip
+    return {
+        "ppl_vs_group_size": Plot(
+            f"{name}: perplexity by group size", quality, *by_group,
+            _lines(rows, lambda row: (row.config["group_size"], row.result["perplexity"])),
+            ppl_level,
+        ),
+        "size_vs_group_size": Plot(
+            f"{name}: model size by group size", size, *size_by_group,
+            _lines(rows, lambda row: (row.config["group_size"], row.size_mib)),
+            size_level,
+        ),
+        "ppl_vs_bits": Plot(
+            f"{name}: perplexity by size of the weights", f"{quality} g: group size.", *by_bits,
+            _lines(
+                rows,
+                lambda row: (row.bits_per_weight, row.result["perplexity"]),
+                lambda row: f"g {row.config['group_size']}",
+            ),
+            ppl_level,
+        ),
+    }  # fmt: skip
+
+
+def _lines(rows: list[Row], point, text=None) -> tuple[Series, ...]:
+    """One line per salient share through `point(row)` = (x, y), with `text(row)` at each point."""
+    lines = []
+    for share in sorted({row.config["salient_prop"] for row in rows}):
+        line = sorted((row for row in rows if row.config["salient_prop"] == share), key=point)
+        texts = tuple(map(text, line)) if text else ()
+        lines.append(Series(_share_label(share), tuple(map(point, line)), texts))
+    return tuple(lines)
+
+
+def _draw(plot: Plot, path: Path) -> Path:
+    """Draw into `path`.png and write the points to `path`.csv; return the picture's path."""
+    # Figure without pyplot: no global state, no display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.4), dpi=170, layout="constrained")
+    axes = figure.add_subplot()
+    for (colour, marker, dashes), line in zip(_styles(plot.series), plot.series, strict=True):
+        xs, ys = [x for x, _ in line.points], [y for _, y in line.points]
+        axes.plot(
+            xs, ys, color=colour, marker=marker, linestyle=dashes, linewidth=1.8, markersize=5.5
+        )
+    if plot.level:
+        axes.axhline(
+            plot.level[1], color=REFERENCE_COLOUR, linewidth=1.2, linestyle=REFERENCE_DASHES
+        )
+    _set_scales(axes, plot)
+    axes.set_xlabel(plot.x_name)
+    axes.set_ylabel(plot.y_name)
+    axes.set_title(
+        plot.title, loc="left", fontsize=12, fontweight="bold", pad=22 if plot.about else 8
+    )
+    axes.text(0, 1.025, plot.about, transform=axes.transAxes, fontsize=8.5, color="#404040")
+    axes.grid(True, which="major", color="#D9D9D9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    _label_ends(figure, axes, plot)
+    # Labels at points are placed by pixels, so nothing may move from here on.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    _label_points(axes, plot)
+    picture = path.with_name(path.name + ".png")
+    figure.savefig(picture, metadata={"Software": None})
+    _write_points(path.with_name(path.name + ".csv"), plot)
+    return picture
+
+
+def _styles(series: Sequence[Series]) -> list[tuple]:
+    return [STYLES[index % len(STYLES)] for index in range(len(series))]
+
+
+def _set_scales(axes, plot: Plot) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    xs = sorted({x for line in plot.series for x, _ in line.points})
+    ys = [y for line in plot.series for _, y in line.points]
+    ys += [plot.level[1]] if plot.level else []
+    if plot.x_scale == "log":
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(xs, [f"{x:g}" for x in xs])
+        axes.xaxis.set_minor_locator(NullLocator())
+    # A logarithmic axis with one tick on it tells less than a plain one.
+    if plot.y_scale == "log" and ys and min(ys) > 0 and max(ys) > 4 * min(ys):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif plot.y_scale == "linear" and ys:
+        axes.set_ylim(0, 1.08 * max(ys))
+
+
+def _label_ends(figure, axes, plot: Plot) -> None:
+    """Name each line at the right of the axes, near its last point's height, pushed apart."""
+    named = [
+        (line.points[-1][1], line.label, colour, {"marker": marker, "linestyle": dashes})
+        for line, (colour, marker, dashes) in zip(plot.series, _styles(plot.series), strict=True)
+        if line.points
+    ]
+    if plot.level:
+        text = f"{plot.level[0]} ({plot.level[1]:,.4g})"
+        named.append((plot.level[1], text, REFERENCE_COLOUR, {"linestyle": REFERENCE_DASHES}))
+    named.sort(key=lambda entry: entry[0])
+    figure.draw_without_rendering()
+    bottom, height = axes.bbox.y0, axes.bbox.height
+    heights = [(axes.transData.transform((1, y))[1] - bottom) / height for y, *_ in named]
+    spacing = 1.45 * 9 * figure.dpi / 72 / height
+    places = spread(heights, spacing, 0.0, 1.0)
+    over = {"transform": axes.transAxes, "clip_on": False, "linewidth": 1.4}
+    for (_, text, colour, style), want, place in zip(named, heights, places, strict=True):
+        # Lines over group sizes all end at the edge; others end anywhere.
+        if plot.x_scale == "log":
+            axes.plot([1, 1.03], [want, place], color=colour, **(over | {"linewidth": 0.7}))
+        axes.plot(
+            [1.03, 1.06, 1.09],
+            [place] * 3,
+            color=colour,
+            markevery=[1],
+            markersize=5,
+            **style,
+            **over,
+        )
+        axes.annotate(
+            text, (1.105, place), xycoords="axes fraction", color=colour, fontsize=9, va="center"
+        )
+
+
+def spread(wanted: Sequence[float], spacing: float, low: float, high: float) -> list[float]:
+    """Move ascending positions as little as needed to be `spacing` apart, within [low, high]."""
+    # Clusters of touching labels, each centred on the mean of what its members want.
+    clusters: list[list[float]] = []  # [sum of (wanted - offset in cluster), count]
+    for position in wanted:
+        clusters.append([position, 1])
+        while len(clusters) > 1:
+            (total, count), (next_total, next_count) = clusters[-2:]
+            if total / count + count * spacing <= next_total / next_count:
+                break
+            clusters[-2:] = [
+                [total + next_total - next_count * count * spacing, count + next_count]
+            ]
+    placed = []
+    for total, count in clusters:
+        start = max(low, min(total / count, high - (count - 1) * spacing))
+        placed += [start + index * spacing for index in range(int(count))]
+    return placed
+
+
+def _label_points(axes, plot: Plot) -> None:
+    """Write the texts of points beside them, where there is room."""
+    to_pixels = axes.transData.transform
+    em = 7.5 * axes.figure.dpi / 72
+    drawn = [to_pixels(line.points) for line in plot.series if line.points]
+    if plot.level:
+        drawn.append(to_pixels([(x, plot.level[1]) for x in axes.get_xlim()]))
+    taken = [
+        (x - 0.35 * em, y - 0.35 * em, x + 0.35 * em, y + 0.35 * em)
+        for line in drawn
+        for x, y in _along(line, 0.5 * em)
+    ]
+    inside, points = axes.bbox, 72 / axes.figure.dpi
+    for line, (colour, _, _) in zip(plot.series, _styles(plot.series), strict=True):
+        # Lines without texts have points all the same.
+        for point, text in zip(line.points, line.texts, strict=False):
+            x, y = to_pixels(point)
+            width, height, gap = 0.64 * em * len(text), 1.1 * em, 0.8 * em
+            for left, base in (
+                (x - width - gap, y - height / 2),
+                (x - width - 0.6 * gap, y - height - 0.4 * gap),
+                (x - width / 2, y - height - gap),
+                (x + gap, y - height / 2),
+                (x - width / 2, y + gap),
+                (x + 0.6 * gap, y + 0.4 * gap),
+            ):
+                box = (left, base, left + width, base + height)
+                if box[0] < inside.x0 or box[2] > inside.x1 or box[1] < inside.y0:
+                    continue
+                if any(_overlap(box, other) for other in taken):
+                    continue
+                taken.append(box)
+                axes.annotate(
+                    text,
+                    point,
+                    xytext=((left - x) * points, (base - y + 0.2 * em) * points),
+                    textcoords="offset points",
+                    fontsize=7.5,
+                    color=colour,
+                )
+                break
+
+
+def _along(points: Sequence[Sequence[float]], step: float) -> Iterator[tuple[float, float]]:
+    """Positions along a polyline, at most `step` apart, its corners among them."""
+    for index, (x, y) in enumerate(points):
+        yield x, y
+        if index + 1 < len(points):
+            x1, y1 = points[index + 1]
+            count = int(math.hypot(x1 - x, y1 - y) / step) + 1
+            for k in range(1, count):
+                yield x + (x1 - x) * k / count, y + (y1 - y) * k / count
+
+
+def _overlap(a: tuple, b: tuple) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _write_points(path: Path, plot: Plot) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["series", plot.x_name, plot.y_name, "point"])
+    for line in plot.series:
+        pairs = zip(line.points, line.texts or ("",) * len(line.points), strict=True)
+        writer.writerows([line.label, x, y, t] for (x, y), t in pairs)
+    if plot.level:
+        writer.writerow([plot.level[0], "", plot.level[1], ""])
+    write_atomically(path, text.getvalue())
+
+
+def _results_page(rows, cells, model_name: str, command: str, text: str) -> str:
+    first = cells[0]
+    runs = [row.result["run"] for row in rows]
+    evaluation = next((cell.evaluation for cell in cells if cell.evaluation), {})
+    windows = rows[0].result["windows"] if rows else evaluation.get("windows")
+    calibration = next((cell.calibration for cell in cells if cell.calibration), None)
+    lines = [
+        f"# {model_name}: perplexity and size",
+        "",
+        f"    {command}",
+        "",
+        f"- Evaluation: WikiText-2 raw {evaluation.get('split')}, {windows} windows of "
+        f"{evaluation.get('seqlen'):,} tokens, exp(mean token NLL)",
+    ]
+    if calibration:
+        lines.append(
+            f"- Calibration: WikiText-2 raw {calibration['split']}, {calibration['blocks']} blocks "
+            f"of {calibration['block_size']:,} tokens, seed {calibration['seed']}"
+        )
+    for name, what in (("chip", "Chip"), ("isa", "Instruction set"), ("threads", "Threads")):
+        lines.append(f"- {what}: {', '.join(sorted({str(run[name]) for run in runs}))}")
+    dates = sorted({run["date"][:10] for run in runs})
+    lines.append(f"- Date: {' to '.join(dict.fromkeys([*dates[:1], *dates[-1:]]))}")
+    lines.append(
+        "- Packages: " + ", ".join(f"{name} {v}" for name, v in sorted(first.versions.items()))
+    )
+    lines += [
+        "",
+        text,
+        "",
+        f"The 16-bit model is the unquantized one, computed in {first.model['dtype']}; its size is "
+        "that of its tensors in 16 bits. The size of a quantized model is that of its tensors as "
+        "they are in memory, equal to the saved file's payload to the byte; embeddings and the "
+        f"language head are not quantized and stay {first.model['dtype']}. Bits per weight count "
+        "codes, scales, salient channels and padding of the quantized layers.",
+    ]
+    return "\n".join(lines) + "\n"

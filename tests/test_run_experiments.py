@@ -1,0 +1,543 @@
+"""Sweeps: specifications, the store, resuming, the report and the published functions."""
+
+import csv
+import dataclasses
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import run_experiments  # noqa: E402
+from run_experiments import grid, report, runner  # noqa: E402
+from run_experiments.grid import PRESETS, Cell, Product  # noqa: E402
+from run_experiments.run_experiments import main  # noqa: E402
+from run_experiments.store import Store  # noqa: E402
+from smoothquant.bundled import load_bundled, wikitext  # noqa: E402
+from smoothquant.calibration import load_stats  # noqa: E402
+
+TINY = PRESETS["tiny"]
+
+
+def some_cells(preset=TINY):
+    return grid.cells(
+        preset,
+        model={"name": "a", "files": {"model.safetensors": "00"}, "dtype": "float32"},
+        versions={"torch": "2.13.0"},
+        calibration_data={"data": "x", "split": "validation", "sha256": "01"},
+        evaluation_data={"data": "x", "split": "test", "sha256": "02"},
+    )
+
+
+def without_run(path):
+    """Contents of each cell's file but for time, speed and machine."""
+    contents = {}
+    for file in Path(path).glob("*.json"):
+        record = json.loads(file.read_text())
+        del record["result"]["run"], record["checksum"]
+        contents[file.name] = record
+    return contents
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An undisturbed sweep: (folder of the store, folder of the figures)."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    output, figures = folder / "results", folder / "figures"
+    assert main(["--preset", "tiny", "--output", str(output), "--figures", str(figures)]) == 0
+    return output, figures
+
+
+# ---- grid ----
+
+
+def test_cell_survives_json_and_has_one_key():
+    for cell in some_cells():
+        again = Cell.from_json(cell.to_json())
+        assert again == cell and again.key == cell.key
+        shuffled = dict(reversed(list(json.loads(cell.to_json()).items())))
+        assert Cell.from_json(json.dumps(shuffled)).key == cell.key
+
+
+def test_key_is_the_same_for_ever():
+    # A changed key throws away every finished cell of every user: change it knowingly.
+    assert some_cells()[1].key == "c0ea1bacbbc437ecb1d7111bf5ad083597cdf2af822cdb5bbd481de105b3440d"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"name": "a", "files": {"model.safetensors": "ff"}, "dtype": "float32"}},
+        {"versions": {"torch": "2.14.0"}},
+        {"calibration_data": {"data": "x", "split": "validation", "sha256": "ff"}},
+        {"evaluation_data": {"data": "x", "split": "test", "sha256": "ff"}},
+    ],
+)
+def test_key_depends_on_everything(change):
+    parts = {
+        "model": {"name": "a", "files": {"model.safetensors": "00"}, "dtype": "float32"},
+        "versions": {"torch": "2.13.0"},
+        "calibration_data": {"data": "x", "split": "validation", "sha256": "01"},
+        "evaluation_data": {"data": "x", "split": "test", "sha256": "02"},
+    }
+    quantized = grid.cells(TINY, **parts)[-1]
+    assert grid.cells(TINY, **(parts | change))[-1].key != quantized.key
+    for field in ("seed", "calibration_blocks", "windows", "seqlen"):
+        other = dataclasses.replace(TINY, **{field: getattr(TINY, field) + 1})
+        assert grid.cells(other, **parts)[-1].key != quantized.key
+    for field, value in (("sort", "max"), ("num_bits", 3), ("act_clip", 0.9)):
+        other = dataclasses.replace(quantized, config={**quantized.config, field: value})
+        assert other.key != quantized.key
+
+
+def test_presets():
+    assert len(some_cells(PRESETS["default"])) == 2 + 12 + 4 + 4
+    assert len(some_cells(PRESETS["paper"])) == 2 + 9 * 4
+    for preset in PRESETS.values():
+        keys = [cell.key for cell in some_cells(preset)]
+        assert len(set(keys)) == len(keys)
+
+
+def test_equal_settings_are_one_cell():
+    products = [Product((8, 8), (0, 0.0, 0.05)), Product((8,), (0.05,))]
+    assert len(grid.configs(products)) == 2
+
+
+def test_override_replaces_in_every_product():
+    preset = grid.override(PRESETS["default"], {"backends": ("fake",)}, windows=2)
+    assert {config["backend"] for config in grid.configs(preset.products)} == {"fake"}
+    assert preset.windows == 2
+
+
+# ---- store ----
+
+
+def test_store_gives_back_what_was_put(tmp_path):
+    cell, other = some_cells()[:2]
+    store = Store(tmp_path / "new" / "folder")
+    assert store.get(cell) is None
+    store.put(cell, {"perplexity": 1.0000000000000002, "run": {}})
+    assert store.get(cell) == {"perplexity": 1.0000000000000002, "run": {}}
+    assert store.get(other) is None
+    assert [path.name for path in store.folder.iterdir()] == [f"{cell.key}.json"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[: len(text) // 2],
+        lambda text: text.replace("1.5", "2.5"),
+        lambda text: text.replace('"checksum"', '"check"'),
+        lambda text: text.replace('"format_version": 1', '"format_version": 9'),
+        lambda text: text.replace("tiny", "huge"),
+        lambda text: "[]",
+        lambda text: "\0" * 100,
+    ],
+)
+def test_damaged_cell_is_moved_aside_with_a_warning(tmp_path, damage):
+    cell = dataclasses.replace(some_cells()[1], model={"name": "tiny"})
+    store = Store(tmp_path)
+    store.put(cell, {"perplexity": 1.5, "run": {}})
+    path = store.path(cell)
+    path.write_text(damage(path.read_text()))
+    with pytest.warns(UserWarning, match=f"{path.name}.*damaged.*computed again"):
+        assert store.get(cell) is None
+    assert not path.exists() and path.with_name(path.name + ".damaged").exists()
+
+
+def test_failing_write_leaves_the_old_cell(tmp_path, monkeypatch):
+    cell = some_cells()[1]
+    store = Store(tmp_path)
+    store.put(cell, {"perplexity": 1.5, "run": {}})
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, full_disk)
+            with pytest.raises(OSError, match="No space left"):
+                store.put(cell, {"perplexity": 2.5, "run": {}})
+        assert store.get(cell)["perplexity"] == 1.5
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_store_refuses_a_file_as_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="output.*file"):
+        Store(tmp_path / "file")
+
+
+# ---- sweeps ----
+
+
+def test_results_are_whole(finished):
+    output, _ = finished
+    records = [json.loads(path.read_text()) for path in output.glob("*.json")]
+    assert len(records) == 8
+    for record in records:
+        result = record["result"]
+        assert result["run"]["chip"] and result["run"]["isa"] and result["run"]["threads"] >= 1
+        if record["spec"]["task"] == "calibration":
+            continue
+        assert result["tokens"] == TINY.windows * (TINY.seqlen - 1)
+        assert result["perplexity"] == pytest.approx(torch.tensor(result["nll"]).exp().item())
+        if record["spec"]["task"] == "quantized" and record["spec"]["config"]["backend"] == "int4":
+            assert result["file_payload_bytes"] == result["model_bytes"] > 0
+            assert 4 < result["bits_per_weight"] < 16
+
+
+def test_int4_and_simulation_agree(finished):
+    output, _ = finished
+    found = {}
+    for path in output.glob("*.json"):
+        record = json.loads(path.read_text())
+        config = record["spec"]["config"] or {}
+        if (config.get("group_size"), config.get("salient_prop"), config.get("sort")) == (
+            64, 0.05, "rms",
+        ):  # fmt: skip
+            found[config["backend"]] = record["result"]["perplexity"]
+    assert found["int4"] == pytest.approx(found["fake"], rel=0.03)
+
+
+def test_second_run_executes_nothing(finished, tmp_path, capsys, monkeypatch):
+    output, _ = finished
+
+    def forbidden(*_, **__):
+        raise AssertionError("a finished cell was computed, or its model loaded")
+
+    monkeypatch.setattr(runner, "run_cell", forbidden)
+    monkeypatch.setattr(runner, "load_model", forbidden)
+    before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    arguments = ["--preset", "tiny", "--output", str(output), "--figures", str(tmp_path)]
+    assert main(arguments) == 0
+    assert "All 8 cells are in" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
+
+
+def test_more_cells_reuse_calibration_and_baseline(finished, tmp_path, capsys):
+    output, _ = finished
+    store = tmp_path / "results"
+    store.mkdir()
+    for path in output.iterdir():
+        (store / path.name).write_bytes(path.read_bytes())
+    preset = grid.override(TINY, {"group_sizes": (32,), "salient_props": (0.1,)})
+    run_experiments.sweep(preset, Store(store), progress=False)
+    assert "5 cells, 2 of them in" in capsys.readouterr().out
+
+
+def test_damaged_statistics_are_collected_again(finished, tmp_path, capsys):
+    output, _ = finished
+    store = Store(tmp_path / "results")
+    for path in output.iterdir():
+        (store.folder / path.name).write_bytes(path.read_bytes())
+    (statistics,) = store.folder.glob("*.safetensors")
+    before = load_stats(statistics)
+    contents = statistics.read_bytes()
+    statistics.write_bytes(contents[:-1] + bytes([contents[-1] ^ 1]))
+    with pytest.warns(UserWarning, match="damaged"):
+        run_experiments.sweep(TINY, store, progress=False)
+    assert "8 cells, 7 of them in" in capsys.readouterr().out
+    after = load_stats(statistics)
+    assert all(torch.equal(after[name].sq_sum, before[name].sq_sum) for name in before)
+
+
+def test_float_model_is_not_changed_by_a_cell(tmp_path):
+    store = Store(tmp_path)
+    bench = runner.Bench("tiny-opt", "float32", store, progress=False)
+    model, _ = bench.loaded()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kinds = [type(module) for module in model.modules()]
+    preset = grid.override(TINY, {"group_sizes": (64,), "salient_props": (0.05,)})
+    for cell in grid.cells(
+        preset,
+        model=bench.identity(),
+        versions=runner.package_versions(),
+        calibration_data=runner.wikitext_identity("validation"),
+        evaluation_data=runner.wikitext_identity("test"),
+    ):
+        store.put(cell, runner.run_cell(cell, bench))
+    assert [type(module) for module in model.modules()] == kinds
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_killed_sweeps_resume_to_the_same_results(finished, tmp_path):
+    output, _ = finished
+    store = tmp_path / "results"
+    command = [sys.executable, "-m", "run_experiments", "--preset", "tiny"]
+    command += ["--output", str(store), "--figures", str(tmp_path / "figures"), "--threads", "1"]
+    generator = random.Random(0)
+    kills, cells_at_kill = 0, []
+    for wanted in (1, 2, 4, 7):
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        # Killed shortly after the wanted number of cells: in the middle of some work or write.
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if store.is_dir() and len(list(store.glob("*.json"))) >= wanted:
+                time.sleep(generator.uniform(0, 0.02))
+                break
+            time.sleep(0.001)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        cells_at_kill.append(len(list(store.glob("*.json"))))
+        for path in store.glob("*.json"):
+            json.loads(path.read_text())
+    assert kills >= 2, cells_at_kill
+    last = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    assert without_run(store) == without_run(output)
+    assert not list(store.glob("*.damaged"))
+
+
+def test_interrupt_says_how_to_resume(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run_cell", interrupted)
+    assert main(["--preset", "tiny", "--output", str(tmp_path / "r")]) == 130
+    message = capsys.readouterr().err
+    assert "continue with" in message and "--preset tiny" in message
+
+
+# ---- bad arguments ----
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--group-sizes", "0"], "group_size.*0"),
+        (["--salient-props", "1.5"], "salient_prop.*1.5"),
+        (["--sorts", "size"], "sort.*size"),
+        (["--backends", "int5"], "backend.*int5"),
+        (["--windows", "0"], "windows.*0"),
+        (["--windows", "100000"], "windows.*100000"),
+        (["--seqlen", "1"], "seqlen.*1"),
+        (["--seqlen", "1000000"], "seqlen"),
+        (["--model", "no/such folder"], "no/such folder"),
+    ],
+)
+def test_bad_values_are_named_before_any_work(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(runner, "run_cell", None)
+    output = tmp_path / "results"
+    assert main(["--preset", "tiny", "--output", str(output), *arguments]) == 1
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+    assert re.search(message, line)
+    assert not list(output.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--preset", "huge"], ["--windows", "some"], ["--threads", "0"], ["--group-sizes", "x"]],
+)
+def test_bad_flags_end_with_a_message(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+# ---- report ----
+
+
+def fake_row(group_size, salient_prop, perplexity, **config):
+    fields = {"num_bits": 4, "sort": "rms", "backend": "int4"} | config
+    run = {"chip": "c", "isa": "scalar", "threads": 1, "date": "2026-01-01", "tokens_per_s": 1.0}
+    result = {"perplexity": perplexity, "windows": 2, "seqlen": 128, "run": run}
+    result |= {"model_bytes": 2**20, "bits_per_weight": 4.5}
+    config = fields | {"group_size": group_size, "salient_prop": salient_prop}
+    return report.Row(config, result)
+
+
+def test_figures_and_their_data(finished):
+    _, figures = finished
+    names = sorted(path.name for path in figures.iterdir())
+    plots = ("ppl_vs_bits", "ppl_vs_group_size", "size_vs_group_size")
+    assert names == sorted(
+        [f"tiny-opt_{plot}.{kind}" for plot in plots for kind in ("png", "csv")]
+        + ["tiny-opt_results.md"]
+    )
+    for path in figures.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+    with open(figures / "tiny-opt_ppl_vs_group_size.csv") as file:
+        lines = list(csv.reader(file))
+    assert lines[0] == ["series", "Group size", "Perplexity", "point"]
+    assert [line[0] for line in lines[1:]] == ["0 % salient"] * 2 + ["5 % salient"] * 2 + [
+        "16-bit model"
+    ]
+    page = (figures / "tiny-opt_results.md").read_text()
+    for part in ("python -m run_experiments --preset tiny", "Chip:", "Threads:", "Date:", "int4"):
+        assert part in page
+
+
+def test_figures_are_drawn_from_the_store_alone(finished, tmp_path):
+    """A process that cannot import torch or smoothquant draws the same files."""
+    output, figures = finished
+    script = """
+import importlib.util, json, pathlib, sys, types
+sys.modules["torch"] = sys.modules["smoothquant"] = None
+package = types.ModuleType("run_experiments")
+package.__path__ = [sys.argv[1] + "/run_experiments"]
+sys.modules["run_experiments"] = package
+from run_experiments import report
+from run_experiments.grid import Cell
+from run_experiments.store import Store
+store = Store(sys.argv[2])
+records = [json.loads(p.read_text()) for p in sorted(store.folder.glob("*.json"))]
+cells = [Cell(**record["spec"]) for record in records]
+report.write(store, cells, "tiny-opt", sys.argv[3], "command")
+"""
+    subprocess.run(
+        [sys.executable, "-c", script, str(ROOT), str(output), str(tmp_path)], check=True
+    )
+    for name in ("tiny-opt_ppl_vs_group_size.csv", "tiny-opt_size_vs_group_size.csv"):
+        assert (tmp_path / name).read_text() == (figures / name).read_text()
+    assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_table_shows_what_is_not_finite():
+    text = report.table([fake_row(8, 0.0, None), fake_row(16, 0.05, 12.5)])
+    assert "not finite" in text and "12.50" in text
+    assert len({len(line) for line in text.splitlines()}) == 1
+
+
+def test_spread_keeps_order_and_distance():
+    generator = random.Random(0)
+    for _ in range(200):
+        wanted = sorted(generator.uniform(0, 1) for _ in range(generator.randint(1, 8)))
+        placed = report.spread(wanted, 0.05, 0.0, 1.0)
+        gaps = [b - a for a, b in zip(placed, placed[1:], strict=False)]
+        assert all(gap >= 0.05 - 1e-9 for gap in gaps)
+        assert placed[0] >= 0 and placed[-1] <= 1 + 1e-9
+    assert report.spread([0.2, 0.5], 0.1, 0.0, 1.0) == [0.2, 0.5]
+
+
+# ---- published names ----
+
+
+def test_published_run_experiments(tmp_path):
+    arguments = {"group_sizes": [64, 128], "salient_props": [0, 0.05], "preset": "tiny"}
+    results, group_sizes = run_experiments.run_experiments("tiny-opt", **arguments, output=tmp_path)
+    assert group_sizes == [64, 128]
+    assert set(results) == {"perplexity", "model_size"}
+    for values in results.values():
+        assert list(values) == [0, 0.05]
+        assert all(len(line) == 2 and min(line) > 0 for line in values.values())
+    assert results["perplexity"][0.05][0] < results["perplexity"][0][0]
+    assert run_experiments.run_experiments("tiny-opt", **arguments, output=tmp_path)[0] == results
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"device": "cuda"}, "device.*cuda"),
+        ({"group_sizes": [0]}, "group_size.*0"),
+        ({"salient_props": [-1]}, "salient_prop.*-1"),
+        ({"preset": "none"}, "preset.*none"),
+        ({"model_name": "a b"}, "a b"),
+    ],
+)
+def test_published_run_experiments_names_bad_arguments(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run_experiments.run_experiments(
+            **({"model_name": "tiny-opt", "output": tmp_path} | arguments)
+        )
+
+
+def test_published_plot_results(tmp_path):
+    results = {
+        "perplexity": {0: [9.0, 10.0], 0.05: [7.0, None]},
+        "model_size": {0: [3.0, 2.0], 0.05: [4.0, 3.0]},
+    }
+    paths = run_experiments.plot_results(results, [4, 1024], "some/Model-7b", tmp_path)
+    assert [path.name for path in paths] == [
+        "Model-7b_ppl_vs_group_size.png",
+        "Model-7b_size_vs_group_size.png",
+    ]
+    assert all(path.is_file() and path.with_suffix(".csv").is_file() for path in paths)
+    with pytest.raises(ValueError, match="model_size"):
+        run_experiments.plot_results({"perplexity": {}}, [4], "m", tmp_path)
+    with pytest.raises(ValueError, match="2 values.*got 1"):
+        run_experiments.plot_results({"perplexity": {0: [1.0]}}, [4, 8], "m", tmp_path)
+
+
+def test_published_calibration_and_evaluator(capsys):
+    model, tokenizer = load_bundled("tiny-opt")
+    blocks = run_experiments.get_calib_dataset(tokenizer, n_samples=16, block_size=64)
+    assert len(blocks) > 1 and all(block.shape == (1, 64) for block in blocks)
+    assert f"Split into {len(blocks)} blocks" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="tokenizer"):
+        run_experiments.get_calib_dataset()
+    with pytest.raises(ValueError, match="block_size.*0"):
+        run_experiments.get_calib_dataset(tokenizer, block_size=0)
+
+    features = run_experiments.get_calib_feat(model, tokenizer)
+    linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert set(features) == set(linears)
+    entry = features["model.decoder.layers.0.fc1"]
+    assert isinstance(entry, list) and entry[0].shape == (model.config.hidden_size,)
+
+    evaluator = run_experiments.Evaluator(
+        {"text": wikitext("test")}, tokenizer, "cpu", n_samples=2, batch_size=128
+    )
+    assert 1 < evaluator.evaluate(model).item() < 1000
+
+
+@pytest.mark.parametrize(
+    "start", [["-m", "run_experiments"], [str(ROOT / "run_experiments" / "run_experiments.py")]]
+)
+def test_both_ways_to_start(start, tmp_path):
+    elsewhere = ROOT if start[0] == "-m" else tmp_path
+    shown = subprocess.run(
+        [sys.executable, *start, "--help"], cwd=elsewhere, capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "--group-sizes" in shown.stdout and "paper" in shown.stdout
+
+
+# ---- run.sh ----
+
+
+def test_run_sh_help_needs_nothing(tmp_path):
+    shown = subprocess.run(
+        ["bash", str(ROOT / "run.sh"), "--help"],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 0 and "./run.sh test" in shown.stdout
+    # Every option of the sweep is explained there too.
+    options = subprocess.run(
+        [sys.executable, "-m", "run_experiments", "--help"],
+        cwd=ROOT, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    for word in set(options.replace(",", " ").split()):
+        if word.startswith("--") and word != "--help":
+            assert word in shown.stdout, word
+
+
+def test_run_sh_says_what_is_missing(tmp_path):
+    shown = subprocess.run(
+        ["bash", str(ROOT / "run.sh"), "--preset", "tiny"],
+        env=os.environ | {"MIXEDQUANT_PYTHON": "/bin/false"},
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 1
+    assert "MIXEDQUANT_PYTHON=/bin/false cannot import smoothquant" in shown.stderr
