@@ -28,6 +28,11 @@ def weight_group_scales(w4: Tensor, config: MixedQuantConfig, group_size: int) -
     return (largest / (2 ** (config.num_bits - 1) - 1)).contiguous()
 
 
+def salient_dtype_for(dtype: torch.dtype) -> torch.dtype:
+    """What the salient columns of a weight of this dtype are stored in."""
+    return torch.float16 if dtype == torch.float16 else torch.bfloat16
+
+
 class QuantizedLinear(nn.Module):
     """What the packed and the simulated layer share; not built by itself.
 
@@ -154,8 +159,7 @@ class W4A4Linear(QuantizedLinear):
                 num_salient = num_salient_channels(in_features, salient_prop)
         super().__init__(in_features, out_features, config, num_salient, quantize_output)
         shapes = ops.packed_shapes(out_features, in_features, num_salient, self.group_size)
-        salient_dtype = torch.float16 if dtype == torch.float16 else torch.bfloat16
-        dtypes = (torch.uint8, torch.bfloat16, salient_dtype)
+        dtypes = (torch.uint8, torch.bfloat16, salient_dtype_for(dtype))
         for name, shape, kind in zip(
             ("qweight", "scales", "salient_weight"), shapes, dtypes, strict=True
         ):
@@ -368,6 +372,7 @@ class FakeW4A4Linear(QuantizedLinear):
             permuted[:, :k4] = ((w4 * inverse).round().clamp(-q_max, q_max) * scale).to(
                 weight.dtype
             )
+        permuted[:, k4:] = permuted[:, k4:].to(salient_dtype_for(weight.dtype))
         layer.simulated_weight = permuted
         layer.perm = plan.perm.clone()
         layer.bias = None if bias is None else bias.detach().clone()
