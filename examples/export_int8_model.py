@@ -21,18 +21,19 @@ from smoothquant.calibration import (
     get_act_scales,
     get_static_decoder_layer_scales,
     load_act_scales,
-    read_texts,
     token_blocks,
 )
-from smoothquant.checkpoint import save_quantized
+from smoothquant.checkpoint import check_target, save_quantized
 from smoothquant.config import MixedQuantConfig
 from smoothquant.errors import CheckpointError
 from smoothquant.quantize import quantize
 from smoothquant.smooth import smooth_lm
+from smoothquant.texts import read_texts
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check the flags (the published ones keep their names); adds args.config."""
+    """Parse and check the flags (the published ones keep their names); adds
+    args.config and the folders args.smoothed and args.packed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,6 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="texts: .txt, .raw, .jsonl, .jsonl.zst or .parquet "
         "(default: the bundled WikiText-2 validation split)",
     )
+    add("--overwrite", action="store_true", help="replace a packed model that is there already")
     add("--export-FT", action="store_true", help="save the smoothed 16-bit model only")
     add("--alpha", type=float, default=0.5, help="smoothing strength (default: %(default)s)")
     add("--group-size", type=int, default=128, help="channels per scale (default: %(default)s)")
@@ -67,6 +69,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if args.dataset_path is not None:
             read_texts(args.dataset_path)
         args.config = MixedQuantConfig(group_size=args.group_size, salient_prop=args.salient_prop)
+        stem = f"{args.output_path / Path(args.model_name).name}-smoothquant"
+        args.smoothed = Path(stem)
+        args.packed = Path(f"{stem}-w{args.config.num_bits}a{args.config.num_bits}")
+        if not args.export_FT:
+            check_target(args.packed, overwrite=args.overwrite)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     return args
@@ -82,34 +89,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         texts = wikitext("validation")
     else:
         texts = list(read_texts(args.dataset_path))
-    model, tokenizer = load_model(args.model_name)
+    try:
+        model, tokenizer = load_model(args.model_name)
+        if not args.export_FT:
+            blocks = token_blocks(texts, tokenizer, args.num_samples, args.seq_len)
+    except (CheckpointError, ValueError) as error:
+        raise SystemExit(str(error)) from error
     if act_scales is None:
         act_scales = get_act_scales(model, tokenizer, texts, args.num_samples, args.seq_len)
     smooth_lm(model, act_scales, args.alpha)
 
-    name = Path(args.model_name).name
-    smoothed = args.output_path / f"{name}-smoothquant"
-    model.save_pretrained(smoothed)
-    tokenizer.save_pretrained(smoothed)
-    print(f"saved the smoothed model ({str(model.dtype).removeprefix('torch.')}) in {smoothed}")
+    model.save_pretrained(args.smoothed)
+    tokenizer.save_pretrained(args.smoothed)
+    dtype = str(model.dtype).removeprefix("torch.")
+    print(f"saved the smoothed model ({dtype}) in {args.smoothed}")
     if args.export_FT:
         if model.config.model_type == "opt":
             _, ranges = get_static_decoder_layer_scales(
                 model, tokenizer, texts, args.num_samples, args.seq_len
             )
-            path = args.output_path / f"{name}-smoothquant-scales.pt"
+            path = args.smoothed.with_name(f"{args.smoothed.name}-scales.pt")
             torch.save(ranges, path)
             print(f"saved the static INT8 scales in {path}")
         return
 
     config = args.config
-    blocks = token_blocks(texts, tokenizer, args.num_samples, args.seq_len)
     quantize(model, config, collect_stats(model, blocks))
-    packed = args.output_path / f"{name}-smoothquant-w{config.num_bits}a{config.num_bits}"
-    save_quantized(model, packed)
-    tokenizer.save_pretrained(packed)
+    save_quantized(model, args.packed, tokenizer, overwrite=args.overwrite)
     print(
-        f"saved the packed model in {packed}: {config.num_bits}-bit weights and activations, "
+        f"saved the packed model in {args.packed}: {config.num_bits}-bit weights and activations, "
         f"group size {config.group_size}, {config.salient_prop:.0%} salient channels in 16 bits"
     )
 

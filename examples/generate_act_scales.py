@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smoothquant.bundled import check_model_name, load_model, wikitext
-from smoothquant.calibration import get_act_scales, read_texts, save_act_scales
+from smoothquant.calibration import get_act_scales, save_act_scales
+from smoothquant.texts import read_texts
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

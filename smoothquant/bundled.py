@@ -9,9 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -19,10 +17,17 @@ import torch
 from safetensors import SafetensorError
 
 from .errors import CheckpointError
+from .files import atomic_folder
+from .texts import line_rows
 
 DATA = Path(__file__).resolve().parent / "data"
 
 WIKITEXT_FILES = {"test": "wiki.test.raw", "validation": "wiki.valid.raw"}
+
+# What transformers raises over a folder that is damaged or holds something else.
+_LOADING_ERRORS = (
+    OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError,
+)  # fmt: skip
 
 BUNDLED_MODELS = ("smollm2-135m", "tiny-opt")
 
@@ -42,14 +47,6 @@ def wikitext(split: str) -> list[str]:
     if split not in WIKITEXT_FILES:
         raise ValueError(f"split must be one of {sorted(WIKITEXT_FILES)}; got {split!r}")
     return list(line_rows(DATA / "wikitext-2-raw" / WIKITEXT_FILES[split]))
-
-
-def line_rows(path: str | os.PathLike):
-    """Yield one text per line of a UTF-8 file: the line with its newline, "" if it is blank."""
-    # Split at "\n" alone: str.splitlines also breaks at characters that occur inside of rows.
-    with open(path, encoding="utf-8", newline="\n") as lines:
-        for line in lines:
-            yield line if line.strip() else ""
 
 
 def cache_folder() -> Path:
@@ -80,14 +77,14 @@ def load_bundled(name: str):
     folder = DATA / "tiny-opt" if name == "tiny-opt" else _smollm2_folder()
     try:
         return _load_folder(str(folder), torch.float32)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except _LOADING_ERRORS as error:
         remedy = "install the package" if name == "tiny-opt" else "delete the folder and load it"
         raise CheckpointError(
             f"{folder} does not hold a readable {name} model; {remedy} again ({error})"
         ) from error
 
 
-def load_model(name_or_folder: str | os.PathLike, *, dtype: torch.dtype | str | None = None):
+def load_model(name_or_folder: str | os.PathLike, *, dtype: torch.dtype | None = None):
     """Load a model and its tokenizer by bundled name, folder or Hugging Face id.
 
     Args:
@@ -102,21 +99,22 @@ def load_model(name_or_folder: str | os.PathLike, *, dtype: torch.dtype | str | 
     Raises:
         ValueError: neither a bundled name nor a folder with a model nor a Hugging Face id that can
             be loaded. No code that a model repository brings along is ever run.
+        TypeError: dtype is no torch.dtype.
+        CheckpointError: the folder does not hold what its config.json says.
+        RuntimeError: as `load_bundled`.
     """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype or None; got {dtype!r}")
     name = os.fspath(name_or_folder)
     check_model_name(name)
     if name in BUNDLED_MODELS:
         model, tokenizer = load_bundled(name)
-        return (model if dtype in (None, "auto") else model.to(dtype)), tokenizer
-    if os.path.isfile(os.path.join(name, "mixedquant.json")):
-        from transformers import AutoTokenizer
-
-        from .checkpoint import load_quantized
-
-        return load_quantized(name).eval(), AutoTokenizer.from_pretrained(name)
+        return model.to(dtype), tokenizer
     try:
         return _load_folder(name, "auto" if dtype is None else dtype)
-    except (OSError, ValueError) as error:
+    except _LOADING_ERRORS as error:
+        if os.path.isdir(name):
+            raise CheckpointError(f"{name} does not hold a readable model ({error})") from error
         raise ValueError(f"name_or_folder: cannot load {name!r}: {error}") from error
 
 
@@ -138,7 +136,11 @@ def check_model_name(name_or_folder: str | os.PathLike) -> None:
 def _load_folder(name: str, dtype: torch.dtype | str):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from .checkpoint import MANIFEST, load_quantized
+
     tokenizer = AutoTokenizer.from_pretrained(name)
+    if os.path.isfile(os.path.join(name, MANIFEST)):
+        return load_quantized(name), tokenizer
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval(), tokenizer
 
 
@@ -183,20 +185,12 @@ def _convert_smollm2(source: Path, folder: Path) -> None:
         del model.config.quantization_config
     model.hf_quantizer = None
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        for path in staging.iterdir():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-        try:
-            os.rename(staging, folder)
-        except OSError:
-            # Another process finished the same conversion first: its folder is as good.
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        with atomic_folder(folder) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+    except OSError:
+        # Another process finished the same conversion first: its folder is as good.
+        if not folder.is_dir():
+            raise
     print(f"Converted in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)

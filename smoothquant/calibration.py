@@ -1,19 +1,17 @@
 """Calibration: texts in, per-channel statistics of every distinct layer input out.
 
-`read_texts` and `token_blocks` turn a file or an iterable into token windows, `collect_stats` runs
-them through a float model once, `save_stats` and `load_stats` keep the result. `get_act_scales`
+`token_blocks` turns what `texts.read_texts` reads into token windows, `collect_stats` runs them
+through a float model once, `save_stats` and `load_stats` keep the result. `get_act_scales`
 and `get_static_decoder_layer_scales` are the published functions.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
-import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,127 +21,24 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .bundled import line_rows
+from .config import check_integer
 from .errors import CheckpointError
 from .families import LayerInput, layer_inputs
-from .moe import PARTS, routed_inputs
+from .files import atomic_file
+from .moe import PARTS, expert_names, routed_inputs
+from .quantize import refuse_quantized
 from .sorting import STAT_DTYPES, ChannelStats
+from .texts import read_texts
 
 STATS_FORMAT = "mixedquant-stats"
 STATS_VERSION = 1
-SHUFFLE_SEED = 42  # as published
+
+# The draw of texts is the same in every run; the published one used this number too.
+SHUFFLE_SEED = 42
 
 # Texts are tokenized in pieces of about this many characters, so that a large corpus is read only
 # as far as needed and a block does not depend on how many blocks are asked for.
 TOKENIZE_CHARACTERS = 1 << 20
-
-
-def read_texts(source: str | os.PathLike | Iterable[str]) -> Iterator[str]:
-    """Yield the texts of a local file or an iterable, one by one.
-
-    Args:
-        source: a path, told by its suffix: .txt and .raw hold a text per line (with its newline;
-            a blank line is an empty text, as in the WikiText datasets), .jsonl and .json an object
-            with a string "text" per line, .jsonl.zst the same compressed (needs the package
-            zstandard), .parquet a string column "text" (needs pyarrow). Or any iterable of str.
-
-    Raises:
-        ValueError: source does not exist, has another suffix or holds something else; the message
-            names the file and the line.
-        TypeError: an iterable yields something that is not a str.
-        RuntimeError: the package that reads this kind of file is not installed.
-
-    A path is checked when this function is called, its content while it is read.
-    """
-    if not isinstance(source, (str, os.PathLike)):
-        if not isinstance(source, Iterable):
-            raise TypeError(f"source must be a path or an iterable of str; got {source!r}")
-        return _checked_texts(source)
-    path = Path(source)
-    suffix = next((suffix for suffix in _READERS if path.name.endswith(suffix)), None)
-    if suffix is None:
-        raise ValueError(f"source must end in one of {', '.join(_READERS)}; got {str(path)!r}")
-    if not path.is_file():
-        raise ValueError(f"source: no such file: {str(path)!r}")
-    reader, package = _READERS[suffix]
-    if package and importlib.util.find_spec(package) is None:
-        raise RuntimeError(
-            f"reading {str(path)!r} needs the Python package {package}; "
-            f"install it with: pip install {package}"
-        )
-    return reader(path)
-
-
-def _checked_texts(source: Iterable[str]) -> Iterator[str]:
-    for index, text in enumerate(source):
-        if not isinstance(text, str):
-            raise TypeError(f"source must yield str; item {index} is {type(text).__name__}")
-        yield text
-
-
-def _read_lines(path: Path) -> Iterator[str]:
-    try:
-        yield from line_rows(path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"source: {str(path)!r} is not UTF-8 text: {error}") from error
-
-
-def _texts_of_json_lines(path: Path, lines: Iterable[str]) -> Iterator[str]:
-    number = 0
-    try:
-        for line in lines:
-            number += 1
-            if not line.strip():
-                continue
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise ValueError('no object with a string "text"')
-            yield row["text"]
-    except ValueError as error:  # includes broken JSON and broken UTF-8
-        raise ValueError(f"source: {str(path)!r}, line {number}: {error}") from error
-
-
-def _read_json_lines(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8", newline="\n") as lines:
-        yield from _texts_of_json_lines(path, lines)
-
-
-def _read_compressed_json_lines(path: Path) -> Iterator[str]:
-    import zstandard
-
-    try:
-        with zstandard.open(path, "rt", encoding="utf-8", newline="\n") as lines:
-            yield from _texts_of_json_lines(path, lines)
-    except zstandard.ZstdError as error:
-        raise ValueError(f"source: {str(path)!r} is not zstandard data: {error}") from error
-
-
-def _read_parquet(path: Path) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(columns=["text"]):
-                if "text" not in batch.schema.names:
-                    raise ValueError('no column "text"')
-                for row, text in enumerate(batch.column("text").to_pylist()):
-                    if not isinstance(text, str):
-                        raise ValueError(f'column "text" holds {text!r}, not a string (row {row})')
-                    yield text
-    except (ValueError, pyarrow.ArrowException) as error:
-        raise ValueError(f"source: {str(path)!r}: {error}") from error
-
-
-# Suffix -> (reader, package that it needs).
-_READERS = {
-    ".txt": (_read_lines, None),
-    ".raw": (_read_lines, None),
-    ".jsonl": (_read_json_lines, None),
-    ".json": (_read_json_lines, None),
-    ".jsonl.zst": (_read_compressed_json_lines, "zstandard"),
-    ".parquet": (_read_parquet, "pyarrow"),
-}
 
 
 def token_blocks(
@@ -166,11 +61,14 @@ def token_blocks(
         list of int64 [1, block_size].
 
     Raises:
-        ValueError: a count below 1, or not even one full block.
+        ValueError: a count below 1, or not even one full block. TypeError: texts is a str, whose
+            characters are no texts, or a count is no integer.
     """
     if num_blocks is not None:
-        _check_count("num_blocks", num_blocks)
-    _check_count("block_size", block_size)
+        check_integer("num_blocks", num_blocks, 1)
+    check_integer("block_size", block_size, 1)
+    if isinstance(texts, (str, os.PathLike)):
+        raise TypeError(f"texts must be an iterable of texts, not one or a path; got {texts!r:.60}")
     token_ids: list[int] = []
     for piece in _pieces(texts):
         token_ids += tokenizer(piece, add_special_tokens=not token_ids, verbose=False).input_ids
@@ -206,13 +104,6 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
         yield separator + "\n\n".join(piece)
 
 
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int; got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}")
-
-
 @torch.no_grad()
 def collect_stats(
     model: nn.Module, batches: Iterable[Tensor], *, progress: bool = True
@@ -226,7 +117,7 @@ def collect_stats(
 
     Args:
         model: a transformers causal language model (or anything `families.layer_inputs` can walk
-            that takes token ids), not quantized; left in evaluation mode.
+            that takes token ids), not quantized.
         batches: int64 [B, T] tensors of token ids, without padding.
         progress: show a progress bar.
 
@@ -234,23 +125,25 @@ def collect_stats(
         name of a linear -> ChannelStats of its input.
 
     Raises:
-        ValueError: an activation is not finite, no batch came, or a layer was never reached; the
-            message names the layer.
+        ValueError: a quantized model, a batch of another shape, an activation that is not finite,
+            no batch at all, or a layer that was never reached; the message names the layer.
     """
+    refuse_quantized(model)
     inputs = layer_inputs(model)
     stats: dict[str, ChannelStats] = {}
     runner = _without_head(model, [item.name for item in inputs])
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     num_batches = 0
-    try:
-        with _hooked(_stat_hooks(model, inputs, stats)):
-            for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
-                runner(batch.to(device), **_no_cache(model))
-                num_batches += 1
-    finally:
-        model.train(was_training)
+    with evaluating(model), _hooked(model, _stat_hooks(inputs, stats)):
+        for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
+            shape = tuple(getattr(batch, "shape", ()))
+            if len(shape) != 2:
+                raise ValueError(
+                    f"batches must hold int64 [B, T] tensors; item {num_batches} is "
+                    f"{type(batch).__name__} of shape {shape}"
+                )
+            runner(batch.to(device), **no_cache(model))
+            num_batches += 1
     if num_batches == 0:
         raise ValueError("batches must hold at least one batch; got none")
     unreached = [item.name for item in inputs if item.name not in stats]
@@ -273,13 +166,31 @@ def _without_head(model: nn.Module, names: Sequence[str]) -> nn.Module:
     return base if all(name.startswith(prefix) for name in names) else model
 
 
-def _no_cache(model: nn.Module) -> dict:
+def no_cache(model: nn.Module) -> dict[str, bool]:
+    """The keyword that keeps a transformers model from filling a cache, where it has one."""
     return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
 
 
 @contextmanager
-def _hooked(handles: Iterable) -> Iterator[None]:
-    handles = list(handles)
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _hooked(model: nn.Module, hooks: Mapping[str, Callable], after: bool = False) -> Iterator[None]:
+    """Calls {name of a submodule: hook(module, args, kwargs, output if after)} while inside."""
+    register = "register_forward_hook" if after else "register_forward_pre_hook"
+    handles = [
+        getattr(model.get_submodule(name), register)(hook, with_kwargs=True)
+        for name, hook in hooks.items()
+    ]
     try:
         yield
     finally:
@@ -287,16 +198,15 @@ def _hooked(handles: Iterable) -> Iterator[None]:
             handle.remove()
 
 
-def _stat_hooks(model: nn.Module, inputs: Sequence[LayerInput], stats: dict[str, ChannelStats]):
-    for item in inputs:
-        if item.linears:
-            hook = _linear_hook(item, stats)
-            yield model.get_submodule(item.linears[0]).register_forward_pre_hook(hook)
-        if item.experts:
-            hook = _experts_hook(item, stats)
-            yield model.get_submodule(item.experts).register_forward_pre_hook(
-                hook, with_kwargs=True
-            )
+def _first_argument(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _stat_hooks(
+    inputs: Sequence[LayerInput], stats: dict[str, ChannelStats]
+) -> dict[str, Callable]:
+    hooks = {item.linears[0]: _linear_hook(item, stats) for item in inputs if item.linears}
+    return hooks | {item.experts: _experts_hook(item, stats) for item in inputs if item.experts}
 
 
 def _update(stats: dict[str, ChannelStats], names: Sequence[str], x: Tensor) -> None:
@@ -312,24 +222,21 @@ def _update(stats: dict[str, ChannelStats], names: Sequence[str], x: Tensor) -> 
         )
 
 
-def _linear_hook(item: LayerInput, stats: dict[str, ChannelStats]):
-    def hook(module: nn.Module, args: tuple) -> None:
-        _update(stats, item.linears, args[0])
+def _linear_hook(item: LayerInput, stats: dict[str, ChannelStats]) -> Callable:
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        _update(stats, item.linears, _first_argument(args, kwargs))
 
     return hook
 
 
-def _experts_hook(item: LayerInput, stats: dict[str, ChannelStats]):
+def _experts_hook(item: LayerInput, stats: dict[str, ChannelStats]) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
         named = dict(zip(("hidden_states", "top_k_index"), args, strict=False)) | kwargs
         x = named["hidden_states"].reshape(-1, module.gate_up_proj.shape[-1])
         top_k_index = named["top_k_index"].reshape(x.shape[0], -1)
         _update(stats, (item.experts,), x)
-        for expert in range(module.gate_up_proj.shape[0]):
-            for part in PARTS:
-                width = getattr(module, part).shape[-1]
-                name = item.expert_linear(expert, part)
-                stats.setdefault(name, ChannelStats.empty(width))
+        for name, (_, part) in expert_names(item.experts, module).items():
+            stats.setdefault(name, ChannelStats.empty(getattr(module, part).shape[-1]))
         for expert, *part_inputs in routed_inputs(module, x, top_k_index):
             for part, part_input in zip(PARTS, part_inputs, strict=True):
                 _update(stats, (item.expert_linear(expert, part),), part_input)
@@ -361,7 +268,7 @@ def save_stats(stats: Mapping[str, ChannelStats], path: str | os.PathLike) -> No
         "names": json.dumps(names),
         "mean_only": json.dumps(mean_only),
     }
-    with _atomic_path(path) as temporary:
+    with atomic_file(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata=metadata)
 
 
@@ -383,21 +290,14 @@ def load_stats(path: str | os.PathLike) -> dict[str, ChannelStats]:
     try:
         names, mean_only = json.loads(metadata["names"]), set(json.loads(metadata["mean_only"]))
         entries = {
-            index: _checked_stats(
+            index: ChannelStats(
                 {field: tensors[f"{index}.{field}"] for field in STAT_DTYPES}, index in mean_only
             )
             for index in set(names.values())
         }
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged statistics: {error!r}") from error
     return {name: entries[index] for name, index in names.items()}
-
-
-def _checked_stats(fields: dict[str, Tensor], mean_only: bool) -> ChannelStats:
-    for field in ("count", "abs_max", "abs_sum", "sq_sum"):
-        if not torch.isfinite(fields[field]).all() or (fields[field] < 0).any():
-            raise ValueError(f"{field} holds a negative or non-finite value")
-    return ChannelStats(fields, mean_only)
 
 
 def _read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -407,23 +307,6 @@ def _read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (OSError, safetensors.SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
-
-
-@contextmanager
-def _atomic_path(path: str | os.PathLike) -> Iterator[str]:
-    """Yield a temporary sibling that becomes `path` when the block ends without an exception."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-    os.close(descriptor)
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def get_act_scales(
@@ -438,8 +321,8 @@ def get_act_scales(
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
-        dataset_path: what `read_texts` takes: a local file or an iterable of texts. Blank texts are
-            passed over; `num_samples` of the others are drawn by a fixed seed.
+        dataset_path: what `read_texts` takes: a local file, several, or an iterable of texts. Blank
+            texts are passed over; `num_samples` of the others are drawn by a fixed seed.
         num_samples: texts at most.
         seq_len: tokens of each text at most.
 
@@ -448,7 +331,8 @@ def get_act_scales(
         module and its router have an entry: they read one and the same input.
 
     Raises:
-        ValueError: an argument is wrong, no text is left, or an activation is not finite.
+        ValueError: an argument is wrong, the model is quantized, no text is left, or an activation
+            is not finite.
     """
     scales: dict[str, Tensor] = {}
 
@@ -458,19 +342,28 @@ def get_act_scales(
             raise ValueError(f"the input of layer {name} is not finite: NaN or Inf")
         scales[name] = torch.maximum(scales[name], largest) if name in scales else largest
 
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     for item in layer_inputs(model):
-        for name in filter(None, (item.experts, item.router)):
-            modules[name] = model.get_submodule(name)
-    handles = [
-        module.register_forward_pre_hook(
-            lambda module, args, kwargs, name=name: record(name, _first(args, kwargs)),
-            with_kwargs=True,
-        )
-        for name, module in modules.items()
-    ]
-    _run_samples(model, tokenizer, dataset_path, num_samples, seq_len, handles)
+        names += filter(None, (item.experts, item.router))
+    hooks = {
+        name: lambda module, args, kwargs, name=name: record(name, _first_argument(args, kwargs))
+        for name in names
+    }
+    with _hooked(model, hooks):
+        _run_samples(model, tokenizer, dataset_path, num_samples, seq_len)
     return scales
+
+
+# Published name of a decoder layer's scale -> (linear, which side of it).
+STATIC_SCALES = {
+    "attn_input_scale": ("self_attn.q_proj", "input"),
+    "q_output_scale": ("self_attn.q_proj", "output"),
+    "k_output_scale": ("self_attn.k_proj", "output"),
+    "v_output_scale": ("self_attn.v_proj", "output"),
+    "out_input_scale": ("self_attn.out_proj", "input"),
+    "fc1_input_scale": ("fc1", "input"),
+    "fc2_input_scale": ("fc2", "input"),
+}
 
 
 def get_static_decoder_layer_scales(
@@ -494,6 +387,8 @@ def get_static_decoder_layer_scales(
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type != "opt":
         raise ValueError(f"model must be an OPT (config.model_type 'opt'); got {model_type!r}")
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    layers = [name.removesuffix(".fc1") for name in names if name.endswith(".fc1")]
     ranges: dict[str, dict[str, float]] = {}
 
     def record(name: str, x: Tensor, y: Tensor) -> None:
@@ -504,56 +399,40 @@ def get_static_decoder_layer_scales(
                 raise ValueError(f"the {key} of layer {name} is not finite: {largest}")
             entry[key] = max(entry[key], largest)
 
-    handles = [
-        module.register_forward_hook(
-            lambda module, args, y, name=name: record(name, args[0], y),
+    hooks = {
+        name: lambda module, args, kwargs, y, name=name: record(
+            name, _first_argument(args, kwargs), y
         )
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        for name in names
+    }
+    with _hooked(model, hooks, after=True):
+        _run_samples(model, tokenizer, dataset_path, num_samples, seq_len)
+    scales = [
+        {key: ranges[f"{layer}.{name}"][side] / 127 for key, (name, side) in STATIC_SCALES.items()}
+        for layer in layers
     ]
-    _run_samples(model, tokenizer, dataset_path, num_samples, seq_len, handles)
-
-    prefix = "model.decoder.layers"
-    layers = []
-    for index in range(model.config.num_hidden_layers):
-        attention = f"{prefix}.{index}.self_attn"
-        layers.append(
-            {
-                "attn_input_scale": ranges[f"{attention}.q_proj"]["input"] / 127,
-                "q_output_scale": ranges[f"{attention}.q_proj"]["output"] / 127,
-                "k_output_scale": ranges[f"{attention}.k_proj"]["output"] / 127,
-                "v_output_scale": ranges[f"{attention}.v_proj"]["output"] / 127,
-                "out_input_scale": ranges[f"{attention}.out_proj"]["input"] / 127,
-                "fc1_input_scale": ranges[f"{prefix}.{index}.fc1"]["input"] / 127,
-                "fc2_input_scale": ranges[f"{prefix}.{index}.fc2"]["input"] / 127,
-            }
-        )
-    return layers, ranges
-
-
-def _first(args: tuple, kwargs: dict) -> Tensor:
-    return args[0] if args else next(iter(kwargs.values()))
+    return scales, ranges
 
 
 @torch.no_grad()
-def _run_samples(model, tokenizer, dataset_path, num_samples, seq_len, handles) -> None:
-    """Run the drawn texts through the model, one by one, under the given hooks."""
-    with _hooked(handles):
-        _check_count("num_samples", num_samples)
-        _check_count("seq_len", seq_len)
-        texts = _draw(
-            (text for text in read_texts(dataset_path) if text.strip()), num_samples, SHUFFLE_SEED
-        )
-        if not texts:
-            raise ValueError(f"dataset_path: no text in {dataset_path!r}")
-        device = next(model.parameters()).device
-        model.eval()
+def _run_samples(model, tokenizer, dataset_path, num_samples, seq_len) -> None:
+    """Run the drawn texts through the model, one by one."""
+    refuse_quantized(model)
+    check_integer("num_samples", num_samples, 1)
+    check_integer("seq_len", seq_len, 1)
+    texts = _draw(
+        (text for text in read_texts(dataset_path) if text.strip()), num_samples, SHUFFLE_SEED
+    )
+    if not texts:
+        raise ValueError(f"dataset_path: no text in {dataset_path!r:.200}")
+    device = next(model.parameters()).device
+    with evaluating(model):
         for text in tqdm(texts, desc="activation scales", unit="text"):
             token_ids = tokenizer(
                 text, return_tensors="pt", max_length=seq_len, truncation=True
             ).input_ids
             if token_ids.numel():
-                model(token_ids.to(device), **_no_cache(model))
+                model(token_ids.to(device), **no_cache(model))
 
 
 def _draw(texts: Iterable[str], count: int, seed: int) -> list[str]:
@@ -575,8 +454,9 @@ def save_act_scales(scales: Mapping[str, Tensor], path: str | os.PathLike) -> No
 
     A .pt file is read by code written for the published repositories.
     """
-    scales = {name: scale.detach().cpu().contiguous() for name, scale in scales.items()}
-    with _atomic_path(path) as temporary:
+    # clones: safetensors refuses tensors that share memory
+    scales = {name: scale.detach().cpu().clone().contiguous() for name, scale in scales.items()}
+    with atomic_file(path) as temporary:
         if Path(path).suffix in (".pt", ".pth"):
             torch.save(scales, temporary)
         else:

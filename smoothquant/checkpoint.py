@@ -7,8 +7,7 @@ model.safetensors                     every distinct parameter and persistent bu
 
 import json
 import os
-import shutil
-import uuid
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +17,15 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .config import MixedQuantConfig
 from .errors import CheckpointError
+from .files import atomic_folder
 from .linear import QuantizedLinear, linear_class
 from .model_size import distinct_tensors
-from .moe import PARTS, W4A4Experts
+from .moe import PARTS, W4A4Experts, expert_names
+from .quantize import replace_module
 
 FORMAT_VERSION = 1
 MANIFEST = "mixedquant.json"
@@ -37,10 +39,17 @@ MANIFEST_FIELDS = {
     "dtypes": dict,
 }
 LINEAR_FIELDS = {"num_salient": int, "bias": bool, "quantize_output": bool}
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype)
+}
 FLOATS = {torch.float32, torch.float16, torch.bfloat16}
 
 
-def save_quantized(model: nn.Module, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
+def save_quantized(
+    model: nn.Module, folder: str | os.PathLike, tokenizer=None, *, overwrite: bool = False
+) -> None:
     """Write a quantized transformers model to a folder.
 
     The folder is written beside its place under another name, flushed to the disk and renamed, so
@@ -48,7 +57,9 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike, *, overwrite: bo
 
     Args:
         model: quantized by `smoothquant.quantize` or its drop-in forms; either backend.
-        folder: must not exist, or be empty, unless overwrite is true.
+        folder: must not exist, or be empty, or with overwrite hold a quantized model: that is
+            replaced as a whole.
+        tokenizer: a transformers tokenizer to save with it, or None.
 
     Raises:
         ValueError: the model is not quantized, is no transformers model, or the folder is taken.
@@ -63,9 +74,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike, *, overwrite: bo
     odd = next((name for name, module in linears.items() if module.config != config), None)
     if odd:
         raise ValueError(f"all linears must have one MixedQuantConfig; {odd} has another")
-    folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
-        raise ValueError(f"folder exists already: {folder} (overwrite=True replaces a folder)")
+    folder = check_target(folder, overwrite=overwrite)
     tensors, shared = distinct_tensors(model)
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -81,24 +90,42 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike, *, overwrite: bo
         },
         "shared": shared,
         "dtypes": {
-            name: _dtype_name(tensor) for name, tensor in [*tensors.items(), *_unsaved(model)]
+            name: _dtype_name(tensor.dtype) for name, tensor in [*tensors.items(), *_unsaved(model)]
         },
     }
-    with _appearing(folder) as partial:
+    with atomic_folder(folder, overwrite=overwrite) as partial:
         model.config.save_pretrained(partial)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(partial)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, partial / TENSORS, metadata={"format": "pt"})
-        # safetensors lets only the owner read its files; a checkpoint is as open as its folder
-        (partial / TENSORS).chmod((partial / MANIFEST).stat().st_mode & 0o777)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+
+
+def check_target(folder: str | os.PathLike, *, overwrite: bool = False) -> Path:
+    """The absolute path that `save_quantized` would write to, links and dots resolved.
+
+    Raises ValueError if it is taken: by anything but an empty folder, or, with overwrite, by
+    anything but a folder that holds a quantized model.
+    """
+    path = Path(folder).resolve()
+    free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    if not (free or (overwrite and (path / MANIFEST).is_file())):
+        raise ValueError(
+            f"folder exists already: {path} (overwrite=True replaces a folder with a {MANIFEST})"
+        )
+    return path
 
 
 def load_quantized(folder: str | os.PathLike) -> nn.Module:
     """Read a folder that `save_quantized` wrote: the same model, in evaluation mode, on the CPU.
 
-    No code from the folder is run. Everything is checked before a kernel sees it.
+    No code from the folder is run. Everything is checked before a kernel sees it. The attention
+    implementation is not recorded: it is transformers' default, which
+    ``model.set_attn_implementation`` changes; logits are the saved model's, bit for bit, under the
+    same one.
 
     Raises:
         ValueError: no such folder.
@@ -117,24 +144,28 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
             _insert_linears(model, manifest, folder / MANIFEST)
             expected = model.state_dict(keep_vars=True)
             _check_names(path, set(names), set(expected), shared)
+            unsaved = dict(_unsaved(model))
+            dtypes = _dtypes(folder / MANIFEST, manifest["dtypes"], names, unsaved)
             tensors = {
-                name: _read(path, file, name, expected[name], manifest["dtypes"].get(name))
-                for name in names
+                name: _read(path, file, name, expected[name], dtypes[name]) for name in names
             }
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     for name, owner in shared.items():
-        if expected[name].shape != tensors[owner].shape:
-            raise CheckpointError(f"{path}: tensor {name} has not the shape of its twin {owner}")
+        if not (
+            expected[name].shape == tensors[owner].shape
+            and _may_hold(expected[name], tensors[owner].dtype)
+        ):
+            raise CheckpointError(
+                f"{path}: tensor {name} has not the shape and dtype of its twin {owner}"
+            )
         tensors[name] = tensors[owner]
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             _check_linear(path, name, module, tensors)
+    for name, buffer in unsaved.items():
+        _assign(model, name, buffer.to(dtypes[name]))
     model.load_state_dict(tensors, assign=True)
-    for name, buffer in _unsaved(model):
-        dtype = getattr(torch, manifest["dtypes"].get(name, ""), None)
-        if buffer.dtype in FLOATS and dtype in FLOATS:
-            _assign(model, name, buffer.to(dtype))
     parameters = dict(model.named_parameters())
     for name, owner in shared.items():
         if owner in parameters:  # of the same memory already, but not yet the same object
@@ -142,40 +173,8 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
     return model.eval()
 
 
-@contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes its name when it is complete and on the disk."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.partial"
-    replaced = partial.with_suffix(".replaced")
-    partial.mkdir()
-    try:
-        yield partial
-        for path in (*partial.iterdir(), partial):
-            _flush(path)
-        if folder.exists() and any(folder.iterdir()):
-            folder.rename(replaced)
-        partial.rename(folder)
-        _flush(folder.parent)
-    except BaseException:
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -199,6 +198,9 @@ def _manifest(path: Path) -> dict[str, Any]:
         _check_fields(path, f"linear {name}", fields, LINEAR_FIELDS)
     for field in ("shared", "dtypes"):
         _check_fields(path, field, manifest[field], dict.fromkeys(manifest[field], str))
+    for name, dtype in manifest["dtypes"].items():
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{path}: dtype of {name} is {dtype!r}")
     return manifest
 
 
@@ -231,48 +233,61 @@ def _float_model(folder: Path, model_class: str, num_tensors: int) -> nn.Module:
             raise ValueError(f"{config.num_hidden_layers} layers, but {num_tensors} tensors")
         with _parameters_on_meta():
             model = cls(config)
-        if (folder / "generation_config.json").exists():
+        path = folder / "generation_config.json"
+        if path.exists():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     except Exception as error:  # whatever a broken configuration makes the model class do
         raise CheckpointError(f"{path}: no {model_class} can be built from it: {error}") from error
     return model
 
 
+_building = threading.local()
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules built inside get parameters without memory, but real buffers: those that are not
-    saved, such as rotary frequencies, exist nowhere else."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type != "meta":
-            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta
+    """Modules that this thread builds inside get parameters without memory, but real buffers:
+    those that are not saved, such as rotary frequencies, exist nowhere else."""
+    _building.here = True
     try:
         yield
     finally:
-        nn.Module.register_parameter = register
+        _building.here = False
+
+
+def _without_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    if getattr(_building, "here", False) and parameter.device.type != "meta":
+        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    return None
+
+
+# Stays registered: torch walks through its hooks in every thread that builds a module, and one
+# that came or went meanwhile would break that walk.
+register_module_parameter_registration_hook(_without_memory)
 
 
 def _insert_linears(model: nn.Module, manifest: dict[str, Any], path: Path) -> None:
     """Put layers without memory in the places that the manifest names."""
-    experts: dict[str, dict[tuple[int, str], nn.Module]] = {}
+    linears = manifest["linears"]
     modules = dict(model.named_modules())
-    for name, fields in manifest["linears"].items():
-        module = modules.get(name)
-        block, _, part = name.rpartition(".")
-        block, _, index = block.rpartition(".")
-        fused = getattr(modules.get(block), part, None) if part in PARTS else None
+    shapes: dict[str, torch.Size] = {}
+    blocks: dict[str, dict[tuple[int, str], str]] = {}
+    for name, module in modules.items():
+        fused = [getattr(module, part, None) for part in PARTS]
         if isinstance(module, nn.Linear):
-            n, k = module.weight.shape
-        elif isinstance(fused, Tensor) and index.isdecimal() and int(index) < len(fused):
-            n, k = fused.shape[1:]
-        else:
+            shapes[name] = module.weight.shape
+        # no more experts than the manifest may name: a hostile number would fill the memory
+        elif all(isinstance(t, Tensor) and 2 * len(t) <= len(linears) for t in fused):
+            names = expert_names(name, module)
+            blocks[name] = {key: full for full, key in names.items()}
+            shapes |= {full: getattr(module, part).shape[1:] for full, (_, part) in names.items()}
+    layers: dict[str, nn.Module] = {}
+    for name, fields in linears.items():
+        if name not in shapes:
             raise CheckpointError(f"{path}: the model has no linear {name}")
+        n, k = shapes[name]
         try:
-            layer = linear_class(manifest["config"])(
+            layers[name] = linear_class(manifest["config"])(
                 k,
                 n,
                 fields["bias"],
@@ -283,14 +298,15 @@ def _insert_linears(model: nn.Module, manifest: dict[str, Any], path: Path) -> N
             )
         except ValueError as error:
             raise CheckpointError(f"{path}: linear {name}: {error}") from error
-        if isinstance(module, nn.Linear):
-            model.set_submodule(name, layer)
-        else:
-            experts.setdefault(block, {})[int(index), part] = layer
-    for block, linears in experts.items():
-        if len(linears) != len(modules[block].gate_up_proj) * len(PARTS):
-            raise CheckpointError(f"{path}: experts of {block} are missing")
-        model.set_submodule(block, W4A4Experts(linears, modules[block].act_fn))
+        if name in modules:
+            replace_module(model, name, layers[name])
+    for block, names in blocks.items():
+        lacking = [name for name in names.values() if name not in layers]
+        if not lacking:
+            experts = {key: layers[name] for key, name in names.items()}
+            replace_module(model, block, W4A4Experts(experts, modules[block].act_fn))
+        elif len(lacking) < len(names):
+            raise CheckpointError(f"{path}: linear {lacking[0]} is missing")
 
 
 def _check_names(path: Path, names: set[str], expected: set[str], shared: dict[str, str]) -> None:
@@ -304,19 +320,38 @@ def _check_names(path: Path, names: set[str], expected: set[str], shared: dict[s
             raise CheckpointError(f"{path}: {what} tensor {which[0]} ({len(which)} such)")
 
 
-def _read(path: Path, file, name: str, expected: Tensor, recorded: str | None) -> Tensor:
+def _dtypes(
+    path: Path, recorded: dict[str, str], names: list[str], unsaved: dict[str, Tensor]
+) -> dict[str, torch.dtype]:
+    """The recorded dtype of every tensor in the file and of every buffer that is only built."""
+    odd = set(recorded) ^ {*names, *unsaved}
+    if odd:
+        raise CheckpointError(f"{path}: dtypes must not name or lack {min(odd)}")
+    dtypes = {name: DTYPES[dtype] for name, dtype in recorded.items()}
+    for name, buffer in unsaved.items():
+        if not _may_hold(buffer, dtypes[name]):
+            raise CheckpointError(f"{path}: dtypes: {name} must be {_dtype_name(buffer.dtype)}")
+    return dtypes
+
+
+def _read(path: Path, file, name: str, expected: Tensor, dtype: torch.dtype) -> Tensor:
     shape = tuple(file.get_slice(name).get_shape())
     if shape != tuple(expected.shape):
         raise CheckpointError(
             f"{path}: tensor {name} must have shape {tuple(expected.shape)}; got {shape}"
         )
     tensor = file.get_tensor(name).clone()  # out of the mapped file, which may change
-    allowed = FLOATS if expected.dtype in FLOATS else {expected.dtype}
-    if tensor.dtype not in allowed or _dtype_name(tensor) != recorded:
+    if tensor.dtype != dtype or not _may_hold(expected, dtype):
         raise CheckpointError(
-            f"{path}: tensor {name} must not be {_dtype_name(tensor)}; {MANIFEST} says {recorded}"
+            f"{path}: tensor {name} must not be {_dtype_name(tensor.dtype)}; "
+            f"{MANIFEST} says {_dtype_name(dtype)}"
         )
     return tensor
+
+
+def _may_hold(expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a model built with one dtype may hold another here: floats may have been cast."""
+    return dtype in (FLOATS if expected.dtype in FLOATS else {expected.dtype})
 
 
 def _check_linear(

@@ -110,12 +110,21 @@ def check_real(name: str, value: Any, low: float, high: float) -> None:
         raise ValueError(f"{name} must be in [{low:g}, {high:g}]; got {value!r}")
 
 
-def published_config(backend: str, act_quant: str, **fields: Any) -> MixedQuantConfig:
+def published_config(
+    backend: str, act_quant: str, *, num_bits: int, salient_prop: float | None, **fields: Any
+) -> MixedQuantConfig:
     """The config for arguments of the published functions.
 
     They allow ``act_quant="per_tensor"`` everywhere; the int4 backend then quantizes per token,
     which is never coarser: a scale of the whole live batch would make a token depend on the others.
+    They say ``salient_prop=None`` for 0, and call num_bits ``quant_bits``.
     """
+    check_integer("quant_bits", num_bits, 2, 8)
+    if backend == "int4" and num_bits > 4:
+        raise ValueError(
+            f"quant_bits must be in [2, 4] with backend='int4'; got {num_bits!r} "
+            "(backend='fake' takes up to 8)"
+        )
     if backend == "int4" and act_quant == "per_tensor":
         warnings.warn(
             "act_quant='per_tensor' depends on the live batch; backend='int4' quantizes per token "
@@ -123,4 +132,10 @@ def published_config(backend: str, act_quant: str, **fields: Any) -> MixedQuantC
             stacklevel=3,
         )
         act_quant = "per_token"
-    return MixedQuantConfig(backend=backend, act_quant=act_quant, **fields)
+    return MixedQuantConfig(
+        backend=backend,
+        act_quant=act_quant,
+        num_bits=num_bits,
+        salient_prop=0.0 if salient_prop is None else salient_prop,
+        **fields,
+    )

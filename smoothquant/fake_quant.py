@@ -41,42 +41,44 @@ def _rounded(t: Tensor, largest: Tensor, n_bits: int) -> Tensor:
     return t.div(scales).round_().mul_(scales)
 
 
-def _check(t: Tensor, n_bits: int) -> None:
+def _check(name: str, t: Tensor, n_bits: int, group_size: int = 1) -> None:
     if not isinstance(t, Tensor) or not t.is_floating_point():
-        raise TypeError(f"t must be a floating-point tensor; got {getattr(t, 'dtype', type(t))}")
+        kind = getattr(t, "dtype", type(t).__name__)
+        raise TypeError(f"{name} must be a floating-point tensor; got {kind}")
     if t.dim() == 0:
-        raise ValueError("t must have at least one dimension; got a scalar")
+        raise ValueError(f"{name} must have at least one dimension; got a scalar")
     check_integer("n_bits", n_bits, 2, 16)
+    check_integer("group_size", group_size, 1)
 
 
 @torch.no_grad()
-def _per_row(t: Tensor, n_bits: int) -> Tensor:
-    _check(t, n_bits)
+def _per_row(name: str, t: Tensor, n_bits: int) -> Tensor:
+    _check(name, t, n_bits)
     return _rounded(t, t.abs().amax(-1, keepdim=True), n_bits) if t.numel() else t.clone()
 
 
 @torch.no_grad()
-def _per_tensor(t: Tensor, n_bits: int) -> Tensor:
-    _check(t, n_bits)
+def _per_tensor(name: str, t: Tensor, n_bits: int) -> Tensor:
+    _check(name, t, n_bits)
     return _rounded(t, t.abs().max(), n_bits) if t.numel() else t.clone()
 
 
 @torch.no_grad()
-def _per_group(t: Tensor, n_bits: int, group_size: int) -> Tensor:
-    check_integer("group_size", group_size, 1)
-    _check(t, n_bits)
+def _per_group(name: str, t: Tensor, n_bits: int, group_size: int) -> Tensor:
+    _check(name, t, n_bits, group_size)
     channels = t.shape[-1]
+    group_size = min(group_size, max(1, channels))
     padded = F.pad(t, (0, -channels % group_size)).unflatten(-1, (-1, group_size))
-    return _per_row(padded, n_bits).flatten(-2)[..., :channels].contiguous()
+    return _per_row(name, padded, n_bits).flatten(-2)[..., :channels].contiguous()
 
 
 @torch.no_grad()
-def _per_group_sorted(t: Tensor, n_bits: int, group_size: int) -> Tensor:
-    _check(t, n_bits)
+def _per_group_sorted(name: str, t: Tensor, n_bits: int, group_size: int) -> Tensor:
+    _check(name, t, n_bits, group_size)
     if t.numel() == 0:
-        return _per_group(t, n_bits, group_size)
+        return t.clone()
     order = torch.argsort(t.reshape(-1, t.shape[-1]).abs().amax(0))
-    return _per_group(t[..., order], n_bits, group_size)[..., torch.argsort(order)]
+    return _per_group(name, t[..., order], n_bits, group_size)[..., torch.argsort(order)]
 
 
 def quantize_weight_per_channel_absmax(w: Tensor, n_bits: int) -> Tensor:
@@ -85,39 +87,39 @@ def quantize_weight_per_channel_absmax(w: Tensor, n_bits: int) -> Tensor:
     All eight functions take float32, float16 or bfloat16 and 2 to 16 bits, and raise ValueError or
     TypeError naming the argument otherwise.
     """
-    return _per_row(w, n_bits)
+    return _per_row("w", w, n_bits)
 
 
 def quantize_weight_per_tensor_absmax(w: Tensor, n_bits: int) -> Tensor:
     """One scale for all of w [N, K]."""
-    return _per_tensor(w, n_bits)
+    return _per_tensor("w", w, n_bits)
 
 
 def quantize_weight_per_group_absmax(w: Tensor, n_bits: int, group_size: int = 128) -> Tensor:
     """One scale per `group_size` neighbouring input channels of each row of w [N, K]; the last
     group may be short."""
-    return _per_group(w, n_bits, group_size)
+    return _per_group("w", w, n_bits, group_size)
 
 
 def quantize_weight_per_group_absmax_sort(w: Tensor, n_bits: int, group_size: int = 128) -> Tensor:
     """As `quantize_weight_per_group_absmax`, the input channels sorted for it by their largest
     magnitude, ascending; the result is in the caller's order."""
-    return _per_group_sorted(w, n_bits, group_size)
+    return _per_group_sorted("w", w, n_bits, group_size)
 
 
 def quantize_activation_per_token_absmax(t: Tensor, n_bits: int) -> Tensor:
     """One scale per row of t [..., K]."""
-    return _per_row(t, n_bits)
+    return _per_row("t", t, n_bits)
 
 
 def quantize_activation_per_tensor_absmax(t: Tensor, n_bits: int) -> Tensor:
     """One scale for all of t [..., K]."""
-    return _per_tensor(t, n_bits)
+    return _per_tensor("t", t, n_bits)
 
 
 def quantize_activation_per_group_absmax(t: Tensor, n_bits: int, group_size: int = 128) -> Tensor:
     """One scale per row and `group_size` neighbouring channels of t [..., K]."""
-    return _per_group(t, n_bits, group_size)
+    return _per_group("t", t, n_bits, group_size)
 
 
 def quantize_activation_per_group_absmax_sort(
@@ -125,7 +127,7 @@ def quantize_activation_per_group_absmax_sort(
 ) -> Tensor:
     """As `quantize_activation_per_group_absmax`, the channels sorted for it by their largest
     magnitude over all rows given: a token's result depends on the rest of the batch."""
-    return _per_group_sorted(t, n_bits, group_size)
+    return _per_group_sorted("t", t, n_bits, group_size)
 
 
 def quantize_model(
@@ -155,9 +157,9 @@ def quantize_model(
         quantize_bmm_input: also quantize the outputs of q, k and v.
         input_feat: {module name: mean magnitude per input channel [K], or a list of such tensors
             that is summed, or ChannelStats}. With means, sort keys come from the weights; without
-            any, the salient channels do too.
+            any, the salient channels do too, as do those of fused experts without an entry.
         salient_prop: share of input channels kept in 16 bits, in [0, 1]; None for none.
-        quant_bits: bits of weights and activations.
+        quant_bits: bits of weights and activations, 2 to 4, or to 8 with backend "fake".
         group_size: channels to a scale where quantization is per group.
         min_prop, max_prop: without effect, as published.
         sort: "none", "max", "mean3std", "argmax" or "rms".
@@ -174,7 +176,7 @@ def quantize_model(
         weight_quant=weight_quant,
         num_bits=quant_bits,
         group_size=group_size,
-        salient_prop=0.0 if salient_prop is None else salient_prop,
+        salient_prop=salient_prop,
         sort=sort,
         sort_by=sort_by,
         quantize_output=quantize_bmm_input,
@@ -183,14 +185,16 @@ def quantize_model(
     return model
 
 
-def _for_types(name: str, types: Sequence[str], weight_quant: str, act_quant: str, bmm: bool):
+def _for_types(
+    name: str, types: Sequence[str], weight_quant: str, act_quant: str, quantize_bmm_input: bool
+):
     """`quantize_model` for some model types, with the defaults published for them."""
 
     def quantize_family(
         model: nn.Module,
         weight_quant: str = weight_quant,
         act_quant: str = act_quant,
-        quantize_bmm_input: bool = bmm,
+        quantize_bmm_input: bool = quantize_bmm_input,
         input_feat: Mapping | None = None,
         salient_prop: float | None = 0,
         quant_bits: int = 4,
@@ -245,4 +249,7 @@ def _channel_stats(name: str, entry) -> ChannelStats:
     shapes = {tuple(part.shape) if isinstance(part, Tensor) else None for part in parts}
     if len(shapes) != 1 or len(next(iter(shapes)) or ()) != 1:
         raise ValueError(f"input_feat of {name} must be vectors of one length; got {entry!r:.80}")
-    return ChannelStats.from_mean(sum(part.float().cpu() for part in parts))
+    try:
+        return ChannelStats.from_mean(sum(part.float().cpu() for part in parts))
+    except ValueError as error:
+        raise ValueError(f"input_feat of {name}: {error}") from error

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from .config import check_integer, check_real
+from .linear import QuantizedLinear
 
 Byte = 8
 KiB = 1024 * Byte
@@ -28,7 +29,8 @@ def get_model_size(
         data_width: estimate only: bits of a quantized element.
         salient_prop: estimate only: share of elements that take 16 bits, in [0, 1].
         group_size: estimate only: elements that share 20 bits of scale and zero-point; -1 for none.
-        estimate: the published formula over the model's weights and biases instead of a count.
+        estimate: the published formula over the model's weights and biases instead of a count; it
+            does not depend on whether they are quantized yet.
 
     Raises:
         ValueError: a group size that is neither -1 nor >= 1, a share outside [0, 1].
@@ -41,9 +43,12 @@ def get_model_size(
         return sum(tensor.nbytes for tensor in distinct_tensors(model)[0].values()) * Byte
     overhead = 0 if group_size == -1 else (16 + 4) / group_size
     width = (data_width + overhead) * (1 - salient_prop) + (16 + overhead) * salient_prop
-    packed = [m for m in model.modules() if hasattr(m, "qweight")]
     elements = sum(p.numel() for p in model.parameters())
-    return (elements + sum(m.in_features * m.out_features for m in packed)) * width
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            bias = 0 if module.bias is None else module.bias.numel()
+            elements += module.out_features * module.in_features + bias
+    return elements * width
 
 
 def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -12,6 +12,18 @@ from torch import Tensor, nn
 PARTS = ("gate_up_proj", "down_proj")
 
 
+def expert_names(name: str, experts: nn.Module) -> dict[str, tuple[int, str]]:
+    """The matrices of a fused experts module called `name`, expert by expert.
+
+    Returns {``model.layers.0.mlp.experts.3.gate_up_proj``: (3, "gate_up_proj")}.
+    """
+    return {
+        f"{name}.{expert}.{part}": (expert, part)
+        for expert in range(len(experts.gate_up_proj))
+        for part in PARTS
+    }
+
+
 class W4A4Experts(nn.Module):
     """Takes the place of a fused experts module, one pair of quantized linears per expert.
 

@@ -20,9 +20,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .bundled import BUNDLED_MODELS, check_model_name, load_model, wikitext
-from .calibration import collect_stats, load_act_scales, read_texts, token_blocks
-from .config import MixedQuantConfig
+from .calibration import collect_stats, evaluating, load_act_scales, no_cache, token_blocks
+from .config import MixedQuantConfig, check_integer, check_real
 from .errors import CheckpointError
+from .quantize import quantize, refuse_quantized
+from .smooth import smooth_lm
+from .texts import read_texts
 
 # Positions whose logits are turned into float32 and log-probabilities at a time: for a vocabulary
 # of 128,000 that is 128 MB, where a whole window of 2,048 would take 1 GB twice.
@@ -62,9 +65,9 @@ class Evaluator:
         seq_len: int = 2048,
         progress: bool = True,
     ) -> None:
-        _check_count("seq_len", seq_len, 2)
+        check_integer("seq_len", seq_len, 2)
         if n_samples is not None:
-            _check_count("n_samples", n_samples, 1)
+            check_integer("n_samples", n_samples, 1)
         text = "\n\n".join(_rows(dataset))
         token_ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
         self.dataset = token_ids.to(device)
@@ -96,21 +99,17 @@ class Evaluator:
             ValueError: as `check_model`.
         """
         self.check_model(model)
-        was_training = model.training
-        model.eval()
         device = next(iter(model.parameters())).device
         nlls = torch.empty(self.num_windows, self.seq_len - 1, dtype=torch.float64)
         bar = tqdm(
             range(self.num_windows), desc="evaluating", unit="window", disable=not self.progress
         )
-        try:
+        with evaluating(model):
             for index in bar:
                 window = self.dataset[:, index * self.seq_len : (index + 1) * self.seq_len]
                 window = window.to(device)
-                logits = model(window).logits[0, :-1]
+                logits = model(window, **no_cache(model)).logits[0, :-1]
                 nlls[index] = _nlls(logits, window[0, 1:])
-        finally:
-            model.train(was_training)
         return nlls
 
     def evaluate(self, model: nn.Module) -> Tensor:
@@ -166,13 +165,6 @@ def _nlls(logits: Tensor, labels: Tensor) -> Tensor:
             for some, label in zip(logits.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
         ]
     )
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int; got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -233,42 +225,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        config, act_scales, calibration_texts, dataset = _checked(args)
+        model, evaluator = _prepared(args, *_checked(args))
     except (ValueError, TypeError, CheckpointError) as error:
         parser.error(str(error))
+    print(f"Perplexity: {evaluator.evaluate(model)}")
 
+
+def _prepared(args: argparse.Namespace, config, act_scales, calibration_texts, dataset):
+    """Return (model, evaluator), the model smoothed and quantized as asked for."""
     model, tokenizer = load_model(args.model_path)
-    device = next(iter(model.parameters())).device
-    try:
-        evaluator = Evaluator(dataset, tokenizer, device, args.n_samples, seq_len=args.seq_len)
-        evaluator.check_model(model)
-    except ValueError as error:
-        parser.error(str(error))
+    device = next(model.parameters()).device
+    evaluator = Evaluator(dataset, tokenizer, device, args.n_samples, seq_len=args.seq_len)
+    evaluator.check_model(model)
+    if args.smooth or args.quantize:
+        refuse_quantized(model)
+    if args.quantize:
+        blocks = token_blocks(calibration_texts, tokenizer, args.calibration_blocks, 512)
     if args.smooth:
-        from .smooth import smooth_lm
-
         smooth_lm(model, act_scales, args.alpha)
         print(f"smoothed with alpha {args.alpha}")
     if args.quantize:
-        from .quantize import quantize
-
-        blocks = token_blocks(calibration_texts, tokenizer, args.calibration_blocks, 512)
         records = quantize(model, config, collect_stats(model, blocks))
-        print(f"{args.model_path}: {_bits(config, records)}")
+        print(f"{args.model_path}: {_description(config, records)}")
     else:
-        print(f"{args.model_path}: not quantized")
-    print(f"Perplexity: {evaluator.evaluate(model)}")
+        print(f"{args.model_path}: not quantized here")
+    return model, evaluator
 
 
 def _checked(args: argparse.Namespace):
     """Return (config, act_scales, calibration texts, dataset) or raise on the first bad flag."""
     check_model_name(args.model_path)
-    _check_count("seq_len", args.seq_len, 2)
-    _check_count("calibration_blocks", args.calibration_blocks, 1)
+    check_integer("seq_len", args.seq_len, 2)
+    check_integer("calibration_blocks", args.calibration_blocks, 1)
     if args.n_samples is not None:
-        _check_count("n_samples", args.n_samples, 1)
-    if not 0 <= args.alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1]; got {args.alpha}")
+        check_integer("n_samples", args.n_samples, 1)
+    check_real("alpha", args.alpha, 0, 1)
     if args.smooth and args.act_scales_path is None:
         raise ValueError("--smooth needs --act_scales_path (see examples/generate_act_scales.py)")
     config = MixedQuantConfig(
@@ -286,7 +277,7 @@ def _checked(args: argparse.Namespace):
     return config, act_scales, calibration_texts, dataset
 
 
-def _bits(config: MixedQuantConfig, records) -> str:
+def _description(config: MixedQuantConfig, records) -> str:
     quantized = [
         (math.prod(r.shape), r.bits_per_weight) for r in records if r.action == "quantized"
     ]

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from .config import MixedQuantConfig
 from .families import ATTENTION_INPUTS, LayerInput, layer_inputs, output_heads
-from .linear import QuantizedLinear, linear_class
-from .moe import PARTS, W4A4Experts
+from .linear import QuantizedLinear, linear_class, salient_dtype_for
+from .moe import PARTS, W4A4Experts, expert_names
 from .sorting import ChannelPlan, ChannelStats, choose_channels
 
 logger = logging.getLogger("smoothquant")
@@ -64,11 +64,12 @@ def quantize(
     *,
     progress: bool = True,
 ) -> list[LinearRecord]:
-    """Quantize a float model in place, freeing each float weight as soon as it is packed.
+    """Quantize a float model in place, freeing each float weight as soon as it is packed (those of
+    fused experts together, block by block).
 
     Linears that share an input (q/k/v, gate/up) share one permutation and salient set. Output
-    heads, embeddings and routers stay as they are. An expert that no calibration token was routed
-    to is quantized by the statistics of its weights.
+    heads and embeddings stay as they are, and so do routers where the table of families knows
+    them. An expert without statistics is quantized by those of its weights.
 
     Args:
         model: a float model (float32, float16 or bfloat16); see `smoothquant.families`.
@@ -93,6 +94,14 @@ def quantize(
             "statistics hold only a mean per channel: sort=%r is taken from the weights",
             config.sort,
         )
+    alone = [g.names[0] for g in groups if g.expert and g.stats is None and stats is not None]
+    if alone:
+        logger.warning(
+            "no statistics of %d expert matrices, %s the first: their weights choose salience and "
+            "order",
+            len(alone),
+            alone[0],
+        )
     records: list[LinearRecord] = []
     experts: dict[tuple[int, str], QuantizedLinear] = {}
     total = sum(len(group.names) for group in groups)
@@ -113,12 +122,12 @@ def quantize(
                 if group.expert:
                     experts[group.expert[1:]] = layer
                 else:
-                    _swap(model, name, layer)
+                    replace_module(model, name, layer)
                 records.append(_quantized_record(name, layer, chosen_by))
                 bar.update()
             if group.expert and len(experts) == _num_matrices(model, group.expert[0]):
                 act_fn = model.get_submodule(group.expert[0]).act_fn
-                _swap(model, group.expert[0], W4A4Experts(experts, act_fn))
+                replace_module(model, group.expert[0], W4A4Experts(experts, act_fn))
                 experts = {}
     return records + _kept_records(model, items)
 
@@ -126,6 +135,21 @@ def quantize(
 def is_quantized(model: nn.Module) -> bool:
     """Whether any module of the model is a quantized linear."""
     return any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of a submodule, under every name that the model has for it."""
+    old = model.get_submodule(name)
+    module.train(old.training)
+    names = [alias for alias, m in model.named_modules(remove_duplicate=False) if m is old]
+    for alias in names:
+        model.set_submodule(alias, module)
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Raise ValueError if any module of the model is a quantized linear."""
+    if is_quantized(model):
+        raise ValueError(f"model is quantized already: {type(model).__name__}")
 
 
 def _checked(model, config, stats) -> tuple[list[LayerInput], list[_Group]]:
@@ -136,8 +160,9 @@ def _checked(model, config, stats) -> tuple[list[LayerInput], list[_Group]]:
         raise TypeError(f"config must be a MixedQuantConfig; got {type(config).__name__}")
     if stats is not None and not isinstance(stats, Mapping):
         raise TypeError(f"stats must be a mapping of names or None; got {type(stats).__name__}")
-    if is_quantized(model):
-        raise ValueError(f"model is quantized already: {type(model).__name__}")
+    if isinstance(model, nn.Linear):
+        raise ValueError("model must hold nn.Linear modules; W4A4Linear.from_float quantizes one")
+    refuse_quantized(model)
     items = layer_inputs(model)
     for item in items:
         for name in item.linears:
@@ -146,8 +171,8 @@ def _checked(model, config, stats) -> tuple[list[LayerInput], list[_Group]]:
                 raise TypeError(f"{name} must be an nn.Linear; got {type(module).__name__}")
     groups = [group for item in items for group in _groups(model, item, stats)]
     for group in groups:
-        for name, (weight, _) in zip(group.names, group.matrices(model), strict=True):
-            _check_weight(name, weight)
+        for name, (weight, bias) in zip(group.names, group.matrices(model), strict=True):
+            _check_weight(name, weight, bias)
             if group.stats is not None:
                 _check_stats(name, weight, group)
     return items, groups
@@ -162,15 +187,12 @@ def _groups(model: nn.Module, item: LayerInput, stats) -> Iterator[_Group]:
             raise _missing(item.linears, stats)
         yield _Group(item.linears, entry)
     if item.experts:
-        count = model.get_submodule(item.experts).gate_up_proj.shape[0]
-        names = {
-            (expert, part): item.expert_linear(expert, part)
-            for expert in range(count)
-            for part in PARTS
-        }
-        if stats is not None and not any(name in stats for name in names.values()):
-            raise _missing(tuple(names.values()), stats)
-        for (expert, part), name in names.items():
+        names = expert_names(item.experts, model.get_submodule(item.experts))
+        # published statistics are of nn.Linear modules only, which fused experts are not
+        published = stats and all(getattr(entry, "mean_only", False) for entry in stats.values())
+        if stats is not None and not published and not any(name in stats for name in names):
+            raise _missing(tuple(names), stats)
+        for name, (expert, part) in names.items():
             entry = stats.get(name) if stats is not None else None
             seen = not isinstance(entry, ChannelStats) or entry.count > 0
             yield _Group((name,), entry if seen else None, (item.experts, expert, part))
@@ -182,14 +204,20 @@ def _missing(names: tuple[str, ...], stats: Mapping) -> ValueError:
     return ValueError(f"stats has no entry for {wanted}; its {len(stats)} entries begin: {present}")
 
 
-def _check_weight(name: str, weight: Tensor) -> None:
-    if weight.dtype not in WEIGHT_DTYPES or weight.device.type == "meta":
-        raise TypeError(
-            f"weight of {name} must be float32, float16 or bfloat16 with values; "
-            f"got {weight.dtype} on {weight.device}"
-        )
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"weight of {name} holds NaN or Inf")
+def _check_weight(name: str, weight: Tensor, bias: Tensor | None) -> None:
+    for what, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in WEIGHT_DTYPES or tensor.device.type == "meta":
+            raise TypeError(
+                f"{what} of {name} must be float32, float16 or bfloat16 with values; "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{what} of {name} holds NaN or Inf")
+    stored = salient_dtype_for(weight.dtype)
+    if weight.numel() and weight.abs().max().to(stored).isinf():
+        raise ValueError(f"weight of {name} holds values beyond the range of {stored}")
 
 
 def _check_stats(name: str, weight: Tensor, group: _Group) -> None:
@@ -218,7 +246,7 @@ def _plan(group: _Group, matrices, config: MixedQuantConfig) -> tuple[ChannelPla
     if stats is None:
         stats, chosen_by = sort_stats, "weights"
         if group.expert:
-            chosen_by = "weights: no calibration token was routed to this expert"
+            chosen_by = "weights: no calibration statistics of this expert"
     plan = choose_channels(
         stats,
         salient_prop=config.salient_prop,
@@ -227,11 +255,6 @@ def _plan(group: _Group, matrices, config: MixedQuantConfig) -> tuple[ChannelPla
         sort_stats=sort_stats,
     )
     return plan._replace(perm=plan.perm.to(matrices[0][0].device)), chosen_by
-
-
-def _swap(model: nn.Module, name: str, module: nn.Module) -> None:
-    module.train(model.get_submodule(name).training)
-    model.set_submodule(name, module)
 
 
 def _num_matrices(model: nn.Module, experts: str) -> int:

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from .config import check_real
 from .families import LayerInput, layer_inputs
-from .moe import PARTS
+from .moe import PARTS, expert_names
 
 FLOOR = 1e-5
 
 
 class _Fold(NamedTuple):
-    """One norm to divide and the weights to multiply, by scales [K]."""
+    """One norm, its gain and bias when divided, and the weights to multiply, by scales [K]."""
 
     norm: nn.Module
     gain: Tensor
+    bias: Tensor | None
     weights: list[Tensor]
     scales: Tensor
 
@@ -41,8 +42,12 @@ def smooth_lm(model: nn.Module, scales: Mapping[str, Tensor], alpha: float = 0.5
     Raises:
         ValueError: a missing entry, a wrong shape, a negative or non-finite scale, a model without
             a norm to smooth. Nothing has been changed then.
-        TypeError: an entry that is no tensor.
+        TypeError: an entry that is no tensor, or an argument of a wrong type.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    if not isinstance(scales, Mapping):
+        raise TypeError(f"scales must map module names; got {type(scales).__name__}")
     modules = dict(model.named_modules())
     folds = [
         _fold(
@@ -118,15 +123,17 @@ def _fold(norm, weights, act_scales, alpha, offset=0.0, name="act_scales") -> _F
     gain = norm.weight / scales
     if offset:
         gain = ((norm.weight.double() + offset) / scales.double() - offset).to(norm.weight.dtype)
-    if not (torch.isfinite(gain).all() and torch.isfinite(scales).all()):
+    bias = None if getattr(norm, "bias", None) is None else norm.bias / scales
+    results = (scales, gain, bias, largest * scales.to(device))
+    if not all(torch.isfinite(t).all() for t in results if t is not None):
         raise ValueError(f"{name}: smoothing factors leave the range of {gain.dtype}")
-    return _Fold(norm, gain, weights, scales)
+    return _Fold(norm, gain, bias, weights, scales)
 
 
 def _apply(fold: _Fold) -> None:
     fold.norm.weight.copy_(fold.gain)
-    if getattr(fold.norm, "bias", None) is not None:
-        fold.norm.bias.div_(fold.scales)
+    if fold.bias is not None:
+        fold.norm.bias.copy_(fold.bias)
     for weight in fold.weights:
         weight.mul_(fold.scales.to(weight.device))
 
@@ -153,8 +160,8 @@ def _act_scales(
             return scales[name]
     if item.experts:
         # Every token reaches some expert, so the experts' largest is the input's.
-        count = modules[item.experts].gate_up_proj.shape[0]
-        names += tuple(item.expert_linear(expert, PARTS[0]) for expert in range(count))
+        experts = expert_names(item.experts, modules[item.experts])
+        names += tuple(name for name, (_, part) in experts.items() if part == PARTS[0])
         found = [scales[name] for name in names if name in scales]
         if found:
             return torch.stack(found).amax(0)

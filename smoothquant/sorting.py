@@ -21,6 +21,7 @@ STAT_DTYPES = {
     "sq_sum": torch.float64,
     "argmax": torch.int64,
 }
+NEVER_NEGATIVE = ("count", "abs_max", "abs_sum", "sq_sum")
 
 
 class ChannelStats:
@@ -46,6 +47,8 @@ class ChannelStats:
                     f"statistic {name} must be {dtype} of shape {shape}; "
                     f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
                 )
+            if name in NEVER_NEGATIVE and not (torch.isfinite(tensor) & (tensor >= 0)).all():
+                raise ValueError(f"statistic {name} holds a negative or non-finite value")
             setattr(self, name, tensor)
         self.mean_only = mean_only
 
@@ -108,11 +111,6 @@ class ChannelStats:
     def to_dict(self) -> dict[str, Tensor]:
         """The statistics by name, ready for safetensors."""
         return {name: getattr(self, name) for name in STAT_DTYPES}
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Tensor]) -> ChannelStats:
-        """The inverse of :meth:`to_dict`; ValueError on a wrong dtype or shape."""
-        return cls({name: fields[name].clone() for name in STAT_DTYPES})
 
 
 class ChannelPlan(NamedTuple):

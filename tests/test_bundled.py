@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -127,8 +128,20 @@ def test_load_model_refuses_what_is_no_model(tmp_path):
     with pytest.raises(ValueError, match="name_or_folder.*no/such/folder"):
         load_model("/no/such/folder")
     (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
-    with pytest.raises(ValueError, match="name_or_folder.*cannot load"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path} does not hold a readable model"):
         load_model(tmp_path)
+    for dtype in ("float16", "auto", 16):
+        with pytest.raises(TypeError, match=f"dtype must be a torch.dtype or None; got {dtype!r}"):
+            load_model("tiny-opt", dtype=dtype)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
+def test_damaged_folders_are_named(file, content, tmp_path):
+    folder = shutil.copytree(DATA / "tiny-opt", tmp_path / "m")
+    (folder / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=str(folder)):
+        load_model(folder)
 
 
 @pytest.fixture

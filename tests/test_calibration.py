@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from smoothquant import calibration
@@ -17,13 +18,15 @@ from smoothquant.calibration import (
     get_static_decoder_layer_scales,
     load_act_scales,
     load_stats,
-    read_texts,
     save_act_scales,
     save_stats,
     token_blocks,
 )
+from smoothquant.config import MixedQuantConfig
 from smoothquant.errors import CheckpointError
 from smoothquant.families import layer_inputs
+from smoothquant.linear import W4A4Linear
+from smoothquant.quantize import quantize
 from smoothquant.sorting import STAT_DTYPES, ChannelStats
 
 ROWS = wikitext("validation")[:60]
@@ -40,98 +43,7 @@ def blocks(tiny_opt):
 
 
 def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps({"id": 1, "text": row}) + "\n" for row in rows))
-
-
-def write_parquet(path, rows):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.table({"id": [1] * len(rows), "text": rows}), path)
-
-
-def write_zst(path, rows):
-    zstandard = pytest.importorskip("zstandard")
-    content = "".join(json.dumps({"text": row}) + "\n" for row in rows).encode()
-    path.write_bytes(zstandard.ZstdCompressor().compress(content))
-
-
-def write_lines(path, rows):
-    # A blank row is a line of white space, as in the WikiText files.
-    path.write_text("".join(row or " \n" for row in rows), encoding="utf-8", newline="\n")
-
-
-WRITERS = {
-    "a.txt": write_lines,
-    "a.raw": write_lines,
-    "a.jsonl": write_jsonl,
-    "a.json": write_jsonl,
-    "a.parquet": write_parquet,
-    "a.jsonl.zst": write_zst,
-}
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_every_format_gives_the_same_texts(name, tmp_path):
-    WRITERS[name](tmp_path / name, ROWS)
-    assert list(read_texts(tmp_path / name)) == ROWS
-    assert list(read_texts(str(tmp_path / name))) == ROWS
-    assert list(read_texts(iter(ROWS))) == ROWS
-
-
-def test_lines_break_at_newlines_only(tmp_path):
-    rows = ["a\x85b\u2028c\x0cd\re\n", "", "last"]
-    (tmp_path / "a.txt").write_bytes("a\x85b\u2028c\x0cd\re\n \t\nlast".encode())
-    assert list(read_texts(tmp_path / "a.txt")) == rows
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("missing.txt", None, r"source: no such file: .*missing\.txt"),
-        ("a.csv", b"text\n", r"source must end in .*\.parquet.*a\.csv"),
-        ("a.txt", b"\xff\xfe", r"source: .*a\.txt.*UTF-8"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": 5}\n', r"a\.jsonl.*line 2.*\"text\""),
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": ', r"a\.jsonl.*line 3"),
-        ("a.jsonl", b"[1]\n", r"a\.jsonl.*line 1.*\"text\""),
-        ("a.jsonl.zst", b"no frame", r"a\.jsonl\.zst.*zstandard"),
-        ("a.parquet", b"PAR1 but not really", r"source: .*a\.parquet"),
-    ],
-)
-def test_unreadable_sources(name, content, message, tmp_path):
-    if name.endswith(".zst"):
-        pytest.importorskip("zstandard")
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        list(read_texts(tmp_path / name))
-
-
-def test_parquet_without_a_text_column(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.table({"words": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="text"):
-        list(read_texts(tmp_path / "a.parquet"))
-
-
-@pytest.mark.parametrize("name, package", [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
-def test_missing_reader_package(name, package, tmp_path, monkeypatch):
-    (tmp_path / name).write_bytes(b"")
-    monkeypatch.setattr(calibration.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match=f"{name}.* pip install {package}"):
-        read_texts(tmp_path / name)
-
-
-def test_wrong_types_of_source():
-    with pytest.raises(TypeError, match="source .*5"):
-        read_texts(5)
-    with pytest.raises(TypeError, match="item 1 is int"):
-        list(read_texts(["a", 5]))
-
-
-def test_missing_path_is_refused_before_anything_is_read():
-    with pytest.raises(ValueError, match="source"):
-        read_texts("no-such-file.jsonl")
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
 
 
 def test_token_blocks_are_windows_of_the_joined_text(tiny_opt, blocks):
@@ -171,6 +83,9 @@ def test_token_blocks_arguments(tiny_opt):
         token_blocks(ROWS, tokenizer, 1, 8.0)
     with pytest.raises(ValueError, match="block_size.*less than one block of 512"):
         token_blocks(["short"], tokenizer, 1, 512)
+    for texts in ("a text", Path("a.txt")):
+        with pytest.raises(TypeError, match="texts must be an iterable of texts"):
+            token_blocks(texts, tokenizer, 1, 1)
     with pytest.warns(UserWarning, match="blocks of 8 tokens; 900000 were asked for"):
         token_blocks(ROWS[:4], tokenizer, 900000, 8)
 
@@ -273,9 +188,51 @@ def test_collect_stats_stops_at_the_first_broken_layer(make_model, token_ids):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_collect_stats_needs_a_batch(make_model):
+def test_collect_stats_needs_batches_of_rows(make_model, token_ids):
     with pytest.raises(ValueError, match="batches"):
         collect_stats(make_model("llama"), [], progress=False)
+    for batch, what in ((token_ids[0], r"Tensor of shape \(24,\)"), ([[5]], r"list of shape \(\)")):
+        with pytest.raises(ValueError, match=f"item 1 is {what}"):
+            collect_stats(make_model("llama"), [token_ids, batch], progress=False)
+
+
+def test_quantized_models_are_refused(make_model, token_ids):
+    model = make_model("opt")
+    quantize(model, MixedQuantConfig(), progress=False)
+    with pytest.raises(ValueError, match="model is quantized already"):
+        collect_stats(model, [token_ids], progress=False)
+    for function in (get_act_scales, get_static_decoder_layer_scales):
+        with pytest.raises(ValueError, match="model is quantized already"):
+            function(model, None, ROWS)
+
+
+def test_every_module_keeps_its_training_mode(tiny_opt, make_model, token_ids):
+    model = make_model("opt").train()
+    model.model.decoder.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    seen = []
+    model.model.decoder.layers[1].register_forward_pre_hook(lambda m, args: seen.append(m.training))
+    collect_stats(model, [token_ids], progress=False)
+    assert seen == [False] and [module.training for module in model.modules()] == modes
+    model = load_bundled("tiny-opt")[0].train()
+    get_act_scales(model, tiny_opt[1], ["text"])
+    assert all(module.training for module in model.modules())
+
+
+class CallsByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inner = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+    def forward(self, token_ids):
+        return self.inner(input=self.embed(token_ids))
+
+
+@pytest.mark.filterwarnings("ignore:model type None")
+def test_layers_called_by_keyword():
+    model, token_ids = CallsByKeyword(), torch.tensor([[1, 5, 7]])
+    stats = collect_stats(model, [token_ids], progress=False)
+    assert_equals_plain(stats["inner"], model.embed(token_ids)[0])
 
 
 def test_stats_saved_and_loaded_are_equal(tiny_opt, blocks, tmp_path):
@@ -321,6 +278,14 @@ def test_damaged_stats_files(stats_file):
             assert entry.num_channels == 5 and entry.is_finite()
 
 
+def test_deeply_nested_names_in_a_stats_file(stats_file):
+    tensors = load_file(stats_file)
+    metadata = {"format": "mixedquant-stats", "version": "1", "mean_only": "[]"}
+    save_file(tensors, stats_file, metadata | {"names": "[" * 100_000})
+    with pytest.raises(CheckpointError, match="damaged statistics: RecursionError"):
+        load_stats(stats_file)
+
+
 def test_missing_and_foreign_stats_files(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         load_stats(tmp_path / "nowhere.safetensors")
@@ -353,7 +318,10 @@ def test_act_scales_are_the_published_ones(tiny_opt, tmp_path):
     ids = [tokenizer(t, return_tensors="pt").input_ids[:, :24] for t in texts]
     plain = capture_inputs(model, ids)
     write_jsonl(tmp_path / "texts.jsonl", ["", *texts])
-    for source in (texts, tmp_path / "texts.jsonl", str(tmp_path / "texts.jsonl")):
+    write_jsonl(tmp_path / "half.jsonl", texts[:5])
+    write_jsonl(tmp_path / "rest.jsonl", texts[5:])
+    paths = [tmp_path / "half.jsonl", str(tmp_path / "rest.jsonl")]
+    for source in (texts, tmp_path / "texts.jsonl", str(tmp_path / "texts.jsonl"), paths):
         scales = get_act_scales(model, tokenizer, source, num_samples=512, seq_len=24)
         linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         assert set(scales) == linears and "lm_head" in linears
@@ -407,6 +375,20 @@ def test_act_scales_saved_and_loaded(name, tmp_path):
     loaded = load_act_scales(tmp_path / name)
     assert set(loaded) == set(scales)
     assert all(torch.equal(loaded[key], scales[key]) for key in scales)
+
+
+def test_act_scales_that_share_memory_are_saved(stats_file, tmp_path):
+    scales = load_act_scales(stats_file)
+    assert scales["a"].data_ptr() == scales["b"].data_ptr()
+    save_act_scales(scales, tmp_path / "scales.safetensors")
+    again = load_act_scales(tmp_path / "scales.safetensors")
+    assert all(torch.equal(again[name], scales[name]) for name in "ab")
+
+
+def test_files_are_as_open_as_new_files(stats_file, tmp_path):
+    (tmp_path / "new").write_text("")
+    save_act_scales({"a": torch.ones(2)}, tmp_path / "scales.pt")
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 def test_act_scales_from_statistics(stats_file):
@@ -464,6 +446,8 @@ def test_static_scales_of_opt(tiny_opt, make_model):
         "fc1_input_scale",
         "fc2_input_scale",
     }
+    headless, _ = get_static_decoder_layer_scales(model.model, tokenizer, texts, seq_len=16)
+    assert headless == layers
     with pytest.raises(ValueError, match="model .*'llama'"):
         get_static_decoder_layer_scales(make_model("llama"), tokenizer, texts)
 
@@ -488,7 +472,11 @@ def test_generate_act_scales(tiny_opt, tmp_path, capsys):
     assert str(tmp_path / "a" / "s.pt") in capsys.readouterr().out
 
 
-def test_export(tiny_opt, tmp_path, capsys):
+def quantized_configs(model):
+    return {m.config for m in model.modules() if isinstance(m, W4A4Linear)}
+
+
+def test_export(tiny_opt, tmp_path, capsys, monkeypatch):
     write_jsonl(tmp_path / "texts.jsonl", ROWS)
     argv = ["--model-name", "tiny-opt", "--dataset-path", str(tmp_path / "texts.jsonl")]
     argv += ["--num-samples", "4", "--seq-len", "32", "--output-path", str(tmp_path)]
@@ -508,6 +496,22 @@ def test_export(tiny_opt, tmp_path, capsys):
     with torch.no_grad():
         logits = packed(tokenizer(ROWS[3], return_tensors="pt").input_ids).logits
     assert logits.isfinite().all()
+
+    def refused(*arguments):
+        with pytest.raises(SystemExit):
+            example.main(arguments)
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(example, "load_model", lambda name: pytest.fail("the model was loaded"))
+    assert "folder exists already" in refused(*argv)
+    monkeypatch.undo()
+    example.main([*argv, "--overwrite"])
+    again, _ = load_model(tmp_path / "tiny-opt-smoothquant-w4a4")
+    assert next(iter(quantized_configs(again))).group_size == 128
+
+    monkeypatch.setattr(example, "get_act_scales", lambda *args: pytest.fail("calibrated"))
+    with pytest.raises(SystemExit, match="less than one block of 2000000"):
+        example.main([*argv, "--overwrite", "--seq-len", "2000000"])
 
 
 @pytest.mark.parametrize("name", ["generate_act_scales", "export_int8_model"])

@@ -107,19 +107,35 @@ def test_views_and_empty_tensors(name):
         (torch.ones(2, 4), 1, 4, ValueError, r"n_bits must be in \[2, 16\]; got 1"),
         (torch.ones(2, 4), 17, 4, ValueError, r"n_bits must be in \[2, 16\]; got 17"),
         (torch.ones(2, 4), 4.0, 4, TypeError, "n_bits must be an integer; got 4.0"),
-        (torch.ones(2, 4, dtype=torch.int32), 4, 4, TypeError, "t must be .*torch.int32"),
-        (torch.tensor(1.0), 4, 4, ValueError, "t must have at least one dimension"),
-        (torch.ones(2, 4), 4, 0, ValueError, "group_size must be >= 1; got 0"),
-        (torch.ones(2, 4), 4, -3, ValueError, "group_size must be >= 1; got -3"),
-        (torch.ones(0, 4), 4, 0, ValueError, "group_size must be >= 1; got 0"),
-        (torch.ones(2, 4), 4, 2.5, TypeError, "group_size must be an integer; got 2.5"),
+        (torch.ones(2, 4, dtype=torch.int32), 4, 4, TypeError, "{} must be .*torch.int32"),
+        ([1.0], 4, 4, TypeError, "{} must be a floating-point tensor; got list"),
+        (torch.tensor(1.0), 4, 4, ValueError, "{} must have at least one dimension"),
     ],
 )
 def test_bad_arguments(name, t, n_bits, group_size, error, message):
-    if "group_size" in message and FUNCTIONS[name] in ("row", "tensor"):
-        return
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=f"^{message.format('w' if 'weight' in name else 't')}"):
         call(name, t, n_bits, group_size)
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if "per_group" in name])
+@pytest.mark.parametrize(
+    "t, group_size, error, message",
+    [
+        (torch.ones(2, 4), 0, ValueError, "group_size must be >= 1; got 0"),
+        (torch.ones(2, 4), -3, ValueError, "group_size must be >= 1; got -3"),
+        (torch.ones(0, 4), 0, ValueError, "group_size must be >= 1; got 0"),
+        (torch.ones(2, 4), 2.5, TypeError, "group_size must be an integer; got 2.5"),
+    ],
+)
+def test_bad_group_sizes(name, t, group_size, error, message):
+    with pytest.raises(error, match=message):
+        call(name, t, 4, group_size)
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if "per_group" in name])
+def test_a_huge_group_takes_no_memory(name):
+    t = torch.randn(3, 7)
+    assert torch.equal(call(name, t, 4, 2**60), call(name, t, 4, 7))
 
 
 PUBLISHED = (
@@ -176,6 +192,7 @@ ENTRY_POINTS = [
     ("opt", fake_quant.quantize_opt),
     ("llama", fake_quant.quantize_llama_like),
     ("mistral", fake_quant.quantize_llama_like),
+    ("mixtral", fake_quant.quantize_mixtral),
     ("falcon-new", fake_quant.quantize_falcon),
     ("bloom", quantize_model),
 ]
@@ -193,8 +210,15 @@ def test_published_call(architecture, entry_point, backend, make_model, token_id
     kind = W4A4Linear if backend == "int4" else FakeW4A4Linear
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     assert result is model and len(layers) >= 8
+    experts = [name for name in layers if name not in feat]
+    assert all(".experts." in name for name in experts)
+    assert len(experts) == (2 * 4 * 2 if architecture == "mixtral" else 0)
+    assert caplog.text.count("no statistics of 16 expert matrices") == bool(experts)
     for name, layer in layers.items():
         assert type(layer) is kind
+        if name in experts:
+            assert layer.num_salient == layer.in_features // 10
+            continue
         importance = sum(feat[name]).float()
         salient = torch.argsort(importance, descending=True)[: max(1, int(0.1 * len(importance)))]
         assert sorted(layer.perm[-layer.num_salient :].tolist()) == sorted(salient.tolist()), name
@@ -237,7 +261,9 @@ def test_entry_points_refuse_other_families(make_model):
     [
         ({"group_size": 0}, ValueError, "group_size must be >= 1; got 0"),
         ({"salient_prop": 1.5}, ValueError, "salient_prop must be in"),
-        ({"quant_bits": 1}, ValueError, "num_bits"),
+        ({"quant_bits": 1}, ValueError, r"quant_bits must be in \[2, 8\]; got 1"),
+        ({"quant_bits": 8}, ValueError, r"quant_bits .*got 8 \(backend='fake' takes up to 8\)"),
+        ({"quant_bits": 9, "backend": "fake"}, ValueError, r"quant_bits .*got 9"),
         ({"sort": "alphabet"}, ValueError, "sort must be one of .*'alphabet'"),
         ({"backend": "int5"}, ValueError, "backend must be one of .*'int5'"),
         ({"weight_quant": "per_head"}, ValueError, "weight_quant must be one of .*'per_head'"),
@@ -245,6 +271,11 @@ def test_entry_points_refuse_other_families(make_model):
         ({"input_feat": [1]}, TypeError, "input_feat must map module names; got list"),
         ({"input_feat": {"lm_head": 5}}, ValueError, "input_feat of lm_head"),
         ({"input_feat": {"lm_head": []}}, ValueError, "input_feat of lm_head"),
+        (
+            {"input_feat": {"a.b": torch.tensor([1.0, float("nan")])}},
+            ValueError,
+            "feat of a.b: mean",
+        ),
         ({"input_feat": {"lm_head": torch.ones(48)}}, ValueError, "no entry for .*begin: lm_head"),
     ],
 )

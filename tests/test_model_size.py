@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from smoothquant.config import MixedQuantConfig
-from smoothquant.linear import QuantizedLinear
 from smoothquant.model_size import Byte, GiB, KiB, MiB, distinct_tensors, get_model_size
 from smoothquant.quantize import quantize
 
@@ -46,18 +45,17 @@ def test_meta_tensors_and_empty_tensors_are_distinct():
         ({"data_width": 4, "salient_prop": 0.1, "group_size": 4}, 9 * 0.9 + 21 * 0.1),
     ],
 )
-def test_estimate_is_the_published_formula_over_all_weights(arguments, width, make_model):
-    model = make_model("llama-bias")
+@pytest.mark.parametrize("architecture", ["llama-bias", "mixtral"])
+@pytest.mark.parametrize("backend", ["int4", "fake"])
+def test_estimate_is_the_published_formula_before_and_after(
+    arguments, width, architecture, backend, make_model
+):
+    model = make_model(architecture)
     elements = sum(parameter.numel() for parameter in model.parameters())
-    assert get_model_size(model, estimate=True, **arguments) == pytest.approx(elements * width)
-    quantize(model, MixedQuantConfig(group_size=16), progress=False)
-    biases = sum(
-        m.bias.numel()
-        for m in model.modules()
-        if isinstance(m, QuantizedLinear) and m.bias is not None
-    )
-    estimate = get_model_size(model, estimate=True, **arguments)
-    assert estimate == pytest.approx((elements - biases) * width)
+    before = get_model_size(model, estimate=True, **arguments)
+    assert before == pytest.approx(elements * width)
+    quantize(model, MixedQuantConfig(group_size=16, backend=backend), progress=False)
+    assert get_model_size(model, estimate=True, **arguments) == before
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,10 @@ import torch
 
 from smoothquant import ppl_eval
 from smoothquant.bundled import load_bundled, wikitext
+from smoothquant.checkpoint import save_quantized
+from smoothquant.config import MixedQuantConfig
 from smoothquant.ppl_eval import Evaluator, main
+from smoothquant.quantize import quantize
 
 ROWS = wikitext("test")[:50]
 
@@ -102,10 +105,14 @@ def test_tiny_opt_perplexity(tiny_opt):
     assert evaluator.evaluate(tiny_opt[0]).item() == pytest.approx(91.0835, rel=1e-3)
 
 
-def test_evaluate_restores_training_mode(make_model, tiny_opt):
+def test_evaluate_restores_each_modules_mode_and_fills_no_cache(tiny_opt):
     model = load_bundled("tiny-opt")[0].train()
+    model.model.decoder.layers[1].eval()
+    modes, asked = [module.training for module in model.modules()], []
+    model.register_forward_pre_hook(lambda m, args, kw: asked.append(kw), with_kwargs=True)
     Evaluator(ROWS, tiny_opt[1], n_samples=1, seq_len=16, progress=False).evaluate(model)
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
+    assert asked == [{"use_cache": False}]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +172,33 @@ def test_command_line_refuses_before_loading(argv, message, monkeypatch, capsys)
     monkeypatch.setattr(ppl_eval, "load_model", lambda name: pytest.fail("the model was loaded"))
     with pytest.raises(SystemExit) as stopped:
         main(argv)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--n_samples", "100000"], "n_samples must be at most"),
+        (["--seq_len", "2049"], "seq_len must be at most 2048"),
+        (["--quantize", "--calibration_path", "{}/short.txt"], "less than one block of 512"),
+        (["--quantize", "--calibration_path", "{}/bad.txt"], "bad.txt"),
+        (["--smooth", "--act_scales_path", "{}/other.pt"], "scales has no entry for"),
+        (["--quantize", "--model_path", "{}/quantized"], "model is quantized already"),
+        (["--model_path", "{}/broken"], "broken does not hold a readable model"),
+    ],
+)
+def test_user_errors_after_loading(argv, message, tiny_opt, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("short\n")
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    torch.save({"a": torch.ones(2)}, tmp_path / "other.pt")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{}")
+    if "{}/quantized" in argv:
+        model, tokenizer = load_bundled("tiny-opt")
+        quantize(model, MixedQuantConfig(), progress=False)
+        save_quantized(model, tmp_path / "quantized", tokenizer)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--model_path", "tiny-opt", *(arg.format(tmp_path) for arg in argv)])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 

@@ -192,7 +192,7 @@ def test_experts_keep_the_forward_contract(make_model):
 
 @pytest.mark.filterwarnings("ignore:no token was routed")
 def test_an_expert_without_tokens_falls_back_to_its_weights_and_the_report_says_so(
-    make_model, token_ids
+    make_model, token_ids, caplog
 ):
     model = make_model("mixtral")
     stats = collect_stats(model, [token_ids], progress=False)
@@ -204,8 +204,26 @@ def test_an_expert_without_tokens_falls_back_to_its_weights_and_the_report_says_
     report = {r.name: r for r in quantize(model, CONFIG, stats, progress=False)}
     perm = model.get_submodule(name).perm
     assert torch.equal(perm, choose_channels(of_weight, salient_prop=0.1).perm)
-    idle = [n for n, r in report.items() if "no calibration token" in r.reason and ".0.mlp" in n]
-    assert idle == [name, "model.layers.0.mlp.experts.3.gate_up_proj"]
+    idle = [n for n, r in report.items() if "statistics of this expert" in r.reason]
+    assert [n for n in idle if ".0.mlp" in n] == [
+        name,
+        "model.layers.0.mlp.experts.3.gate_up_proj",
+    ]
+    assert f"no statistics of {len(idle)} expert matrices, {name} the first" in caplog.text
+
+
+def test_a_layer_under_two_names_is_replaced_under_both(make_model, token_ids):
+    model = make_model("llama")
+    model.also = model.model.layers[0].mlp.down_proj
+    model.model.layers[1].mlp.down_proj = model.also
+    once = model.model.layers[0].mlp.down_proj.weight.detach().clone()
+    report = quantize(model, CONFIG, progress=False)
+    assert isinstance(model.also, W4A4Linear)
+    assert model.also is model.model.layers[0].mlp.down_proj
+    assert model.also is model.model.layers[1].mlp.down_proj
+    assert relative(model.also.weight, once) < 0.2
+    assert [r.action for r in report if r.shape == (48, 88)] == ["quantized"]
+    model(token_ids)
 
 
 # ---- Refusals: nothing is changed
@@ -232,6 +250,15 @@ def nan_weight(model, stats):
     model.model.layers[1].mlp.down_proj.weight.data[3, 4] = float("nan")
 
 
+def huge_weight(model, stats):
+    model.model.layers[1].mlp.down_proj.weight.data[3, 4] = 3.4e38
+
+
+def nan_bias(model, stats):
+    bias = torch.zeros(48).index_fill_(0, torch.tensor([5]), float("nan"))
+    model.model.layers[1].mlp.down_proj.bias = nn.Parameter(bias)
+
+
 def wide_weight(model, stats):
     model.model.layers[1].mlp.down_proj.double()
 
@@ -248,6 +275,8 @@ def foreign_module(model, stats):
         (blind, ValueError, "down_proj must be finite and of at least one row"),
         (tensor_entry, TypeError, "down_proj must be ChannelStats; got Tensor"),
         (nan_weight, ValueError, "weight of model.layers.1.mlp.down_proj holds NaN"),
+        (huge_weight, ValueError, "down_proj holds values beyond the range of torch.bfloat16"),
+        (nan_bias, ValueError, "bias of model.layers.1.mlp.down_proj holds NaN"),
         (wide_weight, TypeError, "down_proj must be float32, .*got torch.float64"),
         (foreign_module, TypeError, "down_proj must be an nn.Linear; got Identity"),
     ],
@@ -292,6 +321,11 @@ def test_a_quantized_model_is_refused(make_model):
 def test_argument_types(arguments, message):
     with pytest.raises(TypeError, match=message):
         quantize(*arguments)
+
+
+def test_a_single_linear_is_refused():
+    with pytest.raises(ValueError, match="W4A4Linear.from_float quantizes one"):
+        quantize(nn.Linear(2, 2), CONFIG)
 
 
 def test_unknown_models_are_quantized_with_a_warning():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import ARCHITECTURES
 from torch import nn
 
 from smoothquant.families import layer_inputs
@@ -29,9 +30,8 @@ def logits(model, token_ids):
         return model(token_ids).logits
 
 
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in POST_NORM])
 def test_function_is_preserved(architecture, make_model, token_ids):
-    if architecture in POST_NORM:
-        pytest.skip("no norm to smooth")
     model = make_model(architecture).double()
     model.config._experts_implementation = "eager"  # the fused one knows no float64
     before, weights = logits(model, token_ids), state(model)
@@ -73,14 +73,40 @@ def test_published_formula(dtype, alpha):
     largest = torch.cat([fc.weight.abs().max(dim=0, keepdim=True)[0] for fc in fcs])
     largest = largest.max(dim=0)[0].clamp(min=1e-5)
     scales = (act.to(dtype).pow(alpha) / largest.pow(1 - alpha)).clamp(min=1e-5)
-    if not (torch.isfinite(ln.weight / scales).all() and torch.isfinite(scales).all()):
+    expected = [ln.weight / scales, ln.bias / scales, *[fc.weight * scales for fc in fcs]]
+    if not all(torch.isfinite(t).all() for t in (scales, *expected)):
         with pytest.raises(ValueError, match="leave the range of torch.float16"):
             smooth_ln_fcs(ln, fcs, act, alpha)
         return
-    expected = [ln.weight / scales, ln.bias / scales, *[fc.weight * scales for fc in fcs]]
     smooth_ln_fcs(ln, fcs, act, alpha)
     for got, want in zip([ln.weight, ln.bias, *[fc.weight for fc in fcs]], expected, strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda ln, fc: ln.bias.fill_(60000),  # divided by less than 1
+        lambda ln, fc: fc.weight[:, 1].fill_(60000),  # multiplied by more than 1
+        lambda ln, fc: ln.weight.fill_(60000),
+    ],
+)
+@torch.no_grad()
+def test_results_out_of_range_change_nothing(spoil):
+    ln, fc = nn.LayerNorm(4).half(), nn.Linear(4, 3).half()
+    spoil(ln, fc)
+    before = [t.clone() for t in (ln.weight, ln.bias, fc.weight)]
+    with pytest.raises(ValueError, match="leave the range of torch.float16"):
+        smooth_ln_fcs(ln, fc, torch.tensor([0.5, 2.0, 0.5, 0.5]), 1.0)
+    for got, want in zip((ln.weight, ln.bias, fc.weight), before, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_argument_types(make_model):
+    with pytest.raises(TypeError, match="model must be an nn.Module; got NoneType"):
+        smooth_lm(None, {})
+    with pytest.raises(TypeError, match="scales must map module names; got NoneType"):
+        smooth_lm(make_model("opt"), None)
 
 
 def test_rms_norm_form_takes_one_linear_and_refuses_a_bias():

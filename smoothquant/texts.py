@@ -1,0 +1,166 @@
+"""Texts from local files, one by one: plain lines, JSON lines, plain or compressed, and parquet."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+READ_BYTES = 1 << 20
+
+
+def read_texts(source: str | os.PathLike | Iterable[str]) -> Iterator[str]:
+    """Yield the texts of a local file or an iterable, one by one.
+
+    Args:
+        source: a path, told by its suffix: .txt and .raw hold a text per line (with its newline;
+            a blank line is an empty text, as in the WikiText datasets), .jsonl and .json an object
+            with a string "text" per line, .jsonl.zst the same compressed (needs the package
+            zstandard), .parquet a string column "text" (needs pyarrow). Or a list or tuple of
+            existing paths, read one after the other. Or any other iterable of str.
+
+    Raises:
+        ValueError: source does not exist, cannot be read, has another suffix or holds something
+            else; the message names the file, and the line where there are lines.
+        TypeError: an iterable yields something that is not a str.
+        RuntimeError: the package that reads this kind of file is not installed.
+
+    A path is checked when this function is called, its content while it is read.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return _texts_of_file(Path(source))
+    if not isinstance(source, Iterable):
+        raise TypeError(f"source must be a path or an iterable of str; got {source!r}")
+    if isinstance(source, (list, tuple)) and source and all(map(_is_file, source)):
+        files = [_texts_of_file(Path(path)) for path in source]
+        return (text for file in files for text in file)
+    return _checked_texts(source)
+
+
+def line_rows(path: str | os.PathLike) -> Iterator[str]:
+    """Yield one text per line of a UTF-8 file: the line with its newline, "" if it is blank."""
+    # Split at b"\n" alone: str.splitlines also breaks at characters that occur inside of rows.
+    with open(path, "rb") as lines:
+        for line in _decoded(lines):
+            yield line if line.strip() else ""
+
+
+def _is_file(path: object) -> bool:
+    return isinstance(path, (str, os.PathLike)) and os.path.isfile(path)
+
+
+def _texts_of_file(path: Path) -> Iterator[str]:
+    suffix = next((suffix for suffix in _READERS if path.name.endswith(suffix)), None)
+    if suffix is None:
+        raise ValueError(f"source must end in one of {', '.join(_READERS)}; got {str(path)!r}")
+    if not _is_file(path):
+        raise ValueError(f"source: no such file: {str(path)!r}")
+    reader, package = _READERS[suffix]
+    if package and importlib.util.find_spec(package) is None:
+        raise RuntimeError(
+            f"reading {str(path)!r} needs the Python package {package}; "
+            f"install it with: pip install {package}"
+        )
+    return _naming(path, reader(path))
+
+
+def _naming(path: Path, texts: Iterator[str]) -> Iterator[str]:
+    """The texts; whatever is wrong with the file becomes a ValueError that names it."""
+    try:
+        yield from texts
+    except (OSError, ValueError) as error:
+        raise ValueError(f"source: {str(path)!r}: {error}") from error
+
+
+def _checked_texts(source: Iterable[str]) -> Iterator[str]:
+    for index, text in enumerate(source):
+        if not isinstance(text, str):
+            raise TypeError(f"source must yield str; item {index} is {type(text).__name__}")
+        try:
+            text.encode()  # a lone surrogate would stop the tokenizer, without saying where
+        except UnicodeEncodeError as error:
+            raise ValueError(f"source: item {index}: {error}") from error
+        yield text
+
+
+def _decoded(lines: Iterable[bytes]) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        try:
+            yield (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"line {number}: not UTF-8: {error}") from error
+
+
+def _json_texts(lines: Iterable[bytes]) -> Iterator[str]:
+    for number, line in enumerate(_decoded(lines), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise ValueError('no object with a string "text"')
+            row["text"].encode()  # JSON may spell lone surrogates
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number}: {error}") from error
+        yield row["text"]
+
+
+def _read_json_lines(path: Path) -> Iterator[str]:
+    with open(path, "rb") as lines:
+        yield from _json_texts(lines)
+
+
+def _read_compressed_json_lines(path: Path) -> Iterator[str]:
+    yield from _json_texts(_decompressed_lines(path))
+
+
+def _decompressed_lines(path: Path) -> Iterator[bytes]:
+    import zstandard
+
+    rest, frame = b"", None
+    with open(path, "rb") as file:
+        data = file.read(READ_BYTES)
+        while data:
+            if frame is None or frame.eof:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+            try:
+                *lines, rest = (rest + frame.decompress(data)).split(b"\n")
+            except zstandard.ZstdError as error:
+                raise ValueError(f"not zstandard data: {error}") from error
+            yield from (line + b"\n" for line in lines)
+            data = frame.unused_data or file.read(READ_BYTES)
+    if frame is None or not frame.eof:
+        raise ValueError("the zstandard data end too early")
+    if rest:
+        yield rest
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if "text" not in file.schema_arrow.names:
+                raise ValueError('no column "text"')
+            for batch in file.iter_batches(columns=["text"]):
+                for row, text in enumerate(batch.column("text").to_pylist()):
+                    if not isinstance(text, str):
+                        raise ValueError(f'column "text" holds {text!r}, not a string (row {row})')
+                    yield text
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from error
+
+
+# Suffix -> (reader, package that it needs).
+_READERS = {
+    ".txt": (line_rows, None),
+    ".raw": (line_rows, None),
+    ".jsonl": (_read_json_lines, None),
+    ".json": (_read_json_lines, None),
+    ".jsonl.zst": (_read_compressed_json_lines, "zstandard"),
+    ".parquet": (_read_parquet, "pyarrow"),
+}
