@@ -32,8 +32,9 @@ typedef enum mq_status {
     MQ_INVALID_SCALE,      /* a scale, or the clip ratio, is negative or non-finite */
     MQ_INVALID_KEY,        /* not a value of mq_sort_key */
     MQ_INVALID_ISA,        /* not a value of mq_isa, or this processor lacks it */
-    MQ_INVALID_FLAGS,      /* a reserved flag is set */
-    MQ_NON_FINITE          /* a weight is NaN or Inf */
+    MQ_INVALID_ROTATION,   /* neither 0 nor a power of two up to MQ_MAX_ROTATION */
+    MQ_INVALID_FORMAT,     /* not a value of mq_act_format */
+    MQ_NON_FINITE          /* a weight is NaN or Inf, or a salient one overflows its 16-bit type */
 } mq_status;
 
 /* One English sentence without a final stop; never NULL. */
@@ -116,6 +117,11 @@ mq_status mq_group_dequantize(const mq_group_format *format, const int8_t *q, co
 mq_status mq_group_fake_quantize(const mq_group_format *format, mq_dtype dtype, const void *x,
                                  int64_t rows, int64_t cols, int64_t stride, void *out);
 
+/* out [rows][cols] = x with each group rotated in blocks (see mq_linear), rounded once to x's dtype;
+ * its own inverse but for rounding. rotation: 0, or a power of two up to MQ_MAX_ROTATION. */
+mq_status mq_group_hadamard(int64_t group_size, int64_t rotation, mq_dtype dtype, const void *x,
+                            int64_t rows, int64_t cols, int64_t stride, void *out);
+
 /* ---- Nibbles --------------------------------------------------------------------------------- */
 
 /* q [rows][cols] -> packed [rows][ceil(cols / 2)]: byte i = q[2i] & 15 | (q[2i+1] & 15) << 4; the
@@ -129,20 +135,22 @@ mq_status mq_unpack_nibbles(const uint8_t *packed, int64_t rows, int64_t cols, i
 /* ---- The W4A4 linear ------------------------------------------------------------------------- */
 
 enum {
-    MQ_PANEL = 16,         /* output channels in a panel of packed weights */
-    MQ_QUAD = 4,           /* input channels whose products are summed by one instruction */
-    MQ_BLOCK_BYTES = 64,   /* a panel's weights of two quads */
-    MQ_SEGMENT_QUADS = 256 /* quads whose 4-bit products an int16 sum holds exactly */
+    MQ_PANEL = 16,          /* output channels in a panel of packed weights */
+    MQ_QUAD = 4,            /* input channels whose products are summed by one instruction */
+    MQ_BLOCK_BYTES = 64,    /* a panel's weights of two quads */
+    MQ_SEGMENT_QUADS = 128, /* quads whose products, of up to 8 * 15, an int16 sum holds exactly */
+    MQ_MAX_ROTATION = 512   /* 4 * MQ_SEGMENT_QUADS: no rotated block crosses a segment */
 };
 
-/* Packed weights (docs/format.md has the page). k4 = k - k_salient INT4 channels come first in
- * perm. groups  = ceil(k4 / g); a group takes group_quads = ceil(min(g, k4) / 4) quads, the last
- * one only what it needs; quads = all groups' quads; blocks = ceil(quads / 2); panels = ceil(n /
- * 16) qweight [panels][blocks][64]: byte c * 4 + i of a block holds, for output channel c of the
- * panel, code + 8 of channel i of the even quad (low nibble) and of the odd quad (high nibble);
- *             padding holds code 0
+/* Packed weights (docs/format.md has the page). k4 = k - k_salient INT4 channels come first in perm.
+ *   groups = ceil(k4 / g); a group takes group_quads = ceil(min(g, k4) / 4) quads, the last one only
+ *     what it needs; quads = those of all groups; blocks = ceil(quads / 2); panels = ceil(n / 16)
+ *   qweight [panels][blocks][64]: byte c * 4 + i of a block holds, for output channel c of the panel,
+ *     code + 8 of channel i of the even quad (low nibble) and of the odd quad (high nibble); padding
+ *     holds code 0
  *   scales  [panels][groups][16], bf16
- *   salient [panels][k_salient][16], bf16 or fp16 */
+ *   salient [panels][k_salient][16], bf16 or fp16
+ *   segments: parts of at most MQ_SEGMENT_QUADS quads that groups are summed in */
 typedef struct mq_shape {
     int64_t panels, groups, group_quads, quads, blocks, segments;
 } mq_shape;
@@ -150,6 +158,23 @@ typedef struct mq_shape {
 /* Fills *shape; n, k >= 0, 0 <= k_salient <= k, group_size >= 1. */
 mq_status mq_shape_of(int64_t n, int64_t k, int64_t k_salient, int64_t group_size, mq_shape *shape);
 
+/* How a token's INT4 channels become codes of b bits, per group or per token (numerics of
+ * mq_group_format). Codes are kept with the zero-point taken off, so all formats multiply alike.
+ *   symmetric:  s = clip max|x| / (2^(b-1) - 1),                -(2^(b-1) - 1) <= code <= 2^(b-1) - 1
+ *   unsigned:   s = clip max(x, 0) / (2^b - 1),                              0 <= code <= 2^b - 1
+ *   zero-point: s = clip (max(x, 0) + max(-x, 0)) / (2^b - 1),              -z <= code <= 2^b - 1 - z,
+ *               z = min(2^b - 1, round_half_even(clip max(-x, 0) (1/s))) */
+typedef enum mq_act_format {
+    MQ_ACT_SYMMETRIC = 0,
+    MQ_ACT_UNSIGNED = 1,
+    MQ_ACT_ZERO_POINT = 2
+} mq_act_format;
+
+/* Rotation: a group's channels, in perm's order, are cut into blocks of `rotation` channels (where
+ * fewer are left, of the largest powers of two that fit), and each block is multiplied with the
+ * orthonormal Hadamard matrix of its size: fp32 butterflies (a + b, a - b) from stride 1 up, then one
+ * product with 1/sqrt(size), rounded. Weights are rotated when packed and activations when quantized,
+ * so that their products stay what they were. */
 typedef struct mq_linear {
     int64_t n, k, k_salient, group_size;
     const uint8_t *qweight;
@@ -159,15 +184,16 @@ typedef struct mq_linear {
     const int32_t *perm;    /* [k]; NULL: the identity */
     const void *bias;       /* [n] or NULL */
     mq_dtype bias_dtype;
-    int q_max;      /* activation codes lie in [-q_max, q_max]; 1..7 */
-    int per_token;  /* 0: a scale per token and group; 1: a scale per token */
-    float clip;     /* in (0, 1] */
-    uint32_t flags; /* reserved for zero-points, unsigned codes and the in-group rotation: 0 */
-    mq_isa isa;     /* the kernels that quantize and multiply; fixes the workspace's layout */
+    int rotation; /* 0 or 1: none; else a power of two up to MQ_MAX_ROTATION */
+    int act_bits; /* b, 2..4 */
+    mq_act_format act_format;
+    int per_token; /* 0: a scale per token and group; 1: a scale per token */
+    float clip;    /* in (0, 1] */
+    mq_isa isa;    /* the kernels that quantize and multiply; fixes the workspace's layout */
 } mq_linear;
 
 /* Packs rows [16 * panel0, 16 * panel1) of w [n][k], row stride `stride`. Reads lin's n, k,
- * k_salient, group_size, salient_dtype, perm and isa; the other fields may be 0.
+ * k_salient, group_size, salient_dtype, perm, rotation and isa; the other fields may be 0.
  *   q_max: weight codes lie in [-q_max, q_max]; 1..7
  *   group_scales: fp32 [n][groups] to use, or NULL: max|w| / q_max per group. Scales are rounded to
  *     bf16 first and codes computed with the rounded scale; below the smallest normal: 0.
@@ -177,8 +203,17 @@ mq_status mq_pack_weight(const mq_linear *lin, int q_max, mq_dtype dtype, const 
                          uint8_t *qweight, uint16_t *scales, void *salient);
 
 /* The weight that lin computes with: rows [16 * panel0, min(n, 16 * panel1)) of w, fp32 [n][k] in
- * the channels' natural order. Every entry is code * scale, or the salient value. */
+ * the channels' natural order. Every entry is code * scale, rotated back, or the salient value. */
 mq_status mq_unpack_weight(const mq_linear *lin, int64_t panel0, int64_t panel1, float *w);
+
+/* One block of GPTQ's column loop (Frantar et al., 2022), rows independent: for i = 0 .. cols,
+ *   q = clamp(round_half_even(w[i] * (1/s)), -q_max, q_max) with the column's scale s,
+ *   errors[i] = (w[i] - q s) / u[i][i],  w[j] -= errors[i] * u[i][j] for j > i,  w[i] = q s.
+ * w, errors [rows][cols]; u [cols][cols], of which the upper triangle is read; scales fp32
+ * [rows][groups]: column i of the block is in group (col0 + i) / group_size. A scale of 0 gives 0. */
+mq_status mq_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,
+                        int64_t groups, const float *scales, const float *u, float *w,
+                        float *errors);
 
 /* Bytes of workspace for m tokens; alignment 64. */
 mq_status mq_linear_workspace_size(const mq_linear *lin, int64_t m, size_t *bytes);

@@ -8,6 +8,7 @@ import numbers
 import warnings
 from typing import Any
 
+MAX_ROTATION = 512
 SORTS = ("none", "max", "mean3std", "argmax", "rms")
 SALIENT_METRICS = ("mean", "max", "rms")
 CHOICES = {
@@ -15,9 +16,38 @@ CHOICES = {
     "sort": SORTS,
     "sort_by": ("activation", "weight"),
     "weight_quant": ("per_group", "per_channel", "per_tensor"),
+    "weight_scale": ("max", "mse"),
+    "weight_rounding": ("nearest", "gptq"),
+    "act_format": ("symmetric", "unsigned", "zero_point"),
     "act_quant": ("per_group", "per_token", "per_tensor"),
     "backend": ("int4", "fake"),
     "non_finite": ("propagate", "raise"),
+}
+
+
+# What a recipe puts where a field is None. "group": the largest rotation that fits a group.
+RECIPES = {
+    "rtn": {
+        "rotation": 0,
+        "act_format": "symmetric",
+        "act_clip": 1.0,
+        "weight_scale": "max",
+        "weight_rounding": "nearest",
+    },
+    "fast": {
+        "rotation": "group",
+        "act_format": "zero_point",
+        "act_clip": 0.95,
+        "weight_scale": "mse",
+        "weight_rounding": "nearest",
+    },
+    "best": {
+        "rotation": "group",
+        "act_format": "zero_point",
+        "act_clip": 0.95,
+        "weight_scale": "mse",
+        "weight_rounding": "gptq",
+    },
 }
 
 
@@ -29,6 +59,9 @@ class MixedQuantConfig:
     (wrong type) that names the field and the value.
 
     Args:
+        recipe: a set of values for the fields marked (recipe), which a value given overrides:
+            "rtn" rounds to nearest; "fast" adds rotation, zero-points, an activation clip and
+            error-minimizing weight scales; "best" adds GPTQ, which needs calibration tokens.
         num_bits: bits of the quantized weights and activations. 2-4 with ``backend="int4"`` (codes
             are stored as 4-bit), 2-8 with ``backend="fake"``.
         group_size: consecutive channels, in sorted order, that share one scale; any integer >= 1.
@@ -37,41 +70,64 @@ class MixedQuantConfig:
         salient_metric: score that makes a channel salient: mean ``E|x|``, ``max|x|`` or ``rms``.
         sort: key by which the quantized channels are sorted, largest first; "none" keeps order.
         sort_by: take the sort key from "activation" or "weight" statistics.
+        rotation: (recipe) size of the orthonormal Hadamard blocks that the quantized channels are
+            rotated in, inside each group: 0 (none) or a power of two up to 512.
+        weight_scale: (recipe) "max" covers the largest weight, "mse" is the smaller scale of least
+            squared error.
+        weight_rounding: (recipe) "nearest", or "gptq" (Frantar et al., 2022).
+        act_format: (recipe) codes of the activations: "symmetric" around 0, "unsigned" (for inputs
+            that are never negative; what is negative saturates at 0), or with a "zero_point" per
+            scale.
         weight_quant: elements that share a weight scale: a group, an output channel, the tensor.
         act_quant: elements that share an activation scale: a group, a token, or (only
             ``backend="fake"``) the whole live tensor.
         quantize_output: also quantize the outputs of q/k/v (the inputs of the attention products).
         backend: "int4" packs real 4-bit weights and runs integer kernels; "fake" simulates the same
             choices in the tensor's dtype.
-        act_clip: factor in (0, 1] on the largest magnitude of each activation group.
+        act_clip: (recipe) factor in (0, 1] on the range of each activation group.
         non_finite: what a NaN or Inf in a token does: "propagate" makes that token's outputs NaN,
             "raise" raises ValueError.
     """
 
+    recipe: str = "rtn"
     num_bits: int = 4
     group_size: int = 128
     salient_prop: float = 0.05
     salient_metric: str = "rms"
     sort: str = "rms"
     sort_by: str = "activation"
+    rotation: int | None = None
     weight_quant: str = "per_group"
+    weight_scale: str | None = None
+    weight_rounding: str | None = None
     act_quant: str = "per_group"
+    act_format: str | None = None
+    act_clip: float | None = None
     quantize_output: bool = False
     backend: str = "int4"
-    act_clip: float = 1.0
     non_finite: str = "propagate"
 
     def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {self.recipe!r}")
+        for name, value in RECIPES[self.recipe].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.rotation == "group":
+            check_integer("group_size", self.group_size, 1)
+            largest = 1 << (min(int(self.group_size), MAX_ROTATION).bit_length() - 1)
+            object.__setattr__(self, "rotation", largest)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-        check_integer("num_bits", self.num_bits, 2, 4 if self.backend == "int4" else 8)
-        check_integer("group_size", self.group_size, 1)
-        check_real("salient_prop", self.salient_prop, 0.0, 1.0)
-        check_real("act_clip", self.act_clip, 0.0, 1.0)
-        if self.act_clip == 0:
-            raise ValueError("act_clip must be in (0, 1]; got 0")
+        self._set("num_bits", check_integer, 2, 4 if self.backend == "int4" else 8)
+        self._set("group_size", check_integer, 1, 2**62)
+        self._set("salient_prop", check_real, 0.0, 1.0)
+        self._set("rotation", check_integer, 0, MAX_ROTATION)
+        if self.rotation & (self.rotation - 1):
+            raise ValueError(f"rotation must be 0 or a power of two; got {self.rotation}")
+        self._set("act_clip", check_real, 2.0**-10, 1.0)
         if not isinstance(self.quantize_output, bool):
             raise TypeError(f"quantize_output must be a bool; got {self.quantize_output!r}")
         if self.backend == "int4" and self.act_quant == "per_tensor":
@@ -79,6 +135,10 @@ class MixedQuantConfig:
                 "act_quant='per_tensor' takes its scale from the whole live batch, so a token's "
                 "result would depend on other tokens; use act_quant='per_token' or backend='fake'"
             )
+
+    def _set(self, name: str, check, low, high) -> None:
+        """Check a number and keep it as a plain Python one, which JSON can hold."""
+        object.__setattr__(self, name, check(name, getattr(self, name), low, high))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values."""
@@ -93,21 +153,23 @@ class MixedQuantConfig:
         return cls(**fields)
 
 
-def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raise TypeError unless `value` is an integer, ValueError unless low <= value <= high."""
+def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """`value` as an int; TypeError for no integer, ValueError unless low <= value <= high."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer; got {value!r}")
     if value < low or (high is not None and value > high):
         span = f">= {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"{name} must be {span}; got {value!r}")
+    return int(value)
 
 
-def check_real(name: str, value: Any, low: float, high: float) -> None:
-    """Raise TypeError unless `value` is a real number, ValueError unless low <= value <= high."""
+def check_real(name: str, value: Any, low: float, high: float) -> float:
+    """`value` as a float; TypeError for no real number, ValueError unless low <= value <= high."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number; got {value!r}")
     if math.isnan(value) or not low <= value <= high:
         raise ValueError(f"{name} must be in [{low:g}, {high:g}]; got {value!r}")
+    return float(value)
 
 
 def published_config(

@@ -10,22 +10,89 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import MixedQuantConfig, check_integer, published_config
+from .gptq import gptq
 from .sorting import ChannelPlan, ChannelStats, choose_channels, num_salient_channels
+
+# What weight_scale="mse" tries: shares of the scale that covers the largest weight.
+MSE_RATIOS = [1 - step / 40 for step in range(21)]
 
 
 def weight_group_scales(w4: Tensor, config: MixedQuantConfig, group_size: int) -> Tensor:
-    """max|w| / q_max of each group: over the group, row or whole of w4 [N, K4]; fp32 [N, G]."""
+    """The scales of w4 [N, K4] as they are stored, rounded to bfloat16: fp32 [N, G].
+
+    The largest scale is max|w| / q_max over the group, the row or all of w4, by
+    ``config.weight_quant``; "mse" takes the share of it that gives the least squared error there.
+    """
     n, k4 = w4.shape
     groups = -(-k4 // group_size)
-    magnitude = w4.float().abs()
-    if config.weight_quant == "per_group":
-        padded = F.pad(magnitude, (0, groups * group_size - k4))
-        largest = padded.reshape(n, groups, group_size).amax(-1)
-    elif config.weight_quant == "per_channel":
-        largest = magnitude.amax(1, keepdim=True).expand(n, groups)
-    else:
-        largest = magnitude.amax().expand(n, groups)
-    return (largest / (2 ** (config.num_bits - 1) - 1)).contiguous()
+    if n == 0 or k4 == 0:
+        return torch.zeros(n, groups)
+    q_max = 2 ** (config.num_bits - 1) - 1
+    padded = F.pad(w4.float(), (0, groups * group_size - k4)).unflatten(1, (groups, group_size))
+    shared = {"per_group": (), "per_channel": (1,), "per_tensor": (0, 1)}[config.weight_quant]
+    largest = padded.abs().amax(-1)
+    if shared:
+        largest = largest.amax(shared, keepdim=True)
+    best, least = None, None
+    for ratio in MSE_RATIOS if config.weight_scale == "mse" else [1.0]:
+        scale = (largest * ratio / q_max).bfloat16().float()
+        if config.weight_scale == "max":
+            best = scale
+            break
+        error = (padded - round_to_grid(padded, scale.unsqueeze(-1), q_max)).square().sum(-1)
+        error = error.sum(shared, keepdim=True) if shared else error
+        if best is None:
+            best, least = scale, error
+        else:
+            best = torch.where(error < least, scale, best)
+            least = torch.minimum(error, least)
+    return best.expand(n, groups).contiguous()
+
+
+def round_to_grid(w: Tensor, scale: Tensor, q_max: int) -> Tensor:
+    """code * scale for the nearest code in [-q_max, q_max], as the kernels compute it; fp32."""
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    return (w * inverse).round_().clamp_(-q_max, q_max).mul_(scale)
+
+
+def weight_in_packed_order(
+    weight: Tensor,
+    config: MixedQuantConfig,
+    plan: ChannelPlan,
+    group_size: int,
+    factor: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """A weight [N, K] ready to be rounded, and its stored scales: fp32 [N, K] in perm's order with
+    the INT4 part rotated (and already on its grid after GPTQ), fp32 [N, G]."""
+    k4 = weight.shape[1] - plan.num_salient
+    permuted = weight.detach()[:, plan.perm.long()].float()
+    permuted[:, :k4] = ops.group_hadamard(permuted[:, :k4], group_size, config.rotation)
+    scales = weight_group_scales(permuted[:, :k4], config, group_size)
+    if factor is not None:
+        permuted = gptq(permuted, factor, scales, k4, group_size, config.num_bits)
+    return permuted, scales
+
+
+def check_weight(weight: Tensor, bias: Tensor | None, plan: ChannelPlan) -> None:
+    """Raise ValueError or TypeError unless these make a layer."""
+    if weight.ndim != 2 or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(
+            "weight must be a float32, float16 or bfloat16 matrix; "
+            f"got {weight.dtype} of shape {tuple(weight.shape)}"
+        )
+    n, k = weight.shape
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"bias must have shape ({n},); got {tuple(bias.shape)}")
+    if plan.perm.dtype != torch.int32 or not is_permutation(plan.perm, k):
+        raise ValueError(f"plan.perm must be an int32 permutation of {k} channels")
+    check_integer("plan.num_salient", plan.num_salient, 0, k)
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"weight of shape ({n}, {k}) holds NaN or Inf")
+
+
+def is_permutation(perm: Tensor, k: int) -> bool:
+    """Whether perm holds each of 0 ... k-1 once."""
+    return perm.shape == (k,) and torch.equal(perm.sort().values.long().cpu(), torch.arange(k))
 
 
 def salient_dtype_for(dtype: torch.dtype) -> torch.dtype:
@@ -77,7 +144,7 @@ class QuantizedLinear(nn.Module):
             raise ValueError(f"x holds NaN or Inf (shape {tuple(x.shape)}, non_finite='raise')")
 
     def _quantize_output(self, y: Tensor) -> Tensor:
-        return quantize_activation(y, self.config) if self.quantize_output else y
+        return fake_quantize_activation(y, self.config) if self.quantize_output else y
 
     def extra_repr(self) -> str:
         return (
@@ -88,24 +155,35 @@ class QuantizedLinear(nn.Module):
         )
 
 
-def quantize_activation(x: Tensor, config: MixedQuantConfig) -> Tensor:
-    """x quantized and dequantized in its own dtype by the config's activation format."""
-    k = x.shape[-1]
+def fake_quantize_activation(
+    x: Tensor, config: MixedQuantConfig, act_format: str = "symmetric", clip: float = 1.0
+) -> Tensor:
+    """x [..., K] quantized and dequantized by the config's bits and granularity: the kernels' fp32
+    arithmetic, rounded once to x's dtype."""
     if x.numel() == 0:
         return x
-    shape, group_size = x.shape, k
-    if config.act_quant == "per_group":
-        group_size = config.group_size
-    elif config.act_quant == "per_tensor":
-        x = x.reshape(1, -1)
-        group_size = x.shape[-1]
-    if config.act_clip < 1:
-        # what a smaller scale would saturate, saturates before; the scale then follows
-        groups = F.pad(x, (0, -x.shape[-1] % group_size)).unflatten(-1, (-1, group_size))
-        limit = groups.abs().amax(-1, keepdim=True).float() * config.act_clip
-        limit = limit.to(x.dtype)
-        x = groups.clamp(-limit, limit).flatten(-2)[..., : x.shape[-1]]
-    return ops.group_fake_quantize(x, group_size, config.num_bits).reshape(shape)
+    rows = x.reshape(1, -1) if config.act_quant == "per_tensor" else x.reshape(-1, x.shape[-1])
+    k, is_symmetric = rows.shape[-1], act_format == "symmetric"
+    group_size = min(config.group_size, k) if config.act_quant == "per_group" else k
+    if is_symmetric and clip == 1:
+        return ops.group_fake_quantize(rows, group_size, config.num_bits).reshape(x.shape)
+    groups = F.pad(rows, (0, -k % group_size)).float().unflatten(-1, (-1, group_size))
+    positive = groups.amax(-1, keepdim=True).clamp(min=0)
+    negative = (-groups).amax(-1, keepdim=True).clamp(min=0)
+    span = {
+        "symmetric": torch.maximum(positive, negative),
+        "unsigned": positive,
+        "zero_point": positive + negative,
+    }[act_format]
+    levels = 2 ** (config.num_bits - is_symmetric) - 1
+    scale = clip * span / levels
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    low = torch.full_like(scale, -levels if is_symmetric else 0)
+    if act_format == "zero_point":
+        low = -(clip * negative * inverse).round().clamp(max=levels)
+    high = torch.full_like(scale, levels) if is_symmetric else levels + low
+    codes = torch.minimum(torch.maximum((groups * inverse).round(), low), high)
+    return (codes * scale).flatten(-2)[..., :k].to(x.dtype).reshape(x.shape)
 
 
 class W4A4Linear(QuantizedLinear):
@@ -178,8 +256,13 @@ class W4A4Linear(QuantizedLinear):
         plan: ChannelPlan,
         *,
         quantize_output: bool = False,
+        factor: Tensor | None = None,
     ) -> W4A4Linear:
-        """Quantize and pack a weight [N, K] (float32, float16 or bfloat16) by a channel plan."""
+        """Quantize and pack a weight [N, K] (float32, float16 or bfloat16) by a channel plan.
+
+        factor: of the inputs' Hessian (`smoothquant.gptq.inverse_factor`), to round by GPTQ.
+        """
+        check_weight(weight, bias, plan)
         n, k = weight.shape
         layer = cls(
             k,
@@ -191,18 +274,15 @@ class W4A4Linear(QuantizedLinear):
             dtype=weight.dtype,
             device="meta",
         )
-        weight = weight.detach()
-        group_scales = None
-        if config.weight_quant != "per_group":
-            w4 = weight[:, plan.perm[: k - plan.num_salient].long()]
-            group_scales = weight_group_scales(w4, config, layer.group_size)
+        permuted, scales = weight_in_packed_order(weight, config, plan, layer.group_size, factor)
         layer.qweight, layer.scales, layer.salient_weight = ops.pack_weight(
-            weight,
-            plan.perm,
+            permuted,
+            torch.arange(k, dtype=torch.int32),
             plan.num_salient,
             layer.group_size,
+            0,  # the rotation has been done
             config.num_bits,
-            group_scales,
+            scales,
             layer.salient_weight.dtype,
         )
         layer.perm = plan.perm.clone()
@@ -279,7 +359,9 @@ class W4A4Linear(QuantizedLinear):
             self.bias,
             self.out_features,
             self.group_size,
+            self.config.rotation,
             self.config.num_bits,
+            self.config.act_format,
             self.config.act_quant == "per_token",
             self.config.act_clip,
         )
@@ -294,7 +376,19 @@ class W4A4Linear(QuantizedLinear):
             self.perm,
             self.out_features,
             self.group_size,
+            self.config.rotation,
         )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        salient = state_dict.get(prefix + "salient_weight")
+        if salient is not None and salient.dtype != self.salient_weight.dtype:
+            # copying would round: take the dtype over
+            self.salient_weight = self.salient_weight.to(salient.dtype)
+        perm = state_dict.get(prefix + "perm")
+        known = perm is not None and perm.device.type != "meta"
+        if known and not is_permutation(perm, self.in_features):
+            raise ValueError(f"{prefix}perm is no permutation of {self.in_features} channels")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn, recurse: bool = True):
         # a cast of the module would round the scales and salient weights: they only move
@@ -344,8 +438,10 @@ class FakeW4A4Linear(QuantizedLinear):
         plan: ChannelPlan,
         *,
         quantize_output: bool = False,
+        factor: Tensor | None = None,
     ) -> FakeW4A4Linear:
-        """Simulate the quantization of a weight [N, K] by a channel plan."""
+        """Simulate the quantization of a weight [N, K]; arguments as in W4A4Linear."""
+        check_weight(weight, bias, plan)
         n, k = weight.shape
         layer = cls(
             k,
@@ -357,23 +453,13 @@ class FakeW4A4Linear(QuantizedLinear):
             dtype=weight.dtype,
             device="meta",
         )
-        weight = weight.detach()
-        if not torch.isfinite(weight).all():
-            raise ValueError("weight holds NaN or Inf")
-        permuted = weight[:, plan.perm.long()]
+        permuted, scales = weight_in_packed_order(weight, config, plan, layer.group_size, factor)
         k4 = k - plan.num_salient
-        w4 = permuted[:, :k4].float()
-        if w4.numel():
-            # the packed layer's arithmetic: bfloat16 scales, and codes computed with them
-            scale = weight_group_scales(w4, config, layer.group_size).bfloat16().float()
-            scale = scale.repeat_interleave(layer.group_size, dim=1)[:, :k4]
-            q_max = 2 ** (config.num_bits - 1) - 1
-            inverse = torch.where(scale > 0, 1 / scale, 0)
-            permuted[:, :k4] = ((w4 * inverse).round().clamp(-q_max, q_max) * scale).to(
-                weight.dtype
-            )
+        by_column = scales.repeat_interleave(layer.group_size, dim=1)[:, :k4]
+        q_max = 2 ** (config.num_bits - 1) - 1
+        permuted[:, :k4] = round_to_grid(permuted[:, :k4], by_column, q_max)
         permuted[:, k4:] = permuted[:, k4:].to(salient_dtype_for(weight.dtype))
-        layer.simulated_weight = permuted
+        layer.simulated_weight = permuted.to(weight.dtype)
         layer.perm = plan.perm.clone()
         layer.bias = None if bias is None else bias.detach().clone()
         return layer
@@ -384,14 +470,22 @@ class FakeW4A4Linear(QuantizedLinear):
         self._check_input(x)
         k4 = self.in_features - self.num_salient
         permuted = x[..., self.perm.long()]
-        quantized = quantize_activation(permuted[..., :k4], self.config)
+        rotated = ops.group_hadamard(permuted[..., :k4], self.group_size, self.config.rotation)
+        quantized = fake_quantize_activation(
+            rotated, self.config, self.config.act_format, self.config.act_clip
+        )
         permuted = torch.cat([quantized, permuted[..., k4:]], dim=-1)
         return self._quantize_output(F.linear(permuted, self.simulated_weight, self.bias))
 
     def dequantize(self) -> Tensor:
         """The simulated weight, [N, K], channels in natural order."""
-        weight = torch.empty_like(self.simulated_weight)
-        weight[:, self.perm.long()] = self.simulated_weight
+        k4 = self.in_features - self.num_salient
+        permuted = self.simulated_weight.clone()
+        permuted[:, :k4] = ops.group_hadamard(
+            permuted[:, :k4], self.group_size, self.config.rotation
+        )
+        weight = torch.empty_like(permuted)
+        weight[:, self.perm.long()] = permuted
         return weight
 
 

@@ -139,6 +139,24 @@ def group_fake_quantize(
     return _ops.group_fake_quantize(x, group_size, num_bits, is_unsigned)
 
 
+def group_hadamard(x: Tensor, group_size: int, rotation: int) -> Tensor:
+    """Rotate each row's groups in blocks of `rotation` channels.
+
+    Where fewer channels are left in a group, blocks have the largest power of two that fits. Each
+    block is multiplied with the orthonormal Hadamard matrix of its size (Sylvester's order), in
+    fp32 butterflies from stride 1 up; applied twice it gives x back, but for rounding.
+
+    Args:
+        x: [..., K], float32, float16 or bfloat16, any strides.
+        group_size: >= 1.
+        rotation: 0 (none) or a power of two up to 512.
+
+    Returns:
+        x's shape and dtype.
+    """
+    return _ops.group_hadamard(x, group_size, rotation)
+
+
 def pack_nibbles(q: Tensor) -> Tensor:
     """Low four bits of int8 or uint8 [..., K], two to a byte, first in the low nibble.
 
@@ -158,6 +176,7 @@ def pack_weight(
     perm: Tensor,
     num_salient: int,
     group_size: int,
+    rotation: int = 0,
     num_bits: int = 4,
     group_scales: Tensor | None = None,
     salient_dtype: torch.dtype = torch.bfloat16,
@@ -168,6 +187,7 @@ def pack_weight(
         w: [N, K], float32, float16 or bfloat16, finite.
         perm: int32 [K], a bijection: INT4 channels first, the `num_salient` 16-bit ones last.
         group_size: >= 1; the last group may be short.
+        rotation: the INT4 channels are rotated first, as by :func:`group_hadamard`.
         num_bits: 2-4, codes in [-q_max, q_max], q_max = 2^(num_bits-1) - 1.
         group_scales: float32 [N, G] to use in place of max|w| / q_max; rounded to bfloat16.
         salient_dtype: bfloat16 or float16.
@@ -176,7 +196,28 @@ def pack_weight(
         With P = ceil(N / 16) panels, B blocks and G = ceil((K - num_salient) / group_size) groups:
         qweight uint8 [P, B, 64], scales bfloat16 [P, G, 16], salient [P, num_salient, 16].
     """
-    return _ops.pack_weight(w, perm, num_salient, group_size, num_bits, group_scales, salient_dtype)
+    return _ops.pack_weight(
+        w, perm, num_salient, group_size, rotation, num_bits, group_scales, salient_dtype
+    )
+
+
+def gptq_block(
+    w: Tensor, u: Tensor, scales: Tensor, col0: int, group_size: int, num_bits: int = 4
+) -> Tensor:
+    """One block of GPTQ's column loop (Frantar et al., 2022), in place.
+
+    Column by column, w is rounded to its grid, and the error, divided by u's diagonal, is taken
+    from the columns to the right in the proportions of u's row.
+
+    Args:
+        w: float32 [N, b], contiguous; becomes code * scale.
+        u: float32 [b, b], the block of the upper Cholesky factor of the inverse Hessian.
+        scales: float32 [N, G]; column i is in group (col0 + i) // group_size.
+
+    Returns:
+        float32 [N, b], the divided errors, for the columns right of the block.
+    """
+    return _ops.gptq_block(w, u, scales, col0, group_size, num_bits)
 
 
 def unpack_weight(
@@ -186,9 +227,12 @@ def unpack_weight(
     perm: Tensor,
     out_features: int,
     group_size: int,
+    rotation: int = 0,
 ) -> Tensor:
     """The weight that packed tensors stand for: float32 [N, K], channels in natural order."""
-    return _ops.unpack_weight(qweight, scales, salient_weight, perm, out_features, group_size)
+    return _ops.unpack_weight(
+        qweight, scales, salient_weight, perm, out_features, group_size, rotation
+    )
 
 
 def w4a4_linear(
@@ -200,15 +244,24 @@ def w4a4_linear(
     bias: Tensor | None,
     out_features: int,
     group_size: int,
+    rotation: int = 0,
     num_bits: int = 4,
+    act_format: str = "symmetric",
     per_token: bool = False,
     clip: float = 1.0,
 ) -> Tensor:
     """The fused W4A4 linear: x's INT4 channels are quantized per token and group, multiplied with
     the packed INT4 weight in integers, and the salient channels are added in 16-bit precision.
 
-    y = sum_salient x w  +  sum_groups sa sw (sum qa qw)  +  bias, in fp32 and in that order, with
-    sa = clip max|x| / q_max per token and group (per token if `per_token`). A token's result
+    y = sum_salient x w  +  sum_groups sa sw (sum (qa - z) qw)  +  bias, in fp32 and in that order.
+    Per token and group (per token if `per_token`), of the rotated channels,
+
+    - "symmetric": sa = clip max|x| / (2^(num_bits-1) - 1), z = 0;
+    - "unsigned": sa = clip max(x, 0) / (2^num_bits - 1), z = 0, what is negative saturates at 0;
+    - "zero_point": sa = clip (max(x, 0) + max(-x, 0)) / (2^num_bits - 1),
+      z = round(clip max(-x, 0) / sa).
+
+    A token's result
     depends on that token alone. A token that holds NaN or Inf has NaN outputs; other tokens are
     untouched.
 
@@ -216,6 +269,7 @@ def w4a4_linear(
         x: [..., K], float32, float16 or bfloat16, any strides, any number of tokens.
         qweight, scales, salient_weight, perm: from :func:`pack_weight` with the same `group_size`.
         bias: [N], float32, float16 or bfloat16, or None.
+        rotation: as given to :func:`pack_weight`.
         num_bits: 2-4 bits of the activations.
         clip: in (0, 1].
 
@@ -231,13 +285,22 @@ def w4a4_linear(
         bias,
         out_features,
         group_size,
+        rotation,
         num_bits,
+        act_format,
         per_token,
         clip,
     )
 
 
 # ---- Fake (meta) kernels: shapes and dtypes for torch.compile and torch.export ----
+
+
+def _on_one_device(op: str, **tensors: Tensor | None) -> None:
+    """A layer whose tensors are half on the meta device would answer with whatever is in memory."""
+    devices = {name: t.device.type for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"mixedquant::{op}: all tensors must be on one device; got {devices}")
 
 
 def _groups(cols: int, group_size: int) -> int:
@@ -268,12 +331,24 @@ def _(x, group_size, num_bits, is_unsigned):
 
 @torch.library.register_fake("mixedquant::group_dequantize")
 def _(q, scales, group_size, dtype):
+    _on_one_device("group_dequantize", q=q, scales=scales)
     return q.new_empty(q.shape, dtype=dtype)
 
 
 @torch.library.register_fake("mixedquant::group_fake_quantize")
 def _(x, group_size, num_bits, is_unsigned):
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("mixedquant::group_hadamard")
+def _(x, group_size, rotation):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("mixedquant::gptq_block")
+def _(w, u, scales, col0, group_size, num_bits):
+    _on_one_device("gptq_block", w=w, u=u, scales=scales)
+    return w.new_empty(w.shape)
 
 
 @torch.library.register_fake("mixedquant::pack_nibbles")
@@ -305,7 +380,8 @@ def packed_shapes(
 
 
 @torch.library.register_fake("mixedquant::pack_weight")
-def _(w, perm, num_salient, group_size, num_bits, group_scales, salient_dtype):
+def _(w, perm, num_salient, group_size, rotation, num_bits, group_scales, salient_dtype):
+    _on_one_device("pack_weight", w=w, perm=perm, group_scales=group_scales)
     qweight, scales, salient = packed_shapes(*w.shape, num_salient, group_size)
     return (
         w.new_empty(qweight, dtype=torch.uint8),
@@ -315,7 +391,9 @@ def _(w, perm, num_salient, group_size, num_bits, group_scales, salient_dtype):
 
 
 @torch.library.register_fake("mixedquant::unpack_weight")
-def _(qweight, scales, salient_weight, perm, out_features, group_size):
+def _(qweight, scales, salient_weight, perm, out_features, group_size, rotation):
+    packed = {"qweight": qweight, "scales": scales, "salient_weight": salient_weight}
+    _on_one_device("unpack_weight", **packed, perm=perm)
     return qweight.new_empty((out_features, perm.shape[0]), dtype=torch.float32)
 
 
@@ -329,8 +407,17 @@ def _(
     bias,
     out_features,
     group_size,
+    rotation,
     num_bits,
+    act_format,
     per_token,
     clip,
 ):
+    packed = {"qweight": qweight, "scales": scales, "salient_weight": salient_weight}
+    _on_one_device("w4a4_linear", x=x, **packed, perm=perm, bias=bias)
+    if x.shape[-1] != perm.shape[0]:
+        raise ValueError(
+            f"mixedquant::w4a4_linear: x must end in {perm.shape[0]} channels; "
+            f"got shape {list(x.shape)}"
+        )
     return x.new_empty((*x.shape[:-1], out_features))

@@ -29,13 +29,13 @@ def channel_stats_update(x, count, abs_max, minimum, abs_sum, sq_sum, argmax) ->
 
 
 def sort_keys(stats, key: str) -> Tensor:
+    count = stats.count.double()
+    if count == 0:
+        return torch.zeros_like(stats.sq_sum)
     if key == "argmax":
         return stats.argmax.double()
     if key == "max":
         return stats.abs_max.double()
-    count = stats.count.double()
-    if count == 0:
-        return torch.zeros_like(stats.sq_sum)
     if key == "rms":
         return (stats.sq_sum / count).sqrt()
     mean = stats.abs_sum / count
@@ -70,9 +70,10 @@ def _scale(magnitude: Tensor, finite: Tensor, q_max: int) -> Tensor:
     return torch.where(finite, scale, float("nan"))
 
 
-def _codes(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+def _codes(x: Tensor, scale: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
     usable = scale > 0
     inverse = torch.where(usable, 1.0 / torch.where(usable, scale, 1.0), 0.0)
+    low, high = torch.as_tensor(low).float(), torch.as_tensor(high).float()
     q = (torch.where(usable, x, 0.0) * inverse).clamp(low, high).round()
     return q.to(torch.int32)
 
@@ -99,6 +100,39 @@ def group_fake_quantize(x, group_size, num_bits=4, is_unsigned=False):
     return group_dequantize(q, scales, group_size, x.dtype)
 
 
+def _hadamard(x: Tensor) -> Tensor:
+    """[..., size], a power of two, times the orthonormal Hadamard matrix, in butterflies."""
+    size, stride = x.shape[-1], 1
+    while stride < size:
+        a, b = x.unflatten(-1, (-1, 2, stride)).unbind(-2)
+        x = torch.stack([a + b, a - b], dim=-2).flatten(-3)
+        stride *= 2
+    return x * (1.0 / torch.tensor(float(size)).sqrt())
+
+
+def group_hadamard(x, group_size, rotation):
+    k, start, parts = x.shape[-1], 0, []
+    while rotation > 1 and start < k:
+        left, size = min(group_size - start % group_size, k - start), rotation
+        while size > left:
+            size //= 2
+        parts.append(_hadamard(x[..., start : start + size].float()))
+        start += size
+    return torch.cat(parts, dim=-1).to(x.dtype) if parts else x.clone()
+
+
+def gptq_block(w, u, scales, col0, group_size, num_bits=4):
+    q_max = 2 ** (num_bits - 1) - 1
+    errors = torch.zeros_like(w)
+    for i in range(w.shape[1]):
+        scale = scales[:, (col0 + i) // group_size]
+        rounded = _codes(w[:, i], scale, -q_max, q_max) * scale
+        errors[:, i] = (w[:, i] - rounded) / u[i, i]
+        w[:, i + 1 :] -= errors[:, i : i + 1] * u[i, i + 1 :]
+        w[:, i] = rounded
+    return errors
+
+
 def pack_nibbles(q):
     nibbles = torch.nn.functional.pad(q.to(torch.int32) & 15, (0, q.shape[-1] % 2))
     return (nibbles[..., ::2] | nibbles[..., 1::2] << 4).to(torch.uint8)
@@ -111,11 +145,12 @@ def unpack_nibbles(packed, cols, is_unsigned=False):
     return ((nibbles.to(torch.int32) ^ 8) - 8).to(torch.int8)
 
 
-def weight_codes(w, perm, num_salient, group_size, num_bits=4, group_scales=None):
+def weight_codes(w, perm, num_salient, group_size, rotation=0, num_bits=4, group_scales=None):
     """int32 codes [N, K4] in packed order and the bfloat16 scales [N, G] they belong to."""
     q_max = 2 ** (num_bits - 1) - 1
     k4 = w.shape[1] - num_salient
-    groups = _grouped(w.float()[:, perm.long()][:, :k4], group_size)
+    w4 = group_hadamard(w.float()[:, perm.long()][:, :k4], group_size, rotation)
+    groups = _grouped(w4, group_size)
     scale = groups.abs().amax(-1) / torch.tensor(float(q_max)) if k4 else torch.zeros(len(w), 0)
     if group_scales is not None:
         scale = group_scales
@@ -124,11 +159,18 @@ def weight_codes(w, perm, num_salient, group_size, num_bits=4, group_scales=None
 
 
 def pack_weight(
-    w, perm, num_salient, group_size, num_bits=4, group_scales=None, salient_dtype=torch.bfloat16
+    w,
+    perm,
+    num_salient,
+    group_size,
+    rotation=0,
+    num_bits=4,
+    group_scales=None,
+    salient_dtype=torch.bfloat16,
 ):
     n, k = w.shape
     k4 = k - num_salient
-    codes, scale = weight_codes(w, perm, num_salient, group_size, num_bits, group_scales)
+    codes, scale = weight_codes(w, perm, num_salient, group_size, rotation, num_bits, group_scales)
     panels = -(-n // PANEL)
 
     def by_panel(matrix: Tensor, fill: float = 0) -> Tensor:
@@ -154,7 +196,7 @@ def pack_weight(
     return qweight, by_panel(scale), by_panel(salient)
 
 
-def unpack_weight(qweight, scales, salient_weight, perm, out_features, group_size):
+def unpack_weight(qweight, scales, salient_weight, perm, out_features, group_size, rotation=0):
     k, num_salient = len(perm), salient_weight.shape[1]
     k4 = k - num_salient
     nibbles = torch.stack([qweight & 15, qweight >> 4], dim=2).to(torch.int32) - 8
@@ -166,6 +208,8 @@ def unpack_weight(qweight, scales, salient_weight, perm, out_features, group_siz
         group = quads[:, quad : quad + count].transpose(1, 2).flatten(2)
         columns.append(group[..., :channels].float() * scales[:, j].float().unsqueeze(-1))
         quad += count
+    if columns:
+        columns = [group_hadamard(torch.cat(columns, dim=-1), group_size, rotation)]
     columns.append(salient_weight.float().transpose(1, 2))
     packed_order = torch.cat(columns, dim=-1).flatten(0, 1)[:out_features]
     w = torch.zeros(out_features, k)
@@ -197,11 +241,12 @@ def w4a4_linear(
     bias,
     out_features,
     group_size,
+    rotation=0,
     num_bits=4,
+    act_format="symmetric",
     per_token=False,
     clip=1.0,
 ):
-    q_max = 2 ** (num_bits - 1) - 1
     k4 = len(perm) - salient_weight.shape[1]
     rows = x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1])[:, perm.long()]
     y = torch.zeros(len(rows), out_features)
@@ -214,15 +259,28 @@ def w4a4_linear(
         y = _fma(salient[:, s : s + 1], salient_rows[s], y)
 
     if k4:
-        groups = _grouped(rows[:, :k4], group_size)
+        groups = _grouped(group_hadamard(rows[:, :k4], group_size, rotation), group_size)
         extent = (-2, -1) if per_token else (-1,)
         finite = torch.isfinite(groups).all(-1, keepdim=True)
         if per_token:
             finite = finite.all(-2, keepdim=True)
-        magnitude = torch.where(finite, groups, 0.0).abs().amax(extent, keepdim=True)
-        act_scale = _scale(torch.tensor(clip) * magnitude, finite, q_max)
+        safe = torch.where(finite, groups, 0.0)
+        positive = safe.clamp(min=0).amax(extent, keepdim=True)
+        negative = (-safe).clamp(min=0).amax(extent, keepdim=True)
+        span = {
+            "symmetric": torch.maximum(positive, negative),
+            "unsigned": positive,
+            "zero_point": positive + negative,
+        }[act_format]
+        levels = 2 ** (num_bits - (act_format == "symmetric")) - 1
+        act_scale = _scale(torch.tensor(clip) * span, finite, levels)
+        low = torch.full_like(act_scale, -levels if act_format == "symmetric" else 0)
+        if act_format == "zero_point":
+            inverse = torch.where(act_scale > 0, 1.0 / act_scale, 0.0)
+            low = -(torch.tensor(clip) * negative * inverse).round().clamp(max=levels)
+        high = levels if act_format == "symmetric" else levels + low
         act_scale = act_scale.expand(*groups.shape[:-1], 1)
-        act_codes = _codes(groups, act_scale, -q_max, q_max)
+        act_codes = _codes(groups, act_scale, low, high)
 
         weight = unpack_weight(
             qweight,

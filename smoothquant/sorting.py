@@ -160,6 +160,8 @@ def choose_channels(
         raise ValueError(f"sort must be one of {SORTS}; got {sort!r}")
     sort_stats = sort_stats or stats
     k = stats.num_channels
+    if sort_stats.num_channels != k:
+        raise ValueError(f"sort_stats must have {k} channels; got {sort_stats.num_channels}")
     num_salient = num_salient_channels(k, salient_prop)
     metric = "mean" if stats.mean_only else salient_metric
     score = {"mean": stats.mean, "max": stats.abs_max.double(), "rms": stats.rms}[metric]

@@ -1,12 +1,14 @@
 """The promises of the linear layers, beyond the oracle chain of test_ops.py."""
 
 import copy
+import json
 import math
 import multiprocessing
 import os
 import pickle
 import threading
 
+import numpy
 import pytest
 import torch
 from bits import assert_same_bits, forced_isa
@@ -223,21 +225,103 @@ def test_eight_threads_at_once():
 
 @pytest.mark.parametrize("weight_quant", ["per_group", "per_channel", "per_tensor"])
 @pytest.mark.parametrize("act_quant", ["per_group", "per_token"])
-@pytest.mark.parametrize("num_bits", [2, 3, 4])
-def test_fake_backend_agrees_with_the_integers(weight_quant, act_quant, num_bits):
-    weight, x = torch.randn(40, 150), torch.randn(30, 150)
-    choices = {"weight_quant": weight_quant, "act_quant": act_quant, "num_bits": num_bits}
+@pytest.mark.parametrize("num_bits", [2, 4])
+@pytest.mark.parametrize("act_format", ["symmetric", "unsigned", "zero_point"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_fake_backend_agrees_with_the_integers(
+    weight_quant, act_quant, num_bits, act_format, dtype
+):
+    weight, x = torch.randn(40, 150).to(dtype), torch.randn(30, 150).to(dtype)
+    choices = {
+        "weight_quant": weight_quant,
+        "weight_scale": "mse",
+        "act_quant": act_quant,
+        "act_format": act_format,
+        "num_bits": num_bits,
+        "rotation": 32 if num_bits == 4 else 0,
+    }
     layers = []
     for cls, backend in ((W4A4Linear, "int4"), (FakeW4A4Linear, "fake")):
         config = MixedQuantConfig(group_size=32, backend=backend, act_clip=0.9, **choices)
         layers.append(cls.from_weight(weight, None, config, plan_for(150, 7)))
     real, fake = layers
-    salient = real.perm[-7:].long()
-    others = real.perm[:-7].long()
-    assert torch.equal(real.dequantize()[:, others], fake.dequantize()[:, others])
-    torch.testing.assert_close(real.dequantize()[:, salient], weight[:, salient].bfloat16().float())
-    error = (real(x) - fake(x)).norm() / fake(x).norm()
-    assert error < 2e-3
+    exact = dtype == torch.float32
+    torch.testing.assert_close(
+        real.dequantize(), fake.dequantize().float(), rtol=0 if exact else 0.02, atol=1e-2
+    )
+    error = (real(x).float() - fake(x).float()).norm() / fake(x).float().norm()
+    # the simulation rounds rotated activations to its dtype before they are quantized
+    assert error < (1e-5 if exact else 0.06)
+
+
+@pytest.mark.parametrize("weight_quant", ["per_group", "per_channel", "per_tensor"])
+@pytest.mark.parametrize("n, k, num_salient", [(4, 8, 8), (0, 8, 0), (3, 0, 0), (1, 1, 0)])
+@pytest.mark.parametrize("cls, backend", [(W4A4Linear, "int4"), (FakeW4A4Linear, "fake")])
+def test_degenerate_layers(weight_quant, n, k, num_salient, cls, backend):
+    config = MixedQuantConfig(weight_quant=weight_quant, backend=backend, rotation=4)
+    layer = cls.from_weight(torch.randn(n, k), torch.ones(n), config, plan_for(k, num_salient))
+    assert layer(torch.zeros(2, k)).tolist() == [[1.0] * n] * 2
+
+
+def test_mse_scales_reduce_the_error():
+    weight = torch.randn(64, 256)
+    errors = {}
+    for weight_scale in ("max", "mse"):
+        config = MixedQuantConfig(group_size=64, salient_prop=0, weight_scale=weight_scale)
+        layer = W4A4Linear.from_weight(weight, None, config, plan_for(256, 0))
+        errors[weight_scale] = (layer.dequantize() - weight).square().sum()
+    assert errors["mse"] < 0.95 * errors["max"]
+
+
+def test_rotation_and_zero_points_reduce_the_error_of_outliers():
+    weight, x = torch.randn(64, 256), torch.randn(100, 256)
+    x[:, 0] *= 30
+    x[:, 1:] += 1
+    exact = x @ weight.T
+    errors = {}
+    for rotation, act_format in ((0, "symmetric"), (64, "symmetric"), (64, "zero_point")):
+        config = MixedQuantConfig(group_size=64, rotation=rotation, act_format=act_format)
+        layer = W4A4Linear.from_weight(weight, None, config, plan_for(256, 0))
+        errors[rotation, act_format] = float((layer(x) - exact).norm())
+    plain, rotated, shifted = errors.values()
+    assert rotated < 0.8 * plain and shifted < 0.9 * rotated
+
+
+@pytest.mark.parametrize(
+    "weight, bias, plan, message",
+    [
+        (torch.randn(3, 4), torch.randn(4), plan_for(4, 0), r"bias must have shape \(3,\); got"),
+        (torch.randn(3, 4), None, plan_for(5, 0), "plan.perm must be .* of 4 channels"),
+        (torch.randn(3, 4), None, ChannelPlan(torch.zeros(4).int(), 0), "plan.perm must be"),
+        (torch.randn(3, 4), None, ChannelPlan(torch.arange(4).int(), 5), "num_salient must be in"),
+        (torch.full((3, 4), math.inf), None, plan_for(4, 0), "weight of shape .* NaN or Inf"),
+    ],
+)
+@pytest.mark.parametrize("cls, backend", [(W4A4Linear, "int4"), (FakeW4A4Linear, "fake")])
+def test_bad_weights_and_plans(weight, bias, plan, message, cls, backend):
+    with pytest.raises(ValueError, match=message):
+        cls.from_weight(weight, bias, MixedQuantConfig(backend=backend), plan)
+
+
+def test_salient_weights_too_large_for_16_bits_are_refused():
+    weight = torch.full((2, 4), 1e5)
+    with pytest.raises(ValueError, match="too large for 16 bits"):
+        ops.pack_weight(weight, torch.arange(4).int(), 4, 4, salient_dtype=torch.float16)
+
+
+def test_loading_checks_perm_and_takes_the_salient_dtype_over():
+    half, x = layer_of(dtype=torch.float16), torch.randn(3, 150).half()
+    other = W4A4Linear(150, 40, config=half.config, num_salient=7)
+    other.load_state_dict(half.state_dict())
+    assert_same_bits(other(x), half(x))
+    state = half.state_dict() | {"perm": torch.zeros(150, dtype=torch.int32)}
+    with pytest.raises(ValueError, match="perm is no permutation of 150 channels"):
+        other.load_state_dict(state)
+
+
+def test_a_layer_half_on_meta_is_refused():
+    with pytest.raises(ValueError, match="all tensors must be on one device"):
+        layer_of().to("meta")(torch.randn(3, 150))
 
 
 def test_non_finite_raise():
@@ -328,15 +412,20 @@ def test_plan_errors():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"group_size": 0}, "group_size must be >= 1; got 0"),
+        ({"group_size": 0}, "group_size must be in .*; got 0"),
         ({"num_bits": 5}, r"num_bits must be in \[2, 4\]; got 5"),
         ({"num_bits": 9, "backend": "fake"}, r"num_bits must be in \[2, 8\]; got 9"),
         ({"salient_prop": -0.1}, r"salient_prop must be in \[0, 1\]; got -0.1"),
         ({"salient_prop": math.nan}, "salient_prop must be in"),
         ({"sort": "size"}, "sort must be one of none, max, mean3std, argmax, rms; got 'size'"),
         ({"backend": "int8"}, "backend must be one of int4, fake; got 'int8'"),
-        ({"act_clip": 0}, r"act_clip must be in \(0, 1\]; got 0"),
+        ({"act_clip": 0}, "act_clip must be in .*; got 0"),
         ({"act_quant": "per_tensor"}, "whole live batch"),
+        ({"rotation": 96}, "rotation must be 0 or a power of two; got 96"),
+        ({"rotation": 1024}, r"rotation must be in \[0, 512\]; got 1024"),
+        ({"act_format": "log"}, "act_format must be one of symmetric.*'log'"),
+        ({"recipe": "good"}, "recipe must be one of rtn, fast, best; got 'good'"),
+        ({"weight_rounding": "up"}, "weight_rounding must be one of nearest, gptq; got 'up'"),
     ],
 )
 def test_config_errors(fields, message):
@@ -349,7 +438,11 @@ def test_config_type_errors_and_round_trip():
         MixedQuantConfig(group_size=32.0)
     with pytest.raises(TypeError, match="salient_prop must be a number; got '5%'"):
         MixedQuantConfig(salient_prop="5%")
-    config = MixedQuantConfig(group_size=64, sort="max")
+    best = MixedQuantConfig(recipe="best", group_size=100)
+    assert (best.rotation, best.act_format, best.weight_rounding) == (64, "zero_point", "gptq")
+    assert MixedQuantConfig(recipe="best", rotation=0).rotation == 0
+    config = MixedQuantConfig(group_size=numpy.int64(64), act_clip=numpy.float32(0.5), sort="max")
+    json.dumps(config.to_dict())
     assert MixedQuantConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ValueError, match="unknown MixedQuantConfig field.*groupsize"):
         MixedQuantConfig.from_dict({"groupsize": 3})

@@ -168,17 +168,16 @@ LINEARS = [
 ]
 
 
-def packed_linear(n, k, num_salient, group_size, dtype=torch.float32, num_bits=4, seed=0):
+def packed_linear(n, k, num_salient, group_size, rotation=0, dtype=torch.float32, seed=0):
     """Positional arguments of w4a4_linear behind x, up to bias."""
     w = values(seed, n, k).to(dtype)
     w = torch.nan_to_num(w, posinf=6e4, neginf=-6e4)
     generator = torch.Generator().manual_seed(seed)
     perm = torch.randperm(k, generator=generator).int()
     salient_dtype = torch.float16 if dtype == torch.float16 else torch.bfloat16
-    packed = ops.pack_weight(w, perm, num_salient, group_size, num_bits, None, salient_dtype)
-    expected = reference.pack_weight(
-        w, perm, num_salient, group_size, num_bits, None, salient_dtype
-    )
+    choices = (num_salient, group_size, rotation, 4, None, salient_dtype)
+    packed = ops.pack_weight(w, perm, *choices)
+    expected = reference.pack_weight(w, perm, *choices)
     for one, other in zip(packed, expected, strict=True):
         assert_same_bits(one, other)
     shapes = ops.packed_shapes(n, k, num_salient, group_size)
@@ -186,34 +185,117 @@ def packed_linear(n, k, num_salient, group_size, dtype=torch.float32, num_bits=4
     return (*packed, perm, torch.randn(n, generator=generator))
 
 
+# num_bits, act_format, per_token, clip
+FORMATS = [
+    (4, "symmetric", False, 1.0),
+    (4, "symmetric", True, 0.9),
+    (3, "symmetric", False, 0.5),
+    (4, "unsigned", False, 1.0),
+    (4, "zero_point", False, 1.0),
+    (4, "zero_point", True, 0.9),
+    (2, "zero_point", False, 0.7),
+]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotation", [0, 8, 512])
 @pytest.mark.parametrize("m, n, k, num_salient, group_size", LINEARS)
-def test_linear_equals_the_reference(isa, dtype, m, n, k, num_salient, group_size):
-    args = packed_linear(n, k, num_salient, group_size, dtype)
+def test_linear_equals_the_reference(isa, dtype, rotation, m, n, k, num_salient, group_size):
+    args = packed_linear(n, k, num_salient, group_size, rotation, dtype)
     assert_same_bits(
-        ops.unpack_weight(*args[:4], n, group_size),
-        reference.unpack_weight(*args[:4], n, group_size),
+        ops.unpack_weight(*args[:4], n, group_size, rotation),
+        reference.unpack_weight(*args[:4], n, group_size, rotation),
     )
     x = values(7, m, k, dtype=dtype)
     if m > 2 and k:
         x[1] = 0
         x[2, k // 2] = math.nan
-    for num_bits, per_token, clip in [(4, False, 1.0), (4, True, 0.9), (3, False, 0.5)]:
-        options = (n, group_size, num_bits, per_token, clip)
+    for options in FORMATS:
+        choices = (n, group_size, rotation, *options)
         assert_same_bits(
-            ops.w4a4_linear(x, *args, *options), reference.w4a4_linear(x, *args, *options)
+            ops.w4a4_linear(x, *args, *choices), reference.w4a4_linear(x, *args, *choices)
         )
     assert_same_bits(
-        ops.w4a4_linear(x, *args[:4], None, n, group_size),
-        reference.w4a4_linear(x, *args[:4], None, n, group_size),
+        ops.w4a4_linear(x, *args[:4], None, n, group_size, rotation),
+        reference.w4a4_linear(x, *args[:4], None, n, group_size, rotation),
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotation", [0, 1, 2, 4, 8, 16, 64, 512])
+def test_hadamard_equals_the_reference_and_is_orthonormal(isa, dtype, rotation):
+    for seed, (rows, cols) in enumerate(SHAPES):
+        for group_size in GROUP_SIZES[3:]:
+            x = values(seed, rows, cols, dtype=dtype, special=0.05 * (seed % 2))
+            y = ops.group_hadamard(x, group_size, rotation)
+            assert_same_bits(y, reference.group_hadamard(x, group_size, rotation))
+    x = torch.randn(20, 600)
+    y = ops.group_hadamard(x, 600, rotation)
+    torch.testing.assert_close(y.norm(dim=1), x.norm(dim=1))
+    torch.testing.assert_close(ops.group_hadamard(y, 600, rotation), x)
+    if rotation == 4:
+        h = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+        torch.testing.assert_close(y[:, :4], x[:, :4] @ h)
+
+
+@pytest.mark.parametrize("group_size", [4, 20, 64])
+def test_gptq_block_equals_the_reference(group_size):
+    w = values(3, 30, 40)
+    u = torch.triu(torch.rand(40, 40)) + torch.eye(40)
+    scales = torch.rand(30, 20) * (torch.rand(30, 20) > 0.1)
+    actual, expected = w.clone(), w.clone()
+    errors = ops.gptq_block(actual, u, scales, 24, group_size)
+    errors_expected = reference.gptq_block(expected, u, scales, 24, group_size)
+    assert_same_bits(actual, expected)
+    assert_same_bits(errors, errors_expected)
+
+
+@pytest.mark.parametrize("rows, cols", [(3001, 131), (300, 2003)])
+def test_work_split_over_threads_equals_the_reference(rows, cols):
+    """Every op on a problem larger than the grain of a thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        x = values(1, rows, cols)
+        q, scales = ops.group_quantize(x, 32)
+        q_ref, scales_ref = reference.group_quantize(x, 32)
+        assert_same_bits(q, q_ref)
+        assert_same_bits(scales, scales_ref)
+        for name in ("group_fake_quantize", "group_hadamard"):
+            args = (x, 32, 32 if name == "group_hadamard" else 4)
+            assert_same_bits(getattr(ops, name)(*args), getattr(reference, name)(*args))
+        assert_same_bits(
+            ops.group_dequantize(q, scales, 32), reference.group_dequantize(q, scales, 32)
+        )
+        packed = ops.pack_nibbles(q)
+        assert_same_bits(packed, reference.pack_nibbles(q))
+        assert_same_bits(ops.unpack_nibbles(packed, cols), q)
+        stats, expected = ChannelStats.empty(cols), ChannelStats.empty(cols)
+        stats.update(x)
+        reference.channel_stats_update(x, *expected.to_dict().values())
+        for name, tensor in expected.to_dict().items():
+            assert_same_bits(getattr(stats, name), tensor)
+        args = packed_linear(300, cols, 11, 32)
+        assert_same_bits(
+            ops.unpack_weight(*args[:4], 300, 32), reference.unpack_weight(*args[:4], 300, 32)
+        )
+        w, u = values(2, rows, 40), torch.triu(torch.rand(40, 40)) + torch.eye(40)
+        other, group_scales = w.clone(), torch.rand(rows, 2)
+        assert_same_bits(
+            ops.gptq_block(w, u, group_scales, 0, 20),
+            reference.gptq_block(other, u, group_scales, 0, 20),
+        )
+        assert_same_bits(w, other)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_given_group_scales_are_used(isa):
     w, perm = values(5, 20, 48), torch.randperm(48).int()
     scales = torch.rand(20, 3) * w.abs().amax()
-    packed = ops.pack_weight(w, perm, 0, 16, 4, scales)
-    for one, other in zip(packed, reference.pack_weight(w, perm, 0, 16, 4, scales), strict=True):
+    packed = ops.pack_weight(w, perm, 0, 16, group_scales=scales)
+    expected = reference.pack_weight(w, perm, 0, 16, group_scales=scales)
+    for one, other in zip(packed, expected, strict=True):
         assert_same_bits(one, other)
     assert_same_bits(packed[1].transpose(1, 2).flatten(0, 1)[:20], scales.bfloat16())
 
@@ -224,20 +306,36 @@ shapes = st.tuples(
 
 
 @settings(max_examples=300, deadline=None)
-@given(shapes, st.sampled_from(DTYPES), st.integers(0, 2**31))
-def test_linear_equals_the_reference_for_any_shape(shape, dtype, seed):
+@given(
+    shapes,
+    st.sampled_from([0, 2, 16, 128]),
+    st.sampled_from(FORMATS),
+    st.sampled_from(DTYPES),
+    st.integers(0, 2**31),
+)
+def test_linear_equals_the_reference_for_any_shape(shape, rotation, options, dtype, seed):
     m, n, k, salient_share, group_size = shape
-    args = packed_linear(n, k, int(salient_share * k), group_size, dtype, seed=seed)
+    args = packed_linear(n, k, int(salient_share * k), group_size, rotation, dtype, seed)
     x = values(seed + 1, m, k, dtype=dtype, special=0.02)
-    expected = reference.w4a4_linear(x, *args, n, group_size)
+    choices = (n, group_size, rotation, *options)
+    expected = reference.w4a4_linear(x, *args, *choices)
     for name in ISAS:
         with forced_isa(name):
-            assert_same_bits(ops.w4a4_linear(x, *args, n, group_size), expected)
+            assert_same_bits(ops.w4a4_linear(x, *args, *choices), expected)
 
 
 @settings(max_examples=5000, deadline=None)
-@given(shapes, st.integers(1, 2000), st.sampled_from(DTYPES), st.integers(0, 2**31))
-def test_every_isa_equals_scalar_for_any_shape(shape, extra_channels, dtype, seed):
+@given(
+    shapes,
+    st.integers(1, 2000),
+    st.sampled_from([0, 4, 64]),
+    st.sampled_from(FORMATS),
+    st.sampled_from(DTYPES),
+    st.integers(0, 2**31),
+)
+def test_every_isa_equals_scalar_for_any_shape(
+    shape, extra_channels, rotation, options, dtype, seed
+):
     m, n, k, salient_share, group_size = shape
     k = k + extra_channels if seed % 50 == 0 else k  # now and then more than one segment
     generator = torch.Generator().manual_seed(seed)
@@ -248,8 +346,8 @@ def test_every_isa_equals_scalar_for_any_shape(shape, extra_channels, dtype, see
     results = []
     for name in ISAS:
         with forced_isa(name):
-            packed = ops.pack_weight(w, perm, num_salient, group_size)
-            y = ops.w4a4_linear(x, *packed, perm, None, n, group_size)
+            packed = ops.pack_weight(w, perm, num_salient, group_size, rotation)
+            y = ops.w4a4_linear(x, *packed, perm, None, n, group_size, rotation, *options)
             results.append((*packed, y, *ops.group_quantize(x, group_size)))
     for result in results[1:]:
         for one, other in zip(result, results[0], strict=True):
@@ -329,11 +427,13 @@ def op_arguments() -> dict[str, tuple]:
         "group_quantize": (x, 8, 4, False),
         "group_dequantize": (q, scales, 8, torch.float16),
         "group_fake_quantize": (x, 8, 4, True),
+        "group_hadamard": (x, 8, 4),
+        "gptq_block": (torch.randn(5, 6), torch.eye(6), torch.rand(5, 2), 0, 3, 4),
         "pack_nibbles": (q,),
         "unpack_nibbles": (ops.pack_nibbles(q), 24, False),
-        "pack_weight": (torch.randn(20, 24), perm, 3, 8, 4, None, torch.bfloat16),
-        "unpack_weight": (*packed, perm, 20, 8),
-        "w4a4_linear": (x, *packed, perm, torch.randn(20), 20, 8, 4, False, 1.0),
+        "pack_weight": (torch.randn(20, 24), perm, 3, 8, 4, 4, None, torch.bfloat16),
+        "unpack_weight": (*packed, perm, 20, 8, 4),
+        "w4a4_linear": (x, *packed, perm, torch.randn(20), 20, 8, 4, 4, "zero_point", False, 1.0),
     }
 
 
@@ -392,15 +492,15 @@ BAD_CALLS = {
     ),
     "weight NaN": (
         lambda: ops.pack_weight(torch.full((2, 3), math.nan), torch.arange(3).int(), 1, 4),
-        "pack_weight: a weight is NaN or Inf",
+        "pack_weight: a weight is NaN or Inf, or",
     ),
     "salient Inf": (
         lambda: ops.pack_weight(torch.full((2, 3), math.inf), torch.arange(3).int(), 3, 4),
-        "pack_weight: a weight is NaN or Inf",
+        "pack_weight: a weight is NaN or Inf, or",
     ),
     "negative scale": (
         lambda: ops.pack_weight(
-            torch.randn(2, 3), torch.arange(3).int(), 0, 4, 4, torch.full((2, 1), -1.0)
+            torch.randn(2, 3), torch.arange(3).int(), 0, 4, group_scales=torch.full((2, 1), -1.0)
         ),
         "a scale or clip ratio is negative",
     ),
@@ -427,6 +527,8 @@ def test_bad_arguments_are_value_errors(case):
         ({"out_features": -1}, "out_features must not be negative; got -1"),
         ({"group_size": 0}, "group_size must be at least 1; got 0"),
         ({"group_size": 4}, "must have shape"),
+        ({"rotation": 3}, "rotation must be 0 or a power of two up to 512; got 3"),
+        ({"act_format": "log"}, "act_format must be symmetric, unsigned or zero_point; got 'log'"),
         ({"num_bits": 5}, r"num_bits must be in \[2, 4\]; got 5"),
         ({"clip": 0.0}, r"clip must be in \(0, 1\]; got 0"),
         ({"clip": math.nan}, r"clip must be in \(0, 1\]; got nan"),

@@ -29,8 +29,9 @@ const char *mq_status_message(mq_status status) {
         case MQ_INVALID_SCALE: return "a scale or clip ratio is negative, too large or not finite";
         case MQ_INVALID_KEY: return "unknown sort key";
         case MQ_INVALID_ISA: return "the instruction set is unknown or this processor lacks it";
-        case MQ_INVALID_FLAGS: return "a reserved flag is set";
-        case MQ_NON_FINITE: return "a weight is NaN or Inf";
+        case MQ_INVALID_ROTATION: return "the rotation must be 0 or a power of two up to 512";
+        case MQ_INVALID_FORMAT: return "unknown activation format";
+        case MQ_NON_FINITE: return "a weight is NaN or Inf, or a salient one too large for 16 bits";
     }
     return "unknown status";
 }
@@ -39,7 +40,8 @@ mq_status mq_channel_stats_update(mq_dtype dtype, const void *x, int64_t rows, i
                                   int64_t col0, int64_t col1, int64_t count,
                                   const mq_channel_stats *stats) {
     REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
-    REQUIRE(rows >= 0 && stride >= 0 && count >= 0 && 0 <= col0 && col0 <= col1, MQ_INVALID_SIZE);
+    REQUIRE(rows >= 0 && count >= 0 && 0 <= col0 && col0 <= col1 && stride >= col1,
+            MQ_INVALID_SIZE);
     if (rows == 0 || col0 == col1) return MQ_OK;
     REQUIRE(x && stats && stats->abs_max && stats->minimum && stats->abs_sum && stats->sq_sum &&
                 stats->argmax,
@@ -88,7 +90,7 @@ mq_status mq_group_quantize(const mq_group_format *format, mq_dtype dtype, const
                             int64_t rows, int64_t cols, int64_t stride, int8_t *q, float *scales) {
     TRY(check_format(format, dtype, rows, cols));
     if (rows == 0 || cols == 0) return MQ_OK;
-    REQUIRE(stride >= 0, MQ_INVALID_SIZE);
+    REQUIRE(stride >= cols, MQ_INVALID_SIZE);
     REQUIRE(x && q && scales, MQ_INVALID_POINTER);
     mq_run_group_quantize(active_kernels(), format, dtype, x, rows, cols, stride, q, scales);
     return MQ_OK;
@@ -107,17 +109,36 @@ mq_status mq_group_fake_quantize(const mq_group_format *format, mq_dtype dtype, 
                                  int64_t rows, int64_t cols, int64_t stride, void *out) {
     TRY(check_format(format, dtype, rows, cols));
     if (rows == 0 || cols == 0) return MQ_OK;
-    REQUIRE(stride >= 0, MQ_INVALID_SIZE);
+    REQUIRE(stride >= cols, MQ_INVALID_SIZE);
     REQUIRE(x && out, MQ_INVALID_POINTER);
     mq_run_group_fake_quantize(active_kernels(), format, dtype, x, rows, cols, stride, out);
+    return MQ_OK;
+}
+
+static int is_rotation(int64_t rotation) {
+    return rotation >= 0 && rotation <= MQ_MAX_ROTATION && (rotation & (rotation - 1)) == 0;
+}
+
+mq_status mq_group_hadamard(int64_t group_size, int64_t rotation, mq_dtype dtype, const void *x,
+                            int64_t rows, int64_t cols, int64_t stride, void *out) {
+    REQUIRE(group_size >= 1, MQ_INVALID_GROUP_SIZE);
+    REQUIRE(is_rotation(rotation), MQ_INVALID_ROTATION);
+    REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
+    REQUIRE(rows >= 0 && cols >= 0, MQ_INVALID_SIZE);
+    if (rows == 0 || cols == 0) return MQ_OK;
+    REQUIRE(stride >= cols, MQ_INVALID_SIZE);
+    REQUIRE(x && out, MQ_INVALID_POINTER);
+    mq_run_group_hadamard(active_kernels(), group_size, rotation, dtype, x, rows, cols, stride,
+                          out);
     return MQ_OK;
 }
 
 mq_status mq_pack_nibbles(const int8_t *q, int64_t rows, int64_t cols, uint8_t *packed) {
     REQUIRE(rows >= 0 && cols >= 0, MQ_INVALID_SIZE);
     REQUIRE(rows == 0 || cols == 0 || (q && packed), MQ_INVALID_POINTER);
+    const mq_kernels *kernels = active_kernels();
     for (int64_t r = 0; r < rows; r++)
-        active_kernels()->pack_nibbles(q + r * cols, cols, packed + r * mq_ceil_div(cols, 2));
+        kernels->pack_nibbles(q + r * cols, cols, packed + r * mq_ceil_div(cols, 2));
     return MQ_OK;
 }
 
@@ -126,9 +147,9 @@ mq_status mq_unpack_nibbles(const uint8_t *packed, int64_t rows, int64_t cols, i
     REQUIRE(rows >= 0 && cols >= 0, MQ_INVALID_SIZE);
     REQUIRE((unsigned)is_unsigned <= 1, MQ_INVALID_BITS);
     REQUIRE(rows == 0 || cols == 0 || (q && packed), MQ_INVALID_POINTER);
+    const mq_kernels *kernels = active_kernels();
     for (int64_t r = 0; r < rows; r++)
-        active_kernels()->unpack_nibbles(packed + r * mq_ceil_div(cols, 2), cols, is_unsigned,
-                                         q + r * cols);
+        kernels->unpack_nibbles(packed + r * mq_ceil_div(cols, 2), cols, is_unsigned, q + r * cols);
     return MQ_OK;
 }
 
@@ -165,7 +186,7 @@ static mq_status check_layer(const mq_linear *lin, mq_shape *shape) {
     TRY(mq_shape_of(lin->n, lin->k, lin->k_salient, lin->group_size, shape));
     REQUIRE(lin->salient_dtype == MQ_BF16 || lin->salient_dtype == MQ_F16, MQ_INVALID_DTYPE);
     REQUIRE((unsigned)lin->isa < MQ_ISA_COUNT && mq_isa_supported(lin->isa), MQ_INVALID_ISA);
-    REQUIRE(lin->flags == 0, MQ_INVALID_FLAGS);
+    REQUIRE(is_rotation(lin->rotation), MQ_INVALID_ROTATION);
     return MQ_OK;
 }
 
@@ -180,7 +201,7 @@ mq_status mq_pack_weight(const mq_linear *lin, int q_max, mq_dtype dtype, const 
     TRY(check_layer(lin, &shape));
     REQUIRE(q_max >= 1 && q_max <= 7, MQ_INVALID_BITS);
     REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
-    REQUIRE(stride >= 0, MQ_INVALID_SIZE);
+    REQUIRE(stride >= lin->k, MQ_INVALID_SIZE);
     TRY(check_panels(&shape, panel0, panel1));
     if (panel0 == panel1 || lin->k == 0) return MQ_OK;
     REQUIRE(w && (!shape.groups || (qweight && scales)) && (!lin->k_salient || salient),
@@ -188,6 +209,19 @@ mq_status mq_pack_weight(const mq_linear *lin, int q_max, mq_dtype dtype, const 
     TRY(check_perm(lin));
     return mq_run_pack_weight(mq_kernels_of(lin->isa), &shape, lin, q_max, dtype, w, stride,
                               group_scales, panel0, panel1, qweight, scales, salient);
+}
+
+mq_status mq_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,
+                        int64_t groups, const float *scales, const float *u, float *w,
+                        float *errors) {
+    REQUIRE(q_max >= 1 && q_max <= 7, MQ_INVALID_BITS);
+    REQUIRE(group_size >= 1, MQ_INVALID_GROUP_SIZE);
+    REQUIRE(rows >= 0 && cols >= 0 && col0 >= 0, MQ_INVALID_SIZE);
+    if (rows == 0 || cols == 0) return MQ_OK;
+    REQUIRE((col0 + cols - 1) / group_size < groups, MQ_INVALID_SIZE);
+    REQUIRE(scales && u && w && errors, MQ_INVALID_POINTER);
+    mq_run_gptq_block(q_max, rows, cols, col0, group_size, groups, scales, u, w, errors);
+    return MQ_OK;
 }
 
 static mq_status check_weights(const mq_linear *lin, const mq_shape *shape) {
@@ -204,7 +238,7 @@ mq_status mq_unpack_weight(const mq_linear *lin, int64_t panel0, int64_t panel1,
     if (panel0 == panel1 || lin->k == 0) return MQ_OK;
     REQUIRE(w, MQ_INVALID_POINTER);
     TRY(check_perm(lin));
-    mq_run_unpack_weight(&shape, lin, panel0, panel1, w);
+    mq_run_unpack_weight(mq_kernels_of(lin->isa), &shape, lin, panel0, panel1, w);
     return MQ_OK;
 }
 
@@ -213,6 +247,9 @@ mq_status mq_linear_workspace_size(const mq_linear *lin, int64_t m, size_t *byte
     TRY(check_layer(lin, &shape));
     REQUIRE(bytes, MQ_INVALID_POINTER);
     REQUIRE(m >= 0, MQ_INVALID_SIZE);
+    const double per_row = MQ_QUAD * (double)shape.quads + 4.0 * (double)shape.groups +
+                           4.0 * (double)shape.segments + 4.0 * (double)lin->k_salient;
+    REQUIRE(per_row * ((double)m + 16) < 0x1p62, MQ_INVALID_SIZE);
     *bytes = mq_workspace_bytes(&shape, lin->k_salient, m, mq_kernels_of(lin->isa)->tile_rows);
     return MQ_OK;
 }
@@ -239,10 +276,11 @@ mq_status mq_linear_quantize(const mq_linear *lin, mq_dtype dtype, const void *x
                              int64_t m, int64_t row0, int64_t row1, void *workspace) {
     mq_shape shape;
     TRY(check_layer(lin, &shape));
-    REQUIRE(lin->q_max >= 1 && lin->q_max <= 7, MQ_INVALID_BITS);
+    REQUIRE(lin->act_bits >= 2 && lin->act_bits <= 4, MQ_INVALID_BITS);
+    REQUIRE((unsigned)lin->act_format <= MQ_ACT_ZERO_POINT, MQ_INVALID_FORMAT);
     REQUIRE(lin->clip > 0 && lin->clip <= 1, MQ_INVALID_SCALE);
     REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
-    REQUIRE(stride >= 0, MQ_INVALID_SIZE);
+    REQUIRE(stride >= lin->k, MQ_INVALID_SIZE);
     TRY(check_rows(lin, m, row0, row1));
     if (row0 == row1 || lin->k == 0) return MQ_OK;
     REQUIRE(x && workspace, MQ_INVALID_POINTER);
@@ -259,7 +297,7 @@ mq_status mq_linear_multiply(const mq_linear *lin, int64_t m, int64_t row0, int6
     TRY(check_layer(lin, &shape));
     TRY(check_weights(lin, &shape));
     REQUIRE(is_dtype(dtype) && (!lin->bias || is_dtype(lin->bias_dtype)), MQ_INVALID_DTYPE);
-    REQUIRE(stride >= 0, MQ_INVALID_SIZE);
+    REQUIRE(stride >= lin->n, MQ_INVALID_SIZE);
     TRY(check_rows(lin, m, row0, row1));
     TRY(check_panels(&shape, panel0, panel1));
     if (row0 == row1 || panel0 == panel1) return MQ_OK;

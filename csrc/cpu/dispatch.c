@@ -11,6 +11,7 @@
      mq_widen_##isa,            \
      mq_narrow_##isa,           \
      mq_extent_of_##isa,        \
+     mq_hadamard_##isa,         \
      mq_quantize_##isa,         \
      mq_dequantize_##isa,       \
      mq_pack_nibbles_##isa,     \

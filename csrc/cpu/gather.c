@@ -2,8 +2,8 @@
 
 #include "ops.h"
 
-const float *mq_gather(const mq_kernels *kernels, mq_dtype dtype, const void *row,
-                       const int32_t *perm, int64_t k0, int64_t n, float *buffer) {
+static const float *gather(const mq_kernels *kernels, mq_dtype dtype, const void *row,
+                           const int32_t *perm, int64_t k0, int64_t n, float *buffer) {
     if (dtype == MQ_F32) {
         const float *x = row;
         if (!perm) return x + k0;
@@ -22,16 +22,34 @@ const float *mq_gather(const mq_kernels *kernels, mq_dtype dtype, const void *ro
     return buffer;
 }
 
-mq_extent mq_gather_extent(const mq_kernels *kernels, mq_dtype dtype, const void *row,
-                           const int32_t *perm, int64_t k0, int64_t n) {
-    mq_extent extent = {0, 0};
+/* The size of the rotated block that starts where `left` channels of a group are left. */
+static int64_t block_size(int64_t rotation, int64_t left) {
+    while (rotation > left) rotation /= 2;
+    return rotation;
+}
+
+void mq_rotate(const mq_kernels *kernels, int64_t rotation, float *x, int64_t n) {
+    for (int64_t i = 0, size; i < n; i += size) {
+        size = block_size(rotation, n - i);
+        kernels->hadamard(x + i, size);
+    }
+}
+
+const float *mq_load_channels(const mq_channels *from, int64_t k0, int64_t n, float *buffer) {
+    const float *x = gather(from->kernels, from->dtype, from->row, from->perm, k0, n, buffer);
+    if (from->rotation <= 1) return x;
+    if (x != buffer) memcpy(buffer, x, (size_t)n * sizeof *x);
+    mq_rotate(from->kernels, from->rotation, buffer, n);
+    return buffer;
+}
+
+mq_extent mq_channels_extent(const mq_channels *from, int64_t k0, int64_t n) {
+    mq_extent extent = {0, 0, 0};
     float buffer[MQ_BUFFER];
     for (int64_t i = 0; i < n; i += MQ_BUFFER) {
         int64_t part = mq_min(MQ_BUFFER, n - i);
-        mq_extent of_part =
-            kernels->extent_of(mq_gather(kernels, dtype, row, perm, k0 + i, part, buffer), part);
-        if (of_part.abs_bits > extent.abs_bits) extent.abs_bits = of_part.abs_bits;
-        if (of_part.max_bits > extent.max_bits) extent.max_bits = of_part.max_bits;
+        const float *x = mq_load_channels(from, k0 + i, part, buffer);
+        extent = mq_extent_union(extent, from->kernels->extent_of(x, part));
     }
     return extent;
 }

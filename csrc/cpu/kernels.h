@@ -9,8 +9,7 @@
 #include "../mixedquant.h"
 
 enum {
-    MQ_MAX_TILE_ROWS = 12, /* the largest tile_rows of any table */
-    MQ_ROW_CHUNK = 240,    /* tokens whose sums stay in L1 while a panel's weights are reused */
+    MQ_ROW_CHUNK = 240, /* tokens whose sums stay in L1 while a panel's weights are reused */
     MQ_BUFFER = MQ_SEGMENT_QUADS * MQ_QUAD /* values gathered at a time */
 };
 
@@ -34,12 +33,14 @@ typedef void mq_sort_keys_fn(mq_sort_key key, int64_t k, int64_t count,
 typedef void mq_widen_fn(mq_dtype dtype, const uint16_t *x, int64_t n, float *out);
 /* n fp32 values to 16 bits, round half to even; NaN gives a quiet NaN */
 typedef void mq_narrow_fn(mq_dtype dtype, const float *x, int64_t n, uint16_t *out);
-/* The largest magnitude's bits: the largest of x's bits without sign, so that Inf < NaN; and the
- * largest of x's bits as int32, at least 0: the largest positive value. */
+/* abs_bits: the bits of the largest magnitude, so that Inf < NaN. positive_bits, negative_bits: of the largest
+ * positive and of the largest negative value's magnitude, 0 if there is none. */
 typedef struct mq_extent {
-    uint32_t abs_bits, max_bits;
+    uint32_t abs_bits, positive_bits, negative_bits;
 } mq_extent;
 typedef mq_extent mq_extent_of_fn(const float *x, int64_t n);
+/* x [n] times the orthonormal Hadamard matrix of size n, a power of two up to MQ_MAX_ROTATION */
+typedef void mq_hadamard_fn(float *x, int64_t n);
 /* q = clamp(round_half_even(x * inverse), low, high); x finite */
 typedef void mq_quantize_fn(const float *x, int64_t n, float inverse, int low, int high, int8_t *q);
 /* out = q * scale */
@@ -58,12 +59,13 @@ typedef void mq_multiply_groups_fn(const mq_activations *act, const mq_shape *sh
 
 typedef struct mq_kernels {
     const char *name;
-    int tile_rows; /* <= MQ_MAX_TILE_ROWS */
+    int tile_rows;
     mq_channel_stats_fn *channel_stats;
     mq_sort_keys_fn *sort_keys;
     mq_widen_fn *widen;
     mq_narrow_fn *narrow;
     mq_extent_of_fn *extent_of;
+    mq_hadamard_fn *hadamard;
     mq_quantize_fn *quantize;
     mq_dequantize_fn *dequantize;
     mq_pack_nibbles_fn *pack_nibbles;
@@ -81,6 +83,7 @@ const mq_kernels *mq_kernels_of(mq_isa isa);
     mq_widen_fn mq_widen_##isa;                       \
     mq_narrow_fn mq_narrow_##isa;                     \
     mq_extent_of_fn mq_extent_of_##isa;               \
+    mq_hadamard_fn mq_hadamard_##isa;                 \
     mq_quantize_fn mq_quantize_##isa;                 \
     mq_dequantize_fn mq_dequantize_##isa;             \
     mq_pack_nibbles_fn mq_pack_nibbles_##isa;         \
@@ -110,6 +113,14 @@ static inline uint32_t mq_bits_of_float(float value) {
 }
 
 static inline int64_t mq_min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline uint32_t mq_max_bits(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+static inline mq_extent mq_extent_union(mq_extent a, mq_extent b) {
+    return (mq_extent){mq_max_bits(a.abs_bits, b.abs_bits),
+                       mq_max_bits(a.positive_bits, b.positive_bits),
+                       mq_max_bits(a.negative_bits, b.negative_bits)};
+}
 
 static inline int64_t mq_ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 

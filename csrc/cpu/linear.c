@@ -1,4 +1,5 @@
 /* The two steps of the W4A4 linear: quantize tokens into the workspace, multiply panels with it. */
+#include <math.h>
 #include <string.h>
 
 #include "ops.h"
@@ -6,8 +7,8 @@
 static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 
 /* Bytes of the workspace's parts, in order: codes, scales, starts, salient. */
-static void part_sizes(const mq_shape *shape, int64_t k_salient, int64_t m, int64_t h,
-                       size_t sizes[4]) {
+static void workspace_sizes(const mq_shape *shape, int64_t k_salient, int64_t m, int64_t h,
+                            size_t sizes[4]) {
     size_t rows = (size_t)(mq_ceil_div(m, h ? h : 1) * h);
     sizes[0] = aligned(rows * (size_t)shape->quads * MQ_QUAD);
     sizes[1] = aligned(rows * (size_t)shape->groups * sizeof(float));
@@ -17,15 +18,15 @@ static void part_sizes(const mq_shape *shape, int64_t k_salient, int64_t m, int6
 
 size_t mq_workspace_bytes(const mq_shape *shape, int64_t k_salient, int64_t m, int64_t tile_rows) {
     size_t sizes[4];
-    part_sizes(shape, k_salient, m, mq_min(m, tile_rows), sizes);
+    workspace_sizes(shape, k_salient, m, mq_min(m, tile_rows), sizes);
     return sizes[0] + sizes[1] + sizes[2] + sizes[3];
 }
 
-static mq_activations view(const mq_shape *shape, int64_t k_salient, int64_t m, int64_t tile_rows,
-                           void *workspace) {
+static mq_activations workspace_view(const mq_shape *shape, int64_t k_salient, int64_t m,
+                                     int64_t tile_rows, void *workspace) {
     size_t sizes[4];
     mq_activations act = {.m = m, .h = mq_min(m, tile_rows)};
-    part_sizes(shape, k_salient, m, act.h, sizes);
+    workspace_sizes(shape, k_salient, m, act.h, sizes);
     char *at = workspace;
     act.codes = (int8_t *)at;
     act.scales = (float *)(void *)(at += sizes[0]);
@@ -45,54 +46,75 @@ static int32_t start_of(const int8_t *codes, int64_t n) {
 }
 
 typedef struct token {
-    const mq_kernels *kernels;
     const mq_shape *shape;
     const mq_linear *lin;
-    mq_dtype dtype;
-    const void *x;
     const mq_activations *act;
-    int64_t tile, r;
+    int64_t tile, row_in_tile;
+    mq_channels int4, salient; /* the token's channels, rotated and as they are */
 } token;
+
+/* How a group becomes codes: code = clamp(round(x * inverse), low, high). */
+typedef struct quantization {
+    float scale, inverse;
+    int low, high;
+} quantization;
+
+static quantization quantization_of(const mq_linear *lin, mq_extent extent) {
+    if (extent.abs_bits >= 0x7f800000u)
+        return (quantization){.scale = mq_float_of_bits(0x7fc00000u)};
+    const int is_symmetric = lin->act_format == MQ_ACT_SYMMETRIC;
+    const int levels = (1 << (lin->act_bits - is_symmetric)) - 1;
+    const float positive = mq_float_of_bits(extent.positive_bits);
+    const float negative = mq_float_of_bits(extent.negative_bits);
+    float range = positive;
+    if (is_symmetric) range = mq_float_of_bits(extent.abs_bits);
+    if (lin->act_format == MQ_ACT_ZERO_POINT) range = positive + negative;
+    quantization to = {.scale = mq_scale_of(lin->clip * range, (float)levels), .high = levels};
+    to.inverse = mq_inverse_of(to.scale);
+    if (is_symmetric) to.low = -levels;
+    if (lin->act_format == MQ_ACT_ZERO_POINT) {
+        const float zero = lin->clip * negative * to.inverse;
+        to.low = zero < (float)levels ? -(int)lrintf(zero) : -levels;
+        to.high = levels + to.low;
+    }
+    return to;
+}
 
 static void quantize_groups(const token *t) {
     const mq_shape *shape = t->shape;
     const mq_linear *lin = t->lin;
+    const mq_kernels *kernels = t->int4.kernels;
     const int64_t h = t->act->h, k4 = lin->k - lin->k_salient;
-    int8_t *codes = t->act->codes + (t->tile * shape->quads * h + t->r) * MQ_QUAD;
-    float *scales = t->act->scales + t->tile * shape->groups * h + t->r;
-    int32_t *starts = t->act->starts + t->tile * shape->segments * h + t->r;
+    int8_t *codes = t->act->codes + (t->tile * shape->quads * h + t->row_in_tile) * MQ_QUAD;
+    float *scales = t->act->scales + t->tile * shape->groups * h + t->row_in_tile;
+    int32_t *starts = t->act->starts + t->tile * shape->segments * h + t->row_in_tile;
     float buffer[MQ_BUFFER];
-    int8_t q[MQ_BUFFER + MQ_QUAD];
-    mq_extent token_extent = {0, 0};
+    int8_t q[MQ_BUFFER];
+    mq_extent extent = {0, 0, 0};
     if (lin->per_token)
-        token_extent = mq_gather_extent(t->kernels, t->dtype, t->x, lin->perm, 0, k4);
+        for (int64_t k0 = 0, n; k0 < k4; k0 += n) {
+            n = mq_min(lin->group_size, k4 - k0);
+            extent = mq_extent_union(extent, mq_channels_extent(&t->int4, k0, n));
+        }
 
     for (int64_t k0 = 0, n; k0 < k4; k0 += n) {
         n = mq_min(lin->group_size, k4 - k0);
-        const float *x = NULL;
-        uint32_t bits = token_extent.abs_bits;
-        if (n <= MQ_BUFFER) x = mq_gather(t->kernels, t->dtype, t->x, lin->perm, k0, n, buffer);
+        /* a group that fits the buffer is read once */
+        const float *x = n <= MQ_BUFFER ? mq_load_channels(&t->int4, k0, n, buffer) : NULL;
         if (!lin->per_token)
-            bits = (x ? t->kernels->extent_of(x, n)
-                      : mq_gather_extent(t->kernels, t->dtype, t->x, lin->perm, k0, n))
-                       .abs_bits;
-        float scale = bits >= 0x7f800000u
-                          ? mq_float_of_bits(0x7fc00000u)
-                          : mq_scale_of(lin->clip * mq_float_of_bits(bits), (float)lin->q_max);
-        *scales = scale;
+            extent = x ? kernels->extent_of(x, n) : mq_channels_extent(&t->int4, k0, n);
+        const quantization to = quantization_of(lin, extent);
+        *scales = to.scale;
         scales += h;
-        float inverse = mq_inverse_of(scale);
 
         for (int64_t i = 0, part; i < n; i += part) {
             part = mq_min(MQ_BUFFER, n - i);
-            if (inverse > 0) {
-                const float *values =
-                    x ? x : mq_gather(t->kernels, t->dtype, t->x, lin->perm, k0 + i, part, buffer);
-                t->kernels->quantize(values, part, inverse, -lin->q_max, lin->q_max, q);
-            } else {
+            if (to.inverse > 0)
+                kernels->quantize(x ? x : mq_load_channels(&t->int4, k0 + i, part, buffer), part,
+                                  to.inverse, to.low, to.high, q);
+            else
                 memset(q, 0, (size_t)part);
-            }
-            int64_t whole = mq_ceil_div(part, MQ_QUAD) * MQ_QUAD;
+            const int64_t whole = mq_ceil_div(part, MQ_QUAD) * MQ_QUAD;
             memset(q + part, 0, (size_t)(whole - part));
             *starts = start_of(q, whole);
             starts += h;
@@ -105,14 +127,13 @@ static void quantize_groups(const token *t) {
 static void split_salient(const token *t) {
     const mq_linear *lin = t->lin;
     const int64_t h = t->act->h, k4 = lin->k - lin->k_salient;
-    float *salient = t->act->salient + t->tile * lin->k_salient * h + t->r;
+    float *salient = t->act->salient + t->tile * lin->k_salient * h + t->row_in_tile;
     float buffer[MQ_BUFFER];
     uint32_t bits = 0;
     for (int64_t i = 0, part; i < lin->k_salient; i += part) {
         part = mq_min(MQ_BUFFER, lin->k_salient - i);
-        const float *x = mq_gather(t->kernels, t->dtype, t->x, lin->perm, k4 + i, part, buffer);
-        mq_extent extent = t->kernels->extent_of(x, part);
-        if (extent.abs_bits > bits) bits = extent.abs_bits;
+        const float *x = mq_load_channels(&t->salient, k4 + i, part, buffer);
+        bits = mq_max_bits(bits, t->salient.kernels->extent_of(x, part).abs_bits);
         for (int64_t e = 0; e < part; e++) salient[(i + e) * h] = x[e];
     }
     /* An Inf would leave some outputs Inf, and the sign of a zero weight would decide others */
@@ -122,16 +143,18 @@ static void split_salient(const token *t) {
 void mq_run_linear_quantize(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
                             mq_dtype dtype, const void *x, int64_t stride, int64_t m, int64_t row0,
                             int64_t row1, void *workspace) {
-    mq_activations act = view(shape, lin->k_salient, m, kernels->tile_rows, workspace);
+    mq_activations act = workspace_view(shape, lin->k_salient, m, kernels->tile_rows, workspace);
     for (int64_t row = row0; row < row1; row++) {
-        token t = {kernels,
-                   shape,
-                   lin,
-                   dtype,
-                   (const char *)x + (size_t)(row * stride) * mq_dtype_size(dtype),
-                   &act,
-                   row / act.h,
-                   row % act.h};
+        const void *values = (const char *)x + (size_t)(row * stride) * mq_dtype_size(dtype);
+        const token t = {
+            .shape = shape,
+            .lin = lin,
+            .act = &act,
+            .tile = row / act.h,
+            .row_in_tile = row % act.h,
+            .int4 = {kernels, dtype, values, lin->perm, lin->rotation},
+            .salient = {kernels, dtype, values, lin->perm, 0},
+        };
         quantize_groups(&t);
         split_salient(&t);
     }
@@ -154,7 +177,7 @@ void mq_run_linear_multiply(const mq_kernels *kernels, const mq_shape *shape, co
                             const void *workspace, mq_dtype dtype, void *out, int64_t stride) {
     /* the views are written in step 1 only */
     mq_activations act =
-        view(shape, lin->k_salient, m, kernels->tile_rows, (void *)(uintptr_t)workspace);
+        workspace_view(shape, lin->k_salient, m, kernels->tile_rows, (void *)(uintptr_t)workspace);
     float sums[MQ_ROW_CHUNK * MQ_PANEL], bias[MQ_PANEL];
     const int64_t chunk = MQ_ROW_CHUNK / act.h * act.h;
     for (int64_t p = panel0; p < panel1; p++) {

@@ -2,9 +2,9 @@
  * and a temporary fill the 16 ymm registers.
  *
  * 4-bit codes allow what 8-bit ones do not: maddubs(weight + 8 as u8, activation as s8) sums two
- * products of at most 15 * 7 in int16, and int16 sums of a whole segment stay exact: they wrap
+ * products of at most 15 * 15 in int16, and int16 sums of a whole segment stay exact: they wrap
  * modulo 2^16 on the way, but start at -8 * sum(activations), so the last value is the plain dot
- * product, at most 2 * 256 * 49 < 2^15 in magnitude. */
+ * product, at most 2 * 128 * 8 * 15 < 2^15 in magnitude. */
 #include "kernels.h"
 
 #if defined(__x86_64__)

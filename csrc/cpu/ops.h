@@ -17,12 +17,20 @@ void mq_run_group_fake_quantize(const mq_kernels *kernels, const mq_group_format
                                 mq_dtype dtype, const void *x, int64_t rows, int64_t cols,
                                 int64_t stride, void *out);
 
+void mq_run_group_hadamard(const mq_kernels *kernels, int64_t group_size, int64_t rotation,
+                           mq_dtype dtype, const void *x, int64_t rows, int64_t cols,
+                           int64_t stride, void *out);
+
 mq_status mq_run_pack_weight(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
                              int q_max, mq_dtype dtype, const void *w, int64_t stride,
                              const float *group_scales, int64_t panel0, int64_t panel1,
                              uint8_t *qweight, uint16_t *scales, void *salient);
-void mq_run_unpack_weight(const mq_shape *shape, const mq_linear *lin, int64_t panel0,
-                          int64_t panel1, float *w);
+void mq_run_unpack_weight(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
+                          int64_t panel0, int64_t panel1, float *w);
+
+void mq_run_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,
+                       int64_t groups, const float *scales, const float *u, float *w,
+                       float *errors);
 
 size_t mq_workspace_bytes(const mq_shape *shape, int64_t k_salient, int64_t m, int64_t tile_rows);
 void mq_run_linear_quantize(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
@@ -32,14 +40,25 @@ void mq_run_linear_multiply(const mq_kernels *kernels, const mq_shape *shape, co
                             int64_t m, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1,
                             const void *workspace, mq_dtype dtype, void *out, int64_t stride);
 
-/* Channels perm[k0 .. k0 + n) of one row (perm NULL: channels k0 .. k0 + n) as fp32; n <=
- * MQ_BUFFER. Returns where they are: in buffer, or in the row itself. */
-const float *mq_gather(const mq_kernels *kernels, mq_dtype dtype, const void *row,
-                       const int32_t *perm, int64_t k0, int64_t n, float *buffer);
+/* One row and how to read it: channels perm[0 .. k), or all in order where perm is NULL; rotated in
+ * blocks where rotation > 1. */
+typedef struct mq_channels {
+    const mq_kernels *kernels;
+    mq_dtype dtype;
+    const void *row;
+    const int32_t *perm;
+    int64_t rotation;
+} mq_channels;
 
-/* The extent of channels perm[k0 .. k0 + n) of one row, any n. */
-mq_extent mq_gather_extent(const mq_kernels *kernels, mq_dtype dtype, const void *row,
-                           const int32_t *perm, int64_t k0, int64_t n);
+/* Channels k0 .. k0 + n as fp32, n <= MQ_BUFFER; k0 starts a group, or is a multiple of MQ_BUFFER from
+ * there. Returns where they are: in buffer, or in the row itself. */
+const float *mq_load_channels(const mq_channels *from, int64_t k0, int64_t n, float *buffer);
+
+/* The extent of channels k0 .. k0 + n of one group, any n. */
+mq_extent mq_channels_extent(const mq_channels *from, int64_t k0, int64_t n);
+
+/* Rotates n values that start a group, or a multiple of MQ_BUFFER from there; its own inverse. */
+void mq_rotate(const mq_kernels *kernels, int64_t rotation, float *x, int64_t n);
 
 /* The scale of a group by mixedquant.h's rule: NaN for a non-finite group, 0 for one too small. */
 static inline float mq_scale_of(float magnitude_times_clip, float q_max) {

@@ -11,23 +11,22 @@ MQ_AVX2 static MQ_INLINE uint32_t largest(__m256i v) {
 }
 
 MQ_AVX2 mq_extent mq_extent_of_avx2(const float *x, int64_t n) {
-    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
-    __m256i abs0 = _mm256_setzero_si256(), abs1 = abs0, max0 = abs0, max1 = abs0;
+    const __m256i sign = _mm256_set1_epi32((int)0x80000000);
+    __m256i max0 = _mm256_setzero_si256(), max1 = max0, min0 = max0, min1 = max0;
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) {
         __m256i a = _mm256_loadu_si256((const __m256i *)(const void *)(x + i));
         __m256i b = _mm256_loadu_si256((const __m256i *)(const void *)(x + i + 8));
-        abs0 = _mm256_max_epi32(abs0, _mm256_and_si256(a, magnitude));
-        abs1 = _mm256_max_epi32(abs1, _mm256_and_si256(b, magnitude));
+        /* as int32, values of the other sign are negative and lose against 0 */
         max0 = _mm256_max_epi32(max0, a);
         max1 = _mm256_max_epi32(max1, b);
+        min0 = _mm256_max_epi32(min0, _mm256_xor_si256(a, sign));
+        min1 = _mm256_max_epi32(min1, _mm256_xor_si256(b, sign));
     }
-    mq_extent extent = {largest(_mm256_max_epi32(abs0, abs1)),
-                        largest(_mm256_max_epi32(max0, max1))};
-    mq_extent rest = mq_extent_of_scalar(x + i, n - i);
-    if (rest.abs_bits > extent.abs_bits) extent.abs_bits = rest.abs_bits;
-    if (rest.max_bits > extent.max_bits) extent.max_bits = rest.max_bits;
-    return extent;
+    mq_extent extent = {0, largest(_mm256_max_epi32(max0, max1)),
+                        largest(_mm256_max_epi32(min0, min1))};
+    extent.abs_bits = mq_max_bits(extent.positive_bits, extent.negative_bits);
+    return mq_extent_union(extent, mq_extent_of_scalar(x + i, n - i));
 }
 
 MQ_AVX2 void mq_quantize_avx2(const float *x, int64_t n, float inverse, int low, int high,

@@ -3,11 +3,12 @@
 #include "kernels.h"
 
 mq_extent mq_extent_of_scalar(const float *x, int64_t n) {
-    mq_extent extent = {0, 0};
+    mq_extent extent = {0, 0, 0};
     for (int64_t i = 0; i < n; i++) {
-        uint32_t bits = mq_bits_of_float(x[i]), magnitude = bits & 0x7fffffffu;
-        if (magnitude > extent.abs_bits) extent.abs_bits = magnitude;
-        if (bits == magnitude && magnitude > extent.max_bits) extent.max_bits = magnitude;
+        const uint32_t bits = mq_bits_of_float(x[i]), magnitude = bits & 0x7fffffffu;
+        const int is_positive = bits == magnitude;
+        extent = mq_extent_union(extent, (mq_extent){magnitude, is_positive ? magnitude : 0,
+                                                     is_positive ? 0 : magnitude});
     }
     return extent;
 }

@@ -16,24 +16,23 @@ static uint8_t *code_place(uint8_t *panel, const mq_shape *shape, int64_t j, int
     return panel + quad / 2 * MQ_BLOCK_BYTES + c * MQ_QUAD + i % MQ_QUAD;
 }
 
-static mq_status pack_group(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
-                            int q_max, mq_dtype dtype, const void *row, const float *given,
-                            int64_t j, int64_t c, uint8_t *panel, uint16_t *scale_bits) {
-    int64_t k0 = j * lin->group_size, n = group_channels(lin, j);
-    mq_extent extent = mq_gather_extent(kernels, dtype, row, lin->perm, k0, n);
+static mq_status pack_group(const mq_channels *row, const mq_shape *shape, const mq_linear *lin,
+                            int q_max, const float *given, int64_t j, int64_t c, uint8_t *panel,
+                            uint16_t *scale_bits) {
+    const int64_t k0 = j * lin->group_size, n = group_channels(lin, j);
+    const mq_extent extent = mq_channels_extent(row, k0, n);
     if (extent.abs_bits >= 0x7f800000u) return MQ_NON_FINITE;
-    float scale = given ? *given : mq_float_of_bits(extent.abs_bits) / (float)q_max;
-    if (!(scale >= 0) || mq_bits_of_float(scale) >= 0x7f7f8000u) /* rounds to Inf in bf16 */
-        return MQ_INVALID_SCALE;
+    const float scale = given ? *given : mq_float_of_bits(extent.abs_bits) / (float)q_max;
+    if (!(scale >= 0) || scale >= 0x1.ffp127f) return MQ_INVALID_SCALE; /* rounds to Inf in bf16 */
     *scale_bits = scale < 0x1p-126f ? 0 : mq_f32_to_bf16(scale);
-    float inverse = mq_inverse_of(mq_bf16_to_f32(*scale_bits));
+    const float inverse = mq_inverse_of(mq_bf16_to_f32(*scale_bits));
 
     float buffer[MQ_BUFFER];
     int8_t codes[MQ_BUFFER];
     for (int64_t i = 0; i < n; i += MQ_BUFFER) {
-        int64_t part = mq_min(MQ_BUFFER, n - i);
-        const float *x = mq_gather(kernels, dtype, row, lin->perm, k0 + i, part, buffer);
-        kernels->quantize(x, part, inverse, -q_max, q_max, codes);
+        const int64_t part = mq_min(MQ_BUFFER, n - i);
+        row->kernels->quantize(mq_load_channels(row, k0 + i, part, buffer), part, inverse, -q_max,
+                               q_max, codes);
         for (int64_t e = 0; e < part; e++) {
             int shift;
             uint8_t *byte = code_place(panel, shape, j, i + e, c, &shift);
@@ -43,17 +42,19 @@ static mq_status pack_group(const mq_kernels *kernels, const mq_shape *shape, co
     return MQ_OK;
 }
 
-static mq_status pack_salient(const mq_kernels *kernels, const mq_linear *lin, mq_dtype dtype,
-                              const void *row, int64_t c, uint16_t *panel) {
+static mq_status pack_salient(const mq_channels *row, const mq_linear *lin, int64_t c,
+                              uint16_t *panel) {
+    const uint16_t infinity = lin->salient_dtype == MQ_F16 ? 0x7c00 : 0x7f80;
     float buffer[MQ_BUFFER];
     uint16_t halves[MQ_BUFFER];
     for (int64_t i = 0; i < lin->k_salient; i += MQ_BUFFER) {
-        int64_t part = mq_min(MQ_BUFFER, lin->k_salient - i);
-        const float *x =
-            mq_gather(kernels, dtype, row, lin->perm, lin->k - lin->k_salient + i, part, buffer);
-        if (kernels->extent_of(x, part).abs_bits >= 0x7f800000u) return MQ_NON_FINITE;
-        kernels->narrow(lin->salient_dtype, x, part, halves);
-        for (int64_t e = 0; e < part; e++) panel[(i + e) * MQ_PANEL + c] = halves[e];
+        const int64_t part = mq_min(MQ_BUFFER, lin->k_salient - i);
+        const float *x = mq_load_channels(row, lin->k - lin->k_salient + i, part, buffer);
+        row->kernels->narrow(lin->salient_dtype, x, part, halves);
+        for (int64_t e = 0; e < part; e++) {
+            if ((halves[e] & 0x7fff) >= infinity) return MQ_NON_FINITE;
+            panel[(i + e) * MQ_PANEL + c] = halves[e];
+        }
     }
     return MQ_OK;
 }
@@ -66,48 +67,58 @@ mq_status mq_run_pack_weight(const mq_kernels *kernels, const mq_shape *shape, c
         uint8_t *panel = qweight + p * shape->blocks * MQ_BLOCK_BYTES;
         uint16_t *panel_scales = scales + p * shape->groups * MQ_PANEL;
         uint16_t *panel_salient = (uint16_t *)salient + p * lin->k_salient * MQ_PANEL;
-        memset(panel, 0x88, (size_t)(shape->blocks * MQ_BLOCK_BYTES));
+        if (shape->groups) memset(panel, 0x88, (size_t)(shape->blocks * MQ_BLOCK_BYTES));
         if (shape->groups) memset(panel_scales, 0, (size_t)(shape->groups * MQ_PANEL) * 2);
         if (lin->k_salient) memset(panel_salient, 0, (size_t)(lin->k_salient * MQ_PANEL) * 2);
 
         for (int64_t c = 0; c < mq_min(MQ_PANEL, lin->n - p * MQ_PANEL); c++) {
             int64_t o = p * MQ_PANEL + c;
-            const void *row = (const char *)w + (size_t)(o * stride) * mq_dtype_size(dtype);
-            for (int64_t j = 0; j < shape->groups; j++) {
-                mq_status status =
-                    pack_group(kernels, shape, lin, q_max, dtype, row,
-                               group_scales ? group_scales + o * shape->groups + j : NULL, j, c,
-                               panel, panel_scales + j * MQ_PANEL + c);
-                if (status != MQ_OK) return status;
-            }
-            mq_status status = pack_salient(kernels, lin, dtype, row, c, panel_salient);
+            const void *values = (const char *)w + (size_t)(o * stride) * mq_dtype_size(dtype);
+            const mq_channels int4 = {kernels, dtype, values, lin->perm, lin->rotation};
+            const mq_channels natural = {kernels, dtype, values, lin->perm, 0};
+            mq_status status = MQ_OK;
+            for (int64_t j = 0; j < shape->groups && status == MQ_OK; j++)
+                status = pack_group(&int4, shape, lin, q_max,
+                                    group_scales ? group_scales + o * shape->groups + j : NULL, j,
+                                    c, panel, panel_scales + j * MQ_PANEL + c);
+            if (status == MQ_OK) status = pack_salient(&natural, lin, c, panel_salient);
             if (status != MQ_OK) return status;
         }
     }
     return MQ_OK;
 }
 
-void mq_run_unpack_weight(const mq_shape *shape, const mq_linear *lin, int64_t panel0,
-                          int64_t panel1, float *w) {
-    int64_t k4 = lin->k - lin->k_salient;
+/* Channels i .. i + n of group j, output channel c of the panel, as rotated values. */
+static void decode(const mq_shape *shape, const uint8_t *panel, float scale, int64_t j, int64_t i,
+                   int64_t n, int64_t c, float *values) {
+    for (int64_t e = 0; e < n; e++) {
+        int shift; /* only read; code_place serves packing too */
+        const uint8_t *byte = code_place((uint8_t *)(uintptr_t)panel, shape, j, i + e, c, &shift);
+        values[e] = (float)(((*byte >> shift) & 15) - 8) * scale;
+    }
+}
+
+void mq_run_unpack_weight(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
+                          int64_t panel0, int64_t panel1, float *w) {
+    const int64_t k4 = lin->k - lin->k_salient;
+    float values[MQ_BUFFER];
     for (int64_t o = panel0 * MQ_PANEL; o < mq_min(panel1 * MQ_PANEL, lin->n); o++) {
-        int64_t p = o / MQ_PANEL, c = o % MQ_PANEL;
-        /* only read; code_place serves packing too */
-        uint8_t *panel = (uint8_t *)(uintptr_t)(lin->qweight + p * shape->blocks * MQ_BLOCK_BYTES);
-        for (int64_t i = 0; i < lin->k; i++) {
-            float value;
-            if (i < k4) {
-                int64_t j = i / lin->group_size;
-                int shift;
-                const uint8_t *byte =
-                    code_place(panel, shape, j, i - j * lin->group_size, c, &shift);
-                value = (float)(((*byte >> shift) & 15) - 8) *
-                        mq_bf16_to_f32(lin->scales[(p * shape->groups + j) * MQ_PANEL + c]);
-            } else {
-                value = mq_load(lin->salient_dtype, lin->salient,
-                                (p * lin->k_salient + i - k4) * MQ_PANEL + c);
+        const int64_t p = o / MQ_PANEL, c = o % MQ_PANEL;
+        const uint8_t *panel = lin->qweight + p * shape->blocks * MQ_BLOCK_BYTES;
+        float *row = w + o * lin->k;
+        for (int64_t j = 0; j < shape->groups; j++) {
+            const float scale = mq_bf16_to_f32(lin->scales[(p * shape->groups + j) * MQ_PANEL + c]);
+            const int64_t k0 = j * lin->group_size, n = group_channels(lin, j);
+            for (int64_t i = 0; i < n; i += MQ_BUFFER) {
+                const int64_t part = mq_min(MQ_BUFFER, n - i);
+                decode(shape, panel, scale, j, i, part, c, values);
+                if (lin->rotation > 1) mq_rotate(kernels, lin->rotation, values, part);
+                for (int64_t e = 0; e < part; e++)
+                    row[lin->perm ? lin->perm[k0 + i + e] : k0 + i + e] = values[e];
             }
-            w[o * lin->k + (lin->perm ? lin->perm[i] : i)] = value;
         }
+        for (int64_t s = 0; s < lin->k_salient; s++)
+            row[lin->perm ? lin->perm[k4 + s] : k4 + s] =
+                mq_load(lin->salient_dtype, lin->salient, (p * lin->k_salient + s) * MQ_PANEL + c);
     }
 }

@@ -71,10 +71,15 @@ ScalarType require_float(const char *op, const char *name, ScalarType dtype) {
     return dtype;
 }
 
+void require_cpu(const char *op, const char *name, const Tensor &t) {
+    require(t.is_cpu(), op, name, " must be on the CPU, as the other arguments are; got shape ",
+            shape_text(t), " elsewhere");
+}
+
 // A CPU tensor of this dtype and shape (-1: any size), contiguous.
 Tensor expect(const char *op, const char *name, const Tensor &t, ScalarType dtype,
               const std::vector<int64_t> &shape) {
-    require(t.is_cpu(), op, name, " must be on the CPU");
+    require_cpu(op, name, t);
     require(t.scalar_type() == dtype, op, name, " must be ", torch::headeronly::toString(dtype),
             "; got ", torch::headeronly::toString(t.scalar_type()));
     bool same = t.dim() == static_cast<int64_t>(shape.size());
@@ -108,7 +113,7 @@ struct Matrix {
 };
 
 Matrix matrix(const char *op, const char *name, const Tensor &t) {
-    require(t.is_cpu(), op, name, " must be on the CPU");
+    require_cpu(op, name, t);
     require(t.dim() >= 1, op, name, " must have at least one dimension; got a scalar");
     Matrix m{t.is_contiguous() ? t : stable::contiguous(t), 1, t.size(t.dim() - 1)};
     for (int64_t i = 0; i + 1 < t.dim(); i++) m.rows *= t.size(i);
@@ -288,6 +293,27 @@ Tensor group_fake_quantize(Tensor x, int64_t group_size, int64_t num_bits, bool 
     return out;
 }
 
+void check_rotation(const char *op, int64_t rotation) {
+    require(rotation >= 0 && rotation <= MQ_MAX_ROTATION && (rotation & (rotation - 1)) == 0, op,
+            "rotation must be 0 or a power of two up to ", MQ_MAX_ROTATION, "; got ", rotation);
+}
+
+Tensor group_hadamard(Tensor x, int64_t group_size, int64_t rotation) {
+    const char *op = "group_hadamard";
+    require(group_size >= 1, op, "group_size must be at least 1; got ", group_size);
+    check_rotation(op, rotation);
+    const mq_dtype dtype = dtype_of(op, "x", x);
+    const Matrix m = matrix(op, "x", x);
+    Tensor out = allocate(x, shape_with_last(x, m.cols), x.scalar_type());
+    parallel(op, m.rows, kGrainValues / std::max<int64_t>(m.cols, 1),
+             [&](int64_t begin, int64_t end) {
+                 return mq_group_hadamard(group_size, rotation, dtype,
+                                          bytes_at(m.tensor, begin * m.cols, dtype), end - begin,
+                                          m.cols, m.cols, out_bytes_at(out, begin * m.cols, dtype));
+             });
+    return out;
+}
+
 Tensor pack_nibbles(Tensor q) {
     const char *op = "pack_nibbles";
     require(q.scalar_type() == ScalarType::Char || q.scalar_type() == ScalarType::Byte, op,
@@ -324,23 +350,32 @@ Tensor unpack_nibbles(Tensor packed, int64_t cols, bool is_unsigned) {
 
 // ---- The W4A4 linear ----
 
-int q_max_of(const char *op, int64_t num_bits) {
+int check_bits(const char *op, int64_t num_bits) {
     require(num_bits >= 2 && num_bits <= 4, op, "num_bits must be in [2, 4]; got ", num_bits);
-    return (1 << (num_bits - 1)) - 1;
+    return static_cast<int>(num_bits);
+}
+
+mq_act_format act_format_of(const char *op, const std::string &name) {
+    static const char *const names[] = {"symmetric", "unsigned", "zero_point"};
+    for (int format = 0; format < 3; format++)
+        if (name == names[format]) return static_cast<mq_act_format>(format);
+    fail(op, "act_format must be symmetric, unsigned or zero_point; got '", name, "'");
 }
 
 // The fields every linear op shares; n and k are given, perm is checked for shape and dtype.
 mq_linear layer(const char *op, int64_t n, int64_t k, int64_t num_salient, int64_t group_size,
-                const Tensor &perm, mq_shape *shape) {
+                int64_t rotation, const Tensor &perm, mq_shape *shape) {
     require(n >= 0, op, "out_features must not be negative; got ", n);
     require(num_salient >= 0 && num_salient <= k, op, "num_salient must be in [0, ", k, "]; got ",
             num_salient);
     require(group_size >= 1, op, "group_size must be at least 1; got ", group_size);
+    check_rotation(op, rotation);
     mq_linear lin{};
     lin.n = n;
     lin.k = k;
     lin.k_salient = num_salient;
     lin.group_size = group_size;
+    lin.rotation = static_cast<int>(rotation);
     lin.salient_dtype = MQ_BF16;
     lin.perm = perm.const_data_ptr<int32_t>();
     lin.isa = mq_isa_active();
@@ -355,17 +390,17 @@ mq_dtype salient_dtype_of(const char *op, ScalarType dtype) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> pack_weight(Tensor w, Tensor perm, int64_t num_salient,
-                                               int64_t group_size, int64_t num_bits,
-                                               std::optional<Tensor> group_scales,
+                                               int64_t group_size, int64_t rotation,
+                                               int64_t num_bits, std::optional<Tensor> group_scales,
                                                ScalarType salient_dtype) {
     const char *op = "pack_weight";
     const mq_dtype dtype = dtype_of(op, "w", w);
     require(w.dim() == 2, op, "w must be a matrix; got shape ", shape_text(w));
     const Matrix m = matrix(op, "w", w);
     perm = expect(op, "perm", perm, ScalarType::Int, {m.cols});
-    const int q_max = q_max_of(op, num_bits);
+    const int q_max = (1 << (check_bits(op, num_bits) - 1)) - 1;
     mq_shape shape;
-    mq_linear lin = layer(op, m.rows, m.cols, num_salient, group_size, perm, &shape);
+    mq_linear lin = layer(op, m.rows, m.cols, num_salient, group_size, rotation, perm, &shape);
     lin.salient_dtype = salient_dtype_of(op, salient_dtype);
     std::vector<bool> used(static_cast<size_t>(m.cols));
     for (int64_t i = 0; i < m.cols; i++) {
@@ -394,13 +429,40 @@ std::tuple<Tensor, Tensor, Tensor> pack_weight(Tensor w, Tensor perm, int64_t nu
     return {qweight, scales, salient};
 }
 
+Tensor gptq_block(Tensor w, Tensor u, Tensor scales, int64_t col0, int64_t group_size,
+                  int64_t num_bits) {
+    const char *op = "gptq_block";
+    require(w.dim() == 2, op, "w must be a matrix; got shape ", shape_text(w));
+    const int64_t rows = w.size(0), cols = w.size(1);
+    expect_out(op, "w", w, ScalarType::Float, {rows, cols});
+    u = expect(op, "u", u, ScalarType::Float, {cols, cols});
+    scales = expect(op, "scales", scales, ScalarType::Float, {rows, -1});
+    require(col0 >= 0, op, "col0 must not be negative; got ", col0);
+    require(group_size >= 1, op, "group_size must be at least 1; got ", group_size);
+    const int64_t groups = scales.size(1);
+    require(cols == 0 || (col0 + cols - 1) / group_size < groups, op, "scales must have ",
+            (col0 + cols - 1) / group_size + 1, " groups or more; got ", groups);
+    const int q_max = (1 << (check_bits(op, num_bits) - 1)) - 1;
+    Tensor errors = allocate(w, {rows, cols}, ScalarType::Float);
+    float *values = w.mutable_data_ptr<float>();
+    parallel(op, rows, kGrainValues / std::max<int64_t>(cols * cols / 2, 1),
+             [&](int64_t begin, int64_t end) {
+                 return mq_gptq_block(q_max, end - begin, cols, col0, group_size, groups,
+                                      scales.const_data_ptr<float>() + begin * groups,
+                                      u.const_data_ptr<float>(), values + begin * cols,
+                                      errors.mutable_data_ptr<float>() + begin * cols);
+             });
+    return errors;
+}
+
 // Checks the packed tensors and points lin at them; they stay alive through the caller's arguments.
 mq_linear packed_layer(const char *op, Tensor &qweight, Tensor &scales, Tensor &salient,
-                       Tensor &perm, int64_t n, int64_t group_size, mq_shape *shape) {
+                       Tensor &perm, int64_t n, int64_t group_size, int64_t rotation,
+                       mq_shape *shape) {
     perm = expect(op, "perm", perm, ScalarType::Int, {-1});
     require(salient.dim() == 3, op, "salient_weight must have three dimensions; got shape ",
             shape_text(salient));
-    mq_linear lin = layer(op, n, perm.size(0), salient.size(1), group_size, perm, shape);
+    mq_linear lin = layer(op, n, perm.size(0), salient.size(1), group_size, rotation, perm, shape);
     lin.salient_dtype = salient_dtype_of(op, salient.scalar_type());
     qweight = expect(op, "qweight", qweight, ScalarType::Byte,
                      {shape->panels, shape->blocks, MQ_BLOCK_BYTES});
@@ -415,11 +477,11 @@ mq_linear packed_layer(const char *op, Tensor &qweight, Tensor &scales, Tensor &
 }
 
 Tensor unpack_weight(Tensor qweight, Tensor scales, Tensor salient, Tensor perm,
-                     int64_t out_features, int64_t group_size) {
+                     int64_t out_features, int64_t group_size, int64_t rotation) {
     const char *op = "unpack_weight";
     mq_shape shape;
-    const mq_linear lin =
-        packed_layer(op, qweight, scales, salient, perm, out_features, group_size, &shape);
+    const mq_linear lin = packed_layer(op, qweight, scales, salient, perm, out_features, group_size,
+                                       rotation, &shape);
     // an index that occurs twice would leave another channel unwritten
     Tensor w = stable::new_zeros(qweight, {out_features, lin.k}, ScalarType::Float);
     parallel(op, shape.panels, kGrainValues / std::max<int64_t>(MQ_PANEL * lin.k, 1),
@@ -431,15 +493,17 @@ Tensor unpack_weight(Tensor qweight, Tensor scales, Tensor salient, Tensor perm,
 
 Tensor w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient, Tensor perm,
                    std::optional<Tensor> bias, int64_t out_features, int64_t group_size,
-                   int64_t num_bits, bool per_token, double clip) {
+                   int64_t rotation, int64_t num_bits, std::string act_format, bool per_token,
+                   double clip) {
     const char *op = "w4a4_linear";
     const mq_dtype dtype = dtype_of(op, "x", x);
     const Matrix m = matrix(op, "x", x);
     mq_shape shape;
-    mq_linear lin =
-        packed_layer(op, qweight, scales, salient, perm, out_features, group_size, &shape);
+    mq_linear lin = packed_layer(op, qweight, scales, salient, perm, out_features, group_size,
+                                 rotation, &shape);
     require(m.cols == lin.k, op, "x must end in ", lin.k, " channels; got shape ", shape_text(x));
-    lin.q_max = q_max_of(op, num_bits);
+    lin.act_bits = check_bits(op, num_bits);
+    lin.act_format = act_format_of(op, act_format);
     lin.per_token = per_token;
     lin.clip = static_cast<float>(clip);
     require(lin.clip > 0 && lin.clip <= 1, op, "clip must be in (0, 1]; got ", clip);
@@ -455,7 +519,7 @@ Tensor w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient, Tens
     int64_t tile_rows;
     check(op, mq_linear_workspace_size(&lin, m.rows, &workspace_bytes));
     check(op, mq_linear_tile_rows(&lin, m.rows, &tile_rows));
-    Tensor workspace = allocate(x, {static_cast<int64_t>(workspace_bytes) + 64}, ScalarType::Byte);
+    Tensor workspace = allocate(x, {static_cast<int64_t>(workspace_bytes)}, ScalarType::Byte);
     void *space = workspace.mutable_data_ptr();
 
     const int64_t tiles = (m.rows + tile_rows - 1) / tile_rows;
@@ -500,18 +564,23 @@ STABLE_TORCH_LIBRARY(mixedquant, m) {
     m.def("group_dequantize(Tensor q, Tensor scales, int group_size, ScalarType dtype) -> Tensor");
     m.def(
         "group_fake_quantize(Tensor x, int group_size, int num_bits, bool is_unsigned) -> Tensor");
+    m.def("group_hadamard(Tensor x, int group_size, int rotation) -> Tensor");
     m.def("pack_nibbles(Tensor q) -> Tensor");
     m.def("unpack_nibbles(Tensor packed, int cols, bool is_unsigned) -> Tensor");
     m.def(
-        "pack_weight(Tensor w, Tensor perm, int num_salient, int group_size, int num_bits, "
-        "Tensor? group_scales, ScalarType salient_dtype) -> (Tensor, Tensor, Tensor)");
+        "pack_weight(Tensor w, Tensor perm, int num_salient, int group_size, int rotation, "
+        "int num_bits, Tensor? group_scales, ScalarType salient_dtype) -> (Tensor, Tensor, "
+        "Tensor)");
+    m.def(
+        "gptq_block(Tensor(a!) w, Tensor u, Tensor scales, int col0, int group_size, int num_bits) "
+        "-> Tensor");
     m.def(
         "unpack_weight(Tensor qweight, Tensor scales, Tensor salient_weight, Tensor perm, "
-        "int out_features, int group_size) -> Tensor");
+        "int out_features, int group_size, int rotation) -> Tensor");
     m.def(
         "w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient_weight, Tensor perm, "
-        "Tensor? bias, int out_features, int group_size, int num_bits, bool per_token, float clip) "
-        "-> Tensor");
+        "Tensor? bias, int out_features, int group_size, int rotation, int num_bits, "
+        "str act_format, bool per_token, float clip) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mixedquant, CPU, m) {
@@ -521,9 +590,11 @@ STABLE_TORCH_LIBRARY_IMPL(mixedquant, CPU, m) {
     m.impl("group_quantize", TORCH_BOX(&group_quantize));
     m.impl("group_dequantize", TORCH_BOX(&group_dequantize));
     m.impl("group_fake_quantize", TORCH_BOX(&group_fake_quantize));
+    m.impl("group_hadamard", TORCH_BOX(&group_hadamard));
     m.impl("pack_nibbles", TORCH_BOX(&pack_nibbles));
     m.impl("unpack_nibbles", TORCH_BOX(&unpack_nibbles));
     m.impl("pack_weight", TORCH_BOX(&pack_weight));
+    m.impl("gptq_block", TORCH_BOX(&gptq_block));
     m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
     m.impl("w4a4_linear", TORCH_BOX(&w4a4_linear));
 }

@@ -89,6 +89,7 @@ static void check_groups(void) {
     mq_group_format format = {1 + below(below(2) ? 40 : 2000), (int)(2 + below(7)), (int)below(2)};
     int64_t groups = cols / format.group_size + (cols % format.group_size != 0);
     int64_t read = rows ? (rows - 1) * stride + cols : 0;
+    int64_t rotation = below(2) ? 1 << below(10) : 0;
     guarded x = random_values(dtype, read, 1), q[2], scales[2], out[2], fake[2], packed[2],
             codes[2];
     int64_t packed_bytes = rows * (cols / 2 + cols % 2);
@@ -119,6 +120,9 @@ static void check_groups(void) {
         check_same(dtype, fake[i].data, out[0].data, rows * cols);
         check_bytes(&packed[i], &packed[0]);
         check_bytes(&codes[i], &codes[0]);
+        CHECK(mq_group_hadamard(format.group_size, rotation, dtype, x.data, rows, cols, stride,
+                                fake[i].data) == MQ_OK);
+        check_same(dtype, fake[i].data, fake[0].data, rows * cols);
     }
     guarded_free(&x);
     for (int i = 0; i < 2; i++) {
@@ -177,7 +181,9 @@ static void check_linear(void) {
                      .k_salient = below(3) ? below(k / 4 + 1) : below(k + 1),
                      .group_size = 1 + below(below(2) ? 48 : 2600),
                      .salient_dtype = below(2) ? MQ_F16 : MQ_BF16,
-                     .q_max = 7,
+                     .rotation = below(2) ? 1 << below(10) : 0,
+                     .act_bits = (int)(2 + below(3)),
+                     .act_format = (mq_act_format)below(3),
                      .per_token = (int)below(2),
                      .clip = below(2) ? 1.0f : 0.7f};
     mq_shape shape;
@@ -278,7 +284,7 @@ static void check_statuses(void) {
                      .scales = scales,
                      .salient_dtype = MQ_BF16,
                      .perm = perm,
-                     .q_max = 7,
+                     .act_bits = 4,
                      .clip = 1};
     CHECK(mq_linear_quantize(&lin, MQ_F32, x, 8, 1, 0, 1, space) == MQ_INVALID_PERM);
     perm[7] = 7;
@@ -287,9 +293,11 @@ static void check_statuses(void) {
     CHECK(mq_linear_multiply(&lin, 1, 0, 1, 0, 2, space, MQ_F32, x, 8) == MQ_INVALID_SIZE);
     lin.clip = 2;
     CHECK(mq_linear_quantize(&lin, MQ_F32, x, 8, 1, 0, 1, space) == MQ_INVALID_SCALE);
-    lin.clip = 1, lin.flags = 1;
-    CHECK(mq_linear_quantize(&lin, MQ_F32, x, 8, 1, 0, 1, space) == MQ_INVALID_FLAGS);
-    lin.flags = 0, lin.isa = (mq_isa)42;
+    lin.clip = 1, lin.rotation = 3;
+    CHECK(mq_linear_quantize(&lin, MQ_F32, x, 8, 1, 0, 1, space) == MQ_INVALID_ROTATION);
+    lin.rotation = 0, lin.act_format = (mq_act_format)3;
+    CHECK(mq_linear_quantize(&lin, MQ_F32, x, 8, 1, 0, 1, space) == MQ_INVALID_FORMAT);
+    lin.act_format = MQ_ACT_SYMMETRIC, lin.isa = (mq_isa)42;
     CHECK(mq_linear_quantize(&lin, MQ_F32, x, 8, 1, 0, 1, space) == MQ_INVALID_ISA);
     for (int status = MQ_OK; status <= MQ_NON_FINITE + 1; status++)
         CHECK(mq_status_message((mq_status)status)[0]);

@@ -1,0 +1,29 @@
+/* GPTQ's column loop. One version for all instruction sets: the compiler vectorizes its inner loop, and
+ * most of the time goes into the matrix products between blocks, which are the caller's. */
+#include <math.h>
+
+#include "ops.h"
+
+static float on_grid(float w, float scale, float q_max) {
+    float q = w * mq_inverse_of(scale);
+    q = q < -q_max ? -q_max : q;
+    q = q > q_max ? q_max : q;
+    return (float)lrintf(q) * scale; /* no negative zero */
+}
+
+void mq_run_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,
+                       int64_t groups, const float *scales, const float *u, float *w,
+                       float *errors) {
+    for (int64_t r = 0; r < rows; r++) {
+        float *row = w + r * cols;
+        for (int64_t i = 0; i < cols; i++) {
+            const float *u_row = u + i * cols;
+            const float rounded =
+                on_grid(row[i], scales[r * groups + (col0 + i) / group_size], (float)q_max);
+            const float error = (row[i] - rounded) / u_row[i];
+            errors[r * cols + i] = error;
+            row[i] = rounded;
+            for (int64_t j = i + 1; j < cols; j++) row[j] -= error * u_row[j];
+        }
+    }
+}
