@@ -25,8 +25,8 @@ from .config import check_integer
 from .errors import CheckpointError
 from .families import LayerInput, layer_inputs
 from .files import atomic_file
+from .linear import refuse_quantized
 from .moe import PARTS, expert_names, routed_inputs
-from .quantize import refuse_quantized
 from .sorting import STAT_DTYPES, ChannelStats
 from .texts import read_texts
 
@@ -131,10 +131,10 @@ def collect_stats(
     refuse_quantized(model)
     inputs = layer_inputs(model)
     stats: dict[str, ChannelStats] = {}
-    runner = _without_head(model, [item.name for item in inputs])
+    runner = without_head(model, [item.name for item in inputs])
     device = next(model.parameters()).device
     num_batches = 0
-    with evaluating(model), _hooked(model, _stat_hooks(inputs, stats)):
+    with evaluating(model), hooked(model, _stat_hooks(inputs, stats)):
         for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
             shape = tuple(getattr(batch, "shape", ()))
             if len(shape) != 2:
@@ -159,7 +159,7 @@ def collect_stats(
     return stats
 
 
-def _without_head(model: nn.Module, names: Sequence[str]) -> nn.Module:
+def without_head(model: nn.Module, names: Sequence[str]) -> nn.Module:
     """The part of the model that holds all named layers; its language head is not needed."""
     base = getattr(model, "base_model", model)
     prefix = next((name + "." for name, m in model.named_modules() if m is base and name), "")
@@ -184,7 +184,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(model: nn.Module, hooks: Mapping[str, Callable], after: bool = False) -> Iterator[None]:
+def hooked(model: nn.Module, hooks: Mapping[str, Callable], after: bool = False) -> Iterator[None]:
     """Calls {name of a submodule: hook(module, args, kwargs, output if after)} while inside."""
     register = "register_forward_hook" if after else "register_forward_pre_hook"
     handles = [
@@ -349,7 +349,7 @@ def get_act_scales(
         name: lambda module, args, kwargs, name=name: record(name, _first_argument(args, kwargs))
         for name in names
     }
-    with _hooked(model, hooks):
+    with hooked(model, hooks):
         _run_samples(model, tokenizer, dataset_path, num_samples, seq_len)
     return scales
 
@@ -405,7 +405,7 @@ def get_static_decoder_layer_scales(
         )
         for name in names
     }
-    with _hooked(model, hooks, after=True):
+    with hooked(model, hooks, after=True):
         _run_samples(model, tokenizer, dataset_path, num_samples, seq_len)
     scales = [
         {key: ranges[f"{layer}.{name}"][side] / 127 for key, (name, side) in STATIC_SCALES.items()}

@@ -16,7 +16,9 @@ from . import ops
 
 logger = logging.getLogger("smoothquant")
 
-BLOCK = 128
+BLOCK = 128  # columns between two matrix products
+DAMPING = 0.01  # of the mean diagonal, as published
+HESSIAN_BYTES = 1 << 30  # of Hessians held at a time
 DAMPING_STEPS = (1, 10, 100)
 
 

@@ -95,6 +95,12 @@ def is_permutation(perm: Tensor, k: int) -> bool:
     return perm.shape == (k,) and torch.equal(perm.sort().values.long().cpu(), torch.arange(k))
 
 
+def layer_group_size(config: MixedQuantConfig, k4: int) -> int:
+    """Channels to a scale in a layer of k4 INT4 channels; all of them where nothing is per group."""
+    by_group = "per_group" in (config.weight_quant, config.act_quant)
+    return max(1, min(config.group_size, k4) if by_group else k4)
+
+
 def salient_dtype_for(dtype: torch.dtype) -> torch.dtype:
     """What the salient columns of a weight of this dtype are stored in."""
     return torch.float16 if dtype == torch.float16 else torch.bfloat16
@@ -128,8 +134,7 @@ class QuantizedLinear(nn.Module):
         self.num_salient = num_salient
         self.quantize_output = quantize_output
         k4 = in_features - num_salient
-        by_group = "per_group" in (config.weight_quant, config.act_quant)
-        self.group_size = max(1, min(config.group_size, k4) if by_group else k4)
+        self.group_size = layer_group_size(config, k4)
 
     @property
     def weight(self) -> Tensor:
@@ -492,3 +497,14 @@ class FakeW4A4Linear(QuantizedLinear):
 def linear_class(config: MixedQuantConfig) -> type[W4A4Linear] | type[FakeW4A4Linear]:
     """The layer class of a config's backend."""
     return W4A4Linear if config.backend == "int4" else FakeW4A4Linear
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any module of the model is a quantized linear."""
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Raise ValueError if any module of the model is a quantized linear."""
+    if is_quantized(model):
+        raise ValueError(f"model is quantized already: {type(model).__name__}")

@@ -23,7 +23,8 @@ from .bundled import BUNDLED_MODELS, check_model_name, load_model, wikitext
 from .calibration import collect_stats, evaluating, load_act_scales, no_cache, token_blocks
 from .config import MixedQuantConfig, check_integer, check_real
 from .errors import CheckpointError
-from .quantize import quantize, refuse_quantized
+from .linear import refuse_quantized
+from .quantize import quantize
 from .smooth import smooth_lm
 from .texts import read_texts
 

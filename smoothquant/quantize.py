@@ -1,7 +1,7 @@
 """The walk over a model: every linear of a float model becomes a quantized one, in place."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import gptq
 from .config import MixedQuantConfig
 from .families import ATTENTION_INPUTS, LayerInput, layer_inputs, output_heads
-from .linear import QuantizedLinear, linear_class, salient_dtype_for
+from .hessian import collect_hessians
+from .linear import QuantizedLinear, linear_class, refuse_quantized, salient_dtype_for
 from .moe import PARTS, W4A4Experts, expert_names
 from .sorting import ChannelPlan, ChannelStats, choose_channels
 
@@ -61,6 +63,7 @@ def quantize(
     model: nn.Module,
     config: MixedQuantConfig,
     stats: Mapping[str, ChannelStats] | None = None,
+    batches: Sequence[Tensor] | None = None,
     *,
     progress: bool = True,
 ) -> list[LinearRecord]:
@@ -76,7 +79,11 @@ def quantize(
         config: all choices.
         stats: {name of a linear: statistics of its input}, as `smoothquant.collect_stats` gives
             it; None chooses salient channels and order by the weights alone.
-        progress: show a progress bar.
+        batches: int64 [B, T] tensors of token ids, without padding, for
+            ``weight_rounding="gptq"``; tens of thousands of tokens. The Hessians of as many inputs
+            at a time as fit in 1 GiB are collected by a pass over all batches, later ones through
+            the layers quantized before. Matrices of fused experts are rounded to nearest.
+        progress: show progress bars.
 
     Returns:
         A record for every weight matrix, the quantized ones first.
@@ -86,7 +93,7 @@ def quantize(
             quantized already. TypeError: an argument or weight of a wrong type. Nothing has been
             changed then.
     """
-    items, groups = _checked(model, config, stats)
+    items, groups = _checked(model, config, stats, batches)
     if stats is None:
         logger.warning("no calibration statistics: the weights alone choose salience and order")
     elif config.sort != "none" and any(group.stats and group.stats.mean_only for group in groups):
@@ -106,8 +113,7 @@ def quantize(
     experts: dict[tuple[int, str], QuantizedLinear] = {}
     total = sum(len(group.names) for group in groups)
     with tqdm(total=total, desc="quantizing", unit="linear", disable=not progress) as bar:
-        for group in groups:
-            plan, chosen_by = _plan(group, group.matrices(model), config)
+        for group, plan, chosen_by, factor in _planned(model, groups, config, batches, progress):
             for position, name in enumerate(group.names):
                 weight, bias = group.matrices(model)[position]
                 layer = linear_class(config).from_weight(
@@ -117,6 +123,7 @@ def quantize(
                     plan,
                     quantize_output=config.quantize_output
                     and name.rpartition(".")[2] in ATTENTION_INPUTS,
+                    factor=factor,
                 )
                 del weight, bias
                 if group.expert:
@@ -132,9 +139,38 @@ def quantize(
     return records + _kept_records(model, items)
 
 
-def is_quantized(model: nn.Module) -> bool:
-    """Whether any module of the model is a quantized linear."""
-    return any(isinstance(module, QuantizedLinear) for module in model.modules())
+def _planned(model, groups: list[_Group], config: MixedQuantConfig, batches, progress: bool):
+    """(group, plan, what it was chosen by, factor for GPTQ or None) of every group, in order."""
+    for chunk in _chunks(model, groups):
+        planned = [(group, *_plan(group, group.matrices(model), config)) for group in chunk]
+        hessians = {}
+        if config.weight_rounding == "gptq":
+            plans = {group.names[0]: plan for group, plan, _ in planned if not group.expert}
+            hessians = collect_hessians(model, plans, config, batches, progress=progress)
+        for group, plan, chosen_by in planned:
+            factor = None
+            if config.weight_rounding == "gptq":
+                if group.names[0] in hessians:
+                    factor = gptq.inverse_factor(hessians.pop(group.names[0]), gptq.DAMPING)
+                if factor is None:
+                    chosen_by += "; rounded to nearest, not by GPTQ"
+                    if not group.expert:
+                        logger.warning("no damping helps the Hessian of %s", group.names[0])
+            yield group, plan, chosen_by, factor
+
+
+def _chunks(model, groups: list[_Group]) -> Iterator[list[_Group]]:
+    """Consecutive groups whose Hessians fit in gptq.HESSIAN_BYTES together, at least one."""
+    chunk: list[_Group] = []
+    left = gptq.HESSIAN_BYTES
+    for group in groups:
+        needed = 0 if group.expert else 4 * group.matrices(model)[0][0].shape[1] ** 2
+        if chunk and needed > left:
+            yield chunk
+            chunk, left = [], gptq.HESSIAN_BYTES
+        chunk.append(group)
+        left -= needed
+    yield chunk
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -146,13 +182,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
         model.set_submodule(alias, module)
 
 
-def refuse_quantized(model: nn.Module) -> None:
-    """Raise ValueError if any module of the model is a quantized linear."""
-    if is_quantized(model):
-        raise ValueError(f"model is quantized already: {type(model).__name__}")
-
-
-def _checked(model, config, stats) -> tuple[list[LayerInput], list[_Group]]:
+def _checked(model, config, stats, batches) -> tuple[list[LayerInput], list[_Group]]:
     """The model's layer inputs and groups, every argument having been found fit."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
@@ -163,6 +193,14 @@ def _checked(model, config, stats) -> tuple[list[LayerInput], list[_Group]]:
     if isinstance(model, nn.Linear):
         raise ValueError("model must hold nn.Linear modules; W4A4Linear.from_float quantizes one")
     refuse_quantized(model)
+    if config.weight_rounding == "gptq":
+        if not isinstance(batches, Sequence) or not batches:
+            raise ValueError(
+                "weight_rounding='gptq' needs batches: a list of [B, T] token ids to calibrate on"
+            )
+        for index, batch in enumerate(batches):
+            if not isinstance(batch, Tensor) or batch.ndim != 2:
+                raise ValueError(f"batches[{index}] must be a [B, T] tensor; got {batch!r:.80}")
     items = layer_inputs(model)
     for item in items:
         for name in item.linears:

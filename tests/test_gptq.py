@@ -1,8 +1,13 @@
 """GPTQ against round-to-nearest, and its failures."""
 
+import copy
+
 import pytest
 import torch
 
+from smoothquant import quantize
+from smoothquant.bundled import load_bundled, wikitext
+from smoothquant.calibration import collect_stats, token_blocks
 from smoothquant.config import MixedQuantConfig
 from smoothquant.gptq import gptq, inverse_factor
 from smoothquant.linear import FakeW4A4Linear, W4A4Linear, round_to_grid, weight_group_scales
@@ -60,3 +65,46 @@ def test_dead_channels_and_singular_hessians_are_damped():
 def test_hopeless_hessians_give_none():
     assert inverse_factor(torch.full((4, 4), float("nan")), damping=0.01) is None
     assert inverse_factor(-torch.ones(4, 4) + 2 * torch.eye(4) * 0.1, damping=1e-9) is None
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model, tokenizer = load_bundled("tiny-opt")
+    batches = token_blocks(wikitext("validation"), tokenizer, 12, 256)
+    return model, batches, collect_stats(model, batches, progress=False)
+
+
+@pytest.mark.parametrize("budget", [1 << 30, 200_000])
+def test_quantize_by_gptq_beats_nearest(tiny, budget, monkeypatch):
+    """Also with a budget that makes it collect Hessians in several passes."""
+    monkeypatch.setattr("smoothquant.gptq.HESSIAN_BYTES", budget)
+    model, batches, stats = tiny
+    held_out = batches[-1]
+    expected = model(held_out).logits
+    errors = {}
+    for rounding in ("nearest", "gptq"):
+        quantized = copy.deepcopy(model)
+        config = MixedQuantConfig(weight_rounding=rounding, rotation=64, group_size=64)
+        records = quantize(quantized, config, stats, batches[:-1], progress=False)
+        assert not any("GPTQ" in record.reason for record in records)
+        errors[rounding] = float((quantized(held_out).logits - expected).norm())
+    assert errors["gptq"] < 0.95 * errors["nearest"]
+
+
+def test_gptq_needs_tokens(tiny):
+    model, _, stats = tiny
+    config = MixedQuantConfig(recipe="best")
+    for batches in (None, [], [torch.zeros(5).long()]):
+        with pytest.raises(ValueError, match=r"batches"):
+            quantize(copy.deepcopy(model), config, stats, batches)
+
+
+def test_a_hopeless_hessian_falls_back_to_nearest_and_says_so(tiny, monkeypatch):
+    model, batches, stats = tiny
+    monkeypatch.setattr("smoothquant.gptq.inverse_factor", lambda hessian, damping: None)
+    quantized = copy.deepcopy(model)
+    config = MixedQuantConfig(weight_rounding="gptq")
+    records = quantize(quantized, config, stats, batches[:2], progress=False)
+    reasons = {record.reason for record in records if record.action == "quantized"}
+    assert reasons == {"calibration; rounded to nearest, not by GPTQ"}
+    assert torch.isfinite(quantized(batches[0]).logits).all()
