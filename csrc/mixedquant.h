@@ -92,16 +92,27 @@ mq_status mq_argsort(const double *keys, int64_t k, int descending, int64_t *ind
 
 /* ---- Group quantization ---------------------------------------------------------------------- */
 
-/* How values become integers. Rows are cut into groups of group_size values, the last may be short:
- *   signed:   q_max = 2^(bits-1) - 1, s = max|x| / q_max, q in [-q_max, q_max]
- *   unsigned: q_max = 2^bits - 1,     s = max(x, 0) / q_max, q in [0, q_max]
- *   q = clamp(round_half_even(x * (1/s))), all in fp32, 1/s rounded once.
- * A group whose s is below the smallest normal fp32 number has s = 0, q = 0.
- * A group with a non-finite value has s = NaN, q = 0. */
+/* How the values x of a group become codes of b bits. In all formats code = clamp(round_half_even(x *
+ * (1/s))), in fp32, 1/s rounded once; codes are kept with the zero-point taken off, so all formats
+ * multiply alike, and x is about code * s.
+ *   symmetric:  s = clip max|x| / (2^(b-1) - 1),                -(2^(b-1) - 1) <= code <= 2^(b-1) - 1
+ *   unsigned:   s = clip max(x, 0) / (2^b - 1),                              0 <= code <= 2^b - 1
+ *   zero-point: s = clip (max(x, 0) + max(-x, 0)) / (2^b - 1),              -z <= code <= 2^b - 1 - z,
+ *               z = min(2^b - 1, round_half_even(clip max(-x, 0) (1/s)))
+ * A group whose s is below the smallest normal fp32 number has s = 0 and codes 0. A group with a
+ * non-finite value has s = NaN and codes 0. */
+typedef enum mq_act_format {
+    MQ_ACT_SYMMETRIC = 0,
+    MQ_ACT_UNSIGNED = 1,
+    MQ_ACT_ZERO_POINT = 2
+} mq_act_format;
+
+/* Rows are cut into groups of group_size values, of which the last may be short. */
 typedef struct mq_group_format {
-    int64_t group_size; /* >= 1 */
-    int num_bits;       /* 2..8 */
-    int is_unsigned;    /* 0 or 1 */
+    int64_t group_size;       /* >= 1 */
+    int num_bits;             /* 2..8; zero-point: 2..7 */
+    mq_act_format act_format; /* not zero-point where codes are stored as int8 or uint8 */
+    float clip;               /* in (0, 1] */
 } mq_group_format;
 
 /* x [rows][cols], row stride `stride` >= cols -> q [rows][cols] (uint8_t bits when unsigned),
@@ -157,18 +168,6 @@ typedef struct mq_shape {
 
 /* Fills *shape; n, k >= 0, 0 <= k_salient <= k, group_size >= 1. */
 mq_status mq_shape_of(int64_t n, int64_t k, int64_t k_salient, int64_t group_size, mq_shape *shape);
-
-/* How a token's INT4 channels become codes of b bits, per group or per token (numerics of
- * mq_group_format). Codes are kept with the zero-point taken off, so all formats multiply alike.
- *   symmetric:  s = clip max|x| / (2^(b-1) - 1),                -(2^(b-1) - 1) <= code <= 2^(b-1) - 1
- *   unsigned:   s = clip max(x, 0) / (2^b - 1),                              0 <= code <= 2^b - 1
- *   zero-point: s = clip (max(x, 0) + max(-x, 0)) / (2^b - 1),              -z <= code <= 2^b - 1 - z,
- *               z = min(2^b - 1, round_half_even(clip max(-x, 0) (1/s))) */
-typedef enum mq_act_format {
-    MQ_ACT_SYMMETRIC = 0,
-    MQ_ACT_UNSIGNED = 1,
-    MQ_ACT_ZERO_POINT = 2
-} mq_act_format;
 
 /* Rotation: a group's channels, in perm's order, are cut into blocks of `rotation` channels (where
  * fewer are left, of the largest powers of two that fit), and each block is multiplied with the

@@ -63,7 +63,7 @@ class MixedQuantConfig:
             "rtn" rounds to nearest; "fast" adds rotation, zero-points, an activation clip and
             error-minimizing weight scales; "best" adds GPTQ, which needs calibration tokens.
         num_bits: bits of the quantized weights and activations. 2-4 with ``backend="int4"`` (codes
-            are stored as 4-bit), 2-8 with ``backend="fake"``.
+            are stored as 4-bit), 2-8 with ``backend="fake"`` (2-7 with zero-points).
         group_size: consecutive channels, in sorted order, that share one scale; any integer >= 1.
             The last group of a row may be short.
         salient_prop: share of input channels kept in 16 bits, in [0, 1].
@@ -121,7 +121,8 @@ class MixedQuantConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-        self._set("num_bits", check_integer, 2, 4 if self.backend == "int4" else 8)
+        most_bits = 4 if self.backend == "int4" else 7 if self.act_format == "zero_point" else 8
+        self._set("num_bits", check_integer, 2, most_bits)
         self._set("group_size", check_integer, 1, 2**62)
         self._set("salient_prop", check_real, 0.0, 1.0)
         self._set("rotation", check_integer, 0, MAX_ROTATION)

@@ -1,5 +1,5 @@
-"""Hessians of layer inputs for GPTQ: sums of x x^T over the calibration tokens, of the inputs as the
-quantized layer sees them, so that weights make good for the rounding of activations too.
+"""Hessians of layer inputs for GPTQ: sums of x x^T over the calibration tokens, x as the quantized
+layer sees it, so that weights make good for the rounding of activations too.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def is_permutation(perm: Tensor, k: int) -> bool:
 
 
 def layer_group_size(config: MixedQuantConfig, k4: int) -> int:
-    """Channels to a scale in a layer of k4 INT4 channels; all of them where nothing is per group."""
+    """Channels to a scale in a layer of k4 INT4 channels; all where nothing is per group."""
     by_group = "per_group" in (config.weight_quant, config.act_quant)
     return max(1, min(config.group_size, k4) if by_group else k4)
 
@@ -168,27 +168,10 @@ def fake_quantize_activation(
     if x.numel() == 0:
         return x
     rows = x.reshape(1, -1) if config.act_quant == "per_tensor" else x.reshape(-1, x.shape[-1])
-    k, is_symmetric = rows.shape[-1], act_format == "symmetric"
+    k = rows.shape[-1]
     group_size = min(config.group_size, k) if config.act_quant == "per_group" else k
-    if is_symmetric and clip == 1:
-        return ops.group_fake_quantize(rows, group_size, config.num_bits).reshape(x.shape)
-    groups = F.pad(rows, (0, -k % group_size)).float().unflatten(-1, (-1, group_size))
-    positive = groups.amax(-1, keepdim=True).clamp(min=0)
-    negative = (-groups).amax(-1, keepdim=True).clamp(min=0)
-    span = {
-        "symmetric": torch.maximum(positive, negative),
-        "unsigned": positive,
-        "zero_point": positive + negative,
-    }[act_format]
-    levels = 2 ** (config.num_bits - is_symmetric) - 1
-    scale = clip * span / levels
-    inverse = torch.where(scale > 0, 1 / scale, 0)
-    low = torch.full_like(scale, -levels if is_symmetric else 0)
-    if act_format == "zero_point":
-        low = -(clip * negative * inverse).round().clamp(max=levels)
-    high = torch.full_like(scale, levels) if is_symmetric else levels + low
-    codes = torch.minimum(torch.maximum((groups * inverse).round(), low), high)
-    return (codes * scale).flatten(-2)[..., :k].to(x.dtype).reshape(x.shape)
+    y = ops.group_fake_quantize(rows, group_size, config.num_bits, act_format, clip)
+    return y.reshape(x.shape)
 
 
 class W4A4Linear(QuantizedLinear):

@@ -133,10 +133,24 @@ def group_dequantize(
 
 
 def group_fake_quantize(
-    x: Tensor, group_size: int, num_bits: int = 4, is_unsigned: bool = False
+    x: Tensor,
+    group_size: int,
+    num_bits: int = 4,
+    act_format: str = "symmetric",
+    clip: float = 1.0,
 ) -> Tensor:
-    """``group_dequantize(group_quantize(x))`` in x's dtype, without the tensors in between."""
-    return _ops.group_fake_quantize(x, group_size, num_bits, is_unsigned)
+    """x quantized and dequantized, group by group, as :func:`w4a4_linear` does with activations.
+
+    Args:
+        x: [..., K], float32, float16 or bfloat16, any strides.
+        group_size: >= 1; the last group of a row may be short.
+        num_bits: 2-8, for "zero_point" 2-7.
+        act_format, clip: as in :func:`w4a4_linear`.
+
+    Returns:
+        x's shape and dtype; rounded to it once.
+    """
+    return _ops.group_fake_quantize(x, group_size, num_bits, act_format, clip)
 
 
 def group_hadamard(x: Tensor, group_size: int, rotation: int) -> Tensor:
@@ -336,7 +350,7 @@ def _(q, scales, group_size, dtype):
 
 
 @torch.library.register_fake("mixedquant::group_fake_quantize")
-def _(x, group_size, num_bits, is_unsigned):
+def _(x, group_size, num_bits, act_format, clip):
     return x.new_empty(x.shape)
 
 

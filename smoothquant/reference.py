@@ -95,9 +95,33 @@ def group_dequantize(q, scales, group_size, dtype=torch.float32):
     return _ungrouped(groups, q.shape[-1]).to(dtype)
 
 
-def group_fake_quantize(x, group_size, num_bits=4, is_unsigned=False):
-    q, scales = group_quantize(x, group_size, num_bits, is_unsigned)
-    return group_dequantize(q, scales, group_size, x.dtype)
+def quantize_activation(groups, num_bits, act_format, clip, extent=(-1,)):
+    """Codes, the zero-point taken off, and scales of groups [..., g]; scales cover the dimensions
+    `extent` together."""
+    finite = torch.isfinite(groups)
+    for dim in extent:
+        finite = finite.all(dim, keepdim=True)
+    safe = torch.where(finite, groups, 0.0)
+    positive = safe.clamp(min=0).amax(extent, keepdim=True)
+    negative = (-safe).clamp(min=0).amax(extent, keepdim=True)
+    span = {
+        "symmetric": torch.maximum(positive, negative),
+        "unsigned": positive,
+        "zero_point": positive + negative,
+    }[act_format]
+    levels = 2 ** (num_bits - (act_format == "symmetric")) - 1
+    scale = _scale(torch.tensor(clip) * span, finite, levels)
+    low = torch.full_like(scale, -levels if act_format == "symmetric" else 0)
+    if act_format == "zero_point":
+        inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
+        low = -(torch.tensor(clip) * negative * inverse).round().clamp(max=levels)
+    high = levels if act_format == "symmetric" else levels + low
+    return _codes(groups, scale, low, high), scale
+
+
+def group_fake_quantize(x, group_size, num_bits=4, act_format="symmetric", clip=1.0):
+    codes, scale = quantize_activation(_grouped(x.float(), group_size), num_bits, act_format, clip)
+    return _ungrouped(codes * scale, x.shape[-1]).to(x.dtype)
 
 
 def _hadamard(x: Tensor) -> Tensor:
@@ -261,26 +285,8 @@ def w4a4_linear(
     if k4:
         groups = _grouped(group_hadamard(rows[:, :k4], group_size, rotation), group_size)
         extent = (-2, -1) if per_token else (-1,)
-        finite = torch.isfinite(groups).all(-1, keepdim=True)
-        if per_token:
-            finite = finite.all(-2, keepdim=True)
-        safe = torch.where(finite, groups, 0.0)
-        positive = safe.clamp(min=0).amax(extent, keepdim=True)
-        negative = (-safe).clamp(min=0).amax(extent, keepdim=True)
-        span = {
-            "symmetric": torch.maximum(positive, negative),
-            "unsigned": positive,
-            "zero_point": positive + negative,
-        }[act_format]
-        levels = 2 ** (num_bits - (act_format == "symmetric")) - 1
-        act_scale = _scale(torch.tensor(clip) * span, finite, levels)
-        low = torch.full_like(act_scale, -levels if act_format == "symmetric" else 0)
-        if act_format == "zero_point":
-            inverse = torch.where(act_scale > 0, 1.0 / act_scale, 0.0)
-            low = -(torch.tensor(clip) * negative * inverse).round().clamp(max=levels)
-        high = levels if act_format == "symmetric" else levels + low
+        act_codes, act_scale = quantize_activation(groups, num_bits, act_format, clip, extent)
         act_scale = act_scale.expand(*groups.shape[:-1], 1)
-        act_codes = _codes(groups, act_scale, low, high)
 
         weight = unpack_weight(
             qweight,

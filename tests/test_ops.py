@@ -70,9 +70,22 @@ def test_group_ops_equal_the_reference(isa, dtype, num_bits, is_unsigned):
                     reference.group_dequantize(q, scales, group_size, dtype),
                 )
                 assert_same_bits(
-                    ops.group_fake_quantize(x, group_size, num_bits, is_unsigned),
-                    reference.group_fake_quantize(x, group_size, num_bits, is_unsigned),
+                    ops.group_fake_quantize(
+                        x, group_size, num_bits, "unsigned" if is_unsigned else "symmetric"
+                    ),
+                    reference.group_dequantize(q, scales, group_size, dtype),
                 )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act_format", ["symmetric", "unsigned", "zero_point"])
+@pytest.mark.parametrize("num_bits, clip", [(2, 1.0), (4, 0.9), (7, 0.5)])
+def test_fake_quantize_equals_the_reference(isa, dtype, act_format, num_bits, clip):
+    for seed, (rows, cols) in enumerate(SHAPES):
+        for group_size in GROUP_SIZES[2:]:
+            x = values(seed, rows, cols, dtype=dtype, special=0.05)
+            args = (x, group_size, num_bits, act_format, clip)
+            assert_same_bits(ops.group_fake_quantize(*args), reference.group_fake_quantize(*args))
 
 
 @pytest.mark.parametrize("num_bits", range(2, 9))
@@ -262,7 +275,7 @@ def test_work_split_over_threads_equals_the_reference(rows, cols):
         assert_same_bits(q, q_ref)
         assert_same_bits(scales, scales_ref)
         for name in ("group_fake_quantize", "group_hadamard"):
-            args = (x, 32, 32 if name == "group_hadamard" else 4)
+            args = (x, 32, 32) if name == "group_hadamard" else (x, 32, 4, "zero_point")
             assert_same_bits(getattr(ops, name)(*args), getattr(reference, name)(*args))
         assert_same_bits(
             ops.group_dequantize(q, scales, 32), reference.group_dequantize(q, scales, 32)
@@ -426,7 +439,7 @@ def op_arguments() -> dict[str, tuple]:
         "argsort": (torch.randn(9).double(), True),
         "group_quantize": (x, 8, 4, False),
         "group_dequantize": (q, scales, 8, torch.float16),
-        "group_fake_quantize": (x, 8, 4, True),
+        "group_fake_quantize": (x, 8, 4, "zero_point", 0.9),
         "group_hadamard": (x, 8, 4),
         "gptq_block": (torch.randn(5, 6), torch.eye(6), torch.rand(5, 2), 0, 3, 4),
         "pack_nibbles": (q,),

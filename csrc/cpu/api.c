@@ -80,7 +80,10 @@ static mq_status check_format(const mq_group_format *format, mq_dtype dtype, int
     REQUIRE(format, MQ_INVALID_POINTER);
     REQUIRE(format->group_size >= 1, MQ_INVALID_GROUP_SIZE);
     REQUIRE(format->num_bits >= 2 && format->num_bits <= 8, MQ_INVALID_BITS);
-    REQUIRE((unsigned)format->is_unsigned <= 1, MQ_INVALID_BITS);
+    REQUIRE((unsigned)format->act_format <= MQ_ACT_ZERO_POINT, MQ_INVALID_FORMAT);
+    /* codes of 8 bits around a zero-point would not fit a byte */
+    REQUIRE(format->act_format != MQ_ACT_ZERO_POINT || format->num_bits <= 7, MQ_INVALID_BITS);
+    REQUIRE(format->clip > 0 && format->clip <= 1, MQ_INVALID_SCALE);
     REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
     REQUIRE(rows >= 0 && cols >= 0, MQ_INVALID_SIZE);
     return MQ_OK;
@@ -89,6 +92,7 @@ static mq_status check_format(const mq_group_format *format, mq_dtype dtype, int
 mq_status mq_group_quantize(const mq_group_format *format, mq_dtype dtype, const void *x,
                             int64_t rows, int64_t cols, int64_t stride, int8_t *q, float *scales) {
     TRY(check_format(format, dtype, rows, cols));
+    REQUIRE(format->act_format != MQ_ACT_ZERO_POINT, MQ_INVALID_FORMAT);
     if (rows == 0 || cols == 0) return MQ_OK;
     REQUIRE(stride >= cols, MQ_INVALID_SIZE);
     REQUIRE(x && q && scales, MQ_INVALID_POINTER);
@@ -99,6 +103,7 @@ mq_status mq_group_quantize(const mq_group_format *format, mq_dtype dtype, const
 mq_status mq_group_dequantize(const mq_group_format *format, const int8_t *q, const float *scales,
                               int64_t rows, int64_t cols, mq_dtype dtype, void *out) {
     TRY(check_format(format, dtype, rows, cols));
+    REQUIRE(format->act_format != MQ_ACT_ZERO_POINT, MQ_INVALID_FORMAT);
     if (rows == 0 || cols == 0) return MQ_OK;
     REQUIRE(q && scales && out, MQ_INVALID_POINTER);
     mq_run_group_dequantize(active_kernels(), format, q, scales, rows, cols, dtype, out);

@@ -1,33 +1,49 @@
 /* Group quantization of plain matrices, built from the micro-kernels. */
+#include <math.h>
 #include <string.h>
 
 #include "ops.h"
 
-static float q_max_of(const mq_group_format *format) {
-    return (float)((1 << (format->num_bits - !format->is_unsigned)) - 1);
+mq_quantization mq_quantization_of(int num_bits, mq_act_format format, float clip,
+                                   mq_extent extent) {
+    if (extent.abs_bits >= 0x7f800000u)
+        return (mq_quantization){.scale = mq_float_of_bits(0x7fc00000u)};
+    const int is_symmetric = format == MQ_ACT_SYMMETRIC;
+    const int levels = (1 << (num_bits - is_symmetric)) - 1;
+    const float positive = mq_float_of_bits(extent.positive_bits);
+    const float negative = mq_float_of_bits(extent.negative_bits);
+    float range = positive;
+    if (is_symmetric) range = mq_float_of_bits(extent.abs_bits);
+    if (format == MQ_ACT_ZERO_POINT) range = positive + negative;
+    mq_quantization to = {.scale = mq_scale_of(clip * range, (float)levels), .high = levels};
+    to.inverse = mq_inverse_of(to.scale);
+    if (is_symmetric) to.low = -levels;
+    if (format == MQ_ACT_ZERO_POINT) {
+        const float zero = clip * negative * to.inverse;
+        to.low = zero < (float)levels ? -(int)lrintf(zero) : -levels;
+        to.high = levels + to.low;
+    }
+    return to;
 }
 
-/* The scale of one group of a row. */
-static float group_scale(const mq_kernels *kernels, const mq_group_format *format, mq_dtype dtype,
-                         const void *row, int64_t k0, int64_t n) {
-    mq_extent extent = mq_channels_extent(&(mq_channels){kernels, dtype, row, NULL, 0}, k0, n);
-    if (extent.abs_bits >= 0x7f800000u) return mq_float_of_bits(0x7fc00000u);
-    return mq_scale_of(
-        mq_float_of_bits(format->is_unsigned ? extent.positive_bits : extent.abs_bits),
-        q_max_of(format));
+static mq_quantization quantization_of(const mq_group_format *format, const mq_channels *row,
+                                       int64_t k0, int64_t n) {
+    return mq_quantization_of(format->num_bits, format->act_format, format->clip,
+                              mq_channels_extent(row, k0, n));
 }
 
 /* The codes of a group's values k0 .. k0 + n, n <= MQ_BUFFER. */
-static void group_codes(const mq_kernels *kernels, const mq_group_format *format, mq_dtype dtype,
-                        const void *row, int64_t k0, int64_t n, float scale, int8_t *q) {
-    if (!(scale > 0)) {
-        memset(q, 0, (size_t)n);
-        return;
-    }
+static void quantize(const mq_channels *row, mq_quantization to, int64_t k0, int64_t n, int8_t *q) {
     float buffer[MQ_BUFFER];
-    const float *x = mq_load_channels(&(mq_channels){kernels, dtype, row, NULL, 0}, k0, n, buffer);
-    int high = (int)q_max_of(format);
-    kernels->quantize(x, n, mq_inverse_of(scale), format->is_unsigned ? 0 : -high, high, q);
+    if (to.inverse > 0)
+        row->kernels->quantize(mq_load_channels(row, k0, n, buffer), n, to.inverse, to.low, to.high,
+                               q);
+    else
+        memset(q, 0, (size_t)n);
+}
+
+static const void *row_at(mq_dtype dtype, const void *x, int64_t offset) {
+    return (const char *)x + (size_t)offset * mq_dtype_size(dtype);
 }
 
 /* Stores n values at out[i ...] in dtype. */
@@ -43,13 +59,13 @@ void mq_run_group_quantize(const mq_kernels *kernels, const mq_group_format *for
                            const void *x, int64_t rows, int64_t cols, int64_t stride, int8_t *q,
                            float *scales) {
     for (int64_t r = 0; r < rows; r++) {
-        const void *row = (const char *)x + (size_t)(r * stride) * mq_dtype_size(dtype);
+        const mq_channels row = {kernels, dtype, row_at(dtype, x, r * stride), NULL, 0};
         for (int64_t k0 = 0, n; k0 < cols; k0 += n) {
             n = mq_min(format->group_size, cols - k0);
-            float scale = *scales++ = group_scale(kernels, format, dtype, row, k0, n);
+            const mq_quantization to = quantization_of(format, &row, k0, n);
+            *scales++ = to.scale;
             for (int64_t i = 0; i < n; i += MQ_BUFFER)
-                group_codes(kernels, format, dtype, row, k0 + i, mq_min(MQ_BUFFER, n - i), scale,
-                            q + r * cols + k0 + i);
+                quantize(&row, to, k0 + i, mq_min(MQ_BUFFER, n - i), q + r * cols + k0 + i);
         }
     }
 }
@@ -65,7 +81,8 @@ void mq_run_group_dequantize(const mq_kernels *kernels, const mq_group_format *f
             for (int64_t i = 0, part; i < n; i += part) {
                 part = mq_min(MQ_BUFFER, n - i);
                 int64_t at = r * cols + k0 + i;
-                kernels->dequantize(q + at, part, format->is_unsigned, scale, buffer);
+                kernels->dequantize(q + at, part, format->act_format == MQ_ACT_UNSIGNED, scale,
+                                    buffer);
                 store(kernels, dtype, buffer, part, out, at);
             }
         }
@@ -75,17 +92,18 @@ void mq_run_group_dequantize(const mq_kernels *kernels, const mq_group_format *f
 void mq_run_group_fake_quantize(const mq_kernels *kernels, const mq_group_format *format,
                                 mq_dtype dtype, const void *x, int64_t rows, int64_t cols,
                                 int64_t stride, void *out) {
+    const int is_unsigned = format->act_format == MQ_ACT_UNSIGNED;
     float buffer[MQ_BUFFER];
     int8_t codes[MQ_BUFFER];
     for (int64_t r = 0; r < rows; r++) {
-        const void *row = (const char *)x + (size_t)(r * stride) * mq_dtype_size(dtype);
+        const mq_channels row = {kernels, dtype, row_at(dtype, x, r * stride), NULL, 0};
         for (int64_t k0 = 0, n; k0 < cols; k0 += n) {
             n = mq_min(format->group_size, cols - k0);
-            float scale = group_scale(kernels, format, dtype, row, k0, n);
+            const mq_quantization to = quantization_of(format, &row, k0, n);
             for (int64_t i = 0, part; i < n; i += part) {
                 part = mq_min(MQ_BUFFER, n - i);
-                group_codes(kernels, format, dtype, row, k0 + i, part, scale, codes);
-                kernels->dequantize(codes, part, format->is_unsigned, scale, buffer);
+                quantize(&row, to, k0 + i, part, codes);
+                kernels->dequantize(codes, part, is_unsigned, to.scale, buffer);
                 store(kernels, dtype, buffer, part, out, r * cols + k0 + i);
             }
         }
@@ -97,13 +115,12 @@ void mq_run_group_hadamard(const mq_kernels *kernels, int64_t group_size, int64_
                            int64_t stride, void *out) {
     float buffer[MQ_BUFFER];
     for (int64_t r = 0; r < rows; r++) {
-        const void *row = (const char *)x + (size_t)(r * stride) * mq_dtype_size(dtype);
-        const mq_channels channels = {kernels, dtype, row, NULL, rotation};
+        const mq_channels row = {kernels, dtype, row_at(dtype, x, r * stride), NULL, rotation};
         for (int64_t k0 = 0, n; k0 < cols; k0 += n) {
             n = mq_min(group_size, cols - k0);
             for (int64_t i = 0, part; i < n; i += part) {
                 part = mq_min(MQ_BUFFER, n - i);
-                store(kernels, dtype, mq_load_channels(&channels, k0 + i, part, buffer), part, out,
+                store(kernels, dtype, mq_load_channels(&row, k0 + i, part, buffer), part, out,
                       r * cols + k0 + i);
             }
         }

@@ -1,5 +1,4 @@
 /* The two steps of the W4A4 linear: quantize tokens into the workspace, multiply panels with it. */
-#include <math.h>
 #include <string.h>
 
 #include "ops.h"
@@ -53,33 +52,6 @@ typedef struct token {
     mq_channels int4, salient; /* the token's channels, rotated and as they are */
 } token;
 
-/* How a group becomes codes: code = clamp(round(x * inverse), low, high). */
-typedef struct quantization {
-    float scale, inverse;
-    int low, high;
-} quantization;
-
-static quantization quantization_of(const mq_linear *lin, mq_extent extent) {
-    if (extent.abs_bits >= 0x7f800000u)
-        return (quantization){.scale = mq_float_of_bits(0x7fc00000u)};
-    const int is_symmetric = lin->act_format == MQ_ACT_SYMMETRIC;
-    const int levels = (1 << (lin->act_bits - is_symmetric)) - 1;
-    const float positive = mq_float_of_bits(extent.positive_bits);
-    const float negative = mq_float_of_bits(extent.negative_bits);
-    float range = positive;
-    if (is_symmetric) range = mq_float_of_bits(extent.abs_bits);
-    if (lin->act_format == MQ_ACT_ZERO_POINT) range = positive + negative;
-    quantization to = {.scale = mq_scale_of(lin->clip * range, (float)levels), .high = levels};
-    to.inverse = mq_inverse_of(to.scale);
-    if (is_symmetric) to.low = -levels;
-    if (lin->act_format == MQ_ACT_ZERO_POINT) {
-        const float zero = lin->clip * negative * to.inverse;
-        to.low = zero < (float)levels ? -(int)lrintf(zero) : -levels;
-        to.high = levels + to.low;
-    }
-    return to;
-}
-
 static void quantize_groups(const token *t) {
     const mq_shape *shape = t->shape;
     const mq_linear *lin = t->lin;
@@ -103,7 +75,8 @@ static void quantize_groups(const token *t) {
         const float *x = n <= MQ_BUFFER ? mq_load_channels(&t->int4, k0, n, buffer) : NULL;
         if (!lin->per_token)
             extent = x ? kernels->extent_of(x, n) : mq_channels_extent(&t->int4, k0, n);
-        const quantization to = quantization_of(lin, extent);
+        const mq_quantization to =
+            mq_quantization_of(lin->act_bits, lin->act_format, lin->clip, extent);
         *scales = to.scale;
         scales += h;
 

@@ -69,4 +69,13 @@ static inline float mq_scale_of(float magnitude_times_clip, float q_max) {
 /* What x is multiplied by: 0 (hence code 0) for a scale of 0 or NaN. */
 static inline float mq_inverse_of(float scale) { return scale > 0 ? 1.0f / scale : 0.0f; }
 
+/* How a group becomes codes: code = clamp(round(x * inverse), low, high). */
+typedef struct mq_quantization {
+    float scale, inverse;
+    int low, high;
+} mq_quantization;
+
+mq_quantization mq_quantization_of(int num_bits, mq_act_format format, float clip,
+                                   mq_extent extent);
+
 #endif

@@ -225,11 +225,22 @@ Tensor argsort(Tensor keys, bool descending) {
 
 // ---- Group quantization ----
 
+mq_act_format act_format_of(const char *op, const std::string &name) {
+    static const char *const names[] = {"symmetric", "unsigned", "zero_point"};
+    for (int format = 0; format < 3; format++)
+        if (name == names[format]) return static_cast<mq_act_format>(format);
+    fail(op, "act_format must be symmetric, unsigned or zero_point; got '", name, "'");
+}
+
 mq_group_format group_format(const char *op, int64_t group_size, int64_t num_bits,
-                             bool is_unsigned) {
+                             mq_act_format act_format, double clip = 1) {
     require(group_size >= 1, op, "group_size must be at least 1; got ", group_size);
-    require(num_bits >= 2 && num_bits <= 8, op, "num_bits must be in [2, 8]; got ", num_bits);
-    return {group_size, static_cast<int>(num_bits), is_unsigned};
+    const int most = act_format == MQ_ACT_ZERO_POINT ? 7 : 8;
+    require(num_bits >= 2 && num_bits <= most, op, "num_bits must be in [2, ", most, "]; got ",
+            num_bits);
+    const float fraction = static_cast<float>(clip);
+    require(fraction > 0 && fraction <= 1, op, "clip must be in (0, 1]; got ", clip);
+    return {group_size, static_cast<int>(num_bits), act_format, fraction};
 }
 
 int64_t groups_of(int64_t cols, int64_t group_size) {
@@ -239,7 +250,8 @@ int64_t groups_of(int64_t cols, int64_t group_size) {
 std::tuple<Tensor, Tensor> group_quantize(Tensor x, int64_t group_size, int64_t num_bits,
                                           bool is_unsigned) {
     const char *op = "group_quantize";
-    const mq_group_format format = group_format(op, group_size, num_bits, is_unsigned);
+    const mq_group_format format =
+        group_format(op, group_size, num_bits, is_unsigned ? MQ_ACT_UNSIGNED : MQ_ACT_SYMMETRIC);
     const mq_dtype dtype = dtype_of(op, "x", x);
     const Matrix m = matrix(op, "x", x);
     const int64_t groups = groups_of(m.cols, group_size);
@@ -261,7 +273,8 @@ Tensor group_dequantize(Tensor q, Tensor scales, int64_t group_size, ScalarType 
     const bool is_unsigned = q.scalar_type() == ScalarType::Byte;
     require(is_unsigned || q.scalar_type() == ScalarType::Char, op, "q must be int8 or uint8; got ",
             torch::headeronly::toString(q.scalar_type()));
-    const mq_group_format format = group_format(op, group_size, 8, is_unsigned);
+    const mq_group_format format =
+        group_format(op, group_size, 8, is_unsigned ? MQ_ACT_UNSIGNED : MQ_ACT_SYMMETRIC);
     require_float(op, "dtype", out_dtype);
     const Matrix m = matrix(op, "q", q);
     const int64_t groups = groups_of(m.cols, group_size);
@@ -278,9 +291,11 @@ Tensor group_dequantize(Tensor q, Tensor scales, int64_t group_size, ScalarType 
     return out;
 }
 
-Tensor group_fake_quantize(Tensor x, int64_t group_size, int64_t num_bits, bool is_unsigned) {
+Tensor group_fake_quantize(Tensor x, int64_t group_size, int64_t num_bits, std::string act_format,
+                           double clip) {
     const char *op = "group_fake_quantize";
-    const mq_group_format format = group_format(op, group_size, num_bits, is_unsigned);
+    const mq_group_format format =
+        group_format(op, group_size, num_bits, act_format_of(op, act_format), clip);
     const mq_dtype dtype = dtype_of(op, "x", x);
     const Matrix m = matrix(op, "x", x);
     Tensor out = allocate(x, shape_with_last(x, m.cols), x.scalar_type());
@@ -353,13 +368,6 @@ Tensor unpack_nibbles(Tensor packed, int64_t cols, bool is_unsigned) {
 int check_bits(const char *op, int64_t num_bits) {
     require(num_bits >= 2 && num_bits <= 4, op, "num_bits must be in [2, 4]; got ", num_bits);
     return static_cast<int>(num_bits);
-}
-
-mq_act_format act_format_of(const char *op, const std::string &name) {
-    static const char *const names[] = {"symmetric", "unsigned", "zero_point"};
-    for (int format = 0; format < 3; format++)
-        if (name == names[format]) return static_cast<mq_act_format>(format);
-    fail(op, "act_format must be symmetric, unsigned or zero_point; got '", name, "'");
 }
 
 // The fields every linear op shares; n and k are given, perm is checked for shape and dtype.
@@ -563,7 +571,8 @@ STABLE_TORCH_LIBRARY(mixedquant, m) {
         "Tensor)");
     m.def("group_dequantize(Tensor q, Tensor scales, int group_size, ScalarType dtype) -> Tensor");
     m.def(
-        "group_fake_quantize(Tensor x, int group_size, int num_bits, bool is_unsigned) -> Tensor");
+        "group_fake_quantize(Tensor x, int group_size, int num_bits, str act_format, float clip) "
+        "-> Tensor");
     m.def("group_hadamard(Tensor x, int group_size, int rotation) -> Tensor");
     m.def("pack_nibbles(Tensor q) -> Tensor");
     m.def("unpack_nibbles(Tensor packed, int cols, bool is_unsigned) -> Tensor");

@@ -86,7 +86,8 @@ static void check_bytes(const guarded *a, const guarded *b) {
 static void check_groups(void) {
     mq_dtype dtype = (mq_dtype)below(3);
     int64_t rows = below(4), cols = below(300), stride = cols + below(3);
-    mq_group_format format = {1 + below(below(2) ? 40 : 2000), (int)(2 + below(7)), (int)below(2)};
+    mq_group_format format = {1 + below(below(2) ? 40 : 2000), (int)(2 + below(7)),
+                              (mq_act_format)below(2), below(2) ? 1.0f : 0.8f};
     int64_t groups = cols / format.group_size + (cols % format.group_size != 0);
     int64_t read = rows ? (rows - 1) * stride + cols : 0;
     int64_t rotation = below(2) ? 1 << below(10) : 0;
@@ -112,8 +113,8 @@ static void check_groups(void) {
         CHECK(mq_group_fake_quantize(&format, dtype, x.data, rows, cols, stride, fake[i].data) ==
               MQ_OK);
         CHECK(mq_pack_nibbles(q[i].data, rows, cols, packed[i].data) == MQ_OK);
-        CHECK(mq_unpack_nibbles(packed[i].data, rows, cols, format.is_unsigned, codes[i].data) ==
-              MQ_OK);
+        CHECK(mq_unpack_nibbles(packed[i].data, rows, cols, format.act_format == MQ_ACT_UNSIGNED,
+                                codes[i].data) == MQ_OK);
         check_bytes(&q[i], &q[0]);
         check_same(MQ_F32, scales[i].data, scales[0].data, rows * groups);
         check_same(dtype, out[i].data, out[0].data, rows * cols);
@@ -253,14 +254,14 @@ static void check_linear(void) {
 
 /* Every kind of wrong argument gives its status and touches nothing: all pointers are NULL. */
 static void check_statuses(void) {
-    mq_group_format format = {4, 4, 0};
+    mq_group_format format = {4, 4, MQ_ACT_SYMMETRIC, 1};
     CHECK(mq_group_quantize(&format, MQ_F32, NULL, 1, 1, 1, NULL, NULL) == MQ_INVALID_POINTER);
     CHECK(mq_group_quantize(NULL, MQ_F32, NULL, 1, 1, 1, NULL, NULL) == MQ_INVALID_POINTER);
     CHECK(mq_group_quantize(&format, MQ_F32, NULL, -1, 1, 1, NULL, NULL) == MQ_INVALID_SIZE);
     CHECK(mq_group_quantize(&format, (mq_dtype)9, NULL, 1, 1, 1, NULL, NULL) == MQ_INVALID_DTYPE);
     format.num_bits = 9;
     CHECK(mq_group_quantize(&format, MQ_F32, NULL, 1, 1, 1, NULL, NULL) == MQ_INVALID_BITS);
-    format = (mq_group_format){0, 4, 0};
+    format = (mq_group_format){0, 4, MQ_ACT_SYMMETRIC, 1};
     CHECK(mq_group_quantize(&format, MQ_F32, NULL, 1, 1, 1, NULL, NULL) == MQ_INVALID_GROUP_SIZE);
     CHECK(mq_pack_nibbles(NULL, 1, 1, NULL) == MQ_INVALID_POINTER);
     CHECK(mq_argsort(NULL, -1, 0, NULL, NULL) == MQ_INVALID_SIZE);
