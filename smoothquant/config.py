@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 import warnings
 from typing import Any
@@ -168,7 +167,7 @@ def check_real(name: str, value: Any, low: float, high: float) -> float:
     """`value` as a float; TypeError for no real number, ValueError unless low <= value <= high."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number; got {value!r}")
-    if math.isnan(value) or not low <= value <= high:
+    if not low <= value <= high:  # a NaN is in no interval
         raise ValueError(f"{name} must be in [{low:g}, {high:g}]; got {value!r}")
     return float(value)
 
