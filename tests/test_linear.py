@@ -284,7 +284,7 @@ def test_rotation_and_zero_points_reduce_the_error_of_outliers():
         layer = W4A4Linear.from_weight(weight, None, config, plan_for(256, 0))
         errors[rotation, act_format] = float((layer(x) - exact).norm())
     plain, rotated, shifted = errors.values()
-    assert rotated < 0.8 * plain and shifted < 0.9 * rotated
+    assert rotated < 0.9 * plain and shifted < 0.95 * rotated
 
 
 @pytest.mark.parametrize(
