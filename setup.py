@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
 TORCH_FIRST = (
-    'install PyTorch first ("pip install torch==2.13.0"), then MixedQuant with '
+    'run "pip install torch==2.13.0", then "pip install setuptools wheel pybind11", then '
     '"pip install --no-build-isolation ."'
 )
 COMMON_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -39,7 +39,7 @@ def installed_torch():
     """The torch to build against."""
     try:
         import torch
-    except ImportError:
+    except (ImportError, OSError):
         stop(f"the build needs PyTorch; {TORCH_FIRST}")
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < OLDEST_TORCH:
@@ -80,12 +80,16 @@ def cuda_library_flags(nvcc: str) -> list[str]:
 class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch = installed_torch()
-        import pybind11
-
+        try:
+            import pybind11
+        except ImportError:
+            stop('the build needs pybind11; run "pip install setuptools wheel pybind11"')
         cc, cxx = compiler("CC", "cc"), compiler("CXX", "c++")
         extra = shlex.split(os.environ.get("MIXEDQUANT_CFLAGS", ""))
         include = Path(torch.__file__).parent / "include"
-        nvcc = cuda_compiler() if any(s.endswith(".cu") for s in ext.sources) else None
+        nvcc = cuda_compiler()
+        if not any(source.endswith(".cu") for source in ext.sources):
+            nvcc = None
         archs = os.environ.get("MIXEDQUANT_CUDA_ARCHS", CUDA_ARCHS) if nvcc else ""
         compiler_name = subprocess.run([*cc, "--version"], capture_output=True, text=True).stdout
         defines = {
