@@ -136,6 +136,41 @@ class QuantizedLinear(nn.Module):
         k4 = in_features - num_salient
         self.group_size = layer_group_size(config, k4)
 
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        config: MixedQuantConfig,
+        plan: ChannelPlan,
+        *,
+        quantize_output: bool = False,
+        factor: Tensor | None = None,
+    ) -> QuantizedLinear:
+        """Quantize a weight [N, K] (float32, float16 or bfloat16) by a channel plan.
+
+        factor: of the inputs' Hessian (`smoothquant.gptq.inverse_factor`), to round by GPTQ.
+        """
+        check_weight(weight, bias, plan)
+        layer = cls(
+            weight.shape[1],
+            weight.shape[0],
+            bias is not None,
+            config=config,
+            num_salient=plan.num_salient,
+            quantize_output=quantize_output,
+            dtype=weight.dtype,
+            device="meta",
+        )
+        layer._store(*weight_in_packed_order(weight, config, plan, layer.group_size, factor))
+        layer.perm = plan.perm.clone()
+        layer.bias = None if bias is None else bias.detach().clone()
+        return layer
+
+    def _store(self, permuted: Tensor, scales: Tensor) -> None:
+        """Keep a weight given in packed order, fp32 [N, K], with its scales, fp32 [N, G]."""
+        raise NotImplementedError
+
     @property
     def weight(self) -> Tensor:
         """The weight that the layer computes with, [N, K] in natural channel order (made anew)."""
@@ -235,47 +270,17 @@ class W4A4Linear(QuantizedLinear):
         zero_bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_buffer("bias", zero_bias)
 
-    @classmethod
-    def from_weight(
-        cls,
-        weight: Tensor,
-        bias: Tensor | None,
-        config: MixedQuantConfig,
-        plan: ChannelPlan,
-        *,
-        quantize_output: bool = False,
-        factor: Tensor | None = None,
-    ) -> W4A4Linear:
-        """Quantize and pack a weight [N, K] (float32, float16 or bfloat16) by a channel plan.
-
-        factor: of the inputs' Hessian (`smoothquant.gptq.inverse_factor`), to round by GPTQ.
-        """
-        check_weight(weight, bias, plan)
-        n, k = weight.shape
-        layer = cls(
-            k,
-            n,
-            bias is not None,
-            config=config,
-            num_salient=plan.num_salient,
-            quantize_output=quantize_output,
-            dtype=weight.dtype,
-            device="meta",
-        )
-        permuted, scales = weight_in_packed_order(weight, config, plan, layer.group_size, factor)
-        layer.qweight, layer.scales, layer.salient_weight = ops.pack_weight(
+    def _store(self, permuted: Tensor, scales: Tensor) -> None:
+        self.qweight, self.scales, self.salient_weight = ops.pack_weight(
             permuted,
-            torch.arange(k, dtype=torch.int32),
-            plan.num_salient,
-            layer.group_size,
+            torch.arange(self.in_features, dtype=torch.int32),
+            self.num_salient,
+            self.group_size,
             0,  # the rotation has been done
-            config.num_bits,
+            self.config.num_bits,
             scales,
-            layer.salient_weight.dtype,
+            self.salient_weight.dtype,
         )
-        layer.perm = plan.perm.clone()
-        layer.bias = None if bias is None else bias.detach().clone()
-        return layer
 
     @classmethod
     def from_float(
@@ -312,7 +317,7 @@ class W4A4Linear(QuantizedLinear):
             weight_quant=weight_quant,
             num_bits=quant_bits,
             group_size=group_size,
-            salient_prop=0.0 if salient_prop is None else salient_prop,
+            salient_prop=salient_prop,
             sort=sort,
             sort_by="weight",
         )
@@ -417,40 +422,14 @@ class FakeW4A4Linear(QuantizedLinear):
         zero_bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_buffer("bias", zero_bias)
 
-    @classmethod
-    def from_weight(
-        cls,
-        weight: Tensor,
-        bias: Tensor | None,
-        config: MixedQuantConfig,
-        plan: ChannelPlan,
-        *,
-        quantize_output: bool = False,
-        factor: Tensor | None = None,
-    ) -> FakeW4A4Linear:
-        """Simulate the quantization of a weight [N, K]; arguments as in W4A4Linear."""
-        check_weight(weight, bias, plan)
-        n, k = weight.shape
-        layer = cls(
-            k,
-            n,
-            bias is not None,
-            config=config,
-            num_salient=plan.num_salient,
-            quantize_output=quantize_output,
-            dtype=weight.dtype,
-            device="meta",
-        )
-        permuted, scales = weight_in_packed_order(weight, config, plan, layer.group_size, factor)
-        k4 = k - plan.num_salient
-        by_column = scales.repeat_interleave(layer.group_size, dim=1)[:, :k4]
-        q_max = 2 ** (config.num_bits - 1) - 1
+    def _store(self, permuted: Tensor, scales: Tensor) -> None:
+        dtype = self.simulated_weight.dtype
+        k4 = self.in_features - self.num_salient
+        by_column = scales.repeat_interleave(self.group_size, dim=1)[:, :k4]
+        q_max = 2 ** (self.config.num_bits - 1) - 1
         permuted[:, :k4] = round_to_grid(permuted[:, :k4], by_column, q_max)
-        permuted[:, k4:] = permuted[:, k4:].to(salient_dtype_for(weight.dtype))
-        layer.simulated_weight = permuted.to(weight.dtype)
-        layer.perm = plan.perm.clone()
-        layer.bias = None if bias is None else bias.detach().clone()
-        return layer
+        permuted[:, k4:] = permuted[:, k4:].to(salient_dtype_for(dtype))
+        self.simulated_weight = permuted.to(dtype)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
