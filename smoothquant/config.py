@@ -70,7 +70,8 @@ class MixedQuantConfig:
         sort: key by which the quantized channels are sorted, largest first; "none" keeps order.
         sort_by: take the sort key from "activation" or "weight" statistics.
         rotation: (recipe) size of the orthonormal Hadamard blocks that the quantized channels are
-            rotated in, inside each group: 0 (none) or a power of two up to 512.
+            rotated in, inside each group: 0 (none), a power of two up to 512, or "group" for the
+            largest that fits a group.
         weight_scale: (recipe) "max" covers the largest weight, "mse" is the smaller scale of least
             squared error.
         weight_rounding: (recipe) "nearest", or "gptq" (Frantar et al., 2022).
@@ -83,7 +84,7 @@ class MixedQuantConfig:
         quantize_output: also quantize the outputs of q/k/v (the inputs of the attention products).
         backend: "int4" packs real 4-bit weights and runs integer kernels; "fake" simulates the same
             choices in the tensor's dtype.
-        act_clip: (recipe) factor in (0, 1] on the range of each activation group.
+        act_clip: (recipe) factor in [2^-10, 1] on the range of each activation group.
         non_finite: what a NaN or Inf in a token does: "propagate" makes that token's outputs NaN,
             "raise" raises ValueError.
     """
@@ -95,7 +96,7 @@ class MixedQuantConfig:
     salient_metric: str = "rms"
     sort: str = "rms"
     sort_by: str = "activation"
-    rotation: int | None = None
+    rotation: int | str | None = None
     weight_quant: str = "per_group"
     weight_scale: str | None = None
     weight_rounding: str | None = None
@@ -107,7 +108,7 @@ class MixedQuantConfig:
     non_finite: str = "propagate"
 
     def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
+        if self.recipe not in list(RECIPES):
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {self.recipe!r}")
         for name, value in RECIPES[self.recipe].items():
             if getattr(self, name) is None:
@@ -127,6 +128,11 @@ class MixedQuantConfig:
         self._set("rotation", check_integer, 0, MAX_ROTATION)
         if self.rotation & (self.rotation - 1):
             raise ValueError(f"rotation must be 0 or a power of two; got {self.rotation}")
+        if self.act_format == "unsigned" and self.rotation > 1:
+            raise ValueError(
+                "act_format='unsigned' needs rotation=0, which makes negative values of positive "
+                f"ones; got rotation={self.rotation}"
+            )
         self._set("act_clip", check_real, 2.0**-10, 1.0)
         if not isinstance(self.quantize_output, bool):
             raise TypeError(f"quantize_output must be a bool; got {self.quantize_output!r}")

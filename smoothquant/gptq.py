@@ -7,14 +7,10 @@ are chosen before the loop ("static groups"), so groups need not follow the loop
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import Tensor
 
 from . import ops
-
-logger = logging.getLogger("smoothquant")
 
 BLOCK = 128  # columns between two matrix products
 DAMPING = 0.01  # of the mean diagonal, as published

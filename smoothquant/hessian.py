@@ -1,5 +1,5 @@
 """Hessians of layer inputs for GPTQ: sums of x x^T over the calibration tokens, x as the quantized
-layer sees it, so that weights make good for the rounding of activations too.
+layer sees it: rotated, and rounded to INT4 and back.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ def collect_hessians(
             x[:, :k4] = fake_quantize_activation(
                 rotated, config, config.act_format, config.act_clip
             )
-            hessians[name] = torch.addmm(hessians[name], x.T, x) if name in hessians else x.T @ x
+            if name in hessians:
+                hessians[name].addmm_(x.T, x)
+            else:
+                hessians[name] = x.T @ x
 
         return hook
 

@@ -13,6 +13,7 @@ from .config import MixedQuantConfig, check_integer, published_config
 from .gptq import gptq
 from .sorting import ChannelPlan, ChannelStats, choose_channels, num_salient_channels
 
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny  # smaller scales count as 0
 # What weight_scale="mse" tries: shares of the scale that covers the largest weight.
 MSE_RATIOS = [1 - step / 40 for step in range(21)]
 
@@ -35,7 +36,8 @@ def weight_group_scales(w4: Tensor, config: MixedQuantConfig, group_size: int) -
         largest = largest.amax(shared, keepdim=True)
     best, least = None, None
     for ratio in MSE_RATIOS if config.weight_scale == "mse" else [1.0]:
-        scale = (largest * ratio / q_max).bfloat16().float()
+        scale = largest * ratio / q_max
+        scale = torch.where(scale < SMALLEST_NORMAL, 0, scale).bfloat16().float()
         if config.weight_scale == "max":
             best = scale
             break
@@ -51,7 +53,7 @@ def weight_group_scales(w4: Tensor, config: MixedQuantConfig, group_size: int) -
 
 def round_to_grid(w: Tensor, scale: Tensor, q_max: int) -> Tensor:
     """code * scale for the nearest code in [-q_max, q_max], as the kernels compute it; fp32."""
-    inverse = torch.where(scale > 0, 1 / scale, 0)
+    inverse = torch.where(scale >= SMALLEST_NORMAL, 1 / scale, 0)
     return (w * inverse).round_().clamp_(-q_max, q_max).mul_(scale)
 
 
@@ -191,7 +193,9 @@ class QuantizedLinear(nn.Module):
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
             f"num_bits={self.config.num_bits}, group_size={self.group_size}, "
             f"num_salient={self.num_salient}, weight_quant={self.config.weight_quant}, "
-            f"act_quant={self.config.act_quant}, quantize_output={self.quantize_output}"
+            f"act_quant={self.config.act_quant}, act_format={self.config.act_format}, "
+            f"act_clip={self.config.act_clip:g}, rotation={self.config.rotation}, "
+            f"quantize_output={self.quantize_output}"
         )
 
 
@@ -430,6 +434,8 @@ class FakeW4A4Linear(QuantizedLinear):
         permuted[:, :k4] = round_to_grid(permuted[:, :k4], by_column, q_max)
         permuted[:, k4:] = permuted[:, k4:].to(salient_dtype_for(dtype))
         self.simulated_weight = permuted.to(dtype)
+        if not torch.isfinite(self.simulated_weight).all():
+            raise ValueError(f"a rotated weight is beyond the range of {dtype}")
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -437,11 +443,14 @@ class FakeW4A4Linear(QuantizedLinear):
         self._check_input(x)
         k4 = self.in_features - self.num_salient
         permuted = x[..., self.perm.long()]
-        rotated = ops.group_hadamard(permuted[..., :k4], self.group_size, self.config.rotation)
+        # in fp32, as in the kernel: rotated values may exceed fp16, and bf16 would round twice
+        rotated = ops.group_hadamard(
+            permuted[..., :k4].float(), self.group_size, self.config.rotation
+        )
         quantized = fake_quantize_activation(
             rotated, self.config, self.config.act_format, self.config.act_clip
         )
-        permuted = torch.cat([quantized, permuted[..., k4:]], dim=-1)
+        permuted = torch.cat([quantized.to(x.dtype), permuted[..., k4:]], dim=-1)
         return self._quantize_output(F.linear(permuted, self.simulated_weight, self.bias))
 
     def dequantize(self) -> Tensor:

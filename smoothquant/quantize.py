@@ -150,12 +150,14 @@ def _planned(model, groups: list[_Group], config: MixedQuantConfig, batches, pro
         for group, plan, chosen_by in planned:
             factor = None
             if config.weight_rounding == "gptq":
-                if group.names[0] in hessians:
-                    factor = gptq.inverse_factor(hessians.pop(group.names[0]), gptq.DAMPING)
+                hessian = hessians.pop(group.names[0], None)
+                if hessian is not None:
+                    factor = gptq.inverse_factor(hessian, gptq.DAMPING)
                 if factor is None:
                     chosen_by += "; rounded to nearest, not by GPTQ"
                     if not group.expert:
-                        logger.warning("no damping helps the Hessian of %s", group.names[0])
+                        why = "no token reached it" if hessian is None else "no damping helped"
+                        logger.warning("%s is rounded to nearest: %s", group.names[0], why)
             yield group, plan, chosen_by, factor
 
 
@@ -199,8 +201,11 @@ def _checked(model, config, stats, batches) -> tuple[list[LayerInput], list[_Gro
                 "weight_rounding='gptq' needs batches: a list of [B, T] token ids to calibrate on"
             )
         for index, batch in enumerate(batches):
-            if not isinstance(batch, Tensor) or batch.ndim != 2:
-                raise ValueError(f"batches[{index}] must be a [B, T] tensor; got {batch!r:.80}")
+            fits = isinstance(batch, Tensor) and batch.ndim == 2 and batch.numel() > 0
+            if not fits or batch.dtype not in (torch.int64, torch.int32):
+                raise ValueError(
+                    f"batches[{index}] must be a [B, T] tensor of token ids; got {batch!r:.80}"
+                )
     items = layer_inputs(model)
     for item in items:
         for name in item.linears:

@@ -71,7 +71,7 @@ def _scale(magnitude: Tensor, finite: Tensor, q_max: int) -> Tensor:
 
 
 def _codes(x: Tensor, scale: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
-    usable = scale > 0
+    usable = scale >= SMALLEST_NORMAL
     inverse = torch.where(usable, 1.0 / torch.where(usable, scale, 1.0), 0.0)
     low, high = torch.as_tensor(low).float(), torch.as_tensor(high).float()
     q = (torch.where(usable, x, 0.0) * inverse).clamp(low, high).round()

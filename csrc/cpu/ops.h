@@ -66,8 +66,8 @@ static inline float mq_scale_of(float magnitude_times_clip, float q_max) {
     return scale < 0x1p-126f ? 0.0f : scale;
 }
 
-/* What x is multiplied by: 0 (hence code 0) for a scale of 0 or NaN. */
-static inline float mq_inverse_of(float scale) { return scale > 0 ? 1.0f / scale : 0.0f; }
+/* What x is multiplied by: 0 (hence code 0) for a scale that is 0, NaN or below the smallest normal. */
+static inline float mq_inverse_of(float scale) { return scale >= 0x1p-126f ? 1.0f / scale : 0.0f; }
 
 /* How a group becomes codes: code = clamp(round(x * inverse), low, high). */
 typedef struct mq_quantization {
