@@ -14,8 +14,8 @@ from .gptq import gptq
 from .sorting import ChannelPlan, ChannelStats, choose_channels, num_salient_channels
 
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny  # smaller scales count as 0
-# What weight_scale="mse" tries: shares of the scale that covers the largest weight.
-MSE_RATIOS = [1 - step / 40 for step in range(21)]
+# What weight_scale="mse" tries besides the scale that covers the largest weight: shares of it.
+MSE_RATIOS = [1 - step / 40 for step in range(1, 21)]
 
 
 def weight_group_scales(w4: Tensor, config: MixedQuantConfig, group_size: int) -> Tensor:
@@ -34,20 +34,24 @@ def weight_group_scales(w4: Tensor, config: MixedQuantConfig, group_size: int) -
     largest = padded.abs().amax(-1)
     if shared:
         largest = largest.amax(shared, keepdim=True)
-    best, least = None, None
-    for ratio in MSE_RATIOS if config.weight_scale == "mse" else [1.0]:
+
+    def stored(ratio: float) -> Tensor:
         scale = largest * ratio / q_max
-        scale = torch.where(scale < SMALLEST_NORMAL, 0, scale).bfloat16().float()
-        if config.weight_scale == "max":
-            best = scale
-            break
-        error = (padded - round_to_grid(padded, scale.unsqueeze(-1), q_max)).square().sum(-1)
-        error = error.sum(shared, keepdim=True) if shared else error
-        if best is None:
-            best, least = scale, error
-        else:
-            best = torch.where(error < least, scale, best)
-            least = torch.minimum(error, least)
+        return torch.where(scale < SMALLEST_NORMAL, 0, scale).bfloat16().float()
+
+    def error(scale: Tensor) -> Tensor:
+        rounded = round_to_grid(padded, scale.unsqueeze(-1), q_max)
+        by_group = (padded - rounded).square().sum(-1)
+        return by_group.sum(shared, keepdim=True) if shared else by_group
+
+    best = stored(1.0)
+    if config.weight_scale == "mse":
+        least = error(best)
+        for ratio in MSE_RATIOS:
+            scale = stored(ratio)
+            of_scale = error(scale)
+            best = torch.where(of_scale < least, scale, best)
+            least = torch.minimum(of_scale, least)
     return best.expand(n, groups).contiguous()
 
 

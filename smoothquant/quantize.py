@@ -51,11 +51,15 @@ class _Group(NamedTuple):
 
     def matrices(self, model: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
         """(weight [N, K], bias [N] or None) of each."""
+        return [self.matrix(model, name) for name in self.names]
+
+    def matrix(self, model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+        """That of one name alone: a quantized sibling would be unpacked for its weight."""
         if self.expert:
             experts, index, part = self.expert
-            return [(getattr(model.get_submodule(experts), part)[index], None)]
-        modules = [model.get_submodule(name) for name in self.names]
-        return [(module.weight, module.bias) for module in modules]
+            return getattr(model.get_submodule(experts), part)[index], None
+        module = model.get_submodule(name)
+        return module.weight, module.bias
 
 
 @torch.no_grad()
@@ -114,8 +118,8 @@ def quantize(
     total = sum(len(group.names) for group in groups)
     with tqdm(total=total, desc="quantizing", unit="linear", disable=not progress) as bar:
         for group, plan, chosen_by, factor in _planned(model, groups, config, batches, progress):
-            for position, name in enumerate(group.names):
-                weight, bias = group.matrices(model)[position]
+            for name in group.names:
+                weight, bias = group.matrix(model, name)
                 layer = linear_class(config).from_weight(
                     weight,
                     bias,

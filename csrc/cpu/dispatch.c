@@ -4,8 +4,7 @@
 #include "kernels.h"
 
 #define MQ_KERNELS(isa, rows)   \
-    {#isa,                      \
-     rows,                      \
+    {rows,                      \
      mq_channel_stats_##isa,    \
      mq_sort_keys_##isa,        \
      mq_widen_##isa,            \

@@ -58,7 +58,6 @@ typedef void mq_multiply_groups_fn(const mq_activations *act, const mq_shape *sh
                                    float *sums);
 
 typedef struct mq_kernels {
-    const char *name;
     int tile_rows;
     mq_channel_stats_fn *channel_stats;
     mq_sort_keys_fn *sort_keys;
