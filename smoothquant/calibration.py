@@ -130,11 +130,21 @@ def collect_stats(
     """
     refuse_quantized(model)
     inputs = layer_inputs(model)
-    stats: dict[str, ChannelStats] = {}
+    stats = _idle_experts(model, inputs)
     runner = without_head(model, [item.name for item in inputs])
     device = next(model.parameters()).device
     num_batches = 0
-    with evaluating(model), hooked(model, _stat_hooks(inputs, stats)):
+
+    def add(names: tuple[str, ...], x: Tensor) -> None:
+        if names[0] not in stats:
+            stats.update(dict.fromkeys(names, ChannelStats.empty(x.shape[-1])))
+        stats[names[0]].update(x)
+        if not stats[names[0]].is_finite():
+            raise ValueError(
+                f"the input of layer {names[0]} is not finite: NaN or Inf while calibrating"
+            )
+
+    with evaluating(model), hooked(model, input_hooks(inputs, add)):
         for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
             shape = tuple(getattr(batch, "shape", ()))
             if len(shape) != 2:
@@ -156,6 +166,17 @@ def collect_stats(
             "calibrate on more text",
             stacklevel=3,
         )
+    return stats
+
+
+def _idle_experts(model: nn.Module, inputs: Sequence[LayerInput]) -> dict[str, ChannelStats]:
+    """Statistics of zero rows for every expert's matrix: some experts may never be reached."""
+    stats = {}
+    for item in inputs:
+        if item.experts:
+            module = model.get_submodule(item.experts)
+            for name, (_, part) in expert_names(item.experts, module).items():
+                stats[name] = ChannelStats.empty(getattr(module, part).shape[-1])
     return stats
 
 
@@ -198,50 +219,41 @@ def hooked(model: nn.Module, hooks: Mapping[str, Callable], after: bool = False)
             handle.remove()
 
 
-def _first_argument(args: tuple, kwargs: dict) -> Tensor:
+def first_argument(args: tuple, kwargs: dict) -> Tensor:
+    """What a hooked linear is called with."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _stat_hooks(
-    inputs: Sequence[LayerInput], stats: dict[str, ChannelStats]
+def input_hooks(
+    inputs: Sequence[LayerInput], visit: Callable[[tuple[str, ...], Tensor], None]
 ) -> dict[str, Callable]:
-    hooks = {item.linears[0]: _linear_hook(item, stats) for item in inputs if item.linears}
-    return hooks | {item.experts: _experts_hook(item, stats) for item in inputs if item.experts}
+    """Hooks for `hooked` that call visit(names, x) for every distinct input of a matrix.
 
+    names: what stands for the input: the linears that read x, one expert's matrix, or an experts
+        module as a whole. x: [..., K]; expert matrices get the tokens routed to them, and only
+        those experts that get any are visited.
+    """
 
-def _update(stats: dict[str, ChannelStats], names: Sequence[str], x: Tensor) -> None:
-    """Add the rows of x to the one entry that all of `names` share."""
-    if names[0] not in stats:
-        entry = ChannelStats.empty(x.shape[-1])
-        stats.update((name, entry) for name in names)
-    entry = stats[names[0]]
-    entry.update(x)
-    if not entry.is_finite():
-        raise ValueError(
-            f"the input of layer {names[0]} is not finite: NaN or Inf while calibrating"
-        )
+    def linear_hook(item: LayerInput) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            visit(item.linears, first_argument(args, kwargs))
 
+        return hook
 
-def _linear_hook(item: LayerInput, stats: dict[str, ChannelStats]) -> Callable:
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        _update(stats, item.linears, _first_argument(args, kwargs))
+    def experts_hook(item: LayerInput) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            named = dict(zip(("hidden_states", "top_k_index"), args, strict=False)) | kwargs
+            x = named["hidden_states"].reshape(-1, module.gate_up_proj.shape[-1])
+            visit((item.experts,), x)
+            top_k_index = named["top_k_index"].reshape(x.shape[0], -1)
+            for expert, *part_inputs in routed_inputs(module, x, top_k_index):
+                for part, part_input in zip(PARTS, part_inputs, strict=True):
+                    visit((item.expert_linear(expert, part),), part_input)
 
-    return hook
+        return hook
 
-
-def _experts_hook(item: LayerInput, stats: dict[str, ChannelStats]) -> Callable:
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        named = dict(zip(("hidden_states", "top_k_index"), args, strict=False)) | kwargs
-        x = named["hidden_states"].reshape(-1, module.gate_up_proj.shape[-1])
-        top_k_index = named["top_k_index"].reshape(x.shape[0], -1)
-        _update(stats, (item.experts,), x)
-        for name, (_, part) in expert_names(item.experts, module).items():
-            stats.setdefault(name, ChannelStats.empty(getattr(module, part).shape[-1]))
-        for expert, *part_inputs in routed_inputs(module, x, top_k_index):
-            for part, part_input in zip(PARTS, part_inputs, strict=True):
-                _update(stats, (item.expert_linear(expert, part),), part_input)
-
-    return hook
+    hooks = {item.linears[0]: linear_hook(item) for item in inputs if item.linears}
+    return hooks | {item.experts: experts_hook(item) for item in inputs if item.experts}
 
 
 def save_stats(stats: Mapping[str, ChannelStats], path: str | os.PathLike) -> None:
@@ -346,7 +358,7 @@ def get_act_scales(
     for item in layer_inputs(model):
         names += filter(None, (item.experts, item.router))
     hooks = {
-        name: lambda module, args, kwargs, name=name: record(name, _first_argument(args, kwargs))
+        name: lambda module, args, kwargs, name=name: record(name, first_argument(args, kwargs))
         for name in names
     }
     with hooked(model, hooks):
@@ -401,7 +413,7 @@ def get_static_decoder_layer_scales(
 
     hooks = {
         name: lambda module, args, kwargs, y, name=name: record(
-            name, _first_argument(args, kwargs), y
+            name, first_argument(args, kwargs), y
         )
         for name in names
     }

@@ -5,6 +5,7 @@ mixedquant.json                       format_version, model_class, config, linea
 model.safetensors                     every distinct parameter and persistent buffer, once
 """
 
+import dataclasses
 import json
 import os
 import threading
@@ -27,7 +28,7 @@ from .model_size import distinct_tensors
 from .moe import PARTS, W4A4Experts, expert_names
 from .quantize import replace_module
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "mixedquant.json"
 TENSORS = "model.safetensors"
 MANIFEST_FIELDS = {
@@ -38,7 +39,9 @@ MANIFEST_FIELDS = {
     "shared": dict,
     "dtypes": dict,
 }
-LINEAR_FIELDS = {"num_salient": int, "bias": bool, "quantize_output": bool}
+LINEAR_FIELDS = {"num_salient": int, "bias": bool, "quantize_output": bool, "choices": dict}
+# Fields of the config that `quantize` may settle for each layer.
+LAYER_CHOICES = ("act_format", "act_clip", "rotation")
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in vars(torch).values()
@@ -70,10 +73,8 @@ def save_quantized(
         raise ValueError(
             f"model must be a quantized transformers model; got {type(model).__name__}"
         )
-    config = next(iter(linears.values())).config
-    odd = next((name for name, module in linears.items() if module.config != config), None)
-    if odd:
-        raise ValueError(f"all linears must have one MixedQuantConfig; {odd} has another")
+    config = getattr(model, "mixedquant_config", next(iter(linears.values())).config)
+    choices = {name: _choices(name, module.config, config) for name, module in linears.items()}
     folder = check_target(folder, overwrite=overwrite)
     tensors, shared = distinct_tensors(model)
     manifest = {
@@ -85,6 +86,7 @@ def save_quantized(
                 "num_salient": module.num_salient,
                 "bias": module.bias is not None,
                 "quantize_output": module.quantize_output,
+                "choices": choices[name],
             }
             for name, module in linears.items()
         },
@@ -102,6 +104,15 @@ def save_quantized(
         save_file(contiguous, partial / TENSORS, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+
+
+def _choices(name: str, own: MixedQuantConfig, config: MixedQuantConfig) -> dict[str, Any]:
+    """Where a layer's config differs from the model's."""
+    fields, common = own.to_dict(), config.to_dict()
+    differing = {field: value for field, value in fields.items() if value != common[field]}
+    if not set(differing) <= set(LAYER_CHOICES):
+        raise ValueError(f"all linears must have one MixedQuantConfig; {name} has another")
+    return differing
 
 
 def check_target(folder: str | os.PathLike, *, overwrite: bool = False) -> Path:
@@ -166,6 +177,7 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
     for name, buffer in unsaved.items():
         _assign(model, name, buffer.to(dtypes[name]))
     model.load_state_dict(tensors, assign=True)
+    model.mixedquant_config = manifest["config"]
     parameters = dict(model.named_parameters())
     for name, owner in shared.items():
         if owner in parameters:  # of the same memory already, but not yet the same object
@@ -282,21 +294,24 @@ def _insert_linears(model: nn.Module, manifest: dict[str, Any], path: Path) -> N
             blocks[name] = {key: full for full, key in names.items()}
             shapes |= {full: getattr(module, part).shape[1:] for full, (_, part) in names.items()}
     layers: dict[str, nn.Module] = {}
+    common = manifest["config"]
     for name, fields in linears.items():
         if name not in shapes:
             raise CheckpointError(f"{path}: the model has no linear {name}")
         n, k = shapes[name]
         try:
-            layers[name] = linear_class(manifest["config"])(
+            if not set(fields["choices"]) <= set(LAYER_CHOICES):
+                raise ValueError(f"choices may name {', '.join(LAYER_CHOICES)} only")
+            layers[name] = linear_class(common)(
                 k,
                 n,
                 fields["bias"],
-                config=manifest["config"],
+                config=dataclasses.replace(common, **fields["choices"]),
                 num_salient=fields["num_salient"],
                 quantize_output=fields["quantize_output"],
                 device="meta",
             )
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: linear {name}: {error}") from error
         if name in modules:
             replace_module(model, name, layers[name])

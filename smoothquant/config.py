@@ -17,7 +17,7 @@ CHOICES = {
     "weight_quant": ("per_group", "per_channel", "per_tensor"),
     "weight_scale": ("max", "mse"),
     "weight_rounding": ("nearest", "gptq"),
-    "act_format": ("symmetric", "unsigned", "zero_point"),
+    "act_format": ("symmetric", "unsigned", "zero_point", "auto"),
     "act_quant": ("per_group", "per_token", "per_tensor"),
     "backend": ("int4", "fake"),
     "non_finite": ("propagate", "raise"),
@@ -77,14 +77,17 @@ class MixedQuantConfig:
         weight_rounding: (recipe) "nearest", or "gptq" (Frantar et al., 2022).
         act_format: (recipe) codes of the activations: "symmetric" around 0, "unsigned" (for inputs
             that are never negative; what is negative saturates at 0), or with a "zero_point" per
-            scale.
+            scale. "auto" chooses per layer, on calibration tokens: zero-points, or unsigned codes
+            without rotation where no negative value was seen and they come nearer to the float
+            output.
         weight_quant: elements that share a weight scale: a group, an output channel, the tensor.
         act_quant: elements that share an activation scale: a group, a token, or (only
             ``backend="fake"``) the whole live tensor.
         quantize_output: also quantize the outputs of q/k/v (the inputs of the attention products).
         backend: "int4" packs real 4-bit weights and runs integer kernels; "fake" simulates the same
             choices in the tensor's dtype.
-        act_clip: (recipe) factor in [2^-10, 1] on the range of each activation group.
+        act_clip: (recipe) factor in [2^-10, 1] on the range of each activation group; "search"
+            finds one per layer on calibration tokens.
         non_finite: what a NaN or Inf in a token does: "propagate" makes that token's outputs NaN,
             "raise" raises ValueError.
     """
@@ -102,7 +105,7 @@ class MixedQuantConfig:
     weight_rounding: str | None = None
     act_quant: str = "per_group"
     act_format: str | None = None
-    act_clip: float | None = None
+    act_clip: float | str | None = None
     quantize_output: bool = False
     backend: str = "int4"
     non_finite: str = "propagate"
@@ -121,7 +124,9 @@ class MixedQuantConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-        most_bits = 4 if self.backend == "int4" else 7 if self.act_format == "zero_point" else 8
+        most_bits = (
+            4 if self.backend == "int4" else 7 if self.act_format in ("zero_point", "auto") else 8
+        )
         self._set("num_bits", check_integer, 2, most_bits)
         self._set("group_size", check_integer, 1, 2**62)
         self._set("salient_prop", check_real, 0.0, 1.0)
@@ -133,7 +138,8 @@ class MixedQuantConfig:
                 "act_format='unsigned' needs rotation=0, which makes negative values of positive "
                 f"ones; got rotation={self.rotation}"
             )
-        self._set("act_clip", check_real, 2.0**-10, 1.0)
+        if self.act_clip != "search":
+            self._set("act_clip", check_real, 2.0**-10, 1.0)
         if not isinstance(self.quantize_output, bool):
             raise TypeError(f"quantize_output must be a bool; got {self.quantize_output!r}")
         if self.backend == "int4" and self.act_quant == "per_tensor":
@@ -141,6 +147,19 @@ class MixedQuantConfig:
                 "act_quant='per_tensor' takes its scale from the whole live batch, so a token's "
                 "result would depend on other tokens; use act_quant='per_token' or backend='fake'"
             )
+
+    @property
+    def searches(self) -> str:
+        """The first choice that is left to a trial on calibration tokens, in words, or ""."""
+        open_choices = (("act_format", "auto"), ("act_clip", "search"))
+        return next((f"{f}={v!r}" for f, v in open_choices if getattr(self, f) == v), "")
+
+    @property
+    def needs_tokens(self) -> str:
+        """What `quantize` needs calibration tokens for, beside statistics, in words, or ""."""
+        if self.weight_rounding == "gptq":
+            return "weight_rounding='gptq'"
+        return self.searches
 
     def _set(self, name: str, check, low, high) -> None:
         """Check a number and keep it as a plain Python one, which JSON can hold."""

@@ -209,6 +209,12 @@ def _by_table(model: nn.Module, config, family: Family) -> list[LayerInput]:
     ]
 
 
+def decoder_layers(model: nn.Module) -> list[str]:
+    """Full names of the model's decoder layers in forward order; none for an unknown family."""
+    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", None))
+    return _decoder_layers(dict(model.named_modules()), family.layers) if family else []
+
+
 def _decoder_layers(modules: dict[str, nn.Module], list_name: str) -> list[str]:
     return [
         f"{name}.{child}" if name else child

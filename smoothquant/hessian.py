@@ -1,68 +1,71 @@
-"""Hessians of layer inputs for GPTQ: sums of x x^T over the calibration tokens, x as the quantized
-layer sees it: rotated, and rounded to INT4 and back.
-"""
+"""What a block's layers read during calibration: sample rows, and the Hessians that GPTQ needs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from . import ops
-from .calibration import evaluating, hooked, no_cache, without_head
+from .blocks import Block
+from .calibration import input_hooks
 from .config import MixedQuantConfig
-from .linear import fake_quantize_activation, layer_group_size
+from .families import LayerInput
+from .linear import layer_group_size, quantized_input
 from .sorting import ChannelPlan
+
+SAMPLE_ROWS = 1024  # of a layer input, to choose by
+SAMPLE_BATCHES = 4  # that they are taken from
+
+
+@torch.no_grad()
+def sample_rows(
+    block: Block, inputs: Sequence[LayerInput], names: Sequence[str]
+) -> dict[str, Tensor]:
+    """About SAMPLE_ROWS evenly spread rows of each layer input named: {name: float32 [t, K]}.
+
+    An expert's matrix that no token reaches has no entry.
+    """
+    rows: dict[str, list[Tensor]] = {}
+
+    def add(of: tuple[str, ...], x: Tensor) -> None:
+        if of[0] in names:
+            x = x.detach().reshape(-1, x.shape[-1])
+            step = max(1, len(x) * SAMPLE_BATCHES // SAMPLE_ROWS)
+            rows.setdefault(of[0], []).append(x[::step].float())
+
+    block.run(input_hooks(inputs, add), at_most=SAMPLE_BATCHES)
+    return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
 @torch.no_grad()
 def collect_hessians(
-    model: nn.Module,
-    plans: Mapping[str, ChannelPlan],
-    config: MixedQuantConfig,
-    batches: Sequence[Tensor],
-    *,
-    progress: bool = True,
+    block: Block,
+    inputs: Sequence[LayerInput],
+    choices: Mapping[str, tuple[ChannelPlan, MixedQuantConfig]],
 ) -> dict[str, Tensor]:
-    """Run batches through a model and sum x x^T of some of its layer inputs.
-
-    x is the input as a quantized layer computes with it: in perm's order, the INT4 part rotated,
-    quantized and dequantized.
+    """Sums of x x^T over all tokens, x as the quantized layer will compute with it: in perm's
+    order, the INT4 part rotated, quantized and dequantized.
 
     Args:
-        plans: {name of a linear: plan of its input}.
-        batches: int64 [B, T] tensors of token ids, without padding.
+        choices: {name of a layer input: (plan, the layer's own config)}.
 
     Returns:
-        {name: float32 [K, K]}.
+        {name: float32 [K, K]}; an expert's matrix that no token reaches has no entry.
     """
     hessians: dict[str, Tensor] = {}
 
-    def hook_for(name: str, plan: ChannelPlan):
-        k = len(plan.perm)
-        k4 = k - plan.num_salient
-        group_size = layer_group_size(config, k4)
+    def add(names: tuple[str, ...], x: Tensor) -> None:
+        if names[0] not in choices:
+            return
+        plan, config = choices[names[0]]
+        k = x.shape[-1]
+        group_size = layer_group_size(config, k - plan.num_salient)
+        x = x.detach().reshape(-1, k).float()
+        x = quantized_input(x, plan.perm, plan.num_salient, group_size, config)
+        if names[0] not in hessians:
+            hessians[names[0]] = torch.zeros(k, k, device=x.device)
+        hessians[names[0]].addmm_(x.T, x)
 
-        def hook(module, args, kwargs):
-            x = args[0] if args else next(iter(kwargs.values()))
-            x = x.detach().reshape(-1, k)[:, plan.perm.long()].float()
-            rotated = ops.group_hadamard(x[:, :k4], group_size, config.rotation)
-            x[:, :k4] = fake_quantize_activation(
-                rotated, config, config.act_format, config.act_clip
-            )
-            if name in hessians:
-                hessians[name].addmm_(x.T, x)
-            else:
-                hessians[name] = x.T @ x
-
-        return hook
-
-    hooks = {name: hook_for(name, plan) for name, plan in plans.items()}
-    runner = without_head(model, list(plans))
-    device = next(model.parameters()).device
-    with evaluating(model), hooked(model, hooks):
-        for batch in tqdm(batches, desc="Hessians", unit="batch", disable=not progress):
-            runner(batch.to(device), **no_cache(model))
+    block.run(input_hooks(inputs, add))
     return hessians

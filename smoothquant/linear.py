@@ -134,6 +134,8 @@ class QuantizedLinear(nn.Module):
         check_integer("in_features", in_features, 0)
         check_integer("out_features", out_features, 0)
         check_integer("num_salient", num_salient, 0, in_features)
+        if config.searches:
+            raise ValueError(f"{config.searches} is chosen by smoothquant.quantize, per layer")
         self.in_features = in_features
         self.out_features = out_features
         self.config = config
@@ -215,6 +217,19 @@ def fake_quantize_activation(
     group_size = min(config.group_size, k) if config.act_quant == "per_group" else k
     y = ops.group_fake_quantize(rows, group_size, config.num_bits, act_format, clip)
     return y.reshape(x.shape)
+
+
+def quantized_input(
+    x: Tensor, perm: Tensor, num_salient: int, group_size: int, config: MixedQuantConfig
+) -> Tensor:
+    """x [..., K] as a quantized layer computes with it, in x's dtype: in perm's order, the INT4
+    part rotated, quantized and dequantized."""
+    k4 = x.shape[-1] - num_salient
+    permuted = x[..., perm.long()]
+    # in fp32, as in the kernel: rotated values may exceed fp16, and bf16 would round twice
+    rotated = ops.group_hadamard(permuted[..., :k4].float(), group_size, config.rotation)
+    quantized = fake_quantize_activation(rotated, config, config.act_format, config.act_clip)
+    return torch.cat([quantized.to(x.dtype), permuted[..., k4:]], dim=-1)
 
 
 class W4A4Linear(QuantizedLinear):
@@ -445,17 +460,8 @@ class FakeW4A4Linear(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
         self._check_input(x)
-        k4 = self.in_features - self.num_salient
-        permuted = x[..., self.perm.long()]
-        # in fp32, as in the kernel: rotated values may exceed fp16, and bf16 would round twice
-        rotated = ops.group_hadamard(
-            permuted[..., :k4].float(), self.group_size, self.config.rotation
-        )
-        quantized = fake_quantize_activation(
-            rotated, self.config, self.config.act_format, self.config.act_clip
-        )
-        permuted = torch.cat([quantized.to(x.dtype), permuted[..., k4:]], dim=-1)
-        return self._quantize_output(F.linear(permuted, self.simulated_weight, self.bias))
+        x = quantized_input(x, self.perm, self.num_salient, self.group_size, self.config)
+        return self._quantize_output(F.linear(x, self.simulated_weight, self.bias))
 
     def dequantize(self) -> Tensor:
         """The simulated weight, [N, K], channels in natural order."""

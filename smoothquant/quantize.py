@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import gptq
+from .blocks import Block, blocks
 from .config import MixedQuantConfig
 from .families import ATTENTION_INPUTS, LayerInput, layer_inputs, output_heads
-from .hessian import collect_hessians
+from .hessian import collect_hessians, sample_rows
 from .linear import QuantizedLinear, linear_class, refuse_quantized, salient_dtype_for
 from .moe import PARTS, W4A4Experts, expert_names
+from .search import resolve
 from .sorting import ChannelPlan, ChannelStats, choose_channels
 
 logger = logging.getLogger("smoothquant")
@@ -43,11 +45,20 @@ class LinearRecord:
 
 
 class _Group(NamedTuple):
-    """Matrices that read the same rows and so share a plan: linears, or one matrix of an expert."""
+    """Matrices that read the same rows and so share a plan: linears, or one matrix of an expert.
 
+    item: the layer input they belong to. expert: (experts module, index, part).
+    """
+
+    item: LayerInput
     names: tuple[str, ...]
     stats: ChannelStats | None
     expert: tuple[str, int, str] | None = None
+
+    @property
+    def name(self) -> str:
+        """What the group's input is called by."""
+        return self.names[0]
 
     def matrices(self, model: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
         """(weight [N, K], bias [N] or None) of each."""
@@ -84,9 +95,9 @@ def quantize(
         stats: {name of a linear: statistics of its input}, as `smoothquant.collect_stats` gives
             it; None chooses salient channels and order by the weights alone.
         batches: int64 [B, T] tensors of token ids, without padding, for
-            ``weight_rounding="gptq"``; tens of thousands of tokens. The Hessians of as many inputs
-            at a time as fit in 1 GiB are collected by a pass over all batches, later ones through
-            the layers quantized before. Matrices of fused experts are rounded to nearest.
+            ``weight_rounding="gptq"`` (tens of thousands of tokens), ``act_clip="search"`` and
+            ``act_format="auto"`` (thousands). The model runs over them one decoder layer at a time,
+            each on what the quantized layers before it give.
         progress: show progress bars.
 
     Returns:
@@ -105,7 +116,7 @@ def quantize(
             "statistics hold only a mean per channel: sort=%r is taken from the weights",
             config.sort,
         )
-    alone = [g.names[0] for g in groups if g.expert and g.stats is None and stats is not None]
+    alone = [g.name for g in groups if g.expert and g.stats is None and stats is not None]
     if alone:
         logger.warning(
             "no statistics of %d expert matrices, %s the first: their weights choose salience and "
@@ -113,17 +124,18 @@ def quantize(
             len(alone),
             alone[0],
         )
+    model.mixedquant_config = config
     records: list[LinearRecord] = []
     experts: dict[tuple[int, str], QuantizedLinear] = {}
     total = sum(len(group.names) for group in groups)
     with tqdm(total=total, desc="quantizing", unit="linear", disable=not progress) as bar:
-        for group, plan, chosen_by, factor in _planned(model, groups, config, batches, progress):
+        for group, plan, own, reason, factor in _ready(model, groups, config, batches):
             for name in group.names:
                 weight, bias = group.matrix(model, name)
-                layer = linear_class(config).from_weight(
+                layer = linear_class(own).from_weight(
                     weight,
                     bias,
-                    config,
+                    own,
                     plan,
                     quantize_output=config.quantize_output
                     and name.rpartition(".")[2] in ATTENTION_INPUTS,
@@ -134,7 +146,7 @@ def quantize(
                     experts[group.expert[1:]] = layer
                 else:
                     replace_module(model, name, layer)
-                records.append(_quantized_record(name, layer, chosen_by))
+                records.append(_quantized_record(name, layer, reason))
                 bar.update()
             if group.expert and len(experts) == _num_matrices(model, group.expert[0]):
                 act_fn = model.get_submodule(group.expert[0]).act_fn
@@ -143,26 +155,62 @@ def quantize(
     return records + _kept_records(model, items)
 
 
-def _planned(model, groups: list[_Group], config: MixedQuantConfig, batches, progress: bool):
-    """(group, plan, what it was chosen by, factor for GPTQ or None) of every group, in order."""
-    for chunk in _chunks(model, groups):
-        planned = [(group, *_plan(group, group.matrices(model), config)) for group in chunk]
-        hessians = {}
-        if config.weight_rounding == "gptq":
-            plans = {group.names[0]: plan for group, plan, _ in planned if not group.expert}
-            hessians = collect_hessians(model, plans, config, batches, progress=progress)
-        for group, plan, chosen_by in planned:
-            factor = None
-            if config.weight_rounding == "gptq":
-                hessian = hessians.pop(group.names[0], None)
-                if hessian is not None:
-                    factor = gptq.inverse_factor(hessian, gptq.DAMPING)
-                if factor is None:
-                    chosen_by += "; rounded to nearest, not by GPTQ"
-                    if not group.expert:
-                        why = "no token reached it" if hessian is None else "no damping helped"
-                        logger.warning("%s is rounded to nearest: %s", group.names[0], why)
-            yield group, plan, chosen_by, factor
+class _Ready(NamedTuple):
+    """A group with all that is needed to pack it.
+
+    config: the layer's own, with numbers in all fields. reason: what its channels were chosen by.
+    factor: for GPTQ, or None.
+    """
+
+    group: _Group
+    plan: ChannelPlan
+    config: MixedQuantConfig
+    reason: str
+    factor: Tensor | None = None
+
+
+def _ready(
+    model: nn.Module, groups: list[_Group], config: MixedQuantConfig, batches
+) -> Iterator[_Ready]:
+    """Every group in forward order, calibrated on the layers before it as they are by then."""
+    if not config.needs_tokens:
+        for group in groups:
+            plan, reason = _plan(group, group.matrices(model), config)
+            yield _Ready(group, plan, config, reason)
+        return
+    for block in blocks(model, [group.item.name for group in groups], batches):
+        for chunk in _chunks(model, [group for group in groups if block.holds(group.name)]):
+            yield from _calibrated(model, block, chunk, config)
+
+
+def _calibrated(
+    model: nn.Module, block: Block, groups: list[_Group], config: MixedQuantConfig
+) -> Iterator[_Ready]:
+    inputs = list(dict.fromkeys(group.item for group in groups))
+    rows = {}
+    if config.searches:
+        rows = sample_rows(block, inputs, [group.name for group in groups])
+    ready = []
+    for group in groups:
+        matrices = group.matrices(model)
+        plan, reason = _plan(group, matrices, config)
+        weight = torch.cat([weight for weight, _ in matrices])
+        never_negative = group.stats is not None and bool((group.stats.minimum >= 0).all())
+        own = resolve(config, rows.pop(group.name, None), weight, plan, never_negative)
+        ready.append(_Ready(group, plan, own, reason))
+    if config.weight_rounding != "gptq":
+        yield from ready
+        return
+    choices = {item.group.name: (item.plan, item.config) for item in ready}
+    hessians = collect_hessians(block, inputs, choices)
+    for item in ready:
+        hessian = hessians.pop(item.group.name, None)
+        factor = None if hessian is None else gptq.inverse_factor(hessian, gptq.DAMPING)
+        if factor is None:
+            why = "no token reached it" if hessian is None else "no damping helped"
+            logger.warning("%s is rounded to nearest: %s", item.group.name, why)
+            item = item._replace(reason=f"{item.reason}; rounded to nearest, not by GPTQ: {why}")
+        yield item._replace(factor=factor)
 
 
 def _chunks(model, groups: list[_Group]) -> Iterator[list[_Group]]:
@@ -170,13 +218,14 @@ def _chunks(model, groups: list[_Group]) -> Iterator[list[_Group]]:
     chunk: list[_Group] = []
     left = gptq.HESSIAN_BYTES
     for group in groups:
-        needed = 0 if group.expert else 4 * group.matrices(model)[0][0].shape[1] ** 2
+        needed = 4 * group.matrices(model)[0][0].shape[1] ** 2
         if chunk and needed > left:
             yield chunk
             chunk, left = [], gptq.HESSIAN_BYTES
         chunk.append(group)
         left -= needed
-    yield chunk
+    if chunk:
+        yield chunk
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -199,10 +248,10 @@ def _checked(model, config, stats, batches) -> tuple[list[LayerInput], list[_Gro
     if isinstance(model, nn.Linear):
         raise ValueError("model must hold nn.Linear modules; W4A4Linear.from_float quantizes one")
     refuse_quantized(model)
-    if config.weight_rounding == "gptq":
+    if config.needs_tokens:
         if not isinstance(batches, Sequence) or not batches:
             raise ValueError(
-                "weight_rounding='gptq' needs batches: a list of [B, T] token ids to calibrate on"
+                f"{config.needs_tokens} needs batches: a list of [B, T] token ids to calibrate on"
             )
         for index, batch in enumerate(batches):
             fits = isinstance(batch, Tensor) and batch.ndim == 2 and batch.numel() > 0
@@ -232,7 +281,7 @@ def _groups(model: nn.Module, item: LayerInput, stats) -> Iterator[_Group]:
         )
         if entry is None and stats is not None:
             raise _missing(item.linears, stats)
-        yield _Group(item.linears, entry)
+        yield _Group(item, item.linears, entry)
     if item.experts:
         names = expert_names(item.experts, model.get_submodule(item.experts))
         # published statistics are of nn.Linear modules only, which fused experts are not
@@ -242,7 +291,7 @@ def _groups(model: nn.Module, item: LayerInput, stats) -> Iterator[_Group]:
         for name, (expert, part) in names.items():
             entry = stats.get(name) if stats is not None else None
             seen = not isinstance(entry, ChannelStats) or entry.count > 0
-            yield _Group((name,), entry if seen else None, (item.experts, expert, part))
+            yield _Group(item, (name,), entry if seen else None, (item.experts, expert, part))
 
 
 def _missing(names: tuple[str, ...], stats: Mapping) -> ValueError:

@@ -319,7 +319,7 @@ def edit(file, *keys, value):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (edit(MANIFEST, "format_version", value=2), f"{MANIFEST}: format_version 2 is not 1"),
+        (edit(MANIFEST, "format_version", value=1), f"{MANIFEST}: format_version 1 is not 2"),
         (edit(MANIFEST, "format_version", value="1"), "format_version of the file must be int"),
         (edit(MANIFEST, "extra", value=1), "the file must have the fields format_version"),
         (edit(MANIFEST, "config", "group_size", value=0), "config: group_size must be in "),
@@ -346,9 +346,21 @@ def edit(file, *keys, value):
                 MANIFEST,
                 "linears",
                 "../../x",
-                value={"num_salient": 0, "bias": False, "quantize_output": False},
+                value={"num_salient": 0, "bias": False, "quantize_output": False, "choices": {}},
             ),
             "the model has no linear ../../x",
+        ),
+        (
+            edit(MANIFEST, "linears", LAYER, "choices", value={"num_bits": 3}),
+            f"linear {LAYER}: choices may name",
+        ),
+        (
+            edit(MANIFEST, "linears", LAYER, "choices", value={"act_clip": "search"}),
+            f"linear {LAYER}: act_clip='search'",
+        ),
+        (
+            edit(MANIFEST, "linears", LAYER, "choices", value={"rotation": "group" * 9}),
+            f"linear {LAYER}: rotation must be",
         ),
         (edit(MANIFEST, "shared", "a", value="b"), "should not have tensor a"),
         (

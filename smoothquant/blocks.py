@@ -1,0 +1,139 @@
+"""A model run one decoder layer at a time over calibration tokens.
+
+The hidden states of all tokens wait between two layers, so a layer is calibrated on what the layers
+before it, already quantized, really give it, and the whole costs two passes over the tokens
+instead of one pass for every part of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .calibration import evaluating, hooked, no_cache, without_head
+from .families import decoder_layers
+
+
+class _Call(NamedTuple):
+    """How the model calls one of its decoder layers; hidden states stand in front of args."""
+
+    args: tuple
+    kwargs: dict
+
+
+class _Reached(Exception):
+    """Thrown to leave a forward pass at its first decoder layer."""
+
+
+class Block:
+    """A part of the model, a decoder layer or all of it, with its inputs for all tokens.
+
+    name: full name of the decoder layer, "" for the whole model.
+    """
+
+    def __init__(self, model: nn.Module, name: str, forwards: Sequence[Callable[[], object]]):
+        self.name = name
+        self._model, self._forwards = model, forwards
+
+    def holds(self, name: str) -> bool:
+        """Whether a module of this full name is part of the block."""
+        return not self.name or name.startswith(self.name + ".")
+
+    @torch.no_grad()
+    def run(self, hooks: Mapping[str, Callable], at_most: int | None = None) -> None:
+        """Run the block as it is now, hook(module, args, kwargs) called before each module named.
+
+        at_most: how many batches to run, evenly spread; None for all.
+        """
+        count = min(at_most or len(self._forwards), len(self._forwards))
+        with evaluating(self._model), hooked(self._model, hooks):
+            for index in range(count):
+                self._forwards[index * len(self._forwards) // count]()
+
+
+def blocks(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor]) -> Iterator[Block]:
+    """The decoder layers that hold the modules `names`, in forward order.
+
+    What the caller does to a block before it asks for the next one shows in the next one's inputs.
+    A model whose decoder layers are unknown, hold not all of the modules, or do more than hand
+    hidden states from one to the next is one block.
+
+    Args:
+        batches: int64 [B, T] tensors of token ids, without padding.
+    """
+    layers = decoder_layers(model)
+    inside = all(any(name.startswith(layer + ".") for layer in layers) for name in names)
+    runner = without_head(model, names)
+    device = next(model.parameters()).device
+
+    def whole(batch: Tensor) -> Tensor:
+        return runner(batch.to(device), **no_cache(model))
+
+    calls = _layer_calls(model, layers, batches, whole) if layers and inside else None
+    if calls is None:
+        yield Block(model, "", [lambda batch=batch: whole(batch) for batch in batches])
+        return
+    hidden = [_first_hidden(model, layers[0], batch, whole) for batch in batches]
+    shapes = [batch.shape for batch in batches]
+    for index, layer in enumerate(layers):
+
+        def forward(at: int, index: int = index, layer: str = layer) -> Tensor:
+            call = calls[shapes[at]][index]
+            return _only_hidden(model.get_submodule(layer)(hidden[at], *call.args, **call.kwargs))
+
+        yield Block(model, layer, [lambda at=at: forward(at) for at in range(len(batches))])
+        with torch.no_grad(), evaluating(model):
+            for at in range(len(batches)):
+                hidden[at] = forward(at)
+
+
+def _only_hidden(output) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _first_hidden(model: nn.Module, layer: str, batch: Tensor, whole: Callable) -> Tensor:
+    """What the first decoder layer is given."""
+    found: list[Tensor] = []
+
+    def stop(module, args, kwargs):
+        found.append(args[0] if args else kwargs["hidden_states"])
+        raise _Reached
+
+    with torch.no_grad(), evaluating(model), hooked(model, {layer: stop}), suppress(_Reached):
+        whole(batch)
+    return found[0]
+
+
+@torch.no_grad()
+def _layer_calls(
+    model: nn.Module, layers: Sequence[str], batches: Sequence[Tensor], whole: Callable
+) -> dict[torch.Size, list[_Call]] | None:
+    """How the model calls each layer, for every shape of a batch: masks and positions depend on
+    nothing else, as nothing is padded. None unless the layers, called so one after the other, give
+    each other what they give each other inside the model."""
+    calls: dict[torch.Size, list[_Call]] = {}
+    for batch in batches:
+        if batch.shape in calls:
+            continue
+        seen: list[tuple[Tensor, _Call]] = []
+
+        def record(module, args, kwargs, seen=seen):
+            kwargs = dict(kwargs)
+            hidden = args[0] if args else kwargs.pop("hidden_states", None)
+            seen.append((hidden, _Call(args[1:], kwargs)))
+
+        with evaluating(model), hooked(model, dict.fromkeys(layers, record)):
+            whole(batch)
+        if len(seen) != len(layers) or not all(isinstance(x, Tensor) for x, _ in seen):
+            return None
+        with evaluating(model):
+            for layer, (x, call), (following, _) in zip(layers, seen, seen[1:], strict=False):
+                y = _only_hidden(model.get_submodule(layer)(x, *call.args, **call.kwargs))
+                if not isinstance(y, Tensor) or not torch.equal(y, following):
+                    return None
+        calls[batch.shape] = [call for _, call in seen]
+    return calls
