@@ -8,6 +8,7 @@ Benchmarks need a quiet machine.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -32,10 +33,10 @@ def chip() -> str:
     return f"{fields.get('model name', platform.processor())}, family {family}, {vnni}"
 
 
-def packed(n: int, k: int, group_size: int, num_salient: int):
+def packed(n: int, k: int, group_size: int, num_salient: int, salient_dtype: torch.dtype):
     w = torch.randn(n, k)
     perm = torch.randperm(k).int()
-    weights = ops.pack_weight(w, perm, num_salient, group_size)
+    weights = ops.pack_weight(w, perm, num_salient, group_size, salient_dtype=salient_dtype)
     return lambda x: ops.w4a4_linear(x, *weights, perm, None, n, group_size)
 
 
@@ -50,11 +51,11 @@ def contenders(n: int, k: int, args, cold: bool) -> dict[str, list]:
     if args.bf16:
         makers["torch bf16"] = (lambda: dense(n, k, torch.bfloat16), 2.0)
     for group_size in args.group_sizes:
-        for prop in args.salient_props:
-            num_salient = int(prop * k)
-            name = f"W4A4 g{group_size} p{prop:g}"
-            maker = lambda g=group_size, s=num_salient: packed(n, k, g, s)  # noqa: E731
-            makers[name] = (maker, 0.5 + 1.5 * prop + 2 / group_size)
+        for prop, salient in itertools.product(args.salient_props, args.salient_dtypes):
+            num_salient, dtype = int(prop * k), getattr(torch, salient)
+            name = f"W4A4 g{group_size} p{prop:g}" + " int8" * (salient == "int8")
+            maker = lambda g=group_size, s=num_salient, d=dtype: packed(n, k, g, s, d)  # noqa: E731
+            makers[name] = (maker, 0.5 + (dtype.itemsize - 0.5) * prop + 2 / group_size)
     copies = {
         name: max(1, int(COLD_BYTES / (n * k * bytes_each)) + 1) if cold else 1
         for name, (_, bytes_each) in makers.items()
@@ -85,6 +86,9 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, os.cpu_count()])
     parser.add_argument("--group-sizes", nargs="+", type=int, default=[128, 32, 16, 8])
     parser.add_argument("--salient-props", nargs="+", type=float, default=[0.0, 0.05])
+    parser.add_argument(
+        "--salient-dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "int8"]
+    )
     parser.add_argument("--isas", nargs="+", default=[ops.isa()])
     parser.add_argument("--bf16", action="store_true", help="also against torch's bf16 linear")
     parser.add_argument("--seconds", type=float, default=1.0, help="per contender")

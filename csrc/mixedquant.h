@@ -1,4 +1,5 @@
-/* MixedQuant: group-wise INT4 weights and activations with 16-bit salient channels.
+/* MixedQuant: group-wise INT4 weights and activations; salient channels are kept in 16 bits, their
+ * weights, as a choice, in 8.
  *
  * The only public C header. The library knows no torch, no Python, no threads and no heap: every
  * buffer is the caller's, every function is re-entrant, and work is split by the caller through the
@@ -40,7 +41,8 @@ typedef enum mq_status {
 /* One English sentence without a final stop; never NULL. */
 const char *mq_status_message(mq_status status);
 
-typedef enum mq_dtype { MQ_F32 = 0, MQ_F16 = 1, MQ_BF16 = 2 } mq_dtype;
+/* MQ_I8: only of salient weights */
+typedef enum mq_dtype { MQ_F32 = 0, MQ_F16 = 1, MQ_BF16 = 2, MQ_I8 = 3 } mq_dtype;
 
 /* ---- Instruction sets ------------------------------------------------------------------------ */
 
@@ -160,7 +162,9 @@ enum {
  *     code + 8 of channel i of the even quad (low nibble) and of the odd quad (high nibble); padding
  *     holds code 0
  *   scales  [panels][groups][16], bf16
- *   salient [panels][k_salient][16], bf16 or fp16
+ *   salient [panels][k_salient][16], bf16, fp16 or int8; an int8 weight is code * scale, code in
+ *     [-127, 127]
+ *   salient_scales [panels][16], bf16, only beside int8: one scale per output channel
  *   segments: parts of at most MQ_SEGMENT_QUADS quads that groups are summed in */
 typedef struct mq_shape {
     int64_t panels, groups, group_quads, quads, blocks, segments;
@@ -179,9 +183,10 @@ typedef struct mq_linear {
     const uint8_t *qweight;
     const uint16_t *scales;
     const void *salient;
-    mq_dtype salient_dtype; /* MQ_BF16 or MQ_F16 */
-    const int32_t *perm;    /* [k]; NULL: the identity */
-    const void *bias;       /* [n] or NULL */
+    mq_dtype salient_dtype;         /* MQ_BF16, MQ_F16 or MQ_I8 */
+    const uint16_t *salient_scales; /* read where salient_dtype is MQ_I8 */
+    const int32_t *perm;            /* [k]; NULL: the identity */
+    const void *bias;               /* [n] or NULL */
     mq_dtype bias_dtype;
     int rotation; /* 0 or 1: none; else a power of two up to MQ_MAX_ROTATION */
     int act_bits; /* b, 2..4 */
@@ -196,10 +201,14 @@ typedef struct mq_linear {
  *   q_max: weight codes lie in [-q_max, q_max]; 1..7
  *   group_scales: fp32 [n][groups] to use, or NULL: max|w| / q_max per group. Scales are rounded to
  *     bf16 first and codes computed with the rounded scale; below the smallest normal: 0.
- * Writes the same panels of qweight, scales and salient. */
+ * int8 salient weights follow the same rules, with 127 for q_max and a row's salient channels for
+ * the group.
+ * Writes the same panels of qweight, scales, salient and (MQ_I8) salient_scales; where k = 0,
+ * nothing. */
 mq_status mq_pack_weight(const mq_linear *lin, int q_max, mq_dtype dtype, const void *w,
                          int64_t stride, const float *group_scales, int64_t panel0, int64_t panel1,
-                         uint8_t *qweight, uint16_t *scales, void *salient);
+                         uint8_t *qweight, uint16_t *scales, void *salient,
+                         uint16_t *salient_scales);
 
 /* The weight that lin computes with: rows [16 * panel0, min(n, 16 * panel1)) of w, fp32 [n][k] in
  * the channels' natural order. Every entry is code * scale, rotated back, or the salient value. */

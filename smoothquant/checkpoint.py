@@ -381,10 +381,13 @@ def _check_linear(
         for key, tensor in own.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 yield key, "holds NaN or Inf"
-        if "scales" in own and (own["scales"].dtype != torch.bfloat16 or (own["scales"] < 0).any()):
-            yield "scales", "must be bfloat16 and not negative"
+        for key in ("scales", "salient_scales"):
+            if key in own and (own[key].dtype != torch.bfloat16 or (own[key] < 0).any()):
+                yield key, "must be bfloat16 and not negative"
         if "salient_weight" in own and own["salient_weight"].dtype == torch.float32:
             yield "salient_weight", "must be bfloat16 or float16"
+        if "salient_scales" in own and (own["salient_weight"] == -128).any():
+            yield "salient_weight", "holds the code -128"
         if "qweight" in own and ((own["qweight"] < 0x10) | (own["qweight"] & 0x0F == 0)).any():
             yield "qweight", "holds the code -8"
 

@@ -12,6 +12,7 @@ SORTS = ("none", "max", "mean3std", "argmax", "rms")
 SALIENT_METRICS = ("mean", "max", "rms")
 CHOICES = {
     "salient_metric": SALIENT_METRICS,
+    "salient_format": ("16bit", "int8"),
     "sort": SORTS,
     "sort_by": ("activation", "weight"),
     "weight_quant": ("per_group", "per_channel", "per_tensor"),
@@ -65,8 +66,11 @@ class MixedQuantConfig:
             are stored as 4-bit), 2-8 with ``backend="fake"`` (2-7 with zero-points).
         group_size: consecutive channels, in sorted order, that share one scale; any integer >= 1.
             The last group of a row may be short.
-        salient_prop: share of input channels kept in 16 bits, in [0, 1].
+        salient_prop: share of input channels that are salient, not rounded to num_bits, in [0, 1].
         salient_metric: score that makes a channel salient: mean ``E|x|``, ``max|x|`` or ``rms``.
+        salient_format: how the salient channels' weights are stored: "16bit" (bfloat16, or float16
+            of a float16 model) or "int8" with a scale per output channel. Activations of salient
+            channels are not rounded in either.
         sort: key by which the quantized channels are sorted, largest first; "none" keeps order.
         sort_by: take the sort key from "activation" or "weight" statistics.
         rotation: (recipe) size of the orthonormal Hadamard blocks that the quantized channels are
@@ -97,6 +101,7 @@ class MixedQuantConfig:
     group_size: int = 128
     salient_prop: float = 0.05
     salient_metric: str = "rms"
+    salient_format: str = "16bit"
     sort: str = "rms"
     sort_by: str = "activation"
     rotation: int | str | None = None

@@ -14,6 +14,7 @@ from .gptq import gptq
 from .sorting import ChannelPlan, ChannelStats, choose_channels, num_salient_channels
 
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny  # smaller scales count as 0
+SALIENT_Q_MAX = 127  # largest code of an int8 salient weight
 # What weight_scale="mse" tries besides the scale that covers the largest weight: shares of it.
 MSE_RATIOS = [1 - step / 40 for step in range(1, 21)]
 
@@ -35,24 +36,25 @@ def weight_group_scales(w4: Tensor, config: MixedQuantConfig, group_size: int) -
     if shared:
         largest = largest.amax(shared, keepdim=True)
 
-    def stored(ratio: float) -> Tensor:
-        scale = largest * ratio / q_max
-        return torch.where(scale < SMALLEST_NORMAL, 0, scale).bfloat16().float()
-
     def error(scale: Tensor) -> Tensor:
         rounded = round_to_grid(padded, scale.unsqueeze(-1), q_max)
         by_group = (padded - rounded).square().sum(-1)
         return by_group.sum(shared, keepdim=True) if shared else by_group
 
-    best = stored(1.0)
+    best = stored_scale(largest / q_max)
     if config.weight_scale == "mse":
         least = error(best)
         for ratio in MSE_RATIOS:
-            scale = stored(ratio)
+            scale = stored_scale(largest * ratio / q_max)
             of_scale = error(scale)
             best = torch.where(of_scale < least, scale, best)
             least = torch.minimum(of_scale, least)
     return best.expand(n, groups).contiguous()
+
+
+def stored_scale(scale: Tensor) -> Tensor:
+    """A scale as it is stored: rounded to bfloat16, 0 below the smallest normal number; fp32."""
+    return torch.where(scale < SMALLEST_NORMAL, 0, scale).bfloat16().float()
 
 
 def round_to_grid(w: Tensor, scale: Tensor, q_max: int) -> Tensor:
@@ -112,13 +114,21 @@ def salient_dtype_for(dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if dtype == torch.float16 else torch.bfloat16
 
 
+def stored_salient(w: Tensor, config: MixedQuantConfig, dtype: torch.dtype) -> Tensor:
+    """Salient columns of a weight of `dtype`, rounded as they are stored: fp32 [N, K_s] to fp32."""
+    if config.salient_format == "16bit" or w.numel() == 0:
+        return w.to(salient_dtype_for(dtype)).float()
+    scale = stored_scale(w.abs().amax(1, keepdim=True) / SALIENT_Q_MAX)
+    return round_to_grid(w, scale, SALIENT_Q_MAX)
+
+
 class QuantizedLinear(nn.Module):
     """What the packed and the simulated layer share; not built by itself.
 
     Attributes:
         in_features, out_features: K and N.
         config: the :class:`MixedQuantConfig` of the layer.
-        num_salient: K_s, input channels kept in 16 bits.
+        num_salient: K_s, input channels that are not quantized to num_bits.
         group_size: channels to a scale; K - K_s where nothing is per group.
     """
 
@@ -198,7 +208,8 @@ class QuantizedLinear(nn.Module):
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
             f"num_bits={self.config.num_bits}, group_size={self.group_size}, "
-            f"num_salient={self.num_salient}, weight_quant={self.config.weight_quant}, "
+            f"num_salient={self.num_salient}, salient_format={self.config.salient_format}, "
+            f"weight_quant={self.config.weight_quant}, "
             f"act_quant={self.config.act_quant}, act_format={self.config.act_format}, "
             f"act_clip={self.config.act_clip:g}, rotation={self.config.rotation}, "
             f"quantize_output={self.quantize_output}"
@@ -234,11 +245,13 @@ def quantized_input(
 
 class W4A4Linear(QuantizedLinear):
     """A linear layer whose INT4 weights are packed and whose INT4 activations are quantized per
-    token inside the kernel; the salient channels of both stay in 16 bits. For inference.
+    token inside the kernel; the salient channels of both stay in 16 bits, or their weights in INT8.
+    For inference.
 
     Buffers, with P = ceil(N / 16), B blocks, G groups and K_s salient channels (docs/format.md):
         qweight uint8 [P, B, 64], scales bfloat16 [P, G, 16],
-        salient_weight bfloat16 (float16 for float16 weights) [P, K_s, 16],
+        salient_weight bfloat16 (float16 for float16 weights) or int8 [P, K_s, 16],
+        salient_scales bfloat16 [P, 16], or None where salient_weight is not int8,
         perm int32 [K] (INT4 channels first), bias [N] or None.
     ``.to(dtype)`` casts the bias alone; the others keep their dtypes.
     """
@@ -283,18 +296,18 @@ class W4A4Linear(QuantizedLinear):
                 num_salient = num_salient_channels(in_features, salient_prop)
         super().__init__(in_features, out_features, config, num_salient, quantize_output)
         shapes = ops.packed_shapes(out_features, in_features, num_salient, self.group_size)
-        dtypes = (torch.uint8, torch.bfloat16, salient_dtype_for(dtype))
-        for name, shape, kind in zip(
-            ("qweight", "scales", "salient_weight"), shapes, dtypes, strict=True
-        ):
-            self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
+        salient_dtype = torch.int8 if config.salient_format == "int8" else salient_dtype_for(dtype)
+        dtypes = ops.packed_dtypes(salient_dtype)
+        for name, shape, kind in zip(ops.PACKED, shapes, dtypes, strict=True):
+            zeros = None if kind is None else torch.zeros(shape, dtype=kind, device=device)
+            self.register_buffer(name, zeros)
         perm = torch.arange(in_features, dtype=torch.int32, device=device)
         self.register_buffer("perm", perm)
         zero_bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_buffer("bias", zero_bias)
 
     def _store(self, permuted: Tensor, scales: Tensor) -> None:
-        self.qweight, self.scales, self.salient_weight = ops.pack_weight(
+        packed = ops.pack_weight(
             permuted,
             torch.arange(self.in_features, dtype=torch.int32),
             self.num_salient,
@@ -304,6 +317,8 @@ class W4A4Linear(QuantizedLinear):
             scales,
             self.salient_weight.dtype,
         )
+        for name, tensor in zip(ops.PACKED, packed, strict=True):
+            setattr(self, name, tensor)
 
     @classmethod
     def from_float(
@@ -371,6 +386,7 @@ class W4A4Linear(QuantizedLinear):
             self.qweight,
             self.scales,
             self.salient_weight,
+            self.salient_scales,
             self.perm,
             self.bias,
             self.out_features,
@@ -389,6 +405,7 @@ class W4A4Linear(QuantizedLinear):
             self.qweight,
             self.scales,
             self.salient_weight,
+            self.salient_scales,
             self.perm,
             self.out_features,
             self.group_size,
@@ -398,6 +415,11 @@ class W4A4Linear(QuantizedLinear):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         salient = state_dict.get(prefix + "salient_weight")
         if salient is not None and salient.dtype != self.salient_weight.dtype:
+            if torch.int8 in (salient.dtype, self.salient_weight.dtype):
+                raise ValueError(
+                    f"{prefix}salient_weight is {salient.dtype}, which is not what salient_format="
+                    f"{self.config.salient_format!r} of the layer stores"
+                )
             # copying would round: take the dtype over
             self.salient_weight = self.salient_weight.to(salient.dtype)
         perm = state_dict.get(prefix + "perm")
@@ -408,11 +430,11 @@ class W4A4Linear(QuantizedLinear):
 
     def _apply(self, fn, recurse: bool = True):
         # a cast of the module would round the scales and salient weights: they only move
-        kept = {name: self._buffers[name] for name in ("scales", "salient_weight")}
+        kept = {name: self._buffers[name] for name in ops.PACKED}
         super()._apply(fn, recurse)
         for name, before in kept.items():
             after = self._buffers[name]
-            if after.dtype != before.dtype:
+            if before is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
         return self
 
@@ -451,7 +473,7 @@ class FakeW4A4Linear(QuantizedLinear):
         by_column = scales.repeat_interleave(self.group_size, dim=1)[:, :k4]
         q_max = 2 ** (self.config.num_bits - 1) - 1
         permuted[:, :k4] = round_to_grid(permuted[:, :k4], by_column, q_max)
-        permuted[:, k4:] = permuted[:, k4:].to(salient_dtype_for(dtype))
+        permuted[:, k4:] = stored_salient(permuted[:, k4:], self.config, dtype)
         self.simulated_weight = permuted.to(dtype)
         if not torch.isfinite(self.simulated_weight).all():
             raise ValueError(f"a rotated weight is beyond the range of {dtype}")

@@ -30,6 +30,7 @@ _ops = torch.ops.mixedquant
 PANEL = 16
 QUAD = 4
 BLOCK_BYTES = 64
+PACKED = ("qweight", "scales", "salient_weight", "salient_scales")  # of a packed weight
 
 
 def supported_isas() -> list[str]:
@@ -194,21 +195,24 @@ def pack_weight(
     num_bits: int = 4,
     group_scales: Tensor | None = None,
     salient_dtype: torch.dtype = torch.bfloat16,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Quantize and pack the weight of a linear layer (layout: docs/format.md).
 
     Args:
         w: [N, K], float32, float16 or bfloat16, finite.
-        perm: int32 [K], a bijection: INT4 channels first, the `num_salient` 16-bit ones last.
+        perm: int32 [K], a bijection: INT4 channels first, the `num_salient` salient ones last.
         group_size: >= 1; the last group may be short.
         rotation: the INT4 channels are rotated first, as by :func:`group_hadamard`.
         num_bits: 2-4, codes in [-q_max, q_max], q_max = 2^(num_bits-1) - 1.
         group_scales: float32 [N, G] to use in place of max|w| / q_max; rounded to bfloat16.
-        salient_dtype: bfloat16 or float16.
+        salient_dtype: bfloat16 or float16, or int8: codes in [-127, 127] of a scale per output
+            channel, max|w| / 127 over its salient weights, rounded to bfloat16.
 
     Returns:
         With P = ceil(N / 16) panels, B blocks and G = ceil((K - num_salient) / group_size) groups:
-        qweight uint8 [P, B, 64], scales bfloat16 [P, G, 16], salient [P, num_salient, 16].
+        qweight uint8 [P, B, 64], scales bfloat16 [P, G, 16],
+        salient_weight of salient_dtype [P, num_salient, 16],
+        salient_scales bfloat16 [P, 16] of int8, else None.
     """
     return _ops.pack_weight(
         w, perm, num_salient, group_size, rotation, num_bits, group_scales, salient_dtype
@@ -238,6 +242,7 @@ def unpack_weight(
     qweight: Tensor,
     scales: Tensor,
     salient_weight: Tensor,
+    salient_scales: Tensor | None,
     perm: Tensor,
     out_features: int,
     group_size: int,
@@ -245,7 +250,7 @@ def unpack_weight(
 ) -> Tensor:
     """The weight that packed tensors stand for: float32 [N, K], channels in natural order."""
     return _ops.unpack_weight(
-        qweight, scales, salient_weight, perm, out_features, group_size, rotation
+        qweight, scales, salient_weight, salient_scales, perm, out_features, group_size, rotation
     )
 
 
@@ -254,6 +259,7 @@ def w4a4_linear(
     qweight: Tensor,
     scales: Tensor,
     salient_weight: Tensor,
+    salient_scales: Tensor | None,
     perm: Tensor,
     bias: Tensor | None,
     out_features: int,
@@ -265,7 +271,7 @@ def w4a4_linear(
     clip: float = 1.0,
 ) -> Tensor:
     """The fused W4A4 linear: x's INT4 channels are quantized per token and group, multiplied with
-    the packed INT4 weight in integers, and the salient channels are added in 16-bit precision.
+    the packed INT4 weight in integers, and the salient channels are added in fp32.
 
     y = sum_salient x w  +  sum_groups sa sw (sum (qa - z) qw)  +  bias, in fp32 and in that order.
     Per token and group (per token if `per_token`), of the rotated channels,
@@ -281,7 +287,8 @@ def w4a4_linear(
 
     Args:
         x: [..., K], float32, float16 or bfloat16, any strides, any number of tokens.
-        qweight, scales, salient_weight, perm: from :func:`pack_weight` with the same `group_size`.
+        qweight, scales, salient_weight, salient_scales: from :func:`pack_weight` with the same
+            `perm` and `group_size`.
         bias: [N], float32, float16 or bfloat16, or None.
         rotation: as given to :func:`pack_weight`.
         num_bits: 2-4 bits of the activations.
@@ -295,6 +302,7 @@ def w4a4_linear(
         qweight,
         scales,
         salient_weight,
+        salient_scales,
         perm,
         bias,
         out_features,
@@ -378,8 +386,9 @@ def _(packed, cols, is_unsigned):
 
 def packed_shapes(
     out_features: int, in_features: int, num_salient: int, group_size: int
-) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int]]:
-    """Shapes of (qweight, scales, salient_weight) for a linear [out_features, in_features]."""
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Shapes of (qweight, scales, salient_weight, salient_scales) for a linear
+    [out_features, in_features]; the last one only beside an int8 salient_weight."""
     k4 = in_features - num_salient
     panels, groups = -(-out_features // PANEL), _groups(k4, group_size)
     quads = 0
@@ -390,23 +399,32 @@ def packed_shapes(
         (panels, -(-quads // 2), BLOCK_BYTES),
         (panels, groups, PANEL),
         (panels, num_salient, PANEL),
+        (panels, PANEL),
     )
+
+
+def packed_dtypes(
+    salient_dtype: torch.dtype,
+) -> tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype | None]:
+    """Dtypes of the same four; None where there is no such tensor."""
+    of_scales = torch.bfloat16 if salient_dtype == torch.int8 else None
+    return torch.uint8, torch.bfloat16, salient_dtype, of_scales
 
 
 @torch.library.register_fake("mixedquant::pack_weight")
 def _(w, perm, num_salient, group_size, rotation, num_bits, group_scales, salient_dtype):
     _on_one_device("pack_weight", w=w, perm=perm, group_scales=group_scales)
-    qweight, scales, salient = packed_shapes(*w.shape, num_salient, group_size)
-    return (
-        w.new_empty(qweight, dtype=torch.uint8),
-        w.new_empty(scales, dtype=torch.bfloat16),
-        w.new_empty(salient, dtype=salient_dtype),
+    shapes = packed_shapes(*w.shape, num_salient, group_size)
+    dtypes = packed_dtypes(salient_dtype)
+    return tuple(
+        None if dtype is None else w.new_empty(shape, dtype=dtype)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
     )
 
 
 @torch.library.register_fake("mixedquant::unpack_weight")
-def _(qweight, scales, salient_weight, perm, out_features, group_size, rotation):
-    packed = {"qweight": qweight, "scales": scales, "salient_weight": salient_weight}
+def _(qweight, scales, salient_weight, salient_scales, perm, out_features, group_size, rotation):
+    packed = dict(zip(PACKED, (qweight, scales, salient_weight, salient_scales), strict=True))
     _on_one_device("unpack_weight", **packed, perm=perm)
     return qweight.new_empty((out_features, perm.shape[0]), dtype=torch.float32)
 
@@ -417,6 +435,7 @@ def _(
     qweight,
     scales,
     salient_weight,
+    salient_scales,
     perm,
     bias,
     out_features,
@@ -427,7 +446,7 @@ def _(
     per_token,
     clip,
 ):
-    packed = {"qweight": qweight, "scales": scales, "salient_weight": salient_weight}
+    packed = dict(zip(PACKED, (qweight, scales, salient_weight, salient_scales), strict=True))
     _on_one_device("w4a4_linear", x=x, **packed, perm=perm, bias=bias)
     if x.shape[-1] != perm.shape[0]:
         raise ValueError(

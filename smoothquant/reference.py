@@ -182,6 +182,20 @@ def weight_codes(w, perm, num_salient, group_size, rotation=0, num_bits=4, group
     return _ungrouped(_codes(groups, scale.float().unsqueeze(-1), -q_max, q_max), k4), scale
 
 
+def salient_codes(w):
+    """int8 codes [N, K_s] and the bfloat16 scales [N, 1] they belong to."""
+    largest = torch.nn.functional.pad(w.abs(), (0, 1)).amax(1, keepdim=True)  # 0 of no channels
+    scale = largest / torch.tensor(127.0)
+    scale = torch.where(scale < SMALLEST_NORMAL, 0.0, scale).bfloat16()
+    return _codes(w, scale.float(), -127, 127).to(torch.int8), scale
+
+
+def salient_values(salient_weight, salient_scales):
+    """float32 [P, K_s, 16]"""
+    values = salient_weight.float()
+    return values if salient_scales is None else values * salient_scales.float().unsqueeze(1)
+
+
 def pack_weight(
     w,
     perm,
@@ -216,11 +230,16 @@ def pack_weight(
     qweight = torch.zeros(panels, len(blocks), BLOCK_BYTES, dtype=torch.uint8)
     for b, block in enumerate(blocks):
         qweight[:, b] = block.transpose(1, 2).reshape(panels, BLOCK_BYTES).to(torch.uint8)
-    salient = w.float()[:, perm.long()][:, k4:].to(salient_dtype)
-    return qweight, by_panel(scale), by_panel(salient)
+    salient = w.float()[:, perm.long()][:, k4:]
+    if salient_dtype != torch.int8:
+        return qweight, by_panel(scale), by_panel(salient.to(salient_dtype)), None
+    salient, row_scale = salient_codes(salient)
+    return qweight, by_panel(scale), by_panel(salient), by_panel(row_scale).squeeze(1)
 
 
-def unpack_weight(qweight, scales, salient_weight, perm, out_features, group_size, rotation=0):
+def unpack_weight(
+    qweight, scales, salient_weight, salient_scales, perm, out_features, group_size, rotation=0
+):
     k, num_salient = len(perm), salient_weight.shape[1]
     k4 = k - num_salient
     nibbles = torch.stack([qweight & 15, qweight >> 4], dim=2).to(torch.int32) - 8
@@ -234,7 +253,7 @@ def unpack_weight(qweight, scales, salient_weight, perm, out_features, group_siz
         quad += count
     if columns:
         columns = [group_hadamard(torch.cat(columns, dim=-1), group_size, rotation)]
-    columns.append(salient_weight.float().transpose(1, 2))
+    columns.append(salient_values(salient_weight, salient_scales).transpose(1, 2))
     packed_order = torch.cat(columns, dim=-1).flatten(0, 1)[:out_features]
     w = torch.zeros(out_features, k)
     w[:, perm.long()] = packed_order
@@ -261,6 +280,7 @@ def w4a4_linear(
     qweight,
     scales,
     salient_weight,
+    salient_scales,
     perm,
     bias,
     out_features,
@@ -278,7 +298,8 @@ def w4a4_linear(
     salient = rows[:, k4:]
     finite = torch.isfinite(salient).all(-1, keepdim=True)
     salient = torch.where(finite, salient, float("nan"))
-    salient_rows = salient_weight.float().permute(1, 0, 2).flatten(1)[:, :out_features]
+    weights = salient_values(salient_weight, salient_scales)
+    salient_rows = weights.permute(1, 0, 2).flatten(1)[:, :out_features]
     for s in range(salient.shape[1]):
         y = _fma(salient[:, s : s + 1], salient_rows[s], y)
 
@@ -292,6 +313,7 @@ def w4a4_linear(
             qweight,
             torch.ones_like(scales),
             torch.zeros_like(salient_weight),
+            salient_scales,
             perm,
             out_features,
             group_size,

@@ -7,8 +7,11 @@ import torch
 from smoothquant import ops
 
 
-def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal dtype, shape and bits; any NaN equals any NaN."""
+def assert_same_bits(actual: torch.Tensor | None, expected: torch.Tensor | None) -> None:
+    """Equal dtype, shape and bits; any NaN equals any NaN, and None only None."""
+    if actual is None or expected is None:
+        assert actual is expected
+        return
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     different = actual != expected

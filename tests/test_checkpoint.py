@@ -25,8 +25,10 @@ def logits(model, token_ids):
         return model(token_ids).logits
 
 
-def quantized(model, backend="int4"):
-    config = MixedQuantConfig(group_size=20, salient_prop=0.1, backend=backend)
+def quantized(model, backend="int4", salient_format="16bit"):
+    config = MixedQuantConfig(
+        group_size=20, salient_prop=0.1, backend=backend, salient_format=salient_format
+    )
     quantize(model, config, progress=False)
     return model
 
@@ -37,9 +39,11 @@ def payload(path):
     return path.stat().st_size - 8 - header
 
 
-@pytest.mark.parametrize("backend", ["int4", "fake"])
-def test_round_trip(architecture, backend, make_model, token_ids, tmp_path):
-    model = quantized(make_model(architecture), backend)
+@pytest.mark.parametrize(
+    "backend, salient_format", [("int4", "16bit"), ("int4", "int8"), ("fake", "int8")]
+)
+def test_round_trip(architecture, backend, salient_format, make_model, token_ids, tmp_path):
+    model = quantized(make_model(architecture), backend, salient_format)
     want, folder = logits(model, token_ids), tmp_path / "deep" / "model"
     save_quantized(model, folder)
     loaded = load_quantized(folder)
@@ -228,6 +232,15 @@ def pristine(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def pristine_int8(tmp_path_factory):
+    from conftest import build_model
+
+    folder = tmp_path_factory.mktemp("pristine") / "llama"
+    save_quantized(quantized(build_model("llama-bias"), salient_format="int8"), folder)
+    return folder
+
+
 @pytest.fixture
 def folder(pristine, tmp_path):
     """A copy to spoil."""
@@ -281,6 +294,42 @@ TENSOR_FAULTS = [
 def test_bad_tensors_are_named(key, change, message, folder):
     set_tensor(key, change)(folder)
     with pytest.raises(CheckpointError, match=f"{TENSORS}: tensor {key} .*{message}"):
+        load_quantized(folder)
+
+
+@pytest.mark.parametrize(
+    "key, change, message",
+    [
+        ("salient_scales", put(5, float("nan")), "holds NaN or Inf"),
+        ("salient_scales", put(5, float("inf")), "holds NaN or Inf"),
+        ("salient_scales", put(5, -1.0), "must be bfloat16 and not negative"),
+        ("salient_scales", lambda t: t.half(), "must not be float16"),
+        ("salient_scales", lambda t: t[:, None].contiguous(), r"must have shape \(3, 16\)"),
+        ("salient_weight", put(2, -128), "holds the code -128"),
+        ("salient_weight", lambda t: t.bfloat16(), "must not be bfloat16"),
+        ("salient_weight", lambda t: t.view(torch.uint8), "must not be uint8"),
+        ("salient_weight", lambda t: t[:, :-1].contiguous(), "must have shape"),
+    ],
+)
+def test_bad_tensors_of_int8_salient_weights_are_named(
+    key, change, message, pristine_int8, tmp_path
+):
+    folder = shutil.copytree(pristine_int8, tmp_path / "copy")
+    set_tensor(f"{LAYER}.{key}", change)(folder)
+    with pytest.raises(CheckpointError, match=f"{TENSORS}: tensor {LAYER}.{key} .*{message}"):
+        load_quantized(folder)
+
+
+def test_the_salient_formats_are_not_mistaken_for_each_other(pristine_int8, folder, tmp_path):
+    int8 = shutil.copytree(pristine_int8, tmp_path / "int8")
+    edit(MANIFEST, "config", "salient_format", value="16bit")(int8)
+    with pytest.raises(CheckpointError, match="should not have tensor .*.salient_scales"):
+        load_quantized(int8)
+    edit(MANIFEST, "config", "salient_format", value="int8")(folder)
+    with pytest.raises(CheckpointError, match="lacks tensor .*.salient_scales"):
+        load_quantized(folder)
+    edit(MANIFEST, "config", "salient_format", value="int2")(folder)
+    with pytest.raises(CheckpointError, match="config: salient_format must be one of"):
         load_quantized(folder)
 
 
@@ -484,14 +533,14 @@ def mutated(value, rng):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize("architecture, salient_format", [("llama", "16bit"), ("mixtral", "int8")])
 @pytest.mark.parametrize("file, times", [("config.json", 150), (MANIFEST, 500), (TENSORS, 350)])
 def test_hostile_files_raise_nothing_else(
-    architecture, file, times, make_model, token_ids, tmp_path
+    architecture, salient_format, file, times, make_model, token_ids, tmp_path
 ):
     """Either refused, naming the folder, or a model that runs."""
     folder = tmp_path / "m"
-    save_quantized(quantized(make_model(architecture)), folder)
+    save_quantized(quantized(make_model(architecture), "int4", salient_format), folder)
     rng, whole = random.Random(file), (folder / file).read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little") if file == TENSORS else 0
     structure = json.loads(whole[8:start] if start else whole)

@@ -41,11 +41,12 @@ def test_output_error_is_below_nearest_rounding(k4):
     assert k4 == 300 or moved  # salient columns absorb errors
 
 
+@pytest.mark.parametrize("salient_format", ["16bit", "int8"])
 @pytest.mark.parametrize("cls, backend", [(W4A4Linear, "int4"), (FakeW4A4Linear, "fake")])
-def test_layers_store_what_gptq_rounded(cls, backend):
+def test_layers_store_what_gptq_rounded(cls, backend, salient_format):
     x, weight = correlated_inputs(2000, 300), torch.randn(50, 300)
     plan = ChannelPlan(torch.randperm(300).int(), 15)
-    config = MixedQuantConfig(group_size=64, backend=backend)
+    config = MixedQuantConfig(group_size=64, backend=backend, salient_format=salient_format)
     permuted = x[:, plan.perm.long()]
     factor = inverse_factor(permuted.T @ permuted, damping=0.01)
     nearest = cls.from_weight(weight, None, config, plan).dequantize()

@@ -19,6 +19,8 @@ from smoothquant.config import MixedQuantConfig
 from smoothquant.linear import FakeW4A4Linear, W4A4Linear
 from smoothquant.sorting import ChannelPlan, ChannelStats, choose_channels
 
+SALIENT_FORMATS = ["16bit", "int8"]
+
 
 def plan_for(k: int, num_salient: int, seed: int = 0) -> ChannelPlan:
     generator = torch.Generator().manual_seed(seed)
@@ -92,7 +94,13 @@ def test_zero_rows_are_exactly_the_bias(dtype):
 def test_non_finite_values_stay_in_their_row(case):
     generator = torch.Generator().manual_seed(case)
     dtype = (torch.float32, torch.float16, torch.bfloat16)[case % 3]
-    layer = layer_of(num_salient=case % 5 * 30, seed=case, dtype=dtype, group_size=1 + case % 40)
+    layer = layer_of(
+        num_salient=case % 5 * 30,
+        seed=case,
+        dtype=dtype,
+        group_size=1 + case % 40,
+        salient_format=SALIENT_FORMATS[case % 2],
+    )
     x = torch.randn(6, 150, generator=generator).to(dtype)
     clean = layer(x)
     assert torch.isfinite(clean).all()
@@ -135,16 +143,18 @@ def test_any_rank(rank):
     assert layer(torch.empty(0, 3, 150)).shape == (0, 3, 40)
 
 
-def test_no_float_copy_of_the_weights_remains():
-    layer = layer_of(n=512, k=1024, num_salient=51, group_size=128)
+@pytest.mark.parametrize("salient_format, salient_bits", [("16bit", 16), ("int8", 8)])
+def test_no_float_copy_of_the_weights_remains(salient_format, salient_bits):
+    layer = layer_of(512, 1024, num_salient=51, group_size=128, salient_format=salient_format)
     held = sum(t.numel() * t.element_size() for t in layer.state_dict().values())
     bits = 8 * held / (512 * 1024)
-    assert bits < (1 - 0.05) * (4 + 16 / 128) + 16 * 0.05 + 0.2
+    assert bits < (1 - 0.05) * (4 + 16 / 128) + salient_bits * 0.05 + 0.2
     assert not list(layer.parameters())
 
 
-def test_state_dict_holds_everything():
-    layer, x = layer_of(), torch.randn(5, 150)
+@pytest.mark.parametrize("salient_format", SALIENT_FORMATS)
+def test_state_dict_holds_everything(salient_format):
+    layer, x = layer_of(salient_format=salient_format), torch.randn(5, 150)
     fresh = W4A4Linear(150, 40, config=layer.config, num_salient=layer.num_salient)
     fresh.load_state_dict(layer.state_dict())
     assert_same_bits(fresh(x), layer(x))
@@ -154,23 +164,26 @@ def test_state_dict_holds_everything():
     "duplicate",
     [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), lambda layer: layer.cpu()],
 )
-def test_copies_compute_the_same(duplicate):
-    layer, x = layer_of(), torch.randn(5, 150)
-    assert_same_bits(duplicate(layer)(x), layer_of()(x))
+@pytest.mark.parametrize("salient_format", SALIENT_FORMATS)
+def test_copies_compute_the_same(duplicate, salient_format):
+    layer, x = layer_of(salient_format=salient_format), torch.randn(5, 150)
+    assert_same_bits(duplicate(layer)(x), layer_of(salient_format=salient_format)(x))
 
 
-def test_cast_keeps_what_must_not_be_rounded():
-    layer = layer_of()
+@pytest.mark.parametrize("salient_format", SALIENT_FORMATS)
+def test_cast_keeps_what_must_not_be_rounded(salient_format):
+    layer = layer_of(salient_format=salient_format)
     half = copy.deepcopy(layer).half()
     assert half.bias.dtype == torch.float16
-    assert_same_bits(half.scales, layer.scales)
-    assert_same_bits(half.salient_weight, layer.salient_weight)
+    for name in ops.PACKED:
+        assert_same_bits(getattr(half, name), getattr(layer, name))
     assert half(torch.randn(2, 150).half()).dtype == torch.float16
     assert half.float().scales.dtype == torch.bfloat16
 
 
-def test_meta_and_shared_memory():
-    layer = layer_of().to("meta")
+@pytest.mark.parametrize("salient_format", SALIENT_FORMATS)
+def test_meta_and_shared_memory(salient_format):
+    layer = layer_of(salient_format=salient_format).to("meta")
     assert {t.device.type for t in layer.state_dict().values()} == {"meta"}
     assert layer(torch.empty(3, 150, device="meta")).shape == (3, 40)
     assert layer_of().share_memory().qweight.is_shared()
@@ -227,9 +240,10 @@ def test_eight_threads_at_once():
 @pytest.mark.parametrize("act_quant", ["per_group", "per_token"])
 @pytest.mark.parametrize("num_bits", [2, 4])
 @pytest.mark.parametrize("act_format", ["symmetric", "unsigned", "zero_point"])
+@pytest.mark.parametrize("salient_format", SALIENT_FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_fake_backend_agrees_with_the_integers(
-    weight_quant, act_quant, num_bits, act_format, dtype
+    weight_quant, act_quant, num_bits, act_format, salient_format, dtype
 ):
     weight, x = torch.randn(40, 150).to(dtype), torch.randn(30, 150).to(dtype)
     choices = {
@@ -238,6 +252,7 @@ def test_fake_backend_agrees_with_the_integers(
         "act_quant": act_quant,
         "act_format": act_format,
         "num_bits": num_bits,
+        "salient_format": salient_format,
         "rotation": 32 if act_format != "unsigned" else 0,
     }
     layers = []
@@ -246,6 +261,9 @@ def test_fake_backend_agrees_with_the_integers(
         layers.append(cls.from_weight(weight, None, config, plan_for(150, 7)))
     real, fake = layers
     exact = dtype == torch.float32
+    salient = real.perm[-7:].long()
+    stored, simulated = (layer.dequantize()[:, salient] for layer in layers)
+    assert torch.equal(stored.to(dtype), simulated)
     torch.testing.assert_close(
         real.dequantize(), fake.dequantize().float(), rtol=0 if exact else 0.02, atol=1e-2
     )
@@ -256,9 +274,12 @@ def test_fake_backend_agrees_with_the_integers(
 
 @pytest.mark.parametrize("weight_quant", ["per_group", "per_channel", "per_tensor"])
 @pytest.mark.parametrize("n, k, num_salient", [(4, 8, 8), (0, 8, 0), (3, 0, 0), (1, 1, 0)])
+@pytest.mark.parametrize("salient_format", SALIENT_FORMATS)
 @pytest.mark.parametrize("cls, backend", [(W4A4Linear, "int4"), (FakeW4A4Linear, "fake")])
-def test_degenerate_layers(weight_quant, n, k, num_salient, cls, backend):
-    config = MixedQuantConfig(weight_quant=weight_quant, backend=backend, rotation=4)
+def test_degenerate_layers(weight_quant, n, k, num_salient, salient_format, cls, backend):
+    config = MixedQuantConfig(
+        weight_quant=weight_quant, backend=backend, rotation=4, salient_format=salient_format
+    )
     layer = cls.from_weight(torch.randn(n, k), torch.ones(n), config, plan_for(k, num_salient))
     assert layer(torch.zeros(2, k)).tolist() == [[1.0] * n] * 2
 
@@ -307,6 +328,28 @@ def test_salient_weights_too_large_for_16_bits_are_refused():
     weight = torch.full((2, 4), 1e5)
     with pytest.raises(ValueError, match="too large for 16 bits"):
         ops.pack_weight(weight, torch.arange(4).int(), 4, 4, salient_dtype=torch.float16)
+
+
+def test_int8_salient_weights_are_near_and_their_activations_are_not_rounded():
+    weight, x = torch.randn(64, 256), torch.randn(100, 256)
+    plan, exact, errors = plan_for(256, 256), x @ weight.T, {}
+    for salient_format in SALIENT_FORMATS:
+        config = MixedQuantConfig(salient_format=salient_format)
+        layer = W4A4Linear.from_weight(weight, None, config, plan)
+        y = layer(x)
+        torch.testing.assert_close(y, x @ layer.dequantize().T, rtol=1e-5, atol=1e-4)
+        errors[salient_format] = float((y - exact).norm() / exact.norm())
+    assert 0.001 < errors["16bit"] < 0.003 < errors["int8"] < 0.01
+
+
+@pytest.mark.parametrize("own, other", [("16bit", "int8"), ("int8", "16bit")])
+def test_loading_another_salient_format_is_refused(own, other):
+    layer, state = layer_of(salient_format=own), layer_of(salient_format=other).state_dict()
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match=f"salient_weight is torch.*salient_format='{own}'"):
+        layer.load_state_dict(state, strict=False)
+    for name, tensor in layer.state_dict().items():
+        assert_same_bits(tensor, before[name])
 
 
 def test_loading_checks_perm_and_takes_the_salient_dtype_over():
@@ -362,8 +405,9 @@ def test_from_float_published_arguments():
         W4A4Linear.from_float(module, act_quant="per_tensor")
 
 
-def test_compile_and_export():
-    layer, x = layer_of(), torch.randn(5, 150)
+@pytest.mark.parametrize("salient_format", SALIENT_FORMATS)
+def test_compile_and_export(salient_format):
+    layer, x = layer_of(salient_format=salient_format), torch.randn(5, 150)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert_same_bits(compiled(x), layer(x))
     assert_same_bits(torch.export.export(layer, (x,)).module()(x), layer(x))
@@ -418,6 +462,7 @@ def test_plan_errors():
         ({"salient_prop": -0.1}, r"salient_prop must be in \[0, 1\]; got -0.1"),
         ({"salient_prop": math.nan}, "salient_prop must be in"),
         ({"sort": "size"}, "sort must be one of none, max, mean3std, argmax, rms; got 'size'"),
+        ({"salient_format": "int4"}, "salient_format must be one of 16bit, int8; got 'int4'"),
         ({"backend": "int8"}, "backend must be one of int4, fake; got 'int8'"),
         ({"act_clip": 0}, "act_clip must be in .*; got 0"),
         ({"act_quant": "per_tensor"}, "whole live batch"),

@@ -73,10 +73,14 @@ def test_bad_arguments(arguments, message, estimate):
         get_model_size(nn.Linear(2, 2), estimate=estimate, **arguments)
 
 
-def test_quantized_size_is_the_formula_of_the_format():
-    """N and K fill the panels exactly: 4 + 16 / g bits, and 16 per salient channel."""
+@pytest.mark.parametrize("salient_format, salient_row", [("16bit", 32 * 16), ("int8", 32 * 8 + 16)])
+def test_quantized_size_is_the_formula_of_the_format(salient_format, salient_row):
+    """N and K fill the panels exactly: 4 + 16 / g bits, and for 32 salient channels of a row 16
+    bits each, or 8 and a scale."""
     model = nn.Sequential(nn.Linear(256, 64, bias=False))
     with pytest.warns(UserWarning):
-        quantize(model, MixedQuantConfig(group_size=32, salient_prop=0.125), progress=False)
+        config = MixedQuantConfig(group_size=32, salient_prop=0.125, salient_format=salient_format)
+        (record, *_) = quantize(model, config, progress=False)
     perm = 32 * 256
-    assert get_model_size(model) == 64 * (224 * (4 + 16 / 32) + 32 * 16) + perm
+    bits = 64 * (224 * (4 + 16 / 32) + salient_row) + perm
+    assert get_model_size(model) == bits == record.bits_per_weight * 64 * 256

@@ -13,6 +13,11 @@ from smoothquant import ops, reference
 from smoothquant.sorting import ChannelStats
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SALIENT_DTYPES = {
+    torch.float32: torch.bfloat16,
+    torch.float16: torch.float16,
+    torch.bfloat16: torch.bfloat16,
+}
 ISAS = ops.supported_isas()
 # zeros, subnormals, the extremes, what rounds half-way, and what is not finite
 SPECIAL = [
@@ -181,20 +186,23 @@ LINEARS = [
 ]
 
 
-def packed_linear(n, k, num_salient, group_size, rotation=0, dtype=torch.float32, seed=0):
+def packed_linear(
+    n, k, num_salient, group_size, rotation=0, dtype=torch.float32, seed=0, salient_dtype=None
+):
     """Positional arguments of w4a4_linear behind x, up to bias."""
     w = values(seed, n, k).to(dtype)
     w = torch.nan_to_num(w, posinf=6e4, neginf=-6e4)
     generator = torch.Generator().manual_seed(seed)
     perm = torch.randperm(k, generator=generator).int()
-    salient_dtype = torch.float16 if dtype == torch.float16 else torch.bfloat16
+    salient_dtype = salient_dtype or SALIENT_DTYPES[dtype]
     choices = (num_salient, group_size, rotation, 4, None, salient_dtype)
     packed = ops.pack_weight(w, perm, *choices)
     expected = reference.pack_weight(w, perm, *choices)
     for one, other in zip(packed, expected, strict=True):
         assert_same_bits(one, other)
     shapes = ops.packed_shapes(n, k, num_salient, group_size)
-    assert tuple(tuple(t.shape) for t in packed) == shapes
+    for tensor, shape in zip(packed, shapes, strict=True):
+        assert tensor is None or tensor.shape == shape
     return (*packed, perm, torch.randn(n, generator=generator))
 
 
@@ -212,12 +220,17 @@ FORMATS = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rotation", [0, 8, 512])
+@pytest.mark.parametrize("salient_dtype", [None, torch.int8])
 @pytest.mark.parametrize("m, n, k, num_salient, group_size", LINEARS)
-def test_linear_equals_the_reference(isa, dtype, rotation, m, n, k, num_salient, group_size):
-    args = packed_linear(n, k, num_salient, group_size, rotation, dtype)
+def test_linear_equals_the_reference(
+    isa, dtype, rotation, salient_dtype, m, n, k, num_salient, group_size
+):
+    args = packed_linear(
+        n, k, num_salient, group_size, rotation, dtype, salient_dtype=salient_dtype
+    )
     assert_same_bits(
-        ops.unpack_weight(*args[:4], n, group_size, rotation),
-        reference.unpack_weight(*args[:4], n, group_size, rotation),
+        ops.unpack_weight(*args[:5], n, group_size, rotation),
+        reference.unpack_weight(*args[:5], n, group_size, rotation),
     )
     x = values(7, m, k, dtype=dtype)
     if m > 2 and k:
@@ -229,8 +242,8 @@ def test_linear_equals_the_reference(isa, dtype, rotation, m, n, k, num_salient,
             ops.w4a4_linear(x, *args, *choices), reference.w4a4_linear(x, *args, *choices)
         )
     assert_same_bits(
-        ops.w4a4_linear(x, *args[:4], None, n, group_size, rotation),
-        reference.w4a4_linear(x, *args[:4], None, n, group_size, rotation),
+        ops.w4a4_linear(x, *args[:5], None, n, group_size, rotation),
+        reference.w4a4_linear(x, *args[:5], None, n, group_size, rotation),
     )
 
 
@@ -290,7 +303,7 @@ def test_work_split_over_threads_equals_the_reference(rows, cols):
             assert_same_bits(getattr(stats, name), tensor)
         args = packed_linear(300, cols, 11, 32)
         assert_same_bits(
-            ops.unpack_weight(*args[:4], 300, 32), reference.unpack_weight(*args[:4], 300, 32)
+            ops.unpack_weight(*args[:5], 300, 32), reference.unpack_weight(*args[:5], 300, 32)
         )
         w, u = values(2, rows, 40), torch.triu(torch.rand(40, 40)) + torch.eye(40)
         other, group_scales = w.clone(), torch.rand(rows, 2)
@@ -313,6 +326,44 @@ def test_given_group_scales_are_used(isa):
     assert_same_bits(packed[1].transpose(1, 2).flatten(0, 1)[:20], scales.bfloat16())
 
 
+def packed_salient(rows):
+    """int8 codes [N, K_s], fp32 scales [N] and unpacked values of all-salient rows."""
+    w = torch.tensor(rows)
+    n, k = w.shape
+    perm = torch.arange(k).int()
+    packed = ops.pack_weight(w, perm, k, 4, salient_dtype=torch.int8)
+    for one, other in zip(
+        packed, reference.pack_weight(w, perm, k, 4, salient_dtype=torch.int8), strict=True
+    ):
+        assert_same_bits(one, other)
+    codes = packed[2].transpose(1, 2).flatten(0, 1)
+    assert not codes[n:].any() and not packed[3].flatten()[n:].any()
+    return codes[:n], packed[3].flatten()[:n].float(), ops.unpack_weight(*packed, perm, n, 4)
+
+
+def test_int8_salient_weights_are_rounded_to_nearest(isa):
+    w = values(11, 50, 600)
+    codes, scales, unpacked = packed_salient(w.tolist())
+    exact = w.abs().amax(1) / 127
+    assert_same_bits(scales, exact.bfloat16().float())
+    assert_same_bits(unpacked, codes * scales[:, None])
+    # half a step, and what rounding the scale down may cut off the largest
+    assert ((unpacked - w).abs() <= scales[:, None] * (0.5 + 127 / 256)).all()
+    inside = w.abs() <= 127 * scales[:, None]
+    assert ((unpacked - w).abs() <= 0.5001 * scales[:, None])[inside].all()
+    assert (codes.abs().amax(1) >= 126).all() and codes.min() >= -127
+
+
+def test_int8_salient_rows_of_zeros_tiny_and_huge_magnitudes(isa):
+    tiny, huge = 127 * 2.0**-126, torch.finfo(torch.float32).max
+    codes, scales, unpacked = packed_salient(
+        [[0.0, -0.0, 0.0], [tiny * 0.99, -1e-45, 0.0], [tiny, -tiny, 0.0], [huge, -huge, 1e30]]
+    )
+    assert codes.tolist() == [[0, 0, 0], [0, 0, 0], [127, -127, 0], [127, -127, 0]]
+    assert scales[:3].tolist() == [0, 0, 2.0**-126]
+    assert torch.isfinite(unpacked).all() and unpacked[2, 0] == tiny
+
+
 shapes = st.tuples(
     st.integers(0, 20), st.integers(0, 40), st.integers(0, 90), st.floats(0, 1), st.integers(1, 100)
 )
@@ -324,11 +375,15 @@ shapes = st.tuples(
     st.sampled_from([0, 2, 16, 128]),
     st.sampled_from(FORMATS),
     st.sampled_from(DTYPES),
+    st.sampled_from([None, torch.int8]),
     st.integers(0, 2**31),
 )
-def test_linear_equals_the_reference_for_any_shape(shape, rotation, options, dtype, seed):
+def test_linear_equals_the_reference_for_any_shape(
+    shape, rotation, options, dtype, salient_dtype, seed
+):
     m, n, k, salient_share, group_size = shape
-    args = packed_linear(n, k, int(salient_share * k), group_size, rotation, dtype, seed)
+    num_salient = int(salient_share * k)
+    args = packed_linear(n, k, num_salient, group_size, rotation, dtype, seed, salient_dtype)
     x = values(seed + 1, m, k, dtype=dtype, special=0.02)
     choices = (n, group_size, rotation, *options)
     expected = reference.w4a4_linear(x, *args, *choices)
@@ -344,10 +399,11 @@ def test_linear_equals_the_reference_for_any_shape(shape, rotation, options, dty
     st.sampled_from([0, 4, 64]),
     st.sampled_from(FORMATS),
     st.sampled_from(DTYPES),
+    st.sampled_from([torch.bfloat16, torch.int8]),
     st.integers(0, 2**31),
 )
 def test_every_isa_equals_scalar_for_any_shape(
-    shape, extra_channels, rotation, options, dtype, seed
+    shape, extra_channels, rotation, options, dtype, salient_dtype, seed
 ):
     m, n, k, salient_share, group_size = shape
     k = k + extra_channels if seed % 50 == 0 else k  # now and then more than one segment
@@ -359,7 +415,9 @@ def test_every_isa_equals_scalar_for_any_shape(
     results = []
     for name in ISAS:
         with forced_isa(name):
-            packed = ops.pack_weight(w, perm, num_salient, group_size, rotation)
+            packed = ops.pack_weight(
+                w, perm, num_salient, group_size, rotation, salient_dtype=salient_dtype
+            )
             y = ops.w4a4_linear(x, *packed, perm, None, n, group_size, rotation, *options)
             results.append((*packed, y, *ops.group_quantize(x, group_size)))
     for result in results[1:]:
@@ -426,11 +484,11 @@ def test_offsets_beyond_two_to_the_31():
 # ---- torch integration ----
 
 
-def op_arguments() -> dict[str, tuple]:
+def op_arguments(salient_dtype=torch.bfloat16) -> dict[str, tuple]:
     stats = ChannelStats.empty(24)
     x = torch.randn(6, 24)
     perm = torch.randperm(24).int()
-    packed = ops.pack_weight(torch.randn(20, 24), perm, 3, 8)
+    packed = ops.pack_weight(torch.randn(20, 24), perm, 3, 8, salient_dtype=salient_dtype)
     q, scales = ops.group_quantize(x, 8)
     fields = (stats.count, stats.abs_max, stats.abs_sum, stats.sq_sum, stats.argmax)
     return {
@@ -444,7 +502,7 @@ def op_arguments() -> dict[str, tuple]:
         "gptq_block": (torch.randn(5, 6), torch.eye(6), torch.rand(5, 2), 0, 3, 4),
         "pack_nibbles": (q,),
         "unpack_nibbles": (ops.pack_nibbles(q), 24, False),
-        "pack_weight": (torch.randn(20, 24), perm, 3, 8, 4, 4, None, torch.bfloat16),
+        "pack_weight": (torch.randn(20, 24), perm, 3, 8, 4, 4, None, salient_dtype),
         "unpack_weight": (*packed, perm, 20, 8, 4),
         "w4a4_linear": (x, *packed, perm, torch.randn(20), 20, 8, 4, 4, "zero_point", False, 1.0),
     }
@@ -456,14 +514,25 @@ def test_every_op_is_in_the_table():
     assert registered == set(op_arguments())
 
 
-@pytest.mark.parametrize("name", sorted(op_arguments()))
-def test_opcheck(name):
-    torch.library.opcheck(getattr(torch.ops.mixedquant, name).default, op_arguments()[name])
+IN_INT8 = ["pack_weight", "unpack_weight", "w4a4_linear"]
 
 
-@pytest.mark.parametrize("name", ["group_fake_quantize", "w4a4_linear", "group_quantize"])
-def test_ops_compile_and_export(name):
-    args = op_arguments()[name]
+@pytest.mark.parametrize(
+    "name, salient_dtype",
+    [(name, torch.bfloat16) for name in sorted(op_arguments())]
+    + [(name, torch.int8) for name in IN_INT8],
+)
+def test_opcheck(name, salient_dtype):
+    args = op_arguments(salient_dtype)[name]
+    torch.library.opcheck(getattr(torch.ops.mixedquant, name).default, args)
+
+
+@pytest.mark.parametrize("salient_dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(
+    "name", ["group_fake_quantize", "w4a4_linear", "group_quantize", "pack_weight"]
+)
+def test_ops_compile_and_export(name, salient_dtype):
+    args = op_arguments(salient_dtype)[name]
     op = getattr(torch.ops.mixedquant, name)
 
     class Module(torch.nn.Module):
@@ -511,6 +580,18 @@ BAD_CALLS = {
         lambda: ops.pack_weight(torch.full((2, 3), math.inf), torch.arange(3).int(), 3, 4),
         "pack_weight: a weight is NaN or Inf, or",
     ),
+    "salient dtype": (
+        lambda: ops.pack_weight(
+            torch.randn(2, 3), torch.arange(3).int(), 1, 4, salient_dtype=torch.uint8
+        ),
+        "salient dtype must be bfloat16, float16 or int8; got Byte",
+    ),
+    "int8 salient NaN": (
+        lambda: ops.pack_weight(
+            torch.full((2, 3), math.nan), torch.arange(3).int(), 3, 4, salient_dtype=torch.int8
+        ),
+        "pack_weight: a weight is NaN or Inf, or",
+    ),
     "negative scale": (
         lambda: ops.pack_weight(
             torch.randn(2, 3), torch.arange(3).int(), 0, 4, group_scales=torch.full((2, 1), -1.0)
@@ -540,6 +621,25 @@ def test_bad_arguments_are_value_errors(case):
         ({"out_features": -1}, "out_features must not be negative; got -1"),
         ({"group_size": 0}, "group_size must be at least 1; got 0"),
         ({"group_size": 4}, "must have shape"),
+        ({"salient_scales": torch.ones(2, 16).bfloat16()}, "only then; it is BFloat16"),
+        (
+            {"salient_weight": torch.zeros(2, 3, 16, dtype=torch.int8)},
+            "salient_scales must be given with an int8 salient_weight, and only then; it is Char",
+        ),
+        (
+            {
+                "salient_weight": torch.zeros(2, 3, 16, dtype=torch.int8),
+                "salient_scales": torch.ones(3, 16).bfloat16(),
+            },
+            r"salient_scales must have shape \[2, 16\]; got \[3, 16\]",
+        ),
+        (
+            {
+                "salient_weight": torch.zeros(2, 3, 16, dtype=torch.int8),
+                "salient_scales": torch.ones(2, 16),
+            },
+            "salient_scales must be BFloat16; got Float",
+        ),
         ({"rotation": 3}, "rotation must be 0 or a power of two up to 512; got 3"),
         ({"act_format": "log"}, "act_format must be symmetric, unsigned or zero_point; got 'log'"),
         ({"num_bits": 5}, r"num_bits must be in \[2, 4\]; got 5"),

@@ -1,5 +1,6 @@
 """The walk over a model: families, shared plans, memory, reports, refusals."""
 
+import dataclasses
 import gc
 import weakref
 
@@ -99,7 +100,7 @@ def test_no_float_copy_of_the_int4_part_remains(make_model, token_ids):
     gc.collect()
     assert not any(ref() is not None for ref in old)
     for layer in quantized_layers(model).values():
-        held = sum(tensor.nbytes for tensor in vars(layer)["_buffers"].values())
+        held = sum(tensor.nbytes for tensor in layer.buffers())
         exact = sum(tensor.nbytes for tensor in layer.state_dict().values())
         assert held == exact and not list(layer.parameters())
 
@@ -150,9 +151,11 @@ def test_without_statistics_the_weights_choose(make_model, caplog):
     assert {r.reason for r in report if r.action == "quantized"} == {"weights"}
 
 
-def test_report_adds_up_to_the_model(make_model, token_ids):
+@pytest.mark.parametrize("salient_format", ["16bit", "int8"])
+def test_report_adds_up_to_the_model(salient_format, make_model, token_ids):
     model = make_model("mixtral")
-    report = quantize(model, CONFIG, progress=False)
+    config = dataclasses.replace(CONFIG, salient_format=salient_format)
+    report = quantize(model, config, progress=False)
     counted = sum(r.bits_per_weight * torch.Size(r.shape).numel() for r in report)
     names = {r.name for r in report}
     rest = sum(

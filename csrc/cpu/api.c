@@ -189,7 +189,7 @@ static mq_status check_perm(const mq_linear *lin) {
 static mq_status check_layer(const mq_linear *lin, mq_shape *shape) {
     REQUIRE(lin, MQ_INVALID_POINTER);
     TRY(mq_shape_of(lin->n, lin->k, lin->k_salient, lin->group_size, shape));
-    REQUIRE(lin->salient_dtype == MQ_BF16 || lin->salient_dtype == MQ_F16, MQ_INVALID_DTYPE);
+    REQUIRE(lin->salient_dtype > MQ_F32 && lin->salient_dtype <= MQ_I8, MQ_INVALID_DTYPE);
     REQUIRE((unsigned)lin->isa < MQ_ISA_COUNT && mq_isa_supported(lin->isa), MQ_INVALID_ISA);
     REQUIRE(is_rotation(lin->rotation), MQ_INVALID_ROTATION);
     return MQ_OK;
@@ -201,7 +201,8 @@ static mq_status check_panels(const mq_shape *shape, int64_t panel0, int64_t pan
 
 mq_status mq_pack_weight(const mq_linear *lin, int q_max, mq_dtype dtype, const void *w,
                          int64_t stride, const float *group_scales, int64_t panel0, int64_t panel1,
-                         uint8_t *qweight, uint16_t *scales, void *salient) {
+                         uint8_t *qweight, uint16_t *scales, void *salient,
+                         uint16_t *salient_scales) {
     mq_shape shape;
     TRY(check_layer(lin, &shape));
     REQUIRE(q_max >= 1 && q_max <= 7, MQ_INVALID_BITS);
@@ -211,9 +212,11 @@ mq_status mq_pack_weight(const mq_linear *lin, int q_max, mq_dtype dtype, const 
     if (panel0 == panel1 || lin->k == 0) return MQ_OK;
     REQUIRE(w && (!shape.groups || (qweight && scales)) && (!lin->k_salient || salient),
             MQ_INVALID_POINTER);
+    REQUIRE(lin->salient_dtype != MQ_I8 || salient_scales, MQ_INVALID_POINTER);
     TRY(check_perm(lin));
     return mq_run_pack_weight(mq_kernels_of(lin->isa), &shape, lin, q_max, dtype, w, stride,
-                              group_scales, panel0, panel1, qweight, scales, salient);
+                              group_scales, panel0, panel1, qweight, scales, salient,
+                              salient_scales);
 }
 
 mq_status mq_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,
@@ -232,6 +235,8 @@ mq_status mq_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int
 static mq_status check_weights(const mq_linear *lin, const mq_shape *shape) {
     REQUIRE(!shape->panels || !shape->groups || (lin->qweight && lin->scales), MQ_INVALID_POINTER);
     REQUIRE(!shape->panels || !lin->k_salient || lin->salient, MQ_INVALID_POINTER);
+    REQUIRE(!shape->panels || lin->salient_dtype != MQ_I8 || lin->salient_scales,
+            MQ_INVALID_POINTER);
     return MQ_OK;
 }
 

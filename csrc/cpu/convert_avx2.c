@@ -16,6 +16,19 @@ MQ_AVX2 void mq_widen_avx2(mq_dtype dtype, const uint16_t *x, int64_t n, float *
     mq_widen_scalar(dtype, x + i, n - i, out + i);
 }
 
+MQ_AVX2 void mq_widen_codes_avx2(const int8_t *q, const uint16_t *scales, int64_t n, float *out) {
+    float factors[MQ_PANEL];
+    mq_widen_avx2(MQ_BF16, scales, MQ_PANEL, factors);
+    const __m256 low = _mm256_loadu_ps(factors), high = _mm256_loadu_ps(factors + 8);
+    for (int64_t i = 0; i < n; i++, q += MQ_PANEL, out += MQ_PANEL) {
+        __m128i codes = _mm_loadu_si128((const __m128i *)(const void *)q);
+        __m256 first = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+        __m256 second = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(codes, 8)));
+        _mm256_storeu_ps(out, _mm256_mul_ps(first, low));
+        _mm256_storeu_ps(out + 8, _mm256_mul_ps(second, high));
+    }
+}
+
 MQ_AVX2 static MQ_INLINE __m128i narrow_bf16(__m256 x) {
     __m256i bits = _mm256_castps_si256(x);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

@@ -8,6 +8,7 @@
      mq_channel_stats_##isa,    \
      mq_sort_keys_##isa,        \
      mq_widen_##isa,            \
+     mq_widen_codes_##isa,      \
      mq_narrow_##isa,           \
      mq_extent_of_##isa,        \
      mq_hadamard_##isa,         \

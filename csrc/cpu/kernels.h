@@ -31,6 +31,8 @@ typedef void mq_sort_keys_fn(mq_sort_key key, int64_t k, int64_t count,
                              const mq_channel_stats *stats, double *keys);
 /* n 16-bit values to fp32; NaN stays NaN */
 typedef void mq_widen_fn(mq_dtype dtype, const uint16_t *x, int64_t n, float *out);
+/* out [n][16] = q [n][16] * scales [16], bf16: a panel's int8 weights to fp32 */
+typedef void mq_widen_codes_fn(const int8_t *q, const uint16_t *scales, int64_t n, float *out);
 /* n fp32 values to 16 bits, round half to even; NaN gives a quiet NaN */
 typedef void mq_narrow_fn(mq_dtype dtype, const float *x, int64_t n, uint16_t *out);
 /* abs_bits: the bits of the largest magnitude, so that Inf < NaN. positive_bits, negative_bits: of the largest
@@ -62,6 +64,7 @@ typedef struct mq_kernels {
     mq_channel_stats_fn *channel_stats;
     mq_sort_keys_fn *sort_keys;
     mq_widen_fn *widen;
+    mq_widen_codes_fn *widen_codes;
     mq_narrow_fn *narrow;
     mq_extent_of_fn *extent_of;
     mq_hadamard_fn *hadamard;
@@ -80,6 +83,7 @@ const mq_kernels *mq_kernels_of(mq_isa isa);
     mq_channel_stats_fn mq_channel_stats_##isa;       \
     mq_sort_keys_fn mq_sort_keys_##isa;               \
     mq_widen_fn mq_widen_##isa;                       \
+    mq_widen_codes_fn mq_widen_codes_##isa;           \
     mq_narrow_fn mq_narrow_##isa;                     \
     mq_extent_of_fn mq_extent_of_##isa;               \
     mq_hadamard_fn mq_hadamard_##isa;                 \
@@ -123,7 +127,9 @@ static inline mq_extent mq_extent_union(mq_extent a, mq_extent b) {
 
 static inline int64_t mq_ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
-static inline size_t mq_dtype_size(mq_dtype dtype) { return dtype == MQ_F32 ? 4 : 2; }
+static inline size_t mq_dtype_size(mq_dtype dtype) {
+    return dtype == MQ_F32 ? 4 : dtype == MQ_I8 ? 1 : 2;
+}
 
 static inline float mq_bf16_to_f32(uint16_t bits) { return mq_float_of_bits((uint32_t)bits << 16); }
 
@@ -161,6 +167,7 @@ static inline float mq_load(mq_dtype dtype, const void *x, int64_t i) {
     switch (dtype) {
         case MQ_F16: return mq_f16_to_f32(((const uint16_t *)x)[i]);
         case MQ_BF16: return mq_bf16_to_f32(((const uint16_t *)x)[i]);
+        case MQ_I8: return (float)((const int8_t *)x)[i];
         default: return ((const float *)x)[i];
     }
 }

@@ -133,14 +133,24 @@ void mq_run_linear_quantize(const mq_kernels *kernels, const mq_shape *shape, co
     }
 }
 
+/* The weights of the panel's salient channels [s0, s1) as fp32: w [s1 - s0][16] */
+static void widen_salient(const mq_kernels *kernels, const mq_linear *lin, int64_t panel,
+                          int64_t s0, int64_t s1, float *w) {
+    const int64_t at = (panel * lin->k_salient + s0) * MQ_PANEL, n = s1 - s0;
+    if (lin->salient_dtype == MQ_I8)
+        kernels->widen_codes((const int8_t *)lin->salient + at,
+                             lin->salient_scales + panel * MQ_PANEL, n, w);
+    else
+        kernels->widen(lin->salient_dtype, (const uint16_t *)lin->salient + at, n * MQ_PANEL, w);
+}
+
 static void add_salient(const mq_kernels *kernels, const mq_linear *lin, const mq_activations *act,
                         int64_t tile0, int64_t tile1, int64_t panel, float *sums) {
     enum { CHANNELS = 256 };
     float w[CHANNELS * MQ_PANEL];
-    const uint16_t *weights = (const uint16_t *)lin->salient + panel * lin->k_salient * MQ_PANEL;
     for (int64_t s = 0; s < lin->k_salient; s += CHANNELS) {
         int64_t end = mq_min(s + CHANNELS, lin->k_salient);
-        kernels->widen(lin->salient_dtype, weights + s * MQ_PANEL, (end - s) * MQ_PANEL, w);
+        widen_salient(kernels, lin, panel, s, end, w);
         kernels->multiply_salient(act, lin->k_salient, tile0, tile1, s, end, w, sums);
     }
 }

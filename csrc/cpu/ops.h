@@ -24,7 +24,8 @@ void mq_run_group_hadamard(const mq_kernels *kernels, int64_t group_size, int64_
 mq_status mq_run_pack_weight(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
                              int q_max, mq_dtype dtype, const void *w, int64_t stride,
                              const float *group_scales, int64_t panel0, int64_t panel1,
-                             uint8_t *qweight, uint16_t *scales, void *salient);
+                             uint8_t *qweight, uint16_t *scales, void *salient,
+                             uint16_t *salient_scales);
 void mq_run_unpack_weight(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
                           int64_t panel0, int64_t panel1, float *w);
 

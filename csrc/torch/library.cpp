@@ -392,15 +392,19 @@ mq_linear layer(const char *op, int64_t n, int64_t k, int64_t num_salient, int64
 }
 
 mq_dtype salient_dtype_of(const char *op, ScalarType dtype) {
-    require(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
-            "salient dtype must be bfloat16 or float16; got ", torch::headeronly::toString(dtype));
-    return dtype == ScalarType::Half ? MQ_F16 : MQ_BF16;
+    switch (dtype) {
+        case ScalarType::BFloat16: return MQ_BF16;
+        case ScalarType::Half: return MQ_F16;
+        case ScalarType::Char: return MQ_I8;
+        default:
+            fail(op, "salient dtype must be bfloat16, float16 or int8; got ",
+                 torch::headeronly::toString(dtype));
+    }
 }
 
-std::tuple<Tensor, Tensor, Tensor> pack_weight(Tensor w, Tensor perm, int64_t num_salient,
-                                               int64_t group_size, int64_t rotation,
-                                               int64_t num_bits, std::optional<Tensor> group_scales,
-                                               ScalarType salient_dtype) {
+std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> pack_weight(
+    Tensor w, Tensor perm, int64_t num_salient, int64_t group_size, int64_t rotation,
+    int64_t num_bits, std::optional<Tensor> group_scales, ScalarType salient_dtype) {
     const char *op = "pack_weight";
     const mq_dtype dtype = dtype_of(op, "w", w);
     require(w.dim() == 2, op, "w must be a matrix; got shape ", shape_text(w));
@@ -427,14 +431,21 @@ std::tuple<Tensor, Tensor, Tensor> pack_weight(Tensor w, Tensor perm, int64_t nu
     Tensor qweight = allocate(w, {shape.panels, shape.blocks, MQ_BLOCK_BYTES}, ScalarType::Byte);
     Tensor scales = allocate(w, {shape.panels, shape.groups, MQ_PANEL}, ScalarType::BFloat16);
     Tensor salient = allocate(w, {shape.panels, num_salient, MQ_PANEL}, salient_dtype);
+    std::optional<Tensor> salient_scales;
+    uint16_t *salient_scale_bits = nullptr;
+    if (lin.salient_dtype == MQ_I8) {
+        // zeros: with no channels nothing is written
+        salient_scales = stable::new_zeros(w, {shape.panels, MQ_PANEL}, ScalarType::BFloat16);
+        salient_scale_bits = static_cast<uint16_t *>(salient_scales->mutable_data_ptr());
+    }
     parallel(op, shape.panels, kGrainValues / std::max<int64_t>(MQ_PANEL * m.cols, 1),
              [&](int64_t begin, int64_t end) {
                  return mq_pack_weight(&lin, q_max, dtype, m.tensor.const_data_ptr(), m.cols, given,
                                        begin, end, qweight.mutable_data_ptr<uint8_t>(),
                                        static_cast<uint16_t *>(scales.mutable_data_ptr()),
-                                       salient.mutable_data_ptr());
+                                       salient.mutable_data_ptr(), salient_scale_bits);
              });
-    return {qweight, scales, salient};
+    return {qweight, scales, salient, salient_scales};
 }
 
 Tensor gptq_block(Tensor w, Tensor u, Tensor scales, int64_t col0, int64_t group_size,
@@ -465,8 +476,8 @@ Tensor gptq_block(Tensor w, Tensor u, Tensor scales, int64_t col0, int64_t group
 
 // Checks the packed tensors and points lin at them; they stay alive through the caller's arguments.
 mq_linear packed_layer(const char *op, Tensor &qweight, Tensor &scales, Tensor &salient,
-                       Tensor &perm, int64_t n, int64_t group_size, int64_t rotation,
-                       mq_shape *shape) {
+                       std::optional<Tensor> &salient_scales, Tensor &perm, int64_t n,
+                       int64_t group_size, int64_t rotation, mq_shape *shape) {
     perm = expect(op, "perm", perm, ScalarType::Int, {-1});
     require(salient.dim() == 3, op, "salient_weight must have three dimensions; got shape ",
             shape_text(salient));
@@ -481,15 +492,24 @@ mq_linear packed_layer(const char *op, Tensor &qweight, Tensor &scales, Tensor &
     lin.qweight = qweight.const_data_ptr<uint8_t>();
     lin.scales = static_cast<const uint16_t *>(scales.const_data_ptr());
     lin.salient = salient.const_data_ptr();
+    require(salient_scales.has_value() == (lin.salient_dtype == MQ_I8), op,
+            "salient_scales must be given with an int8 salient_weight, and only then; it is ",
+            torch::headeronly::toString(salient.scalar_type()));
+    if (salient_scales) {
+        salient_scales = expect(op, "salient_scales", *salient_scales, ScalarType::BFloat16,
+                                {shape->panels, MQ_PANEL});
+        lin.salient_scales = static_cast<const uint16_t *>(salient_scales->const_data_ptr());
+    }
     return lin;
 }
 
-Tensor unpack_weight(Tensor qweight, Tensor scales, Tensor salient, Tensor perm,
-                     int64_t out_features, int64_t group_size, int64_t rotation) {
+Tensor unpack_weight(Tensor qweight, Tensor scales, Tensor salient,
+                     std::optional<Tensor> salient_scales, Tensor perm, int64_t out_features,
+                     int64_t group_size, int64_t rotation) {
     const char *op = "unpack_weight";
     mq_shape shape;
-    const mq_linear lin = packed_layer(op, qweight, scales, salient, perm, out_features, group_size,
-                                       rotation, &shape);
+    const mq_linear lin = packed_layer(op, qweight, scales, salient, salient_scales, perm,
+                                       out_features, group_size, rotation, &shape);
     // an index that occurs twice would leave another channel unwritten
     Tensor w = stable::new_zeros(qweight, {out_features, lin.k}, ScalarType::Float);
     parallel(op, shape.panels, kGrainValues / std::max<int64_t>(MQ_PANEL * lin.k, 1),
@@ -499,16 +519,16 @@ Tensor unpack_weight(Tensor qweight, Tensor scales, Tensor salient, Tensor perm,
     return w;
 }
 
-Tensor w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient, Tensor perm,
-                   std::optional<Tensor> bias, int64_t out_features, int64_t group_size,
-                   int64_t rotation, int64_t num_bits, std::string act_format, bool per_token,
-                   double clip) {
+Tensor w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient,
+                   std::optional<Tensor> salient_scales, Tensor perm, std::optional<Tensor> bias,
+                   int64_t out_features, int64_t group_size, int64_t rotation, int64_t num_bits,
+                   std::string act_format, bool per_token, double clip) {
     const char *op = "w4a4_linear";
     const mq_dtype dtype = dtype_of(op, "x", x);
     const Matrix m = matrix(op, "x", x);
     mq_shape shape;
-    mq_linear lin = packed_layer(op, qweight, scales, salient, perm, out_features, group_size,
-                                 rotation, &shape);
+    mq_linear lin = packed_layer(op, qweight, scales, salient, salient_scales, perm, out_features,
+                                 group_size, rotation, &shape);
     require(m.cols == lin.k, op, "x must end in ", lin.k, " channels; got shape ", shape_text(x));
     lin.act_bits = check_bits(op, num_bits);
     lin.act_format = act_format_of(op, act_format);
@@ -579,17 +599,18 @@ STABLE_TORCH_LIBRARY(mixedquant, m) {
     m.def(
         "pack_weight(Tensor w, Tensor perm, int num_salient, int group_size, int rotation, "
         "int num_bits, Tensor? group_scales, ScalarType salient_dtype) -> (Tensor, Tensor, "
-        "Tensor)");
+        "Tensor, Tensor?)");
     m.def(
         "gptq_block(Tensor(a!) w, Tensor u, Tensor scales, int col0, int group_size, int num_bits) "
         "-> Tensor");
     m.def(
-        "unpack_weight(Tensor qweight, Tensor scales, Tensor salient_weight, Tensor perm, "
-        "int out_features, int group_size, int rotation) -> Tensor");
+        "unpack_weight(Tensor qweight, Tensor scales, Tensor salient_weight, "
+        "Tensor? salient_scales, Tensor perm, int out_features, int group_size, int rotation) "
+        "-> Tensor");
     m.def(
-        "w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient_weight, Tensor perm, "
-        "Tensor? bias, int out_features, int group_size, int rotation, int num_bits, "
-        "str act_format, bool per_token, float clip) -> Tensor");
+        "w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient_weight, "
+        "Tensor? salient_scales, Tensor perm, Tensor? bias, int out_features, int group_size, "
+        "int rotation, int num_bits, str act_format, bool per_token, float clip) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mixedquant, CPU, m) {

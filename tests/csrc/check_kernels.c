@@ -181,7 +181,7 @@ static void check_linear(void) {
                      .k = k,
                      .k_salient = below(3) ? below(k / 4 + 1) : below(k + 1),
                      .group_size = 1 + below(below(2) ? 48 : 2600),
-                     .salient_dtype = below(2) ? MQ_F16 : MQ_BF16,
+                     .salient_dtype = (mq_dtype)(MQ_F16 + below(3)),
                      .rotation = below(2) ? 1 << below(10) : 0,
                      .act_bits = (int)(2 + below(3)),
                      .act_format = (mq_act_format)below(3),
@@ -203,11 +203,15 @@ static void check_linear(void) {
     lin.perm = below(4) ? order : NULL;
     lin.bias = below(3) ? bias.data : NULL;
     lin.bias_dtype = dtype;
-    guarded qweight[2], scales[2], salient[2], y[2], unpacked[2];
+    guarded qweight[2], scales[2], salient[2], salient_scales[2], y[2], unpacked[2];
+    size_t salient_size = lin.salient_dtype == MQ_I8 ? 1 : 2;
+    size_t salient_scale_bytes = lin.salient_dtype == MQ_I8 ? (size_t)shape.panels * 32 : 0;
     for (int i = 0; i < 2; i++) {
         qweight[i] = guarded_alloc((size_t)(shape.panels * shape.blocks * MQ_BLOCK_BYTES), 1);
         scales[i] = guarded_alloc((size_t)(shape.panels * shape.groups * MQ_PANEL) * 2, 2);
-        salient[i] = guarded_alloc((size_t)(shape.panels * lin.k_salient * MQ_PANEL) * 2, 2);
+        salient[i] = guarded_alloc((size_t)(shape.panels * lin.k_salient * MQ_PANEL) * salient_size,
+                                   salient_size);
+        salient_scales[i] = guarded_alloc(salient_scale_bytes, 2);
         y[i] = guarded_alloc((size_t)(m ? (m - 1) * y_stride + n : 0) * size_of(dtype),
                              size_of(dtype));
         unpacked[i] = guarded_alloc((size_t)(n * k) * 4, 4);
@@ -218,10 +222,12 @@ static void check_linear(void) {
         int i = isa > 0;
         int64_t middle = below(shape.panels + 1), tile;
         CHECK(mq_pack_weight(&lin, 7, dtype, w.data, w_stride, NULL, 0, middle, qweight[i].data,
-                             scales[i].data, salient[i].data) == MQ_OK);
+                             scales[i].data, salient[i].data, salient_scales[i].data) == MQ_OK);
         CHECK(mq_pack_weight(&lin, 7, dtype, w.data, w_stride, NULL, middle, shape.panels,
-                             qweight[i].data, scales[i].data, salient[i].data) == MQ_OK);
+                             qweight[i].data, scales[i].data, salient[i].data,
+                             salient_scales[i].data) == MQ_OK);
         lin.qweight = qweight[i].data, lin.scales = scales[i].data, lin.salient = salient[i].data;
+        lin.salient_scales = salient_scales[i].data;
         CHECK(mq_unpack_weight(&lin, 0, shape.panels, unpacked[i].data) == MQ_OK);
         size_t bytes;
         CHECK(mq_linear_workspace_size(&lin, m, &bytes) == MQ_OK);
@@ -242,12 +248,14 @@ static void check_linear(void) {
         check_bytes(&qweight[i], &qweight[0]);
         check_bytes(&scales[i], &scales[0]);
         check_bytes(&salient[i], &salient[0]);
+        check_bytes(&salient_scales[i], &salient_scales[0]);
         check_bytes(&unpacked[i], &unpacked[0]);
         check_same(dtype, y[i].data, y[0].data, m ? (m - 1) * y_stride + n : 0);
     }
     guarded_free(&x), guarded_free(&w), guarded_free(&bias), guarded_free(&perm);
     for (int i = 0; i < 2; i++) {
         guarded_free(&qweight[i]), guarded_free(&scales[i]), guarded_free(&salient[i]);
+        guarded_free(&salient_scales[i]);
         guarded_free(&y[i]), guarded_free(&unpacked[i]);
     }
 }
@@ -300,6 +308,14 @@ static void check_statuses(void) {
     CHECK(mq_linear_quantize(&lin, MQ_F32, x, 8, 1, 0, 1, space) == MQ_INVALID_FORMAT);
     lin.act_format = MQ_ACT_SYMMETRIC, lin.isa = (mq_isa)42;
     CHECK(mq_linear_quantize(&lin, MQ_F32, x, 8, 1, 0, 1, space) == MQ_INVALID_ISA);
+    lin.isa = MQ_ISA_SCALAR, lin.salient_dtype = MQ_F32;
+    CHECK(mq_linear_multiply(&lin, 1, 0, 1, 0, 1, space, MQ_F32, x, 8) == MQ_INVALID_DTYPE);
+    lin.salient_dtype = MQ_I8;
+    CHECK(mq_linear_multiply(&lin, 1, 0, 1, 0, 1, space, MQ_F32, x, 8) == MQ_INVALID_POINTER);
+    CHECK(mq_pack_weight(&lin, 7, MQ_F32, x, 8, NULL, 0, 1, qweight, scales, NULL, NULL) ==
+          MQ_INVALID_POINTER);
+    CHECK(mq_pack_weight(&lin, 7, MQ_I8, x, 8, NULL, 0, 1, qweight, scales, NULL, scales) ==
+          MQ_INVALID_DTYPE);
     for (int status = MQ_OK; status <= MQ_NON_FINITE + 1; status++)
         CHECK(mq_status_message((mq_status)status)[0]);
 }
