@@ -180,7 +180,7 @@ typedef struct mq_linear {
     const uint16_t *scales;
     const void *salient;
     mq_dtype salient_dtype; /* MQ_BF16 or MQ_F16 */
-    const int32_t *perm;    /* [k]; NULL: the identity */
+    const int32_t *perm;    /* [k]; NULL or the identity: channels are read where they are */
     const void *bias;       /* [n] or NULL */
     mq_dtype bias_dtype;
     int rotation; /* 0 or 1: none; else a power of two up to MQ_MAX_ROTATION */
