@@ -185,7 +185,7 @@ typedef struct mq_linear {
     const void *salient;
     mq_dtype salient_dtype;         /* MQ_BF16, MQ_F16 or MQ_I8 */
     const uint16_t *salient_scales; /* read where salient_dtype is MQ_I8 */
-    const int32_t *perm;            /* [k]; NULL: the identity */
+    const int32_t *perm;            /* [k]; NULL or the identity: channels are read in place */
     const void *bias;               /* [n] or NULL */
     mq_dtype bias_dtype;
     int rotation; /* 0 or 1: none; else a power of two up to MQ_MAX_ROTATION */

@@ -11,6 +11,7 @@ from .checkpoint import load_quantized, save_quantized
 from .config import MixedQuantConfig
 from .errors import CheckpointError
 from .fake_quant import quantize_model
+from .folding import fold_permutations
 from .linear import W4A4Linear
 from .quantize import quantize
 from .smooth import smooth_lm
@@ -23,6 +24,7 @@ __all__ = [
     "W4A4Linear",
     "__version__",
     "collect_stats",
+    "fold_permutations",
     "load_quantized",
     "quantize",
     "quantize_model",

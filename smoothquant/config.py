@@ -9,7 +9,7 @@ from typing import Any
 
 MAX_ROTATION = 512
 SORTS = ("none", "max", "mean3std", "argmax", "rms")
-SALIENT_METRICS = ("mean", "max", "rms")
+SALIENT_METRICS = ("mean", "max", "rms", "output")
 CHOICES = {
     "salient_metric": SALIENT_METRICS,
     "salient_format": ("16bit", "int8"),
@@ -67,12 +67,19 @@ class MixedQuantConfig:
         group_size: consecutive channels, in sorted order, that share one scale; any integer >= 1.
             The last group of a row may be short.
         salient_prop: share of input channels that are salient, not rounded to num_bits, in [0, 1].
-        salient_metric: score that makes a channel salient: mean ``E|x|``, ``max|x|`` or ``rms``.
+        salient_metric: score that makes a channel salient: mean ``E|x|``, ``max|x|``, ``rms``, or
+            "output": sum x^2 times the squared norm of the weight columns that read the channel.
         salient_format: how the salient channels' weights are stored: "16bit" (bfloat16, or float16
             of a float16 model) or "int8" with a scale per output channel. Activations of salient
             channels are not rounded in either.
         sort: key by which the quantized channels are sorted, largest first; "none" keeps order.
         sort_by: take the sort key from "activation" or "weight" statistics.
+        tp_blocks: salient channels are picked and the others sorted inside each of that many equal
+            parts of a layer's channels, so that as many devices can hold a part each (tensor
+            parallelism); must divide the channels of every layer. `choose_channels` has the order.
+        sort_within_heads: channels of an attention output move only inside their head, alike in
+            all heads that share a head of v, so that `fold_permutations` can move the order into
+            v's rows. Without effect where the table of families does not know the heads.
         rotation: (recipe) size of the orthonormal Hadamard blocks that the quantized channels are
             rotated in, inside each group: 0 (none), a power of two up to 512, or "group" for the
             largest that fits a group.
@@ -104,6 +111,8 @@ class MixedQuantConfig:
     salient_format: str = "16bit"
     sort: str = "rms"
     sort_by: str = "activation"
+    tp_blocks: int = 1
+    sort_within_heads: bool = False
     rotation: int | str | None = None
     weight_quant: str = "per_group"
     weight_scale: str | None = None
@@ -135,6 +144,7 @@ class MixedQuantConfig:
         self._set("num_bits", check_integer, 2, most_bits)
         self._set("group_size", check_integer, 1, 2**62)
         self._set("salient_prop", check_real, 0.0, 1.0)
+        self._set("tp_blocks", check_integer, 1)
         self._set("rotation", check_integer, 0, MAX_ROTATION)
         if self.rotation & (self.rotation - 1):
             raise ValueError(f"rotation must be 0 or a power of two; got {self.rotation}")
@@ -145,8 +155,9 @@ class MixedQuantConfig:
             )
         if self.act_clip != "search":
             self._set("act_clip", check_real, 2.0**-10, 1.0)
-        if not isinstance(self.quantize_output, bool):
-            raise TypeError(f"quantize_output must be a bool; got {self.quantize_output!r}")
+        for name in ("sort_within_heads", "quantize_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool; got {getattr(self, name)!r}")
         if self.backend == "int4" and self.act_quant == "per_tensor":
             raise ValueError(
                 "act_quant='per_tensor' takes its scale from the whole live batch, so a token's "
@@ -166,7 +177,7 @@ class MixedQuantConfig:
             return "weight_rounding='gptq'"
         return self.searches
 
-    def _set(self, name: str, check, low, high) -> None:
+    def _set(self, name: str, check, low, high=None) -> None:
         """Check a number and keep it as a plain Python one, which JSON can hold."""
         object.__setattr__(self, name, check(name, getattr(self, name), low, high))
 

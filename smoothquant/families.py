@@ -1,15 +1,16 @@
-"""Transformer architectures as a table: which linears share an input, and which norm makes it.
+"""Transformer architectures as a table: which linears share an input, and what makes it.
 
 The table is keyed by ``config.model_type`` and never imports a transformers model class: a row
 says how the decoder layers are called, which children of a layer read the same activation, and
-which norm produces it. A model type without a row is walked generically, with a warning.
+which norm or linears produce it. A model type without a row is walked generically, with a warning.
 """
 
 import warnings
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class LayerInput:
     router: full name of a module with a ``weight [E, H]`` that also reads the input but stays in
         16 bits, or None.
     norm_offset: the norm multiplies by ``norm_offset + norm.weight``.
+    made_by: full names of the linears whose output channels become this input's channels one by
+        one; empty where there are none.
+    made_from: which output channel becomes which, see `MADE_FROM`; None without made_by.
+    num_heads: heads whose outputs, one after the other, are this input; 0 if it is no output of
+        attention.
     """
 
     name: str
@@ -36,6 +42,9 @@ class LayerInput:
     experts: str | None = None
     router: str | None = None
     norm_offset: float = 0.0
+    made_by: tuple[str, ...] = ()
+    made_from: str | None = None
+    num_heads: int = 0
 
     def expert_linear(self, expert: int, part: str) -> str:
         """The name of one expert's matrix, part "gate_up_proj" or "down_proj":
@@ -43,14 +52,28 @@ class LayerInput:
         return f"{self.experts}.{expert}.{part}"
 
 
+# How an input of K channels comes from the output channels of the linears that make it.
+#   "channel": channel c is an elementwise function of channel c of each linear, or of channel c of
+#     both halves of one with 2 K channels.
+#   The others are attention: the input is num_heads heads, channel c of each of them a weighted sum
+#   of channel c of a head of v, which one or several heads in a row share. The linear makes
+#   "v": the heads of v;
+#   "q, k, v": all heads of q, then those of k, then those of v;
+#   "qkv by head": for each head of v the heads of q that share it, then its k, then itself.
+MADE_FROM = ("channel", "v", "q, k, v", "qkv by head")
+
+
 class Reads(NamedTuple):
     """Children of a decoder layer that read one activation, and the norms that may produce it
-    (the first that the layer has). Activations of the same norm are the same activation."""
+    (the first that the layer has). Activations of the same norm are the same activation. made_by,
+    made_from: as in LayerInput."""
 
     linears: tuple[str, ...]
     norms: tuple[str, ...] = ()
     experts: str | None = None
     router: str | None = None
+    made_by: tuple[str, ...] = ()
+    made_from: str | None = None
 
 
 class Family(NamedTuple):
@@ -64,13 +87,22 @@ class Family(NamedTuple):
     norm_offset: float = 0.0
 
 
+def _made(linear: str, *made_by: str, made_from: str = "channel") -> Reads:
+    return Reads((linear,), made_by=made_by, made_from=made_from)
+
+
 _ATTENTION = (
     Reads(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("input_layernorm",)),
-    Reads(("self_attn.o_proj",)),
+    _made("self_attn.o_proj", "self_attn.v_proj", made_from="v"),
 )
+_FUSED_ATTENTION = _made(
+    "self_attention.dense", "self_attention.query_key_value", made_from="qkv by head"
+)
+_GATED = _made("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")
+_4H_TO_H = _made("mlp.dense_4h_to_h", "mlp.dense_h_to_4h")
 _LLAMA_READS = _ATTENTION + (
     Reads(("mlp.gate_proj", "mlp.up_proj"), ("post_attention_layernorm",)),
-    Reads(("mlp.down_proj",)),
+    _GATED,
 )
 _LLAMA = Family("layers", _LLAMA_READS)
 
@@ -85,9 +117,9 @@ FAMILIES = {
         "layers",
         (
             Reads(_ATTENTION[0].linears, ("self_attn_layer_norm",)),
-            Reads(("self_attn.out_proj",)),
+            _made("self_attn.out_proj", "self_attn.v_proj", made_from="v"),
             Reads(("fc1",), ("final_layer_norm",)),
-            Reads(("fc2",)),
+            _made("fc2", "fc1"),
         ),
         residual_from_norm=("do_layer_norm_before", False),
     ),
@@ -101,7 +133,7 @@ FAMILIES = {
         _ATTENTION
         + (
             Reads(("mlp.gate_proj", "mlp.up_proj"), ("pre_feedforward_layernorm",)),
-            Reads(("mlp.down_proj",)),
+            _GATED,
         ),
         norm_offset=1.0,
     ),
@@ -114,17 +146,17 @@ FAMILIES = {
         "layers",
         (
             Reads(_ATTENTION[0].linears + ("mlp.fc1",), ("input_layernorm",)),
-            Reads(("self_attn.dense",)),
-            Reads(("mlp.fc2",)),
+            _made("self_attn.dense", "self_attn.v_proj", made_from="v"),
+            _made("mlp.fc2", "mlp.fc1"),
         ),
     ),
     "phi3": Family(
         "layers",
         (
             Reads(("self_attn.qkv_proj",), ("input_layernorm",)),
-            Reads(("self_attn.o_proj",)),
+            _made("self_attn.o_proj", "self_attn.qkv_proj", made_from="q, k, v"),
             Reads(("mlp.gate_up_proj",), ("post_attention_layernorm",)),
-            Reads(("mlp.down_proj",)),
+            _made("mlp.down_proj", "mlp.gate_up_proj"),
         ),
     ),
     # Three decoders: two parallel norms (ln_attn, ln_mlp), one shared norm, or one after the other.
@@ -132,20 +164,20 @@ FAMILIES = {
         "h",
         (
             Reads(("self_attention.query_key_value",), ("ln_attn", "input_layernorm")),
-            Reads(("self_attention.dense",)),
+            _FUSED_ATTENTION,
             Reads(
                 ("mlp.dense_h_to_4h",), ("ln_mlp", "post_attention_layernorm", "input_layernorm")
             ),
-            Reads(("mlp.dense_4h_to_h",)),
+            _4H_TO_H,
         ),
     ),
     "bloom": Family(
         "h",
         (
             Reads(("self_attention.query_key_value",), ("input_layernorm",)),
-            Reads(("self_attention.dense",)),
+            _FUSED_ATTENTION,
             Reads(("mlp.dense_h_to_4h",), ("post_attention_layernorm",)),
-            Reads(("mlp.dense_4h_to_h",)),
+            _4H_TO_H,
         ),
         residual_from_norm=("apply_residual_connection_post_layernorm", True),
     ),
@@ -153,9 +185,9 @@ FAMILIES = {
         "layers",
         (
             Reads(("attention.query_key_value",), ("input_layernorm",)),
-            Reads(("attention.dense",)),
+            _made("attention.dense", "attention.query_key_value", made_from="qkv by head"),
             Reads(("mlp.dense_h_to_4h",), ("post_attention_layernorm",)),
-            Reads(("mlp.dense_4h_to_h",)),
+            _4H_TO_H,
         ),
     ),
 }
@@ -168,16 +200,20 @@ def layer_inputs(model: nn.Module) -> list[LayerInput]:
     ``model.config.model_type`` every nn.Linear counts as having an input of its own, output heads
     excepted, and a warning names what was guessed. Raises ValueError when nothing is found.
     """
-    config = getattr(model, "config", None)
-    family = FAMILIES.get(getattr(config, "model_type", None))
-    found = _by_table(model, config, family) if family else []
-    found = found or _generic(model, getattr(config, "model_type", None))
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    found = known_inputs(model) or _generic(model, model_type)
     if not found:
         raise ValueError(f"model has no quantizable nn.Linear: {type(model).__name__}")
     return found
 
 
-def _by_table(model: nn.Module, config, family: Family) -> list[LayerInput]:
+def known_inputs(model: nn.Module) -> list[LayerInput]:
+    """What `layer_inputs` takes from the table, for float and quantized models alike; empty without
+    a row for the model."""
+    config = getattr(model, "config", None)
+    family = FAMILIES.get(getattr(config, "model_type", None))
+    if family is None:
+        return []
     modules = dict(model.named_modules())
     switch, value = family.residual_from_norm or ("", None)
     fold = not switch or getattr(config, switch, None) != value
@@ -199,7 +235,14 @@ def _by_table(model: nn.Module, config, family: Family) -> list[LayerInput]:
                     at_norm[norm] = len(found)
                 router = next(iter(full([reads.router])), None)
                 name = linears[0] if linears else experts
-                found.append(LayerInput(name, norm, linears, experts, router, family.norm_offset))
+                item = LayerInput(name, norm, linears, experts, router, family.norm_offset)
+                made_by = full(reads.made_by)
+                if made_by and len(made_by) == len(reads.made_by):
+                    heads = 0 if reads.made_from == "channel" else config.num_attention_heads
+                    item = replace(
+                        item, made_by=made_by, made_from=reads.made_from, num_heads=heads
+                    )
+                found.append(item)
     # A norm without a gain, or whose output is also the residual, has nothing to fold into.
     return [
         item
@@ -213,6 +256,30 @@ def decoder_layers(model: nn.Module) -> list[str]:
     """Full names of the model's decoder layers in forward order; none for an unknown family."""
     family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", None))
     return _decoder_layers(dict(model.named_modules()), family.layers) if family else []
+
+
+def value_rows(item: LayerInput, in_features: int, out_features: int) -> Tensor | None:
+    """Which output channels of the linear that makes an output of attention are v's.
+
+    Args:
+        item: the input of the linear behind attention, which has in_features channels.
+        out_features: of the linear in item.made_by.
+
+    Returns:
+        int64 [heads of v, channels of a head], in order; None where item is no output of attention
+        or the sizes do not fit its heads.
+    """
+    if not item.num_heads or not in_features or in_features % item.num_heads:
+        return None
+    size = in_features // item.num_heads
+    fused = item.made_from != "v"
+    num_values, odd = divmod(out_features - fused * in_features, size * (1 + fused))
+    if odd or num_values < 1 or item.num_heads % num_values:
+        return None
+    heads = torch.arange(out_features).view(-1, size)
+    if item.made_from == "qkv by head":
+        return heads.view(num_values, -1, size)[:, -1]
+    return heads[-num_values:]
 
 
 def _decoder_layers(modules: dict[str, nn.Module], list_name: str) -> list[str]:

@@ -109,6 +109,16 @@ def layer_group_size(config: MixedQuantConfig, k4: int) -> int:
     return max(1, min(config.group_size, k4) if by_group else k4)
 
 
+def reorder_panels(packed: Tensor, order: Tensor) -> Tensor:
+    """A packed tensor [P, ..., 16 c] of N output channels in a new order of them, int64 [N]."""
+    panels, last = packed.shape[0], packed.shape[-1]
+    rows = packed.unflatten(-1, (ops.PANEL, last // ops.PANEL)).movedim(-2, 1).flatten(0, 1)
+    with_padding = torch.arange(len(rows), device=order.device)
+    with_padding[: len(order)] = order
+    rows = rows[with_padding].unflatten(0, (panels, ops.PANEL))
+    return rows.movedim(1, -2).flatten(-2).contiguous()
+
+
 def salient_dtype_for(dtype: torch.dtype) -> torch.dtype:
     """What the salient columns of a weight of this dtype are stored in."""
     return torch.float16 if dtype == torch.float16 else torch.bfloat16
@@ -188,6 +198,21 @@ class QuantizedLinear(nn.Module):
     def _store(self, permuted: Tensor, scales: Tensor) -> None:
         """Keep a weight given in packed order, fp32 [N, K], with its scales, fp32 [N, G]."""
         raise NotImplementedError
+
+    def reorder_outputs(self, order: Tensor) -> None:
+        """Make output channel i what output channel order[i] was; order: a permutation, int64 [N].
+
+        Data moves and nothing is rounded. ValueError where outputs are quantized in groups of
+        neighbours.
+        """
+        if self.quantize_output:
+            raise ValueError("outputs that are quantized in groups of neighbours cannot be moved")
+        order = order.to(self.perm.device)
+        for name, tensor in list(self.named_buffers(recurse=False)):
+            if name in ("bias", "simulated_weight"):
+                setattr(self, name, tensor[order])
+            elif name != "perm":
+                setattr(self, name, reorder_panels(tensor, order))
 
     @property
     def weight(self) -> Tensor:

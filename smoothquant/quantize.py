@@ -12,12 +12,18 @@ from tqdm import tqdm
 from . import gptq
 from .blocks import Block, blocks
 from .config import MixedQuantConfig
-from .families import ATTENTION_INPUTS, LayerInput, layer_inputs, output_heads
+from .families import ATTENTION_INPUTS, LayerInput, layer_inputs, output_heads, value_rows
 from .hessian import collect_hessians, sample_rows
 from .linear import QuantizedLinear, linear_class, refuse_quantized, salient_dtype_for
 from .moe import PARTS, W4A4Experts, expert_names
 from .search import resolve
-from .sorting import ChannelPlan, ChannelStats, choose_channels
+from .sorting import (
+    ChannelPlan,
+    ChannelStats,
+    check_blocks,
+    choose_channels,
+    choose_within_heads,
+)
 
 logger = logging.getLogger("smoothquant")
 
@@ -47,13 +53,15 @@ class LinearRecord:
 class _Group(NamedTuple):
     """Matrices that read the same rows and so share a plan: linears, or one matrix of an expert.
 
-    item: the layer input they belong to. expert: (experts module, index, part).
+    item: the layer input they belong to. expert: (experts module, index, part). heads: (heads,
+    heads of v) of an output of attention, where they are known.
     """
 
     item: LayerInput
     names: tuple[str, ...]
     stats: ChannelStats | None
     expert: tuple[str, int, str] | None = None
+    heads: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -271,6 +279,12 @@ def _checked(model, config, stats, batches) -> tuple[list[LayerInput], list[_Gro
             _check_weight(name, weight, bias)
             if group.stats is not None:
                 _check_stats(name, weight, group)
+            check_blocks(weight.shape[1], config.tp_blocks, name)
+            if config.sort_within_heads and group.heads and group.heads[0] % config.tp_blocks:
+                raise ValueError(
+                    f"tp_blocks must divide the {group.heads[0]} heads of {name} with "
+                    f"sort_within_heads=True; got {config.tp_blocks}"
+                )
     return items, groups
 
 
@@ -281,7 +295,7 @@ def _groups(model: nn.Module, item: LayerInput, stats) -> Iterator[_Group]:
         )
         if entry is None and stats is not None:
             raise _missing(item.linears, stats)
-        yield _Group(item, item.linears, entry)
+        yield _Group(item, item.linears, entry, heads=_heads(model, item))
     if item.experts:
         names = expert_names(item.experts, model.get_submodule(item.experts))
         # published statistics are of nn.Linear modules only, which fused experts are not
@@ -292,6 +306,15 @@ def _groups(model: nn.Module, item: LayerInput, stats) -> Iterator[_Group]:
             entry = stats.get(name) if stats is not None else None
             seen = not isinstance(entry, ChannelStats) or entry.count > 0
             yield _Group(item, (name,), entry if seen else None, (item.experts, expert, part))
+
+
+def _heads(model: nn.Module, item: LayerInput) -> tuple[int, int] | None:
+    """(heads, heads of v) of an output of attention, or None."""
+    if not item.num_heads:
+        return None
+    reader, maker = (model.get_submodule(names[0]) for names in (item.linears, item.made_by))
+    values = value_rows(item, reader.in_features, maker.out_features)
+    return None if values is None else (item.num_heads, len(values))
 
 
 def _missing(names: tuple[str, ...], stats: Mapping) -> ValueError:
@@ -334,22 +357,27 @@ def _plan(group: _Group, matrices, config: MixedQuantConfig) -> tuple[ChannelPla
     by_weight = config.sort != "none" and (
         config.sort_by == "weight" or (stats is not None and stats.mean_only)
     )
-    if stats is None or by_weight:
-        sort_stats = ChannelStats.empty(matrices[0][0].shape[1])
+    of_weights = ChannelStats.empty(matrices[0][0].shape[1])
+    if stats is None or by_weight or config.salient_metric == "output":
         for weight, _ in matrices:
-            sort_stats.update(weight)
-        chosen_by = "calibration, order by weights"
+            of_weights.update(weight)
+    if stats is None or by_weight:
+        sort_stats, chosen_by = of_weights, "calibration, order by weights"
     if stats is None:
-        stats, chosen_by = sort_stats, "weights"
+        stats, chosen_by = of_weights, "weights"
         if group.expert:
             chosen_by = "weights: no calibration statistics of this expert"
-    plan = choose_channels(
-        stats,
-        salient_prop=config.salient_prop,
-        salient_metric=config.salient_metric,
-        sort=config.sort,
-        sort_stats=sort_stats,
-    )
+    choices = {
+        "salient_prop": config.salient_prop,
+        "salient_metric": config.salient_metric,
+        "sort": config.sort,
+        "sort_stats": sort_stats,
+        "column_norms": of_weights.sq_sum if config.salient_metric == "output" else None,
+    }
+    if config.sort_within_heads and group.heads:
+        plan = choose_within_heads(stats, *group.heads, **choices)
+    else:
+        plan = choose_channels(stats, tp_blocks=config.tp_blocks, **choices)
     return plan._replace(perm=plan.perm.to(matrices[0][0].device)), chosen_by
 
 

@@ -72,11 +72,13 @@ ARCHITECTURES = {
 }
 
 
-def build_model(architecture: str, seed: int = 0):
-    """A float32 causal LM in eval mode with random weights, biases and norm gains."""
+def build_model(architecture: str, seed: int = 0, **changes):
+    """A float32 causal LM in eval mode with random weights, biases and norm gains; changes are
+    fields of its configuration."""
     model_type, fields = ARCHITECTURES[architecture]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields)).eval()
+    config = AutoConfig.for_model(model_type, **fields | changes)
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             # Default initializations hide faults: zero biases, unit gains, tiny logits.

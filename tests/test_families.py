@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from smoothquant.families import FAMILIES, layer_inputs, output_heads
+from smoothquant.families import FAMILIES, MADE_FROM, layer_inputs, output_heads
 
 
 def traced(model, token_ids):
@@ -120,3 +120,13 @@ def test_every_row_is_tried_on_a_real_model(make_model):
     from conftest import ARCHITECTURES
 
     assert set(FAMILIES) == {model_type for model_type, _ in ARCHITECTURES.values()}
+
+
+def test_every_way_an_input_is_made_is_in_the_table():
+    ways = {reads.made_from for family in FAMILIES.values() for reads in family.reads}
+    assert ways == {None, *MADE_FROM}
+    for reads in (reads for family in FAMILIES.values() for reads in family.reads):
+        assert bool(reads.made_by) == (reads.made_from is not None)
+        assert not (reads.made_by and reads.norms) and (
+            not reads.made_by or len(reads.linears) == 1
+        )

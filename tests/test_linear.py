@@ -463,6 +463,7 @@ def test_plan_errors():
         ({"salient_prop": math.nan}, "salient_prop must be in"),
         ({"sort": "size"}, "sort must be one of none, max, mean3std, argmax, rms; got 'size'"),
         ({"salient_format": "int4"}, "salient_format must be one of 16bit, int8; got 'int4'"),
+        ({"tp_blocks": 0}, "tp_blocks must be >= 1; got 0"),
         ({"backend": "int8"}, "backend must be one of int4, fake; got 'int8'"),
         ({"act_clip": 0}, "act_clip must be in .*; got 0"),
         ({"act_quant": "per_tensor"}, "whole live batch"),
@@ -485,6 +486,8 @@ def test_config_type_errors_and_round_trip():
         MixedQuantConfig(group_size=32.0)
     with pytest.raises(TypeError, match="salient_prop must be a number; got '5%'"):
         MixedQuantConfig(salient_prop="5%")
+    with pytest.raises(TypeError, match="sort_within_heads must be a bool; got 1"):
+        MixedQuantConfig(sort_within_heads=1)
     best = MixedQuantConfig(recipe="best", group_size=100)
     assert (best.rotation, best.act_format, best.weight_rounding) == (64, "zero_point", "gptq")
     assert MixedQuantConfig(recipe="best", rotation=0).rotation == 0

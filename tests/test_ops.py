@@ -248,6 +248,33 @@ def test_linear_equals_the_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotation", [0, 16])
+@pytest.mark.parametrize("m, n, k, num_salient, group_size", LINEARS)
+def test_identity_perm_reads_in_place_what_another_gathers(
+    isa, dtype, rotation, m, n, k, num_salient, group_size
+):
+    *packed, perm, bias = packed_linear(n, k, num_salient, group_size, rotation, dtype)
+    x = values(7, m, k, dtype=dtype, special=0.01)
+    identity, gathered = torch.arange(k, dtype=torch.int32), x[:, perm.long()]
+    for options in FORMATS:
+        choices = (bias, n, group_size, rotation, *options)
+        assert_same_bits(
+            ops.w4a4_linear(gathered, *packed, identity, *choices),
+            ops.w4a4_linear(x, *packed, perm, *choices),
+        )
+    weight = ops.unpack_weight(*packed, perm, n, group_size, rotation)
+    in_place = ops.unpack_weight(*packed, identity, n, group_size, rotation)
+    assert_same_bits(in_place, weight[:, perm.long()])
+    w = torch.randn(n, k).to(dtype)
+    for one, other in zip(
+        ops.pack_weight(w[:, perm.long()], identity, num_salient, group_size, rotation),
+        ops.pack_weight(w, perm, num_salient, group_size, rotation),
+        strict=True,
+    ):
+        assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rotation", [0, 1, 2, 4, 8, 16, 64, 512])
 def test_hadamard_equals_the_reference_and_is_orthonormal(isa, dtype, rotation):
     for seed, (rows, cols) in enumerate(SHAPES):

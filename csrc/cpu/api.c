@@ -177,11 +177,18 @@ mq_status mq_shape_of(int64_t n, int64_t k, int64_t k_salient, int64_t group_siz
     return MQ_OK;
 }
 
-static mq_status check_perm(const mq_linear *lin) {
-    uint32_t wrong = 0; /* one flag for all: the loop vectorizes */
+/* Copies lin, a perm that is the identity as NULL: the kernels then read channels where they are. */
+static mq_status resolve_perm(const mq_linear *lin, mq_linear *resolved) {
+    /* flags for all entries and a bound of their type: the loop vectorizes */
+    uint32_t wrong = 0, moved = 0;
+    const int32_t last = (int32_t)mq_min(lin->k - 1, INT32_MAX);
     if (lin->perm)
-        for (int64_t i = 0; i < lin->k; i++)
-            wrong |= (uint32_t)((lin->perm[i] < 0) | (lin->perm[i] >= lin->k));
+        for (int64_t i = 0; i < lin->k; i++) {
+            wrong |= (uint32_t)((lin->perm[i] < 0) | (lin->perm[i] > last));
+            moved |= (uint32_t)lin->perm[i] ^ (uint32_t)i;
+        }
+    *resolved = *lin;
+    if (!moved) resolved->perm = NULL;
     return wrong ? MQ_INVALID_PERM : MQ_OK;
 }
 
@@ -213,8 +220,9 @@ mq_status mq_pack_weight(const mq_linear *lin, int q_max, mq_dtype dtype, const 
     REQUIRE(w && (!shape.groups || (qweight && scales)) && (!lin->k_salient || salient),
             MQ_INVALID_POINTER);
     REQUIRE(lin->salient_dtype != MQ_I8 || salient_scales, MQ_INVALID_POINTER);
-    TRY(check_perm(lin));
-    return mq_run_pack_weight(mq_kernels_of(lin->isa), &shape, lin, q_max, dtype, w, stride,
+    mq_linear resolved;
+    TRY(resolve_perm(lin, &resolved));
+    return mq_run_pack_weight(mq_kernels_of(lin->isa), &shape, &resolved, q_max, dtype, w, stride,
                               group_scales, panel0, panel1, qweight, scales, salient,
                               salient_scales);
 }
@@ -247,8 +255,9 @@ mq_status mq_unpack_weight(const mq_linear *lin, int64_t panel0, int64_t panel1,
     TRY(check_panels(&shape, panel0, panel1));
     if (panel0 == panel1 || lin->k == 0) return MQ_OK;
     REQUIRE(w, MQ_INVALID_POINTER);
-    TRY(check_perm(lin));
-    mq_run_unpack_weight(mq_kernels_of(lin->isa), &shape, lin, panel0, panel1, w);
+    mq_linear resolved;
+    TRY(resolve_perm(lin, &resolved));
+    mq_run_unpack_weight(mq_kernels_of(lin->isa), &shape, &resolved, panel0, panel1, w);
     return MQ_OK;
 }
 
@@ -294,9 +303,10 @@ mq_status mq_linear_quantize(const mq_linear *lin, mq_dtype dtype, const void *x
     TRY(check_rows(lin, m, row0, row1));
     if (row0 == row1 || lin->k == 0) return MQ_OK;
     REQUIRE(x && workspace, MQ_INVALID_POINTER);
-    TRY(check_perm(lin));
-    mq_run_linear_quantize(mq_kernels_of(lin->isa), &shape, lin, dtype, x, stride, m, row0, row1,
-                           workspace);
+    mq_linear resolved;
+    TRY(resolve_perm(lin, &resolved));
+    mq_run_linear_quantize(mq_kernels_of(lin->isa), &shape, &resolved, dtype, x, stride, m, row0,
+                           row1, workspace);
     return MQ_OK;
 }
 
