@@ -13,6 +13,7 @@ SALIENT_METRICS = ("mean", "max", "rms", "output")
 CHOICES = {
     "salient_metric": SALIENT_METRICS,
     "salient_format": ("16bit", "int8"),
+    "salient_allocation": ("uniform", "output"),
     "sort": SORTS,
     "sort_by": ("activation", "weight"),
     "weight_quant": ("per_group", "per_channel", "per_tensor"),
@@ -28,6 +29,8 @@ CHOICES = {
 # What a recipe puts where a field is None. "group": the largest rotation that fits a group.
 RECIPES = {
     "rtn": {
+        "salient_allocation": "uniform",
+        "smooth_alpha": None,
         "rotation": 0,
         "act_format": "symmetric",
         "act_clip": 1.0,
@@ -35,6 +38,8 @@ RECIPES = {
         "weight_rounding": "nearest",
     },
     "fast": {
+        "salient_allocation": "uniform",
+        "smooth_alpha": None,
         "rotation": "group",
         "act_format": "zero_point",
         "act_clip": 0.95,
@@ -42,6 +47,8 @@ RECIPES = {
         "weight_rounding": "nearest",
     },
     "best": {
+        "salient_allocation": "uniform",
+        "smooth_alpha": None,
         "rotation": "group",
         "act_format": "zero_point",
         "act_clip": 0.95,
@@ -67,8 +74,13 @@ class MixedQuantConfig:
         group_size: consecutive channels, in sorted order, that share one scale; any integer >= 1.
             The last group of a row may be short.
         salient_prop: share of input channels that are salient, not rounded to num_bits, in [0, 1].
+        bits: bits per weight of all quantized layers together, scales and permutations included, in
+            place of salient_prop: as many channels are salient as keep to it.
         salient_metric: score that makes a channel salient: mean ``E|x|``, ``max|x|``, ``rms``, or
             "output": sum x^2 times the squared norm of the weight columns that read the channel.
+        salient_allocation: (recipe) "uniform": the same share in every layer; "output": the
+            channels of all layers compete by what they make of their layer's squared outputs, the
+            average share staying what it is.
         salient_format: how the salient channels' weights are stored: "16bit" (bfloat16, or float16
             of a float16 model) or "int8" with a scale per output channel. Activations of salient
             channels are not rounded in either.
@@ -80,6 +92,9 @@ class MixedQuantConfig:
         sort_within_heads: channels of an attention output move only inside their head, alike in
             all heads that share a head of v, so that `fold_permutations` can move the order into
             v's rows. Without effect where the table of families does not know the heads.
+        smooth_alpha: (recipe) strength in [0, 1] by which the inputs that a norm makes are smoothed
+            (Xiao et al., 2022), folded into the norm and the weights; None: not; "search" finds
+            one, or none, per input on calibration tokens.
         rotation: (recipe) size of the orthonormal Hadamard blocks that the quantized channels are
             rotated in, inside each group: 0 (none), a power of two up to 512, or "group" for the
             largest that fits a group.
@@ -106,13 +121,16 @@ class MixedQuantConfig:
     recipe: str = "rtn"
     num_bits: int = 4
     group_size: int = 128
-    salient_prop: float = 0.05
+    salient_prop: float | None = None
+    bits: float | None = None
     salient_metric: str = "rms"
+    salient_allocation: str | None = None
     salient_format: str = "16bit"
     sort: str = "rms"
     sort_by: str = "activation"
     tp_blocks: int = 1
     sort_within_heads: bool = False
+    smooth_alpha: float | str | None = None
     rotation: int | str | None = None
     weight_quant: str = "per_group"
     weight_scale: str | None = None
@@ -143,7 +161,19 @@ class MixedQuantConfig:
         )
         self._set("num_bits", check_integer, 2, most_bits)
         self._set("group_size", check_integer, 1, 2**62)
-        self._set("salient_prop", check_real, 0.0, 1.0)
+        if self.bits is not None:
+            if self.salient_prop is not None:
+                raise ValueError(
+                    "salient_prop must be left out where bits is given, which decides it; "
+                    f"got {self.salient_prop!r} and bits={self.bits!r}"
+                )
+            self._set("bits", check_real, 0.0, 32.0)
+        else:
+            if self.salient_prop is None:
+                object.__setattr__(self, "salient_prop", 0.05)
+            self._set("salient_prop", check_real, 0.0, 1.0)
+        if self.smooth_alpha not in (None, "search"):
+            self._set("smooth_alpha", check_real, 0.0, 1.0)
         self._set("tp_blocks", check_integer, 1)
         self._set("rotation", check_integer, 0, MAX_ROTATION)
         if self.rotation & (self.rotation - 1):
@@ -175,7 +205,7 @@ class MixedQuantConfig:
         """What `quantize` needs calibration tokens for, beside statistics, in words, or ""."""
         if self.weight_rounding == "gptq":
             return "weight_rounding='gptq'"
-        return self.searches
+        return self.searches or ("smooth_alpha='search'" if self.smooth_alpha == "search" else "")
 
     def _set(self, name: str, check, low, high=None) -> None:
         """Check a number and keep it as a plain Python one, which JSON can hold."""

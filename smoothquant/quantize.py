@@ -1,29 +1,19 @@
 """The walk over a model: every linear of a float model becomes a quantized one, in place."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import gptq
-from .blocks import Block, blocks
 from .config import MixedQuantConfig
-from .families import ATTENTION_INPUTS, LayerInput, layer_inputs, output_heads, value_rows
-from .hessian import collect_hessians, sample_rows
+from .families import ATTENTION_INPUTS, LayerInput, layer_inputs, output_heads
 from .linear import QuantizedLinear, linear_class, refuse_quantized, salient_dtype_for
-from .moe import PARTS, W4A4Experts, expert_names
-from .search import resolve
-from .sorting import (
-    ChannelPlan,
-    ChannelStats,
-    check_blocks,
-    choose_channels,
-    choose_within_heads,
-)
+from .moe import PARTS, W4A4Experts
+from .pipeline import Group, model_groups, ready_groups, with_shares
+from .sorting import ChannelStats, check_blocks
 
 logger = logging.getLogger("smoothquant")
 
@@ -48,37 +38,6 @@ class LinearRecord:
     bits_per_weight: float
     action: str
     reason: str
-
-
-class _Group(NamedTuple):
-    """Matrices that read the same rows and so share a plan: linears, or one matrix of an expert.
-
-    item: the layer input they belong to. expert: (experts module, index, part). heads: (heads,
-    heads of v) of an output of attention, where they are known.
-    """
-
-    item: LayerInput
-    names: tuple[str, ...]
-    stats: ChannelStats | None
-    expert: tuple[str, int, str] | None = None
-    heads: tuple[int, int] | None = None
-
-    @property
-    def name(self) -> str:
-        """What the group's input is called by."""
-        return self.names[0]
-
-    def matrices(self, model: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
-        """(weight [N, K], bias [N] or None) of each."""
-        return [self.matrix(model, name) for name in self.names]
-
-    def matrix(self, model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-        """That of one name alone: a quantized sibling would be unpacked for its weight."""
-        if self.expert:
-            experts, index, part = self.expert
-            return getattr(model.get_submodule(experts), part)[index], None
-        module = model.get_submodule(name)
-        return module.weight, module.bias
 
 
 @torch.no_grad()
@@ -137,7 +96,7 @@ def quantize(
     experts: dict[tuple[int, str], QuantizedLinear] = {}
     total = sum(len(group.names) for group in groups)
     with tqdm(total=total, desc="quantizing", unit="linear", disable=not progress) as bar:
-        for group, plan, own, reason, factor in _ready(model, groups, config, batches):
+        for group, plan, own, reason, factor in ready_groups(model, groups, config, batches):
             for name in group.names:
                 weight, bias = group.matrix(model, name)
                 layer = linear_class(own).from_weight(
@@ -163,79 +122,6 @@ def quantize(
     return records + _kept_records(model, items)
 
 
-class _Ready(NamedTuple):
-    """A group with all that is needed to pack it.
-
-    config: the layer's own, with numbers in all fields. reason: what its channels were chosen by.
-    factor: for GPTQ, or None.
-    """
-
-    group: _Group
-    plan: ChannelPlan
-    config: MixedQuantConfig
-    reason: str
-    factor: Tensor | None = None
-
-
-def _ready(
-    model: nn.Module, groups: list[_Group], config: MixedQuantConfig, batches
-) -> Iterator[_Ready]:
-    """Every group in forward order, calibrated on the layers before it as they are by then."""
-    if not config.needs_tokens:
-        for group in groups:
-            plan, reason = _plan(group, group.matrices(model), config)
-            yield _Ready(group, plan, config, reason)
-        return
-    for block in blocks(model, [group.item.name for group in groups], batches):
-        for chunk in _chunks(model, [group for group in groups if block.holds(group.name)]):
-            yield from _calibrated(model, block, chunk, config)
-
-
-def _calibrated(
-    model: nn.Module, block: Block, groups: list[_Group], config: MixedQuantConfig
-) -> Iterator[_Ready]:
-    inputs = list(dict.fromkeys(group.item for group in groups))
-    rows = {}
-    if config.searches:
-        rows = sample_rows(block, inputs, [group.name for group in groups])
-    ready = []
-    for group in groups:
-        matrices = group.matrices(model)
-        plan, reason = _plan(group, matrices, config)
-        weight = torch.cat([weight for weight, _ in matrices])
-        never_negative = group.stats is not None and bool((group.stats.minimum >= 0).all())
-        own = resolve(config, rows.pop(group.name, None), weight, plan, never_negative)
-        ready.append(_Ready(group, plan, own, reason))
-    if config.weight_rounding != "gptq":
-        yield from ready
-        return
-    choices = {item.group.name: (item.plan, item.config) for item in ready}
-    hessians = collect_hessians(block, inputs, choices)
-    for item in ready:
-        hessian = hessians.pop(item.group.name, None)
-        factor = None if hessian is None else gptq.inverse_factor(hessian, gptq.DAMPING)
-        if factor is None:
-            why = "no token reached it" if hessian is None else "no damping helped"
-            logger.warning("%s is rounded to nearest: %s", item.group.name, why)
-            item = item._replace(reason=f"{item.reason}; rounded to nearest, not by GPTQ: {why}")
-        yield item._replace(factor=factor)
-
-
-def _chunks(model, groups: list[_Group]) -> Iterator[list[_Group]]:
-    """Consecutive groups whose Hessians fit in gptq.HESSIAN_BYTES together, at least one."""
-    chunk: list[_Group] = []
-    left = gptq.HESSIAN_BYTES
-    for group in groups:
-        needed = 4 * group.matrices(model)[0][0].shape[1] ** 2
-        if chunk and needed > left:
-            yield chunk
-            chunk, left = [], gptq.HESSIAN_BYTES
-        chunk.append(group)
-        left -= needed
-    if chunk:
-        yield chunk
-
-
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` in the place of a submodule, under every name that the model has for it."""
     old = model.get_submodule(name)
@@ -245,7 +131,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
         model.set_submodule(alias, module)
 
 
-def _checked(model, config, stats, batches) -> tuple[list[LayerInput], list[_Group]]:
+def _checked(model, config, stats, batches) -> tuple[list[LayerInput], list[Group]]:
     """The model's layer inputs and groups, every argument having been found fit."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
@@ -267,13 +153,17 @@ def _checked(model, config, stats, batches) -> tuple[list[LayerInput], list[_Gro
                 raise ValueError(
                     f"batches[{index}] must be a [B, T] tensor of token ids; got {batch!r:.80}"
                 )
+    if config.smooth_alpha is not None and (
+        not stats or any(getattr(entry, "mean_only", False) for entry in stats.values())
+    ):
+        raise ValueError("smooth_alpha needs stats that know each channel's maximum")
     items = layer_inputs(model)
     for item in items:
         for name in item.linears:
             module = model.get_submodule(name)
             if not isinstance(module, nn.Linear):
                 raise TypeError(f"{name} must be an nn.Linear; got {type(module).__name__}")
-    groups = [group for item in items for group in _groups(model, item, stats)]
+    groups = model_groups(model, items, stats)
     for group in groups:
         for name, (weight, bias) in zip(group.names, group.matrices(model), strict=True):
             _check_weight(name, weight, bias)
@@ -285,42 +175,7 @@ def _checked(model, config, stats, batches) -> tuple[list[LayerInput], list[_Gro
                     f"tp_blocks must divide the {group.heads[0]} heads of {name} with "
                     f"sort_within_heads=True; got {config.tp_blocks}"
                 )
-    return items, groups
-
-
-def _groups(model: nn.Module, item: LayerInput, stats) -> Iterator[_Group]:
-    if item.linears:
-        entry = (
-            next((stats[name] for name in item.linears if name in stats), None) if stats else None
-        )
-        if entry is None and stats is not None:
-            raise _missing(item.linears, stats)
-        yield _Group(item, item.linears, entry, heads=_heads(model, item))
-    if item.experts:
-        names = expert_names(item.experts, model.get_submodule(item.experts))
-        # published statistics are of nn.Linear modules only, which fused experts are not
-        published = stats and all(getattr(entry, "mean_only", False) for entry in stats.values())
-        if stats is not None and not published and not any(name in stats for name in names):
-            raise _missing(tuple(names), stats)
-        for name, (expert, part) in names.items():
-            entry = stats.get(name) if stats is not None else None
-            seen = not isinstance(entry, ChannelStats) or entry.count > 0
-            yield _Group(item, (name,), entry if seen else None, (item.experts, expert, part))
-
-
-def _heads(model: nn.Module, item: LayerInput) -> tuple[int, int] | None:
-    """(heads, heads of v) of an output of attention, or None."""
-    if not item.num_heads:
-        return None
-    reader, maker = (model.get_submodule(names[0]) for names in (item.linears, item.made_by))
-    values = value_rows(item, reader.in_features, maker.out_features)
-    return None if values is None else (item.num_heads, len(values))
-
-
-def _missing(names: tuple[str, ...], stats: Mapping) -> ValueError:
-    wanted = " or ".join(names[:4]) + (" ..." if len(names) > 4 else "")
-    present = ", ".join(map(str, list(stats)[:4])) or "nothing"
-    return ValueError(f"stats has no entry for {wanted}; its {len(stats)} entries begin: {present}")
+    return items, with_shares(model, groups, config)
 
 
 def _check_weight(name: str, weight: Tensor, bias: Tensor | None) -> None:
@@ -339,7 +194,7 @@ def _check_weight(name: str, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"weight of {name} holds values beyond the range of {stored}")
 
 
-def _check_stats(name: str, weight: Tensor, group: _Group) -> None:
+def _check_stats(name: str, weight: Tensor, group: Group) -> None:
     entry = group.stats
     if not isinstance(entry, ChannelStats):
         raise TypeError(f"stats of {name} must be ChannelStats; got {type(entry).__name__}")
@@ -349,36 +204,6 @@ def _check_stats(name: str, weight: Tensor, group: _Group) -> None:
         )
     if entry.count == 0 or not entry.is_finite():
         raise ValueError(f"stats of {name} must be finite and of at least one row")
-
-
-def _plan(group: _Group, matrices, config: MixedQuantConfig) -> tuple[ChannelPlan, str]:
-    """The group's plan, on the weights' device, and what it was chosen by."""
-    stats, sort_stats, chosen_by = group.stats, None, "calibration"
-    by_weight = config.sort != "none" and (
-        config.sort_by == "weight" or (stats is not None and stats.mean_only)
-    )
-    of_weights = ChannelStats.empty(matrices[0][0].shape[1])
-    if stats is None or by_weight or config.salient_metric == "output":
-        for weight, _ in matrices:
-            of_weights.update(weight)
-    if stats is None or by_weight:
-        sort_stats, chosen_by = of_weights, "calibration, order by weights"
-    if stats is None:
-        stats, chosen_by = of_weights, "weights"
-        if group.expert:
-            chosen_by = "weights: no calibration statistics of this expert"
-    choices = {
-        "salient_prop": config.salient_prop,
-        "salient_metric": config.salient_metric,
-        "sort": config.sort,
-        "sort_stats": sort_stats,
-        "column_norms": of_weights.sq_sum if config.salient_metric == "output" else None,
-    }
-    if config.sort_within_heads and group.heads:
-        plan = choose_within_heads(stats, *group.heads, **choices)
-    else:
-        plan = choose_channels(stats, tp_blocks=config.tp_blocks, **choices)
-    return plan._replace(perm=plan.perm.to(matrices[0][0].device)), chosen_by
 
 
 def _num_matrices(model: nn.Module, experts: str) -> int:

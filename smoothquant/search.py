@@ -14,7 +14,7 @@ from .linear import FakeW4A4Linear
 from .sorting import ChannelPlan
 
 ACT_CLIPS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.88, 0.85, 0.8)
-ALPHAS = (0.0, 0.25, 0.5, 0.75)
+ALPHAS = (0.25, 0.5, 0.75)
 
 
 @torch.no_grad()

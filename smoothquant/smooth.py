@@ -17,14 +17,19 @@ from .moe import PARTS, expert_names
 FLOOR = 1e-5
 
 
-class _Fold(NamedTuple):
-    """One norm, its gain and bias when divided, and the weights to multiply, by scales [K]."""
+class Fold(NamedTuple):
+    """One norm, its gain and bias when divided, and the weights [..., K] to multiply, by scales
+    [K]."""
 
     norm: nn.Module
     gain: Tensor
     bias: Tensor | None
     weights: list[Tensor]
     scales: Tensor
+
+    def matrices(self) -> list[Tensor]:
+        """The weights as matrices [N, K]."""
+        return [weight.flatten(0, -2) for weight in self.weights]
 
 
 @torch.no_grad()
@@ -50,14 +55,7 @@ def smooth_lm(model: nn.Module, scales: Mapping[str, Tensor], alpha: float = 0.5
         raise TypeError(f"scales must map module names; got {type(scales).__name__}")
     modules = dict(model.named_modules())
     folds = [
-        _fold(
-            modules[item.norm],
-            _weights(modules, item),
-            _act_scales(scales, item, modules),
-            alpha,
-            item.norm_offset,
-            item.name,
-        )
+        fold_of_input(modules, item, _act_scales(scales, item, modules), alpha)
         for item in layer_inputs(model)
         if item.norm is not None
     ]
@@ -65,7 +63,7 @@ def smooth_lm(model: nn.Module, scales: Mapping[str, Tensor], alpha: float = 0.5
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise ValueError(f"model of type {kind!r} has no norm that feeds linears only")
     for fold in folds:
-        _apply(fold)
+        apply_fold(fold)
 
 
 @torch.no_grad()
@@ -86,7 +84,7 @@ def smooth_ln_fcs(
     for fc in fcs:
         if not isinstance(fc, nn.Linear):
             raise TypeError(f"fcs must be nn.Linear; got {type(fc).__name__}")
-    _apply(_fold(ln, [fc.weight for fc in fcs], act_scales, alpha))
+    apply_fold(_fold(ln, [fc.weight for fc in fcs], act_scales, alpha))
 
 
 @torch.no_grad()
@@ -101,7 +99,7 @@ def smooth_ln_fcs_llama_like(
     smooth_ln_fcs(ln, fcs, act_scales, alpha)
 
 
-def _fold(norm, weights, act_scales, alpha, offset=0.0, name="act_scales") -> _Fold:
+def _fold(norm, weights, act_scales, alpha, offset=0.0, name="act_scales") -> Fold:
     check_real("alpha", alpha, 0.0, 1.0)
     if not isinstance(act_scales, Tensor):
         raise TypeError(f"scales of {name} must be a tensor; got {type(act_scales).__name__}")
@@ -127,10 +125,26 @@ def _fold(norm, weights, act_scales, alpha, offset=0.0, name="act_scales") -> _F
     results = (scales, gain, bias, largest * scales.to(device))
     if not all(torch.isfinite(t).all() for t in results if t is not None):
         raise ValueError(f"{name}: smoothing factors leave the range of {gain.dtype}")
-    return _Fold(norm, gain, bias, weights, scales)
+    return Fold(norm, gain, bias, weights, scales)
 
 
-def _apply(fold: _Fold) -> None:
+def fold_of_input(
+    modules: Mapping[str, nn.Module], item: LayerInput, act_scales: Tensor, alpha: float
+) -> Fold:
+    """The fold of a layer input that a norm makes; nothing is changed yet.
+
+    Args:
+        modules: all modules of the model by full name.
+        item: with a norm.
+        act_scales: [K], largest magnitude of each channel.
+        alpha: in [0, 1].
+    """
+    weights = _weights(modules, item)
+    return _fold(modules[item.norm], weights, act_scales, alpha, item.norm_offset, item.name)
+
+
+def apply_fold(fold: Fold) -> None:
+    """Divide the norm and multiply the weights, in place."""
     fold.norm.weight.copy_(fold.gain)
     if fold.bias is not None:
         fold.norm.bias.copy_(fold.bias)

@@ -105,6 +105,17 @@ class ChannelStats:
         """Population standard deviation of |x| per channel, float64 [K]; 0 for no rows."""
         return (self.sq_sum / self.count.clamp(min=1) - self.mean.square()).clamp(min=0).sqrt()
 
+    def divided(self, factor: Tensor) -> ChannelStats:
+        """Statistics of the same rows divided by factor, [K], positive."""
+        factor = factor.double().cpu()
+        scaled = {
+            "abs_max": (self.abs_max / factor).float(),
+            "minimum": (self.minimum / factor).float(),
+            "abs_sum": self.abs_sum / factor,
+            "sq_sum": self.sq_sum / factor.square(),
+        }
+        return ChannelStats(self.to_dict() | scaled, self.mean_only)
+
     def is_finite(self) -> bool:
         """Whether no NaN or Inf has been seen."""
         return bool(torch.isfinite(self.abs_sum).all())

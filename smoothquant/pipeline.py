@@ -1,0 +1,308 @@
+"""From a float model to matrices that are ready to be packed, one after the other in forward order.
+
+calibrate -> smooth -> choose the channels -> settle what is left to trial -> Hessian for GPTQ.
+`smoothquant.quantize` packs what comes out and puts it into the model, so that later layers are
+calibrated on what the quantized layers before them give.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import gptq
+from .blocks import Block, blocks
+from .budget import Demand, share_out
+from .config import MixedQuantConfig
+from .families import LayerInput, value_rows
+from .hessian import collect_hessians, sample_rows
+from .moe import PARTS, expert_names
+from .search import ALPHAS, output_error, resolve
+from .smooth import apply_fold, fold_of_input
+from .sorting import ChannelPlan, ChannelStats, choose_channels, choose_within_heads
+
+logger = logging.getLogger("smoothquant")
+
+
+class Group(NamedTuple):
+    """Matrices that read the same rows and so share a plan: linears, or one matrix of an expert.
+
+    item: the layer input they belong to. expert: (experts module, index, part). heads: (heads,
+    heads of v) of an output of attention, where they are known. num_salient: K_s of each.
+    """
+
+    item: LayerInput
+    names: tuple[str, ...]
+    stats: ChannelStats | None
+    expert: tuple[str, int, str] | None = None
+    heads: tuple[int, int] | None = None
+    num_salient: int = 0
+
+    @property
+    def name(self) -> str:
+        """What the group's input is called by."""
+        return self.names[0]
+
+    @property
+    def reads_norm(self) -> bool:
+        """Whether it reads what item.norm makes: of an expert's matrices only the first does."""
+        return self.item.norm is not None and (not self.expert or self.expert[2] == PARTS[0])
+
+    def matrices(self, model: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
+        """(weight [N, K], bias [N] or None) of each."""
+        return [self.matrix(model, name) for name in self.names]
+
+    def matrix(self, model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+        """That of one name alone: a quantized sibling would be unpacked for its weight."""
+        if self.expert:
+            experts, index, part = self.expert
+            return getattr(model.get_submodule(experts), part)[index], None
+        module = model.get_submodule(name)
+        return module.weight, module.bias
+
+    def weight(self, model: nn.Module) -> Tensor:
+        """All weights below each other, [N of all, K]."""
+        return torch.cat([weight for weight, _ in self.matrices(model)])
+
+
+class Ready(NamedTuple):
+    """A group with all that is needed to pack it.
+
+    config: the layer's own, with numbers in all fields. reason: what its channels were chosen by.
+    factor: for GPTQ, or None.
+    """
+
+    group: Group
+    plan: ChannelPlan
+    config: MixedQuantConfig
+    reason: str
+    factor: Tensor | None = None
+
+
+def model_groups(
+    model: nn.Module,
+    items: Sequence[LayerInput],
+    stats: Mapping[str, ChannelStats] | None,
+) -> list[Group]:
+    """All groups of a model in forward order, without salient channels yet.
+
+    Raises ValueError for a missing entry of stats.
+    """
+    return [group for item in items for group in _groups(model, item, stats)]
+
+
+def with_shares(model: nn.Module, groups: list[Group], config: MixedQuantConfig) -> list[Group]:
+    """The groups with the salient channels shared out among them."""
+    shares = share_out([_demand(model, group, config) for group in groups], config)
+    return [group._replace(num_salient=n) for group, n in zip(groups, shares, strict=True)]
+
+
+def _demand(model: nn.Module, group: Group, config: MixedQuantConfig) -> Demand:
+    matrices = [weight for weight, _ in group.matrices(model)]
+    score = None
+    if config.salient_allocation == "output" and group.stats is not None:
+        score = (group.stats.sq_sum / group.stats.count) * _column_norms(matrices)
+    return Demand(tuple(len(w) for w in matrices), matrices[0].shape[1], score)
+
+
+def _column_norms(matrices: Sequence[Tensor]) -> Tensor:
+    """Sum of w^2 over all matrices that read a channel, float64 [K]."""
+    return torch.stack([weight.double().square().sum(0) for weight in matrices]).sum(0)
+
+
+def ready_groups(
+    model: nn.Module, groups: list[Group], config: MixedQuantConfig, batches
+) -> Iterator[Ready]:
+    """Every group in forward order, calibrated on the layers before it as they are by then."""
+    if not config.needs_tokens:
+        for group in _smoothed(model, groups, config, {}):
+            plan, reason = _plan(group, group.matrices(model), config)
+            yield Ready(group, plan, config, reason)
+        return
+    for block in blocks(model, [group.item.name for group in groups], batches):
+        inside = [group for group in groups if block.holds(group.name)]
+        rows = {}
+        if config.smooth_alpha == "search":
+            inputs = _items(group for group in inside if group.reads_norm)
+            rows = sample_rows(block, inputs, [item.name for item in inputs])
+        for chunk in _chunks(model, _smoothed(model, inside, config, rows)):
+            yield from _calibrated(model, block, chunk, config)
+
+
+def _items(groups: Iterable[Group]) -> list[LayerInput]:
+    """Their layer inputs, each once."""
+    return list(dict.fromkeys(group.item for group in groups))
+
+
+def _smoothed(
+    model: nn.Module, groups: list[Group], config: MixedQuantConfig, rows: Mapping[str, Tensor]
+) -> list[Group]:
+    """The groups with the statistics of smoothed inputs, the model's norms and weights having been
+    smoothed in place. rows: of the inputs, for smooth_alpha="search"."""
+    if config.smooth_alpha is None:
+        return groups
+    modules = dict(model.named_modules())
+    factors: dict[LayerInput, Tensor] = {}
+    for item in _items(group for group in groups if group.reads_norm):
+        readers = [group for group in groups if group.item == item and group.reads_norm]
+        seen = [group.stats.abs_max for group in readers if group.stats is not None]
+        if not seen:
+            continue
+        largest = torch.stack(seen).amax(0)
+        alpha = config.smooth_alpha
+        if alpha == "search":
+            x = rows.get(item.name)
+            alpha = None if x is None else _best_alpha(modules, item, readers, largest, x, config)
+        if alpha is not None:
+            fold = fold_of_input(modules, item, largest, alpha)
+            apply_fold(fold)
+            factors[item] = fold.scales
+    return [
+        group._replace(stats=group.stats.divided(factors[group.item]))
+        if group.reads_norm and group.item in factors and group.stats is not None
+        else group
+        for group in groups
+    ]
+
+
+def _best_alpha(modules, item, readers, largest, x, config) -> float | None:
+    """The strength of smoothing of least output error, all readers taken as one matrix; None for no
+    smoothing."""
+    weight = torch.cat(fold_of_input(modules, item, largest, 0.5).matrices())
+    stats = next(group.stats for group in readers if group.stats is not None)
+    trial = dataclasses.replace(
+        config,
+        act_clip=1.0 if config.act_clip == "search" else config.act_clip,
+        act_format="zero_point" if config.act_format == "auto" else config.act_format,
+        weight_rounding="nearest",
+        smooth_alpha=None,
+    )
+    target = x @ weight.float().T
+
+    def error(alpha: float | None) -> float:
+        factor = torch.ones(x.shape[1])
+        if alpha is not None:
+            factor = fold_of_input(modules, item, largest, alpha).scales.float()
+        group = readers[0]._replace(stats=stats.divided(factor))
+        scaled = weight.float() * factor
+        plan, _ = _plan(group, [(scaled, None)], trial)
+        return output_error(x / factor, scaled, plan, trial, target)
+
+    return min((None, *ALPHAS), key=error)
+
+
+def _calibrated(
+    model: nn.Module, block: Block, groups: list[Group], config: MixedQuantConfig
+) -> Iterator[Ready]:
+    """Groups of one block, all planned before the first is packed."""
+    inputs = _items(groups)
+    rows = {}
+    if config.searches:
+        rows = sample_rows(block, inputs, [group.name for group in groups])
+    ready = []
+    for group in groups:
+        plan, reason = _plan(group, group.matrices(model), config)
+        x, weight = rows.pop(group.name, None), group.weight(model)
+        never_negative = group.stats is not None and bool((group.stats.minimum >= 0).all())
+        own = resolve(config, x, weight, plan, never_negative)
+        ready.append(Ready(group, plan, own, reason))
+    if config.weight_rounding == "gptq":
+        choices = {item.group.name: (item.plan, item.config) for item in ready}
+        hessians = collect_hessians(block, inputs, choices)
+        ready = (_with_factor(item, hessians.pop(item.group.name, None)) for item in ready)
+    yield from ready
+
+
+def _with_factor(item: Ready, hessian: Tensor | None) -> Ready:
+    """The group with GPTQ's factor, or rounded to nearest where there is none."""
+    factor = None if hessian is None else gptq.inverse_factor(hessian, gptq.DAMPING)
+    if factor is not None:
+        return item._replace(factor=factor)
+    why = "no token reached it" if hessian is None else "no damping helped"
+    logger.warning("%s is rounded to nearest: %s", item.group.name, why)
+    return item._replace(reason=f"{item.reason}; rounded to nearest, not by GPTQ: {why}")
+
+
+def _chunks(model, groups: list[Group]) -> Iterator[list[Group]]:
+    """Consecutive groups whose Hessians fit in gptq.HESSIAN_BYTES together, at least one."""
+    chunk: list[Group] = []
+    left = gptq.HESSIAN_BYTES
+    for group in groups:
+        needed = 4 * group.matrices(model)[0][0].shape[1] ** 2
+        if chunk and needed > left:
+            yield chunk
+            chunk, left = [], gptq.HESSIAN_BYTES
+        chunk.append(group)
+        left -= needed
+    if chunk:
+        yield chunk
+
+
+def _groups(model: nn.Module, item: LayerInput, stats) -> Iterator[Group]:
+    if item.linears:
+        entry = (
+            next((stats[name] for name in item.linears if name in stats), None) if stats else None
+        )
+        if entry is None and stats is not None:
+            raise _missing(item.linears, stats)
+        yield Group(item, item.linears, entry, heads=_heads(model, item))
+    if item.experts:
+        names = expert_names(item.experts, model.get_submodule(item.experts))
+        # published statistics are of nn.Linear modules only, which fused experts are not
+        published = stats and all(getattr(entry, "mean_only", False) for entry in stats.values())
+        if stats is not None and not published and not any(name in stats for name in names):
+            raise _missing(tuple(names), stats)
+        for name, (expert, part) in names.items():
+            entry = stats.get(name) if stats is not None else None
+            seen = not isinstance(entry, ChannelStats) or entry.count > 0
+            yield Group(item, (name,), entry if seen else None, (item.experts, expert, part))
+
+
+def _heads(model: nn.Module, item: LayerInput) -> tuple[int, int] | None:
+    """(heads, heads of v) of an output of attention, or None."""
+    if not item.num_heads:
+        return None
+    reader, maker = (model.get_submodule(names[0]) for names in (item.linears, item.made_by))
+    values = value_rows(item, reader.in_features, maker.out_features)
+    return None if values is None else (item.num_heads, len(values))
+
+
+def _missing(names: tuple[str, ...], stats: Mapping) -> ValueError:
+    wanted = " or ".join(names[:4]) + (" ..." if len(names) > 4 else "")
+    present = ", ".join(map(str, list(stats)[:4])) or "nothing"
+    return ValueError(f"stats has no entry for {wanted}; its {len(stats)} entries begin: {present}")
+
+
+def _plan(group: Group, matrices, config: MixedQuantConfig) -> tuple[ChannelPlan, str]:
+    """The group's plan, on the weights' device, and what it was chosen by."""
+    stats, sort_stats, chosen_by = group.stats, None, "calibration"
+    by_weight = config.sort != "none" and (
+        config.sort_by == "weight" or (stats is not None and stats.mean_only)
+    )
+    of_weights = ChannelStats.empty(matrices[0][0].shape[1])
+    if stats is None or by_weight or config.salient_metric == "output":
+        for weight, _ in matrices:
+            of_weights.update(weight)
+    if stats is None or by_weight:
+        sort_stats, chosen_by = of_weights, "calibration, order by weights"
+    if stats is None:
+        stats, chosen_by = of_weights, "weights"
+        if group.expert:
+            chosen_by = "weights: no calibration statistics of this expert"
+    choices = {
+        "num_salient": group.num_salient,
+        "salient_metric": config.salient_metric,
+        "sort": config.sort,
+        "sort_stats": sort_stats,
+        "column_norms": of_weights.sq_sum if config.salient_metric == "output" else None,
+    }
+    if config.sort_within_heads and group.heads:
+        plan = choose_within_heads(stats, *group.heads, **choices)
+    else:
+        plan = choose_channels(stats, tp_blocks=config.tp_blocks, **choices)
+    return plan._replace(perm=plan.perm.to(matrices[0][0].device)), chosen_by
