@@ -56,13 +56,14 @@ def share_out(demands: Sequence[Demand], config: MixedQuantConfig) -> list[int]:
             f"got {config.bits:g}"
         )
     low, high, best = 0.0, 1.0, none
+    share = high
     for _ in range(SEARCH_STEPS):
-        middle = (low + high) / 2
-        shares = _with_share(demands, config, middle)
+        shares = _with_share(demands, config, share)
         if bits_per_weight(demands, shares, config) <= config.bits:
-            low, best = middle, shares
+            low, best = share, shares
         else:
-            high = middle
+            high = share
+        share = (low + high) / 2
     return best
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import check_integer
+from .config import MixedQuantConfig, check_integer
 from .errors import CheckpointError
 from .families import LayerInput, layer_inputs
 from .files import atomic_file
@@ -35,6 +35,9 @@ STATS_VERSION = 1
 
 # The draw of texts is the same in every run; the published one used this number too.
 SHUFFLE_SEED = 42
+
+# Tokens of a block that a config's calibration texts are cut into.
+CALIBRATION_BLOCK = 1024
 
 # Texts are tokenized in pieces of about this many characters, so that a large corpus is read only
 # as far as needed and a block does not depend on how many blocks are asked for.
@@ -89,6 +92,40 @@ def token_blocks(
         num_blocks = available
     ids = torch.tensor(token_ids[: num_blocks * block_size], dtype=torch.int64)
     return list(ids.view(num_blocks, 1, block_size))
+
+
+def draw_blocks(
+    texts: Iterable[str], tokenizer, num_blocks: int, block_size: int, seed: int
+) -> list[Tensor]:
+    """Blocks of `token_blocks`, drawn by a seed from all over the texts, in the texts' order:
+    running text inside of a block, many texts across blocks.
+
+    Raises:
+        ValueError: the texts give fewer than `num_blocks`, or as `token_blocks`.
+    """
+    every = token_blocks(texts, tokenizer, None, block_size)
+    if num_blocks > len(every):
+        raise ValueError(
+            f"calibration blocks must be at most the {len(every)} of {block_size} tokens in the "
+            f"texts; got {num_blocks}"
+        )
+    chosen = random.Random(seed).sample(range(len(every)), num_blocks)
+    return [every[index] for index in sorted(chosen)]
+
+
+def calibration_batches(model: nn.Module, tokenizer, config: MixedQuantConfig) -> list[Tensor]:
+    """The token blocks that ``config.calibration`` stands for: int64 [1, T] each.
+
+    Raises:
+        ValueError: there are fewer than ``config.calibration_tokens`` tokens, or no tokenizer was
+            given; as `read_texts`.
+    """
+    if tokenizer is None:
+        raise ValueError("tokenizer must be given to calibrate on config.calibration; got None")
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    size = min(CALIBRATION_BLOCK, config.calibration_tokens, positions or CALIBRATION_BLOCK)
+    count = config.calibration_tokens // size
+    return draw_blocks(read_texts(config.calibration), tokenizer, count, size, config.seed)
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:

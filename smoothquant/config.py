@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import numbers
+import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 MAX_ROTATION = 512
@@ -116,6 +119,12 @@ class MixedQuantConfig:
             finds one per layer on calibration tokens.
         non_finite: what a NaN or Inf in a token does: "propagate" makes that token's outputs NaN,
             "raise" raises ValueError.
+        calibration: what `quantize` calibrates on when it is given a tokenizer and neither
+            statistics nor tokens: a file that `smoothquant.texts.read_texts` reads, or texts.
+            `to_dict` names texts by their sha256 only.
+        calibration_tokens: tokens drawn from there, in blocks of 1,024 or as many as the model has
+            positions for.
+        seed: of the draw.
     """
 
     recipe: str = "rtn"
@@ -141,6 +150,9 @@ class MixedQuantConfig:
     quantize_output: bool = False
     backend: str = "int4"
     non_finite: str = "propagate"
+    calibration: str | os.PathLike | Sequence[str] | None = None
+    calibration_tokens: int = 32768
+    seed: int = 42
 
     def __post_init__(self) -> None:
         if self.recipe not in list(RECIPES):
@@ -188,6 +200,9 @@ class MixedQuantConfig:
         for name in ("sort_within_heads", "quantize_output"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool; got {getattr(self, name)!r}")
+        self._set("calibration_tokens", check_integer, 1)
+        self._set("seed", check_integer, 0)
+        object.__setattr__(self, "calibration", _checked_calibration(self.calibration))
         if self.backend == "int4" and self.act_quant == "per_tensor":
             raise ValueError(
                 "act_quant='per_tensor' takes its scale from the whole live batch, so a token's "
@@ -212,8 +227,12 @@ class MixedQuantConfig:
         object.__setattr__(self, name, check(name, getattr(self, name), low, high))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values."""
-        return dataclasses.asdict(self)
+        """All fields as plain JSON values; calibration texts by their sha256."""
+        fields = dataclasses.asdict(self)
+        if isinstance(self.calibration, tuple):
+            digest = hashlib.sha256("\0".join(self.calibration).encode()).hexdigest()
+            fields["calibration"] = f"sha256:{digest}"
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> MixedQuantConfig:
@@ -222,6 +241,15 @@ class MixedQuantConfig:
         if unknown:
             raise ValueError(f"unknown MixedQuantConfig field(s): {', '.join(unknown)}")
         return cls(**fields)
+
+
+def _checked_calibration(calibration: Any) -> str | tuple[str, ...] | None:
+    """A path as str, texts as a tuple."""
+    if calibration is None or isinstance(calibration, (str, os.PathLike)):
+        return calibration if calibration is None else os.fspath(calibration)
+    if isinstance(calibration, Sequence) and all(isinstance(text, str) for text in calibration):
+        return tuple(calibration)
+    raise TypeError(f"calibration must be a path or a sequence of texts; got {calibration!r:.80}")
 
 
 def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .calibration import calibration_batches, collect_stats
 from .config import MixedQuantConfig
 from .families import ATTENTION_INPUTS, LayerInput, layer_inputs, output_heads
 from .linear import QuantizedLinear, linear_class, refuse_quantized, salient_dtype_for
@@ -47,6 +48,7 @@ def quantize(
     stats: Mapping[str, ChannelStats] | None = None,
     batches: Sequence[Tensor] | None = None,
     *,
+    tokenizer=None,
     progress: bool = True,
 ) -> list[LinearRecord]:
     """Quantize a float model in place, freeing each float weight as soon as it is packed (those of
@@ -60,11 +62,14 @@ def quantize(
         model: a float model (float32, float16 or bfloat16); see `smoothquant.families`.
         config: all choices.
         stats: {name of a linear: statistics of its input}, as `smoothquant.collect_stats` gives
-            it; None chooses salient channels and order by the weights alone.
+            it; None takes them from batches, and without batches the weights alone choose salient
+            channels and order.
         batches: int64 [B, T] tensors of token ids, without padding, for
             ``weight_rounding="gptq"`` (tens of thousands of tokens), ``act_clip="search"`` and
             ``act_format="auto"`` (thousands). The model runs over them one decoder layer at a time,
-            each on what the quantized layers before it give.
+            each on what the quantized layers before it give. None, and no stats either: drawn from
+            ``config.calibration`` if that is given.
+        tokenizer: the model's, for ``config.calibration``.
         progress: show progress bars.
 
     Returns:
@@ -75,7 +80,13 @@ def quantize(
             quantized already. TypeError: an argument or weight of a wrong type. Nothing has been
             changed then.
     """
-    items, groups = _checked(model, config, stats, batches)
+    _check_arguments(model, config, stats)
+    if config.calibration is not None and stats is None and batches is None:
+        batches = calibration_batches(model, tokenizer, config)
+    _check_batches(config, batches)
+    if stats is None and batches is not None:
+        stats = collect_stats(model, batches, progress=progress)
+    items, groups = _checked(model, config, stats)
     if stats is None:
         logger.warning("no calibration statistics: the weights alone choose salience and order")
     elif config.sort != "none" and any(group.stats and group.stats.mean_only for group in groups):
@@ -131,8 +142,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
         model.set_submodule(alias, module)
 
 
-def _checked(model, config, stats, batches) -> tuple[list[LayerInput], list[Group]]:
-    """The model's layer inputs and groups, every argument having been found fit."""
+def _check_arguments(model, config, stats) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     if not isinstance(config, MixedQuantConfig):
@@ -142,17 +152,28 @@ def _checked(model, config, stats, batches) -> tuple[list[LayerInput], list[Grou
     if isinstance(model, nn.Linear):
         raise ValueError("model must hold nn.Linear modules; W4A4Linear.from_float quantizes one")
     refuse_quantized(model)
-    if config.needs_tokens:
-        if not isinstance(batches, Sequence) or not batches:
+
+
+def _check_batches(config: MixedQuantConfig, batches) -> None:
+    if batches is None and not config.needs_tokens:
+        return
+    if not isinstance(batches, Sequence) or not batches:
+        raise ValueError(
+            f"{config.needs_tokens or 'stats'} needs batches: a list of [B, T] token ids to "
+            f"calibrate on; got {batches!r:.80}"
+        )
+    for index, batch in enumerate(batches):
+        fits = isinstance(batch, Tensor) and batch.ndim == 2 and batch.numel() > 0
+        if not fits or batch.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"{config.needs_tokens} needs batches: a list of [B, T] token ids to calibrate on"
+                f"batches[{index}] must be a [B, T] tensor of token ids; got {batch!r:.80}"
             )
-        for index, batch in enumerate(batches):
-            fits = isinstance(batch, Tensor) and batch.ndim == 2 and batch.numel() > 0
-            if not fits or batch.dtype not in (torch.int64, torch.int32):
-                raise ValueError(
-                    f"batches[{index}] must be a [B, T] tensor of token ids; got {batch!r:.80}"
-                )
+
+
+def _checked(
+    model: nn.Module, config: MixedQuantConfig, stats: Mapping[str, ChannelStats] | None
+) -> tuple[list[LayerInput], list[Group]]:
+    """The model's layer inputs and groups, weights and statistics having been found fit."""
     if config.smooth_alpha is not None and (
         not stats or any(getattr(entry, "mean_only", False) for entry in stats.values())
     ):

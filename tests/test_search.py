@@ -94,3 +94,109 @@ def test_a_model_with_choices_per_layer_survives_saving(tmp_path):
     quantize(fixed, config, stats, batches, progress=False)
     with torch.no_grad():
         assert torch.equal(fixed(ids).logits, model(ids).logits)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model, tokenizer = load_bundled("tiny-opt")
+    batches = token_blocks(wikitext("validation"), tokenizer, 8, 256)
+    return model, batches, collect_stats(model, batches, progress=False)
+
+
+def logit_error(model, expected, ids):
+    with torch.no_grad():
+        return float((model(ids).logits - expected).norm())
+
+
+def test_smoothing_is_folded_and_found_per_input(tiny):
+    model, batches, stats = tiny
+    with torch.no_grad():
+        expected = model(batches[-1]).logits
+    errors, gains = {}, {}
+    for alpha in (None, 0.5, "search"):
+        quantized = copy.deepcopy(model)
+        config = MixedQuantConfig(salient_prop=0, group_size=64, smooth_alpha=alpha)
+        quantize(quantized, config, stats, batches, progress=False)
+        errors[alpha] = logit_error(quantized, expected, batches[-1])
+        gains[alpha] = [
+            m.weight.detach() for n, m in quantized.named_modules() if n.endswith("layer_norm")
+        ]
+    # this model's outliers come from its norms' gains, which smoothing takes back
+    assert errors["search"] < 0.8 * errors[None] and errors[0.5] < errors[None]
+    assert not all(map(torch.equal, gains[None], gains["search"]))
+    original = [m.weight for n, m in model.named_modules() if n.endswith("layer_norm")]
+    assert all(map(torch.equal, original, gains[None]))
+
+
+def test_smoothing_alone_keeps_the_function(tiny):
+    """With all channels salient only the rounding to bfloat16 is left."""
+    model, batches, stats = tiny
+    quantized = copy.deepcopy(model)
+    quantize(quantized, MixedQuantConfig(salient_prop=1, smooth_alpha=0.5), stats, progress=False)
+    with torch.no_grad():
+        expected = model(batches[0]).logits
+    assert logit_error(quantized, expected, batches[0]) < 0.02 * float(expected.norm())
+
+
+def test_smoothing_needs_maxima(tiny):
+    model, batches, stats = tiny
+    config = MixedQuantConfig(smooth_alpha=0.5)
+    with pytest.raises(ValueError, match="smooth_alpha needs stats"):
+        quantize(copy.deepcopy(model), config)
+    with pytest.raises(ValueError, match="smooth_alpha='search' needs batches"):
+        quantize(copy.deepcopy(model), MixedQuantConfig(smooth_alpha="search"), stats)
+
+
+@pytest.mark.filterwarnings("ignore:no token was routed")
+@pytest.mark.parametrize("kind", ["mixtral", "gemma", "falcon-new", "phi3", "opt"])
+def test_everything_at_once_on_every_kind_of_model(kind, make_model, token_ids):
+    model = make_model(kind)
+    config = MixedQuantConfig(
+        recipe="best", group_size=16, salient_prop=0.1, smooth_alpha="search", act_clip="search",
+        act_format="auto", salient_allocation="output", salient_metric="output",
+        salient_format="int8",
+    )  # fmt: skip
+    with torch.no_grad():
+        expected = model(token_ids).logits
+    records = quantize(model, config, batches=[token_ids], progress=False)
+    assert sum(record.action == "quantized" for record in records) > 4
+    with torch.no_grad():
+        error = float((model(token_ids).logits - expected).norm() / expected.norm())
+    assert 0 < error < 0.5
+
+
+def test_texts_in_the_config(tiny, tmp_path):
+    model, _, _ = tiny
+    _, tokenizer = load_bundled("tiny-opt")
+    rows = wikitext("validation")[:400]
+    (tmp_path / "texts.txt").write_text("".join(row or "\n" for row in rows))
+    results = []
+    for calibration in (str(tmp_path / "texts.txt"), rows, rows):
+        config = MixedQuantConfig(
+            recipe="best", group_size=64, calibration=calibration, calibration_tokens=2048
+        )
+        quantized = copy.deepcopy(model)
+        quantize(quantized, config, tokenizer=tokenizer, progress=False)
+        results.append(quantized.state_dict())
+        stored = config.to_dict()["calibration"]
+        assert stored == calibration if isinstance(calibration, str) else len(stored) == 71
+        assert MixedQuantConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    for other in results[1:]:
+        assert all(torch.equal(tensor, other[name]) for name, tensor in results[0].items())
+
+
+def test_bad_calibration(tiny):
+    model, _, _ = tiny
+    _, tokenizer = load_bundled("tiny-opt")
+    with pytest.raises(TypeError, match="calibration must be a path or a sequence of texts"):
+        MixedQuantConfig(calibration=5)
+    with pytest.raises(ValueError, match="tokenizer must be given"):
+        quantize(model, MixedQuantConfig(calibration=["some text"]))
+    with pytest.raises(ValueError, match="calibration blocks must be at most"):
+        quantize(
+            model,
+            MixedQuantConfig(calibration=["some words " * 500], calibration_tokens=10**6),
+            tokenizer=tokenizer,
+        )
+    with pytest.raises(ValueError, match="nowhere.txt"):
+        quantize(model, MixedQuantConfig(calibration="nowhere.txt"), tokenizer=tokenizer)

@@ -1,0 +1,81 @@
+"""Salient channels shared out among layers, against a search through all possibilities' edges."""
+
+import pytest
+import torch
+
+from smoothquant import collect_stats, quantize
+from smoothquant.budget import Demand, bits_per_weight, share_out
+from smoothquant.bundled import load_bundled, wikitext
+from smoothquant.calibration import token_blocks
+from smoothquant.config import MixedQuantConfig
+from smoothquant.sorting import num_salient_channels
+
+
+def demands():
+    peaked, flat = torch.ones(100).double(), torch.ones(200).double()
+    peaked[:30] = 1000
+    return [Demand((64, 32), 100, peaked), Demand((48,), 200, flat), Demand((16,), 50)]
+
+
+def spent(shares, of=slice(None)):
+    return sum(n * sum(d.rows) for n, d in list(zip(shares, demands(), strict=True))[of])
+
+
+def test_uniform_is_the_published_rule():
+    config = MixedQuantConfig(salient_prop=0.07)
+    assert share_out(demands(), config) == [num_salient_channels(k, 0.07) for k in (100, 200, 50)]
+
+
+@pytest.mark.parametrize("prop", [0.02, 0.1, 0.5, 1.0])
+def test_channels_compete_under_the_same_average_share(prop):
+    uniform = share_out(demands(), MixedQuantConfig(salient_prop=prop))
+    config = MixedQuantConfig(salient_prop=prop, salient_allocation="output")
+    shares = share_out(demands(), config)
+    assert spent(shares, slice(2)) <= spent(uniform, slice(2))
+    assert spent(shares, slice(2)) > spent(uniform, slice(2)) - 96  # the next channel did not fit
+    assert shares[2] == uniform[2]  # without a score it has the average share
+    assert min(shares) >= 1
+    if prop == 0.1:
+        assert shares[0] > 1.8 * uniform[0]  # its first 30 channels are worth more than any other
+
+
+def test_nothing_salient_stays_nothing():
+    config = MixedQuantConfig(salient_prop=0, salient_allocation="output")
+    assert share_out(demands(), config) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "output"])
+@pytest.mark.parametrize("salient_format", ["16bit", "int8"])
+def test_bits_are_kept_to_and_used(allocation, salient_format):
+    fields = {"salient_allocation": allocation, "salient_format": salient_format, "group_size": 32}
+    config = MixedQuantConfig(bits=6.5, **fields)
+    shares = share_out(demands(), config)
+    assert bits_per_weight(demands(), shares, config) <= 6.5
+    more = [n + 2 for n in shares]
+    assert bits_per_weight(demands(), more, config) > 6.5
+    with pytest.raises(ValueError, match="bits must be at least .*; got 4"):
+        share_out(demands(), MixedQuantConfig(bits=4, **fields))
+    all_in_16 = share_out(demands(), MixedQuantConfig(bits=32, **fields))
+    assert all_in_16 == [100, 200, 50]
+
+
+def test_bits_and_share_exclude_each_other():
+    with pytest.raises(ValueError, match="salient_prop must be left out .* bits=5"):
+        MixedQuantConfig(bits=5, salient_prop=0.1)
+    assert MixedQuantConfig().salient_prop == 0.05
+    config = MixedQuantConfig(bits=5)
+    assert MixedQuantConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_model_keeps_to_its_bits():
+    model, tokenizer = load_bundled("tiny-opt")
+    batches = token_blocks(wikitext("validation"), tokenizer, 4, 256)
+    stats = collect_stats(model, batches, progress=False)
+    config = MixedQuantConfig(
+        bits=5.2, group_size=64, salient_allocation="output", salient_metric="output"
+    )
+    records = [r for r in quantize(model, config, stats, progress=False) if r.action == "quantized"]
+    weights = sum(r.shape[0] * r.shape[1] for r in records)
+    bits = sum(r.bits_per_weight * r.shape[0] * r.shape[1] for r in records) / weights
+    assert 5.15 < bits <= 5.2
+    assert len({r.num_salient / r.shape[1] for r in records}) > 4
