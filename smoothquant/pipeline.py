@@ -159,6 +159,7 @@ def _smoothed(
             x = rows.get(item.name)
             alpha = None if x is None else _best_alpha(modules, item, readers, largest, x, config)
         if alpha is not None:
+            _unshare(modules, item)
             fold = fold_of_input(modules, item, largest, alpha)
             apply_fold(fold)
             factors[item] = fold.scales
@@ -168,6 +169,15 @@ def _smoothed(
         else group
         for group in groups
     ]
+
+
+def _unshare(modules: Mapping[str, nn.Module], item: LayerInput) -> None:
+    """Give the norm and the readers of an input parameters of their own: a copy of the model that
+    shares its tensors with this one must not be smoothed along."""
+    readers = [*item.linears, item.experts, item.router]
+    for module in (modules[name] for name in (item.norm, *readers) if name):
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
 
 
 def _best_alpha(modules, item, readers, largest, x, config) -> float | None:

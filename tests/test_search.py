@@ -138,6 +138,14 @@ def test_smoothing_alone_keeps_the_function(tiny):
     assert logit_error(quantized, expected, batches[0]) < 0.02 * float(expected.norm())
 
 
+def test_smoothing_leaves_a_model_that_shares_its_tensors(tiny):
+    model, batches, stats = tiny
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    shared = copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
+    quantize(shared, MixedQuantConfig(smooth_alpha=0.5), stats, progress=False)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_smoothing_needs_maxima(tiny):
     model, batches, stats = tiny
     config = MixedQuantConfig(smooth_alpha=0.5)
