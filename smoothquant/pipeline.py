@@ -22,7 +22,7 @@ from .config import MixedQuantConfig
 from .families import LayerInput, value_rows
 from .hessian import collect_hessians, sample_rows
 from .moe import PARTS, expert_names
-from .search import ALPHAS, output_error, resolve
+from .search import ALPHAS, Trial, resolve
 from .smooth import apply_fold, fold_of_input
 from .sorting import ChannelPlan, ChannelStats, choose_channels, choose_within_heads
 
@@ -201,7 +201,7 @@ def _best_alpha(modules, item, readers, largest, x, config) -> float | None:
         group = readers[0]._replace(stats=stats.divided(factor))
         scaled = weight.float() * factor
         plan, _ = _plan(group, [(scaled, None)], trial)
-        return output_error(x / factor, scaled, plan, trial, target)
+        return Trial(x / factor, scaled, target, plan).error(trial)
 
     return min((None, *ALPHAS), key=error)
 

@@ -17,21 +17,30 @@ ACT_CLIPS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.88, 0.85, 0.8)
 ALPHAS = (0.25, 0.5, 0.75)
 
 
-@torch.no_grad()
-def output_error(
-    x: Tensor, weight: Tensor, plan: ChannelPlan, config: MixedQuantConfig, target: Tensor
-) -> float:
-    """Squared distance of a layer's simulated W4A4 output from a target.
+class Trial:
+    """A layer input's readers, simulated on rows of it.
 
     Args:
-        x: float32 [t, K], rows of its input.
+        x: float32 [t, K], rows of the input.
         weight: [N, K], of all linears that read it.
-        config: with numbers where it may say "search" or "auto".
-        target: float32 [t, N].
+        target: float32 [t, N], the output to come near to.
     """
-    simulated = dataclasses.replace(config, backend="fake", quantize_output=False)
-    layer = FakeW4A4Linear.from_weight(weight.float(), None, simulated, plan)
-    return float((layer(x) - target).square().sum())
+
+    def __init__(self, x: Tensor, weight: Tensor, target: Tensor, plan: ChannelPlan) -> None:
+        self.x, self.weight, self.target, self.plan = x, weight, target, plan
+        self._layer: FakeW4A4Linear | None = None
+
+    @torch.no_grad()
+    def error(self, config: MixedQuantConfig) -> float:
+        """Squared distance of the output from the target; config with numbers where it may say
+        "search" or "auto"."""
+        config = dataclasses.replace(config, backend="fake", quantize_output=False)
+        layer = self._layer
+        if layer is None or layer.config.rotation != config.rotation:
+            layer = FakeW4A4Linear.from_weight(self.weight.float(), None, config, self.plan)
+            self._layer = layer
+        layer.config = config  # the weight depends on no other choice
+        return float((layer(self.x) - self.target).square().sum())
 
 
 def resolve(
@@ -60,16 +69,12 @@ def resolve(
     ]
     if x is None:
         return dataclasses.replace(config, **formats[0], **clips[0])
-    target = x @ weight.float().T
+    trial = Trial(x, weight, x @ weight.float().T, plan)
 
     def best(base: dict, candidates: list[dict]) -> dict:
         if len(candidates) == 1:
             return base | candidates[0]
-
-        def error(choice: dict) -> float:
-            trial = dataclasses.replace(config, **(base | choice))
-            return output_error(x, weight, plan, trial, target)
-
-        return base | min(candidates, key=error)
+        tried = [base | candidate for candidate in candidates]
+        return min(tried, key=lambda fields: trial.error(dataclasses.replace(config, **fields)))
 
     return dataclasses.replace(config, **best(best(clips[0], formats), clips))

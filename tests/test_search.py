@@ -10,7 +10,7 @@ from smoothquant.bundled import load_bundled, wikitext
 from smoothquant.calibration import token_blocks
 from smoothquant.config import MixedQuantConfig
 from smoothquant.linear import QuantizedLinear, W4A4Linear
-from smoothquant.search import ACT_CLIPS, output_error, resolve
+from smoothquant.search import ACT_CLIPS, Trial, resolve
 from smoothquant.sorting import ChannelPlan
 
 PLAN = ChannelPlan(torch.arange(64, dtype=torch.int32), 4)
@@ -27,8 +27,8 @@ def test_the_clip_of_least_error_is_taken():
     config = MixedQuantConfig(group_size=32, act_clip="search")
     chosen = resolve(config, x, weight, PLAN, False)
     errors = {
-        clip: output_error(
-            x, weight, PLAN, MixedQuantConfig(group_size=32, act_clip=clip), x @ weight.T
+        clip: Trial(x, weight, x @ weight.T, PLAN).error(
+            MixedQuantConfig(group_size=32, act_clip=clip)
         )
         for clip in ACT_CLIPS
     }
