@@ -26,7 +26,7 @@ from .errors import CheckpointError
 from .families import LayerInput, layer_inputs
 from .files import atomic_file
 from .linear import refuse_quantized
-from .moe import PARTS, expert_names, routed_inputs
+from .moe import PARTS, expert_arguments, expert_names, routed_inputs
 from .sorting import STAT_DTYPES, ChannelStats
 from .texts import read_texts
 
@@ -231,9 +231,7 @@ def _linear_hook(item: LayerInput, stats: dict[str, ChannelStats]) -> Callable:
 
 def _experts_hook(item: LayerInput, stats: dict[str, ChannelStats]) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        named = dict(zip(("hidden_states", "top_k_index"), args, strict=False)) | kwargs
-        x = named["hidden_states"].reshape(-1, module.gate_up_proj.shape[-1])
-        top_k_index = named["top_k_index"].reshape(x.shape[0], -1)
+        x, top_k_index = expert_arguments(module, args, kwargs)
         _update(stats, (item.experts,), x)
         for name, (_, part) in expert_names(item.experts, module).items():
             stats.setdefault(name, ChannelStats.empty(getattr(module, part).shape[-1]))
