@@ -173,12 +173,18 @@ def atom_style(model, stats, batches, group_size, *, num_outliers: int = 128) ->
     return _quantize(model, treatment, _needed("batches", batches))
 
 
-# Method -> (function, whether it has groups).
+class Method(NamedTuple):
+    """quantize: a function as `per_token_rtn`. has_groups: whether group_size concerns it."""
+
+    quantize: Callable[..., list[LinearRecord]]
+    has_groups: bool
+
+
 METHODS = {
-    "per-token-rtn": (per_token_rtn, False),
-    "smoothquant-style": (smoothquant_style, False),
-    "quarot-style": (quarot_style, True),
-    "atom-style": (atom_style, True),
+    "per-token-rtn": Method(per_token_rtn, has_groups=False),
+    "smoothquant-style": Method(smoothquant_style, has_groups=False),
+    "quarot-style": Method(quarot_style, has_groups=True),
+    "atom-style": Method(atom_style, has_groups=True),
 }
 
 
