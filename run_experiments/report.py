@@ -287,8 +287,7 @@ def _plots(every: Sequence[Row], name: str, dtype: str) -> dict[str, Plot]:
     method += f", recipe {recipes[0]}" if len(recipes) == 1 else ""
     if config["backend"] != "int4":
         method += ", simulated"
-    text = f"WikiText-2 test, {result['windows']} windows of {result['seqlen']:,} tokens"
-    quality = f"{method}. {text}."
+    quality = f"{method}. WikiText-2 test, {_windows(result['windows'], result['seqlen'])}."
     size = f"{method}. Bytes of all tensors; what is not quantized stays {dtype}."
     ppl_level = size_level = None
     if reference:
@@ -336,6 +335,10 @@ def _plots(every: Sequence[Row], name: str, dtype: str) -> dict[str, Plot]:
         ),
     }  # fmt: skip
     return plots if with_kl else {k: plot for k, plot in plots.items() if k != "kl_vs_bits"}
+
+
+def _windows(count: int, seqlen: int) -> str:
+    return f"{count} window{'' if count == 1 else 's'} of {seqlen:,} tokens"
 
 
 def _recipes(rows: Iterable[Row]) -> list[str]:
@@ -606,10 +609,8 @@ def _decibels(value: float | None) -> str:
 
 
 def _layers_title(settings: str, result: dict[str, Any]) -> str:
-    return (
-        f"Signal over error in dB, {settings}, int4, {result['windows']} windows of "
-        f"{result['seqlen']:,} tokens"
-    )
+    windows = _windows(result["windows"], result["seqlen"])
+    return f"Signal over error in dB, {settings}, int4, {windows}"
 
 
 def _draw_layers(result: dict[str, Any], stem: str, settings: str, folder: Path) -> Path:
@@ -687,8 +688,8 @@ def _results_page(rows, cells, model_name: str, command: str, text: str) -> str:
         "",
         f"    {command}",
         "",
-        f"- Evaluation: WikiText-2 raw {evaluation.get('split')}, {windows} windows of "
-        f"{evaluation.get('seqlen'):,} tokens, exp(mean token NLL)",
+        f"- Evaluation: WikiText-2 raw {evaluation.get('split')}, "
+        f"{_windows(windows, evaluation.get('seqlen'))}, exp(mean token NLL)",
     ]
     for calibration in calibrations:
         lines.append(

@@ -344,7 +344,7 @@ def test_errors_by_layer_are_stored_and_drawn(compared, tmp_path):
     assert lines[0] == ["layer", "kind", "int4", "fake", "int4 - fake"] and len(lines) == 29
     assert float(lines[1][2]) == results[1]["errors"][0]["decibels"]["int4"]
     page = (tmp_path / "tiny-opt_results.md").read_text()
-    assert "Signal over error in dB, best g=64 p=5% sort=rms, int4, 1 windows of 128" in page
+    assert "Signal over error in dB, best g=64 p=5% sort=rms, int4, 1 window of 128" in page
     assert "Calibration of rtn: " in page and "Calibration of best, per-token-rtn, " in page
     assert "simulated in floating point" in page
 
