@@ -15,14 +15,23 @@ usage() {
 ./run.sh setup              set up only
 
 Options of a sweep:
-  --preset NAME             default | paper (the published 9 x 4 grid) | opt | tiny
+  --preset NAME             default | recipes | peers (other methods beside) | paper (the published
+                            9 x 4 grid) | opt | tiny
   --model NAME              smollm2-135m, tiny-opt, a folder with a model, or a Hugging Face id
   --group-sizes G ...       channels that share a scale, e.g. 32 128
   --salient-props P ...     shares of channels kept in 16 bits, e.g. 0 0.05
   --sorts S ...             none max mean3std argmax rms
   --backends B ...          int4 (packed weights, integer kernels), fake (simulation)
+  --recipes R ...           rtn (round to nearest) fast best (with GPTQ: minutes for each model)
+  --methods M ...           mixedquant, or simulated: per-token-rtn smoothquant-style quarot-style
+                            atom-style
+  --set FIELD=VALUE ...     other fields of MixedQuantConfig, e.g. act_clip=0.9
   --windows N|all           windows of the WikiText-2 test split to score
   --seqlen T                tokens per window
+  --layers N                also the errors of each layer, over N windows
+  --calibration-blocks N    token blocks for statistics
+  --gptq-blocks N           token blocks for statistics and GPTQ, where a recipe or method needs it
+  --seed N                  of the draw of these blocks
   --dtype D                 float32 bfloat16 float16, of what is not quantized
   --output FOLDER           where finished cells are kept (default: results)
   --figures FOLDER          where figures and tables go (default: figures)

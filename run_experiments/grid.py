@@ -1,7 +1,8 @@
 """Sweeps as data: what a cell is, what names it, and the presets.
 
 A cell is one piece of work that can be done, kept and looked up by itself: the calibration of a
-model, the perplexity of the unquantized model, or the perplexity and size of one quantized model.
+model, the perplexity of the unquantized model, the scores and size of one quantized model, or the
+errors of its layers.
 Its key is the sha256 of its specification, so that a result can only be found again by a run that
 would compute the same thing.
 """
@@ -11,26 +12,30 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 PUBLISHED_GROUP_SIZES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 PUBLISHED_SALIENT_PROPS = (0.0, 0.01, 0.05, 0.1)
-TASKS = ("calibration", "baseline", "quantized")
+TASKS = ("calibration", "baseline", "quantized", "layers")
+MIXEDQUANT = "mixedquant"
 
 
 @dataclass(frozen=True)
 class Cell:
     """The specification of one piece of work: plain JSON values only.
 
-    task: "calibration", "baseline" (the unquantized model) or "quantized".
+    task: "calibration", "baseline" (the unquantized model), "quantized" or "layers" (its errors).
     model: name, sha256 of the model's files, dtype of its floating-point tensors.
     versions: version of every package that takes part in the numbers.
-    calibration: data and sha256 of the texts, number and length of the token blocks, seed of the
-        order of the texts. None for a baseline.
-    evaluation: data and sha256 of the texts, windows (None: all), seqlen. None for a calibration.
-    config: the fields of MixedQuantConfig. Only for "quantized".
+    calibration: data and sha256 of the texts, number and length of the token blocks, seed of their
+        draw. A quantized model has its statistics and, for GPTQ, its tokens from them. None for a
+        baseline.
+    evaluation: data and sha256 of the texts, windows (None: all), seqlen, and, of a quantized
+        model, what it is compared with. None for a calibration.
+    config: the fields of MixedQuantConfig, or {"method", "group_size"} of another method
+        (`peers.METHODS`). Only for "quantized" and "layers".
     """
 
     task: str
@@ -56,14 +61,22 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """A few words for progress bars and tables."""
+        """A few words for progress bars."""
         if self.config is None:
             return {"baseline": "unquantized model"}.get(self.task, self.task)
+        if self.task == "layers":
+            return f"layers of {self.settings}"
+        return f"{self.settings} {self.config.get('backend', '')}".rstrip()
+
+    @property
+    def settings(self) -> str:
+        """What tells a quantized model from the others of a sweep, but for its backend."""
         fields = self.config
-        return (
-            f"g={fields['group_size']} p={100 * fields['salient_prop']:g}% "
-            f"sort={fields['sort']} {fields['backend']}"
-        )
+        group = "" if fields["group_size"] is None else f" g={fields['group_size']}"
+        if "method" in fields:
+            return fields["method"] + group
+        share = f"{100 * fields['salient_prop']:g}%"
+        return f"{fields['recipe']}{group} p={share} sort={fields['sort']}"
 
 
 def canonical_json(value: Any) -> str:
@@ -73,17 +86,33 @@ def canonical_json(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Product:
-    """Every combination of these choices."""
+    """Every combination of these choices.
+
+    methods: "mixedquant", and others by their names in `peers.METHODS`, which only group sizes
+        concern.
+    fields: (name, value) pairs of MixedQuantConfig fields, the same in every combination.
+    """
 
     group_sizes: tuple[int, ...]
     salient_props: tuple[float, ...]
     sorts: tuple[str, ...] = ("rms",)
     backends: tuple[str, ...] = ("int4",)
+    recipes: tuple[str, ...] = ("rtn",)
+    methods: tuple[str, ...] = (MIXEDQUANT,)
+    fields: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named sweep. windows=None means all; model is a name or folder `load_model` knows."""
+    """A named sweep.
+
+    model: a name or folder `load_model` knows.
+    windows: of the test split, to score; None for all.
+    calibration_blocks: token blocks that statistics are collected from.
+    gptq_blocks: token blocks instead of these for what needs tokens (GPTQ, searches), which want
+        more.
+    layer_windows: windows over which the errors of each layer are measured; 0 for no such report.
+    """
 
     about: str
     model: str
@@ -92,6 +121,8 @@ class Preset:
     seqlen: int
     calibration_blocks: int
     calibration_block_size: int
+    gptq_blocks: int = 64
+    layer_windows: int = 0
     seed: int = 42
     dtype: str = "float32"
 
@@ -112,6 +143,33 @@ PRESETS = {
         seqlen=1024,
         calibration_blocks=8,
         calibration_block_size=512,
+    ),
+    "recipes": Preset(
+        about='each recipe at 3 group sizes x 2 salient shares; "best" takes minutes a cell',
+        model="smollm2-135m",
+        products=(Product((32, 128, 512), (0.05, 0.1), recipes=("rtn", "fast", "best")),),
+        windows=4,
+        seqlen=1024,
+        calibration_blocks=32,
+        calibration_block_size=1024,
+        gptq_blocks=32,
+    ),
+    "peers": Preset(
+        about='recipes "rtn" and "best" beside other methods, simulated, at g = 128',
+        model="smollm2-135m",
+        products=(
+            Product((128,), (0.05, 0.1), recipes=("rtn", "best")),
+            Product(
+                (128,),
+                (),
+                methods=("per-token-rtn", "smoothquant-style", "quarot-style", "atom-style"),
+            ),
+        ),
+        windows=4,
+        seqlen=1024,
+        calibration_blocks=32,
+        calibration_block_size=1024,
+        gptq_blocks=32,
     ),
     "paper": Preset(
         about="the published grid: 9 group sizes x 4 salient shares, sorted by max, 10 windows of "
@@ -144,6 +202,7 @@ PRESETS = {
         seqlen=128,
         calibration_blocks=4,
         calibration_block_size=128,
+        gptq_blocks=16,
     ),
 }
 
@@ -160,29 +219,58 @@ def override(preset: Preset, products: Mapping[str, tuple], **fields: Any) -> Pr
 
 
 def configs(products: Iterable[Product]) -> list[dict[str, Any]]:
-    """The quantization settings of `products` as MixedQuantConfig fields, each once, in order.
+    """The settings of `products` as `Cell.config` holds them, each once, in order.
 
     Raises:
-        ValueError, TypeError: a setting that MixedQuantConfig refuses, or no setting at all.
+        ValueError, TypeError: a setting that MixedQuantConfig refuses, an unknown method, or no
+            setting at all.
     """
-    from smoothquant.config import MixedQuantConfig
-
     unique: dict[str, dict[str, Any]] = {}
     for product in products:
-        for backend, sort, group_size, salient_prop in itertools.product(
-            product.backends, product.sorts, product.group_sizes, product.salient_props
-        ):
-            fields = MixedQuantConfig(
-                group_size=group_size,
-                # 0 and 0.0 are the same share and must give the same key.
-                salient_prop=float(salient_prop),
-                sort=sort,
-                backend=backend,
-            ).to_dict()
-            unique.setdefault(canonical_json(fields), fields)
+        for method in product.methods:
+            of_method = _mixedquant if method == MIXEDQUANT else _other_method
+            for fields in of_method(method, product):
+                unique.setdefault(canonical_json(fields), fields)
     if not unique:
-        raise ValueError("the sweep has no cells: group_sizes, salient_props, sorts and backends")
+        raise ValueError(
+            "the sweep has no cells: group_sizes, salient_props, sorts, backends, recipes, methods"
+        )
     return list(unique.values())
+
+
+def _mixedquant(method: str, product: Product) -> Iterator[dict[str, Any]]:
+    from smoothquant.config import MixedQuantConfig
+
+    for backend, recipe, sort, group_size, salient_prop in itertools.product(
+        product.backends,
+        product.recipes,
+        product.sorts,
+        product.group_sizes,
+        product.salient_props,
+    ):
+        fields = {
+            "group_size": group_size,
+            # 0 and 0.0 are the same share and must give the same key.
+            "salient_prop": float(salient_prop),
+            "sort": sort,
+            "backend": backend,
+            "recipe": recipe,
+        }
+        yield MixedQuantConfig.from_dict(fields | dict(product.fields)).to_dict()
+
+
+def _other_method(method: str, product: Product) -> Iterator[dict[str, Any]]:
+    from smoothquant.config import check_integer
+
+    from .peers import METHODS
+
+    if method not in METHODS:
+        raise ValueError(
+            f"method must be one of {', '.join([MIXEDQUANT, *METHODS])}; got {method!r}"
+        )
+    for group_size in product.group_sizes:
+        check_integer("group_size", group_size, 1)
+        yield {"method": method, "group_size": group_size if METHODS[method].has_groups else None}
 
 
 def cells(
@@ -193,23 +281,41 @@ def cells(
     calibration_data: Mapping[str, Any],
     evaluation_data: Mapping[str, Any],
 ) -> list[Cell]:
-    """All cells of a sweep: the calibration, the unquantized model, then every setting.
+    """All cells of a sweep: calibrations, the unquantized model, every setting, errors by layer.
 
     model, versions: as in Cell. calibration_data, evaluation_data: name and sha256 of the texts.
     """
-    calibration = {
-        **calibration_data,
-        "blocks": preset.calibration_blocks,
+    common = {"model": model, "versions": versions}
+    evaluation = {**evaluation_data, "windows": preset.windows, "seqlen": preset.seqlen}
+    baseline = Cell("baseline", evaluation=evaluation, **common)
+    quantized = [
+        Cell(
+            "quantized",
+            calibration=_calibration(preset, calibration_data, fields),
+            evaluation={**evaluation, "against": baseline.task},
+            config=fields,
+            **common,
+        )
+        for fields in configs(preset.products)
+    ]
+    layers = [
+        replace(cell, task="layers", evaluation={**evaluation, "windows": preset.layer_windows})
+        for cell in quantized
+        if preset.layer_windows and cell.config.get("backend") == "int4"
+    ]
+    calibrations = [Cell("calibration", calibration=c.calibration, **common) for c in quantized]
+    return [*{c.key: c for c in calibrations}.values(), baseline, *quantized, *layers]
+
+
+def _calibration(
+    preset: Preset, data: Mapping[str, Any], fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    from smoothquant.config import MixedQuantConfig
+
+    by_tokens = "method" in fields or MixedQuantConfig.from_dict(dict(fields)).needs_tokens
+    return {
+        **data,
+        "blocks": preset.gptq_blocks if by_tokens else preset.calibration_blocks,
         "block_size": preset.calibration_block_size,
         "seed": preset.seed,
     }
-    evaluation = {**evaluation_data, "windows": preset.windows, "seqlen": preset.seqlen}
-    common = {"model": model, "versions": versions}
-    return [
-        Cell("calibration", calibration=calibration, **common),
-        Cell("baseline", evaluation=evaluation, **common),
-        *(
-            Cell("quantized", calibration=calibration, evaluation=evaluation, config=c, **common)
-            for c in configs(preset.products)
-        ),
-    ]

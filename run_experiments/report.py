@@ -27,6 +27,7 @@ STYLES = (
     ("#CC79A7", "D", (0, (5, 1.5, 1, 1.5, 1, 1.5))),
     ("#E69F00", "v", (0, (1, 1))),
     ("#56B4E9", "P", (0, (6, 2))),
+    ("#000000", "X", (0, (2, 1))),
 )
 REFERENCE_COLOUR = "#404040"
 REFERENCE_DASHES = (0, (2, 2))
@@ -40,6 +41,15 @@ class Row:
     result: dict[str, Any]
 
     @property
+    def method(self) -> str:
+        """The recipe, or the name of another method; "" for the unquantized model."""
+        return (self.config or {}).get("method") or (self.config or {}).get("recipe", "")
+
+    @property
+    def is_other_method(self) -> bool:
+        return "method" in (self.config or {})
+
+    @property
     def bits_per_weight(self) -> float:
         return 16.0 if self.config is None else self.result["bits_per_weight"]
 
@@ -51,11 +61,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Series:
-    """A named line of a figure: (x, y) points in ascending x, with an optional text at each."""
+    """A named line of a figure: (x, y) points in ascending x, with an optional text at each.
+
+    style: numbers of its colour and marker and of its dashes; None for the line's own number.
+    """
 
     label: str
     points: tuple[tuple[float, float], ...]
     texts: tuple[str, ...] = ()
+    style: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,7 @@ def stored_rows(store: Store, cells: Iterable[Cell]) -> list[Row]:
     """The stored results of the evaluations among `cells`, in order; unfinished ones left out."""
     rows = []
     for cell in cells:
-        result = store.get(cell) if cell.task != "calibration" else None
+        result = store.get(cell) if cell.task in ("baseline", "quantized") else None
         if result is not None:
             rows.append(Row(None if cell.config is None else dict(cell.config), result))
     return rows
@@ -86,8 +100,8 @@ def table(rows: Sequence[Row]) -> str:
     """A Markdown table of the results, one line per evaluated model."""
     reference = next((r.result["perplexity"] for r in rows if r.config is None), None)
     head = (
-        ["group", "salient", "sort", "backend"]
-        + ["bits/weight", "size MiB", "PPL", "vs 16-bit", "tokens/s"]
+        ["method", "group", "salient", "sort", "backend"]
+        + ["bits/weight", "size MiB", "PPL", "vs 16-bit", "KL", "top-1", "tokens/s"]
     )  # fmt: skip
     body = [[*_settings(row), *_numbers(row, reference)] for row in rows]
     return _markdown(head, body)
@@ -95,23 +109,35 @@ def table(rows: Sequence[Row]) -> str:
 
 def _settings(row: Row) -> list[str]:
     if row.config is None:
-        return ["-", "-", "-", "16-bit model"]
+        return ["16-bit model", "-", "-", "-", "-"]
     c = row.config
-    return [str(c["group_size"]), _percent(c["salient_prop"]), c["sort"], c["backend"]]
+    group = "-" if c["group_size"] is None else str(c["group_size"])
+    if row.is_other_method:
+        return [row.method, group, "-", "-", "fake"]
+    return [row.method, group, _percent(c["salient_prop"]), c["sort"], c["backend"]]
 
 
 def _numbers(row: Row, reference: float | None) -> list[str]:
-    perplexity, run = row.result["perplexity"], row.result["run"]
-    # The simulation holds float weights: its bits and bytes say nothing about the method.
-    real = row.config is None or row.config["backend"] == "int4"
-    if perplexity is None:
-        quality = ["not finite", "-"]
-    elif row.config is None or reference is None:
-        quality = [_number(perplexity), "-"]
-    else:
-        quality = [_number(perplexity), f"{perplexity - reference:+.2f}"]
-    size = [f"{row.bits_per_weight:.3f}", f"{row.size_mib:.1f}"] if real else ["-", "-"]
-    return [*size, *quality, f"{run['tokens_per_s']:,.0f}"]
+    result = row.result
+    perplexity = result["perplexity"]
+    # The simulation holds float weights: its bytes say nothing about the method, and its bits only
+    # where they were computed.
+    real = row.config is None or row.config.get("backend") == "int4"
+    bits = f"{row.bits_per_weight:.3f}" if real or row.is_other_method else "-"
+    size = f"{row.size_mib:.1f}" if real else "-"
+    delta = "-"
+    if perplexity is not None and row.config is not None and reference is not None:
+        delta = f"{perplexity - reference:+.2f}"
+    kl, top1 = result.get("kl"), result.get("top1")
+    return [
+        bits,
+        size,
+        "not finite" if perplexity is None else _number(perplexity),
+        delta,
+        "-" if kl is None else f"{kl:.4f}",
+        "-" if top1 is None else f"{100 * top1:.1f} %",
+        f"{result['run']['tokens_per_s']:,.0f}",
+    ]
 
 
 def _number(value: float) -> str:
@@ -125,7 +151,7 @@ def _percent(share: float) -> str:
 def _markdown(head: list[str], body: list[list[str]]) -> str:
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     # Words to the left, numbers to the right.
-    left = {"sort", "backend"}
+    left = {"method", "sort", "backend"}
 
     def line(fields: list[str]) -> str:
         padded = (
@@ -156,17 +182,23 @@ def write(
     """
     rows = stored_rows(store, cells)
     text = table(rows)
-    paths = []
     stem = _stem(model_name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = _main_rows(rows)
-    if drawn:
-        reference = next((row for row in rows if row.config is None), None)
-        plots = _plots(drawn, reference, stem, cells[0].model["dtype"])
-        paths = [_draw(plot, folder / f"{stem}_{name}") for name, plot in plots.items()]
+    paths = [
+        _draw(plot, folder / f"{stem}_{name}")
+        for name, plot in _plots(rows, stem, cells[0].model["dtype"]).items()
+    ]
+    page = _results_page(rows, cells, model_name, command, text)
+    for cell in cells:
+        result = store.get(cell) if cell.task == "layers" else None
+        if result is not None:
+            paths.append(_draw_layers(result, stem, cell.settings, folder))
+            page += (
+                f"\n## {_layers_title(cell.settings, result)}\n\n{layer_table(result['errors'])}\n"
+            )
     results = folder / f"{stem}_results.md"
-    write_atomically(results, _results_page(rows, cells, model_name, command, text))
+    write_atomically(results, page)
     return text, [*paths, results]
 
 
@@ -224,8 +256,9 @@ def _stem(model_name: str) -> str:
 
 
 def _main_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows that a figure compares: one backend and the sort with most cells."""
-    quantized = [row for row in rows if row.config is not None and row.result["perplexity"]]
+    """The rows that a figure compares: MixedQuant's by one backend and the sort with most cells."""
+    quantized = [row for row in rows if row.config and not row.is_other_method]
+    quantized = [row for row in quantized if row.result["perplexity"]]
     kinds = Counter((row.config["backend"] == "int4", row.config["sort"]) for row in quantized)
     if not kinds:
         return []
@@ -242,28 +275,19 @@ def _share_label(share: float) -> str:
     return f"{_percent(share)} salient"
 
 
-def _by_share(rows: Sequence[Row]) -> list[tuple[float, list[Row]]]:
-    shares = sorted({row.config["salient_prop"] for row in rows})
-    return [
-        (
-            share,
-            sorted(
-                (row for row in rows if row.config["salient_prop"] == share),
-                key=lambda row: row.config["group_size"],
-            ),
-        )
-        for share in shares
-    ]
-
-
-def _plots(rows: list[Row], reference: Row | None, name: str, dtype: str) -> dict[str, Plot]:
+def _plots(every: Sequence[Row], name: str, dtype: str) -> dict[str, Plot]:
+    """The figures of a sweep by the ends of their names; none without a row of MixedQuant."""
+    rows = _main_rows(every)
+    if not rows:
+        return {}
+    reference = next((row for row in every if row.config is None), None)
     config, result = rows[0].config, rows[0].result
+    recipes = _recipes(rows)
     method = f"W{config['num_bits']}A{config['num_bits']}, sort {config['sort']}"
+    method += f", recipe {recipes[0]}" if len(recipes) == 1 else ""
     if config["backend"] != "int4":
         method += ", simulated"
-    quality = (
-        f"{method}. WikiText-2 test, {result['windows']} windows of {result['seqlen']:,} tokens."
-    )
+    quality = f"{method}. WikiText-2 test, {_windows(result['windows'], result['seqlen'])}."
     size = f"{method}. Bytes of all tensors; what is not quantized stays {dtype}."
     ppl_level = size_level = None
     if reference:
@@ -272,39 +296,81 @@ def _plots(rows: list[Row], reference: Row | None, name: str, dtype: str) -> dic
             ppl_level = "16-bit model", reference.result["perplexity"]
     by_group = ("Group size", "Perplexity", "log", "log")
     size_by_group = ("Group size", "Model size (MiB)", "log", "linear")
-    by_bits = (
-        "Bits per weight (codes, scales and salient channels)", "Perplexity", "linear", "log",
-    )  # fmt: skip
-    return {
+    bits = "Bits per weight (codes, scales and salient channels)"
+    by_bits = (bits, "Perplexity", "linear", "log")
+    kl_by_bits = (bits, "KL divergence from the 16-bit model (nats)", "linear", "log")
+    others = [row for row in every if row.is_other_method and row.result["perplexity"]]
+    with_kl = [row for row in rows if row.result.get("kl")]
+    plots = {
         "ppl_vs_group_size": Plot(
             f"{name}: perplexity by group size", quality, *by_group,
             _lines(rows, lambda row: (row.config["group_size"], row.result["perplexity"])),
             ppl_level,
         ),
         "size_vs_group_size": Plot(
+            # recipes differ in values, not in bytes
             f"{name}: model size by group size", size, *size_by_group,
-            _lines(rows, lambda row: (row.config["group_size"], row.size_mib)),
+            _lines(
+                [row for row in rows if row.method == recipes[0]],
+                lambda row: (row.config["group_size"], row.size_mib),
+            ),
             size_level,
         ),
         "ppl_vs_bits": Plot(
             f"{name}: perplexity by size of the weights", f"{quality} g: group size.", *by_bits,
             _lines(
-                rows,
-                lambda row: (row.bits_per_weight, row.result["perplexity"]),
-                lambda row: f"g {row.config['group_size']}",
+                rows, lambda row: (row.bits_per_weight, row.result["perplexity"]), _group, others
             ),
             ppl_level,
         ),
+        "kl_vs_bits": Plot(
+            f"{name}: KL divergence by size of the weights", f"{quality} g: group size.",
+            *kl_by_bits,
+            _lines(
+                with_kl,
+                lambda row: (row.bits_per_weight, row.result["kl"]),
+                _group,
+                [row for row in others if row.result.get("kl")],
+            ),
+        ),
     }  # fmt: skip
+    return plots if with_kl else {k: plot for k, plot in plots.items() if k != "kl_vs_bits"}
 
 
-def _lines(rows: list[Row], point, text=None) -> tuple[Series, ...]:
-    """One line per salient share through `point(row)` = (x, y), with `text(row)` at each point."""
+def _windows(count: int, seqlen: int) -> str:
+    return f"{count} window{'' if count == 1 else 's'} of {seqlen:,} tokens"
+
+
+def _recipes(rows: Iterable[Row]) -> list[str]:
+    return list(dict.fromkeys(row.method for row in rows))
+
+
+def _group(row: Row) -> str:
+    return "" if row.config["group_size"] is None else f"g {row.config['group_size']}"
+
+
+def _lines(rows: Sequence[Row], point, text=None, others: Sequence[Row] = ()) -> tuple[Series, ...]:
+    """A line per recipe and salient share, then one per other method, through `point(row)` =
+    (x, y), with `text(row)` at each point. Several recipes differ in colour, shares in dashes."""
+    recipes = _recipes(rows)
+    shares = sorted({row.config["salient_prop"] for row in rows})
     lines = []
-    for share in sorted({row.config["salient_prop"] for row in rows}):
-        line = sorted((row for row in rows if row.config["salient_prop"] == share), key=point)
+
+    def add(label: str, line: list[Row], style: tuple[int, int]) -> None:
+        line.sort(key=point)
         texts = tuple(map(text, line)) if text else ()
-        lines.append(Series(_share_label(share), tuple(map(point, line)), texts))
+        lines.append(Series(label, tuple(map(point, line)), texts, style))
+
+    for i, recipe in enumerate(recipes):
+        for j, share in enumerate(shares):
+            line = [r for r in rows if (r.method, r.config["salient_prop"]) == (recipe, share)]
+            several = len(recipes) > 1
+            label = _share_label(share)
+            if line:
+                add(f"{recipe}, {label}" if several else label, line, (i, j) if several else (j, j))
+    colours = len(recipes) if len(recipes) > 1 else len(shares)
+    for i, method in enumerate(_recipes(others)):
+        add(method, [row for row in others if row.method == method], (colours + i, 1))
     return tuple(lines)
 
 
@@ -347,7 +413,12 @@ def _draw(plot: Plot, path: Path) -> Path:
 
 
 def _styles(series: Sequence[Series]) -> list[tuple]:
-    return [STYLES[index % len(STYLES)] for index in range(len(series))]
+    """(colour, marker, dashes) of each."""
+    styles = []
+    for index, line in enumerate(series):
+        first, second = (number % len(STYLES) for number in line.style or (index, index))
+        styles.append((*STYLES[first][:2], STYLES[second][2]))
+    return styles
 
 
 def _set_scales(axes, plot: Plot) -> None:
@@ -484,15 +555,126 @@ def _overlap(a: tuple, b: tuple) -> bool:
 
 
 def _write_points(path: Path, plot: Plot) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["series", plot.x_name, plot.y_name, "point"])
+    rows = []
     for line in plot.series:
         pairs = zip(line.points, line.texts or ("",) * len(line.points), strict=True)
-        writer.writerows([line.label, x, y, t] for (x, y), t in pairs)
+        rows += [[line.label, x, y, t] for (x, y), t in pairs]
     if plot.level:
-        writer.writerow([plot.level[0], "", plot.level[1], ""])
+        rows.append([plot.level[0], "", plot.level[1], ""])
+    _write_csv(path, ["series", plot.x_name, plot.y_name, "point"], rows)
+
+
+def _write_csv(path: Path, head: list, rows: Iterable[list]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
     write_atomically(path, text.getvalue())
+
+
+def _use(calibrations: Sequence[dict], calibration: dict, cells: Sequence[Cell]) -> str:
+    """Whose calibration it is, where there are several."""
+    if len(calibrations) == 1:
+        return ""
+    of = (cell.config for cell in cells if cell.config and cell.calibration == calibration)
+    names = dict.fromkeys(c.get("method") or c["recipe"] for c in of)
+    return f" of {', '.join(names)}"
+
+
+def layer_table(errors: Sequence[dict[str, Any]], of: str = "int4") -> str:
+    """A Markdown table of decibels, decoder layers down, kinds of layers across.
+
+    errors: as a "layers" cell holds them, {"layer", "kind", "decibels": {name: value or None}}.
+    of: the name whose decibels are shown.
+    """
+    kinds, layers, decibels = _pivot(errors, of)
+    body = [
+        [_layer_name(layer), *(_decibels(decibels.get((layer, kind))) for kind in kinds)]
+        for layer in layers
+    ]
+    return _markdown(["layer", *kinds], body)
+
+
+def _pivot(errors: Sequence[dict[str, Any]], of: str) -> tuple[list, list, dict]:
+    """(kinds, layers, {(layer, kind): decibels or None})."""
+    kinds = list(dict.fromkeys(error["kind"] for error in errors))
+    layers = list(dict.fromkeys(error["layer"] for error in errors))
+    return kinds, layers, {(e["layer"], e["kind"]): e["decibels"][of] for e in errors}
+
+
+def _layer_name(layer: int | None) -> str:
+    return "-" if layer is None else str(layer)
+
+
+def _decibels(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _layers_title(settings: str, result: dict[str, Any]) -> str:
+    windows = _windows(result["windows"], result["seqlen"])
+    return f"Signal over error in dB, {settings}, int4, {windows}"
+
+
+def _draw_layers(result: dict[str, Any], stem: str, settings: str, folder: Path) -> Path:
+    """Draw the errors by layer and kind, a panel per comparison, and write them as CSV."""
+    from matplotlib.figure import Figure
+
+    errors = result["errors"]
+    names = result["compared"]
+    kinds, layers, _ = _pivot(errors, names[0])
+    figure = Figure(
+        figsize=(max(7.2, 2.2 + 0.26 * len(layers)), 0.9 + len(names) * (0.7 + 0.21 * len(kinds))),
+        dpi=170,
+        layout="constrained",
+    )
+    figure.suptitle(
+        f"{stem}: error of each layer ({settings})",
+        x=0.01, ha="left", fontsize=12, fontweight="bold",
+    )  # fmt: skip
+    for axes, name in zip(figure.subplots(len(names), 1, squeeze=False)[:, 0], names, strict=True):
+        _draw_heat_map(figure, axes, errors, name)
+    axes.set_xlabel("Decoder layer", fontsize=9)
+    slug = settings.translate(str.maketrans(" ", "_", "=%"))
+    path = folder / f"{stem}_layers_{slug}"
+    picture = path.with_name(path.name + ".png")
+    figure.savefig(picture, metadata={"Software": None})
+    rows = [[e["layer"], e["kind"], *(e["decibels"][name] for name in names)] for e in errors]
+    _write_csv(path.with_name(path.name + ".csv"), ["layer", "kind", *names], rows)
+    return picture
+
+
+def _draw_heat_map(figure, axes, errors: Sequence[dict[str, Any]], name: str) -> None:
+    kinds, layers, decibels = _pivot(errors, name)
+    values = [[decibels.get((layer, kind)) for layer in layers] for kind in kinds]
+    numbers = [[math.nan if v is None else v for v in row] for row in values]
+    low, high = _colour_range(values)
+    # cividis is told apart without colour vision, and rises in lightness, so in grey print too
+    image = axes.imshow(numbers, cmap="cividis", aspect="auto", vmin=low, vmax=high)
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            dark = value is not None and value < (low + high) / 2
+            axes.text(
+                x, y, "-" if value is None else f"{value:.0f}",
+                ha="center", va="center", fontsize=6, color="white" if dark else "black",
+            )  # fmt: skip
+    axes.set_xticks(range(len(layers)), map(_layer_name, layers), fontsize=7)
+    axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if "hidden" in kinds:  # what all layers before add up to, apart from each one's own
+        axes.axhline(kinds.index("hidden") - 0.5, color="white", linewidth=3)
+    one, _, other = name.partition(" - ")
+    against = other or "the 16-bit model"
+    axes.set_title(f"{one} against {against}", loc="left", fontsize=9.5)
+    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03, extend="both")
+    bar.set_label("dB", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+
+def _colour_range(values: Sequence[Sequence[float | None]]) -> tuple[float, float]:
+    """What nine tenths of the values lie in: one layer unlike all others must not take the colours
+    from them."""
+    known = sorted(v for row in values for v in row if v is not None) or [0.0]
+    cut = len(known) // 20
+    return known[cut], known[-1 - cut]
 
 
 def _results_page(rows, cells, model_name: str, command: str, text: str) -> str:
@@ -500,19 +682,20 @@ def _results_page(rows, cells, model_name: str, command: str, text: str) -> str:
     runs = [row.result["run"] for row in rows]
     evaluation = next((cell.evaluation for cell in cells if cell.evaluation), {})
     windows = rows[0].result["windows"] if rows else evaluation.get("windows")
-    calibration = next((cell.calibration for cell in cells if cell.calibration), None)
+    calibrations = [cell.calibration for cell in cells if cell.task == "calibration"]
     lines = [
         f"# {model_name}: perplexity and size",
         "",
         f"    {command}",
         "",
-        f"- Evaluation: WikiText-2 raw {evaluation.get('split')}, {windows} windows of "
-        f"{evaluation.get('seqlen'):,} tokens, exp(mean token NLL)",
+        f"- Evaluation: WikiText-2 raw {evaluation.get('split')}, "
+        f"{_windows(windows, evaluation.get('seqlen'))}, exp(mean token NLL)",
     ]
-    if calibration:
+    for calibration in calibrations:
         lines.append(
-            f"- Calibration: WikiText-2 raw {calibration['split']}, {calibration['blocks']} blocks "
-            f"of {calibration['block_size']:,} tokens, seed {calibration['seed']}"
+            f"- Calibration{_use(calibrations, calibration, cells)}: WikiText-2 raw "
+            f"{calibration['split']}, {calibration['blocks']} blocks of "
+            f"{calibration['block_size']:,} tokens, seed {calibration['seed']}"
         )
     for name, what in (("chip", "Chip"), ("isa", "Instruction set"), ("threads", "Threads")):
         lines.append(f"- {what}: {', '.join(sorted({str(run[name]) for run in runs}))}")
@@ -529,6 +712,15 @@ def _results_page(rows, cells, model_name: str, command: str, text: str) -> str:
         "that of its tensors in 16 bits. The size of a quantized model is that of its tensors as "
         "they are in memory, equal to the saved file's payload to the byte; embeddings and the "
         f"language head are not quantized and stay {first.model['dtype']}. Bits per weight count "
-        "codes, scales, salient channels and padding of the quantized layers.",
+        "codes, scales, salient channels and padding of the quantized layers. KL is the mean over "
+        "tokens of KL(16-bit model || quantized model) in nats, top-1 the share of tokens where "
+        "both hold the same next token most likely. Tokens/s are of the forward passes alone.",
     ]
+    if any(row.is_other_method for row in rows):
+        lines += [
+            "",
+            "Methods other than the recipes of MixedQuant are simulated in floating point, "
+            "re-implemented from their papers (run_experiments/peers.py says how); their bits per "
+            "weight are computed from codes and scales.",
+        ]
     return "\n".join(lines) + "\n"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import shlex
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from run_experiments import report, runner
+from run_experiments import peers, report, runner
 from run_experiments.grid import (
     PRESETS,
     PUBLISHED_GROUP_SIZES,
@@ -230,10 +231,12 @@ def sweep(preset: Preset, store: Store, *, progress: bool = True) -> list[Cell]:
     if not waiting:
         print(f"All {len(plan)} cells are in {store.folder}: nothing to compute.")
         return plan
-    # Windows that the texts or the model cannot give are found before any work is done.
+    # What the texts or the model cannot give is found before any work is done.
     model, _ = bench.loaded()
     runner.check_seqlen(model, preset.calibration_block_size)
-    windows = bench.evaluator(plan[-1].evaluation).num_windows
+    if any("method" in (cell.config or {}) for cell in waiting):
+        peers.check_model(model)
+    windows = [bench.evaluator(c.evaluation).num_windows for c in plan if c.evaluation][0]
     print(f"{len(plan)} cells, {done} of them in {store.folder}, {len(waiting)} to compute.")
     print(f"Perplexity on {windows} windows of {preset.seqlen:,} tokens of the test split.")
     reference = next(
@@ -246,7 +249,7 @@ def sweep(preset: Preset, store: Store, *, progress: bool = True) -> list[Cell]:
             store.put(cell, result)
             if cell.task == "baseline":
                 reference = result
-            bar.write(f"  {cell.label:<32} {_outcome(result, reference)}")
+            bar.write(f"  {cell.label:<38} {_outcome(result, reference)}")
             bar.update()
         bar.set_description("done")
     return plan
@@ -254,10 +257,11 @@ def sweep(preset: Preset, store: Store, *, progress: bool = True) -> list[Cell]:
 
 def _check(preset: Preset) -> None:
     configs(preset.products)
-    for name in ("seqlen", "calibration_blocks", "calibration_block_size"):
+    least = {"seqlen": 2, "calibration_blocks": 1, "calibration_block_size": 1, "gptq_blocks": 1}
+    for name, low in (least | {"layer_windows": 0}).items():
         value = getattr(preset, name)
-        if value < (2 if name == "seqlen" else 1):
-            raise ValueError(f"{name} must be positive (seqlen at least 2); got {value}")
+        if value < low:
+            raise ValueError(f"{name} must be at least {low}; got {value}")
     if preset.windows is not None and preset.windows < 1:
         raise ValueError(f"windows must be at least 1 or all; got {preset.windows}")
 
@@ -272,7 +276,8 @@ def _outcome(result: dict[str, Any], reference: dict[str, Any] | None) -> str:
     delta = ""
     if reference and result is not reference and reference["perplexity"]:
         delta = f"({perplexity - reference['perplexity']:+,.2f})"
-    return f"PPL {perplexity:>10,.2f} {delta:>12} {seconds:>6.1f} s"
+    kl = "" if result.get("kl") is None else f"KL {result['kl']:.3f}"
+    return f"PPL {perplexity:>10,.2f} {delta:>12} {kl:>9} {seconds:>6.1f} s"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -294,8 +299,35 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--sorts", nargs="+", metavar="S", help="none max mean3std argmax rms")
     parser.add_argument("--backends", nargs="+", metavar="B", help="int4 fake")
+    parser.add_argument("--recipes", nargs="+", metavar="R", help="rtn fast best")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="M",
+        help=f"mixedquant, or simulated: {' '.join(peers.METHODS)}",
+    )
+    parser.add_argument(
+        "--set",
+        dest="fields",
+        nargs="+",
+        type=_field,
+        metavar="FIELD=VALUE",
+        help="other fields of MixedQuantConfig, for example act_clip=0.9",
+    )
     parser.add_argument("--windows", type=_windows, metavar="N", help="test windows, or all")
     parser.add_argument("--seqlen", type=int, metavar="T", help="tokens per window")
+    parser.add_argument(
+        "--calibration-blocks", type=int, metavar="N", help="token blocks for statistics"
+    )
+    parser.add_argument("--gptq-blocks", type=int, metavar="N", help="the same for what needs GPTQ")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the draw of these blocks")
+    parser.add_argument(
+        "--layers",
+        dest="layer_windows",
+        type=int,
+        metavar="N",
+        help="also the errors of each layer, over N windows",
+    )
     parser.add_argument("--dtype", choices=runner.DTYPES, help="of what is not quantized")
     parser.add_argument(
         "--output", default="results", metavar="FOLDER", help="finished cells (default: results)"
@@ -312,15 +344,25 @@ def _windows(text: str) -> float | int:
     return math.inf if text == "all" else int(text)
 
 
+def _field(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value  # a word
+
+
 def _chosen_preset(args: argparse.Namespace) -> Preset:
     products = {
         name: tuple(values)
-        for name in ("group_sizes", "salient_props", "sorts", "backends")
+        for name in (f.name for f in dataclasses.fields(Product))
         if (values := getattr(args, name)) is not None
     }
     fields = {
         name: value
-        for name in ("model", "windows", "seqlen", "dtype")
+        for name in (f.name for f in dataclasses.fields(Preset) if hasattr(args, f.name))
         if (value := getattr(args, name)) is not None
     }
     if fields.get("windows") == math.inf:

@@ -8,16 +8,18 @@ import json
 import math
 import os
 import platform
-import random
 import struct
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -31,17 +33,21 @@ from smoothquant.bundled import (
     load_model,
     wikitext,
 )
-from smoothquant.calibration import collect_stats, load_stats, save_stats, token_blocks
+from smoothquant.calibration import collect_stats, draw_blocks, load_stats, save_stats
 from smoothquant.checkpoint import save_quantized
 from smoothquant.config import MixedQuantConfig
+from smoothquant.files import atomic_file
+from smoothquant.layer_report import by_kind, layer_report
 from smoothquant.model_size import Byte, distinct_tensors, get_model_size
-from smoothquant.ppl_eval import Evaluator
-from smoothquant.quantize import quantize
+from smoothquant.ppl_eval import Evaluator, HeadLogits
+from smoothquant.quantize import LinearRecord, quantize, simulated_copy
 
+from . import peers
 from .grid import Cell
 from .store import Store, file_sha256
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HEAD_INPUTS = "head_inputs"  # the tensor that a baseline leaves for comparisons
 PACKAGES = ("smoothquant", "torch", "transformers")
 
 # Files of a model folder that take part in its numbers.
@@ -74,7 +80,7 @@ class Bench:
     Args:
         source: what `smoothquant.bundled.load_model` takes: bundled name, folder, Hugging Face id.
         dtype: a name in DTYPES, for the model's floating-point tensors.
-        store: where finished calibrations lie.
+        store: where finished calibrations and baselines lie.
         progress: show progress bars.
 
     Raises:
@@ -88,7 +94,8 @@ class Bench:
         self.source, self.dtype, self.store, self.progress = source, dtype, store, progress
         self._loaded: tuple[nn.Module, Any] | None = None
         self._evaluators: dict[str, Evaluator] = {}
-        self._stats: tuple[str, Mapping] | None = None
+        self._stats: dict[str, Mapping] = {}
+        self._blocks: dict[str, list[Tensor]] = {}
 
     @property
     def name(self) -> str:
@@ -135,7 +142,7 @@ class Bench:
 
     def evaluator(self, evaluation: Mapping[str, Any]) -> Evaluator:
         """The test windows of an evaluation, tokenized once."""
-        name = json.dumps(dict(evaluation), sort_keys=True)
+        name = json.dumps([evaluation[key] for key in ("sha256", "windows", "seqlen")])
         if name not in self._evaluators:
             model, tokenizer = self.loaded()
             check_seqlen(model, evaluation["seqlen"])
@@ -153,11 +160,36 @@ class Bench:
                 raise ValueError(f"windows, seqlen: {error}") from error
         return self._evaluators[name]
 
-    def stats(self, calibration: Cell) -> Mapping:
-        """The stored statistics of a finished calibration cell."""
-        if self._stats is None or self._stats[0] != calibration.key:
-            self._stats = calibration.key, load_stats(self.store.artifact(calibration))
-        return self._stats[1]
+    def stats(self, cell: Cell) -> Mapping:
+        """The stored statistics of the finished calibration that a cell uses."""
+        calibration = _companion(cell, "calibration", calibration=cell.calibration)
+        if calibration.key not in self._stats:
+            self._stats[calibration.key] = load_stats(self.store.artifact(calibration))
+        return self._stats[calibration.key]
+
+    def blocks(self, calibration: Mapping[str, Any]) -> list[Tensor]:
+        """The token blocks of a calibration."""
+        name = json.dumps(dict(calibration), sort_keys=True)
+        if name not in self._blocks:
+            self._blocks[name] = calibration_blocks(self.loaded()[1], calibration)
+        return self._blocks[name]
+
+    def reference(self, cell: Cell) -> nn.Module | HeadLogits:
+        """What a quantized model is compared with: the stored head inputs of the finished baseline
+        of the same windows, or the model itself where it left none."""
+        model, _ = self.loaded()
+        evaluation = {key: value for key, value in cell.evaluation.items() if key != "against"}
+        path = self.store.artifact(_companion(cell, "baseline", evaluation=evaluation))
+        if not path.is_file():
+            return model
+        # read a window at a time
+        inputs = safetensors.safe_open(path, framework="pt").get_slice(HEAD_INPUTS)
+        return HeadLogits(model.get_output_embeddings(), inputs)
+
+
+def _companion(cell: Cell, task: str, **parts: Any) -> Cell:
+    """Another cell of the same sweep, which `cell` builds upon."""
+    return Cell(task, model=cell.model, versions=cell.versions, **parts)
 
 
 def check_seqlen(model: nn.Module, seqlen: int) -> None:
@@ -190,8 +222,8 @@ def run_cell(cell: Cell, bench: Bench) -> dict[str, Any]:
 
 
 def _calibrate(cell: Cell, bench: Bench) -> dict[str, Any]:
-    model, tokenizer = bench.loaded()
-    blocks = calibration_blocks(tokenizer, cell.calibration)
+    model, _ = bench.loaded()
+    blocks = bench.blocks(cell.calibration)
     check_seqlen(model, cell.calibration["block_size"])
     stats = collect_stats(model, blocks, progress=bench.progress)
     path = bench.store.artifact(cell)
@@ -209,44 +241,67 @@ def calibration_blocks(tokenizer: Any, calibration: Mapping[str, Any]) -> list[T
 
     Running text inside of a block, many articles across blocks: what a model reads in use.
     """
-    rows = wikitext(calibration["split"])
-    every = token_blocks(rows, tokenizer, None, calibration["block_size"])
-    wanted = calibration["blocks"]
-    if wanted > len(every):
-        raise ValueError(
-            f"calibration blocks must be at most the {len(every)} of {calibration['block_size']} "
-            f"tokens in the {calibration['split']} texts; got {wanted}"
-        )
-    chosen = random.Random(calibration["seed"]).sample(range(len(every)), wanted)
-    return [every[index] for index in sorted(chosen)]
+    return draw_blocks(
+        wikitext(calibration["split"]),
+        tokenizer,
+        calibration["blocks"],
+        calibration["block_size"],
+        calibration["seed"],
+    )
 
 
 def _evaluate_baseline(cell: Cell, bench: Bench) -> dict[str, Any]:
     model, _ = bench.loaded()
     elements = sum(t.numel() for t in distinct_tensors(model)[0].values() if t.is_floating_point())
+    evaluator = bench.evaluator(cell.evaluation)
+    with _timed(model) as seconds:
+        nlls, head_inputs = evaluator.head_inputs(model)
+    result = _scores(evaluator, nlls, seconds)
+    path = bench.store.artifact(cell)
+    if head_inputs is not None:
+        with atomic_file(path) as temporary:
+            safetensors.torch.save_file({HEAD_INPUTS: head_inputs}, temporary)
+        result["run"]["artifact_sha256"] = file_sha256(path)
     return {
-        **_perplexity(model, cell, bench),
+        **result,
         "model_bytes": get_model_size(model) // Byte,
         "model_bytes_16_bit": 2 * elements,
     }
 
 
-def _evaluate_quantized(cell: Cell, bench: Bench) -> dict[str, Any]:
+def _quantized(
+    cell: Cell, bench: Bench, **changes: Any
+) -> tuple[nn.Module, list[LinearRecord], float]:
+    """A quantized model by the cell's config, its records and the seconds it took."""
+    config = {**cell.config, **changes}
     model, _ = bench.loaded()
-    config = MixedQuantConfig.from_dict(dict(cell.config))
-    calibration = Cell(
-        "calibration", model=cell.model, versions=cell.versions, calibration=cell.calibration
-    )
-    stats = bench.stats(calibration)
+    stats, batches = bench.stats(cell), bench.blocks(cell.calibration)
     started = time.perf_counter()
-    model = module_copy(model)
-    layers = quantize(model, config, stats, progress=False)
-    quantize_seconds = time.perf_counter() - started
-    result = _perplexity(model, cell, bench)
+    if "method" in config:
+        # SmoothQuant changes norms and weights where they are
+        model = copy.deepcopy(model)
+        method = peers.METHODS[config["method"]]
+        layers = method.quantize(model, stats, batches, config["group_size"])
+    else:
+        model = module_copy(model)
+        config = MixedQuantConfig.from_dict(config)
+        layers = quantize(model, config, stats, batches, progress=False)
+    return model, layers, time.perf_counter() - started
+
+
+def _evaluate_quantized(cell: Cell, bench: Bench) -> dict[str, Any]:
+    model, layers, quantize_seconds = _quantized(cell, bench)
+    evaluator = bench.evaluator(cell.evaluation)
+    with _timed(model) as seconds:
+        nlls, kls, same = evaluator.token_comparison(model, bench.reference(cell))
+    result = _scores(evaluator, nlls, seconds)
+    kl = kls.mean().item()
+    result["kl"] = kl if math.isfinite(kl) else None
+    result["top1"] = same.double().mean().item()
     result["run"]["quantize_seconds"] = round(quantize_seconds, 3)
     result["model_bytes"] = get_model_size(model) // Byte
     result.update(_layer_totals(layers))
-    if config.backend == "int4":
+    if cell.config.get("backend") == "int4":
         result["file_payload_bytes"] = saved_payload_bytes(model)
         if result["file_payload_bytes"] != result["model_bytes"]:
             raise RuntimeError(
@@ -256,10 +311,38 @@ def _evaluate_quantized(cell: Cell, bench: Bench) -> dict[str, Any]:
     return result
 
 
+def _measure_layers(cell: Cell, bench: Bench) -> dict[str, Any]:
+    evaluator = bench.evaluator(cell.evaluation)
+    windows = [evaluator.window(index) for index in range(evaluator.num_windows)]
+    model, _, _ = _quantized(cell, bench, backend="int4")
+    models = {"int4": model, "fake": simulated_copy(model)}
+    errors = by_kind(layer_report(bench.loaded()[0], models, windows, progress=False))
+    return {
+        "tokens": sum(window.numel() for window in windows),
+        "windows": evaluator.num_windows,
+        "seqlen": evaluator.seq_len,
+        "compared": list(errors[0].noise),
+        # null stands for Inf (equal outputs) and NaN alike
+        "errors": [
+            {
+                "layer": error.layer,
+                "kind": error.kind,
+                "decibels": {
+                    name: value if math.isfinite(value) else None
+                    for name, value in error.decibels.items()
+                },
+            }
+            for error in errors
+        ],
+        "run": {},
+    }
+
+
 _TASKS = {
     "calibration": _calibrate,
     "baseline": _evaluate_baseline,
     "quantized": _evaluate_quantized,
+    "layers": _measure_layers,
 }
 
 
@@ -269,12 +352,28 @@ def module_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def _perplexity(model: nn.Module, cell: Cell, bench: Bench) -> dict[str, Any]:
-    evaluator = bench.evaluator(cell.evaluation)
-    started = time.perf_counter()
-    nlls = evaluator.token_nlls(model)
-    seconds = time.perf_counter() - started
-    nll = nlls.mean()
+@contextmanager
+def _timed(model: nn.Module) -> Iterator[list[float]]:
+    """Collects the seconds of each forward pass inside."""
+    seconds: list[float] = []
+    started = [0.0]
+
+    def before(*_: Any) -> None:
+        started[0] = time.perf_counter()
+
+    def after(*_: Any) -> None:
+        seconds.append(time.perf_counter() - started[0])
+
+    hooks = [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
+    try:
+        yield seconds
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _scores(evaluator: Evaluator, nlls: Tensor, forward_seconds: list[float]) -> dict[str, Any]:
+    nll, seconds = nlls.mean(), sum(forward_seconds)
     perplexity = nll.exp()
     # A model that overflows is a result too; null is what JSON has for it.
     finite = bool(torch.isfinite(perplexity))

@@ -16,7 +16,8 @@ FORMAT_VERSION = 1
 
 
 class Store:
-    """A folder of finished cells, `<key>.json` each; a calibration has `<key>.safetensors` too.
+    """A folder of finished cells, `<key>.json` each; a calibration and, mostly, a baseline have
+    `<key>.safetensors` too.
 
     Files are written under a temporary name, flushed to disk and renamed, so a process killed at
     any moment leaves only finished cells behind. Several processes may share a folder: a cell
@@ -43,7 +44,7 @@ class Store:
         return self.folder / f"{cell.key}.json"
 
     def artifact(self, cell: Cell) -> Path:
-        """The file for the tensors that a cell leaves (a calibration's statistics)."""
+        """The file for the tensors that a cell leaves (statistics; what an output head reads)."""
         return self.folder / f"{cell.key}.safetensors"
 
     def get(self, cell: Cell) -> dict[str, Any] | None:

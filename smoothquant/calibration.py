@@ -26,7 +26,7 @@ from .errors import CheckpointError
 from .families import LayerInput, layer_inputs
 from .files import atomic_file
 from .linear import refuse_quantized
-from .moe import PARTS, expert_names, routed_inputs
+from .moe import PARTS, expert_arguments, expert_names, routed_inputs
 from .sorting import STAT_DTYPES, ChannelStats
 from .texts import read_texts
 
@@ -279,10 +279,8 @@ def input_hooks(
 
     def experts_hook(item: LayerInput) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            named = dict(zip(("hidden_states", "top_k_index"), args, strict=False)) | kwargs
-            x = named["hidden_states"].reshape(-1, module.gate_up_proj.shape[-1])
+            x, top_k_index = expert_arguments(module, args, kwargs)
             visit((item.experts,), x)
-            top_k_index = named["top_k_index"].reshape(x.shape[0], -1)
             for expert, *part_inputs in routed_inputs(module, x, top_k_index):
                 for part, part_input in zip(PARTS, part_inputs, strict=True):
                     visit((item.expert_linear(expert, part),), part_input)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -436,6 +437,25 @@ class W4A4Linear(QuantizedLinear):
             self.group_size,
             self.config.rotation,
         )
+
+    def simulated(self, dtype: torch.dtype = torch.float32) -> FakeW4A4Linear:
+        """The simulation of this very layer, with the same codes, in a dtype."""
+        layer = FakeW4A4Linear(
+            self.in_features,
+            self.out_features,
+            config=dataclasses.replace(self.config, backend="fake"),
+            num_salient=self.num_salient,
+            quantize_output=self.quantize_output,
+            device="meta",
+        )
+        order = torch.arange(self.in_features, dtype=torch.int32, device=self.perm.device)
+        packed = [getattr(self, name) for name in ops.PACKED]
+        # not rotated back: the simulation rotates its input too
+        weight = ops.unpack_weight(*packed, order, self.out_features, self.group_size, 0)
+        layer.simulated_weight = weight.to(dtype)
+        layer.perm = self.perm.clone()
+        layer.bias = None if self.bias is None else self.bias.clone()
+        return layer
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         salient = state_dict.get(prefix + "salient_weight")

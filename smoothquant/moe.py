@@ -57,6 +57,14 @@ class W4A4Experts(nn.Module):
         return out
 
 
+def expert_arguments(experts: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
+    """hidden_states [T, H] and top_k_index [T, k] out of the arguments of a call of a float fused
+    experts module, by position or by name."""
+    named = dict(zip(("hidden_states", "top_k_index"), args, strict=False)) | kwargs
+    x = named["hidden_states"].reshape(-1, experts.gate_up_proj.shape[-1])
+    return x, named["top_k_index"].reshape(x.shape[0], -1)
+
+
 @torch.no_grad()
 def routed_inputs(
     experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor

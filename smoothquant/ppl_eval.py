@@ -1,19 +1,23 @@
 """Perplexity by the one protocol that every number of this project follows, and its command line.
 
-    python -m smoothquant.ppl_eval --model_path smollm2-135m --n_samples 4 --quantize
+    python -m smoothquant.ppl_eval --model_path smollm2-135m --n_samples 4 --quantize --compare
 
 Rows joined by a blank line, one tokenizer call, non-overlapping windows, the last partial one
 dropped, exp(mean token NLL). A subset of windows is a different number, so how many were scored
-is always printed.
+is always printed. Beside perplexity, a model can be compared token by token with the 16-bit model
+that it was made from: KL divergence and top-1 agreement are less noisy than two perplexities.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +35,40 @@ from .texts import read_texts
 # Positions whose logits are turned into float32 and log-probabilities at a time: for a vocabulary
 # of 128,000 that is 128 MB, where a whole window of 2,048 would take 1 GB twice.
 LOSS_CHUNK = 256
+
+
+class Comparison(NamedTuple):
+    """A model against a reference on the same windows; means over the scored tokens.
+
+    perplexity: of the model.
+    kl: KL(P || Q) in nats, P the reference's distribution of the next token and Q the model's.
+    top1: share of tokens for which both hold the same next token most likely, in [0, 1].
+    """
+
+    perplexity: float
+    kl: float
+    top1: float
+
+
+class HeadLogits:
+    """A model's logits on the windows of an evaluator, made anew by its output head.
+
+    What the head reads is smaller than what it gives by the ratio of vocabulary to hidden size (85
+    for SmolLM2): one recorded pass of the reference serves any number of comparisons.
+
+    Args:
+        head: the model's output head.
+        inputs: [num_windows, seq_len - 1, H], as `Evaluator.head_inputs` gives them, or anything
+            that gives a window of them by its number (a slice of a safetensors file).
+    """
+
+    def __init__(self, head: nn.Module, inputs: Tensor) -> None:
+        self.head, self.inputs = head, inputs
+
+    @torch.no_grad()
+    def __getitem__(self, index: int) -> Tensor:
+        """Logits [seq_len - 1, V] of a window."""
+        return self.head(self.inputs[index].to(self.head.weight.device))
 
 
 class Evaluator:
@@ -100,18 +138,90 @@ class Evaluator:
             ValueError: as `check_model`.
         """
         self.check_model(model)
-        device = next(iter(model.parameters())).device
         nlls = torch.empty(self.num_windows, self.seq_len - 1, dtype=torch.float64)
-        bar = tqdm(
-            range(self.num_windows), desc="evaluating", unit="window", disable=not self.progress
-        )
         with evaluating(model):
-            for index in bar:
-                window = self.dataset[:, index * self.seq_len : (index + 1) * self.seq_len]
-                window = window.to(device)
-                logits = model(window, **no_cache(model)).logits[0, :-1]
-                nlls[index] = _nlls(logits, window[0, 1:])
+            for index in self._progress():
+                nlls[index] = _nlls(self._logits(model, index), self._labels(index))
         return nlls
+
+    @torch.no_grad()
+    def head_inputs(self, model: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Score a model and keep what its output head reads, for `HeadLogits`.
+
+        Returns:
+            (`token_nlls`; [num_windows, seq_len - 1, H] in the model's dtype, CPU, or None where
+            the logits are not the head's output as it is: some models scale or cap them.)
+        """
+        head = model.get_output_embeddings()
+        if head is None:
+            return self.token_nlls(model), None
+        seen: list[Tensor] = []
+        hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0][0, :-1].cpu()))
+        try:
+            nlls = self.token_nlls(model)
+        finally:
+            hook.remove()
+        inputs = torch.stack(seen)
+        last = self.num_windows - 1
+        again = _nlls(HeadLogits(head, inputs)[last], self._labels(last))
+        same = torch.allclose(again, nlls[last], rtol=1e-5, atol=1e-4, equal_nan=True)
+        return nlls, inputs if same else None
+
+    @torch.no_grad()
+    def token_comparison(
+        self, model: nn.Module, reference: nn.Module | HeadLogits | Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compare a model's predictions with a reference's, for every scored token.
+
+        Args:
+            model: the model to be scored.
+            reference: another model, or the logits [seq_len - 1, V] of each window by its number
+                (a `HeadLogits`, for one). A window of both is in memory at a time.
+
+        Returns:
+            (`token_nlls` of the model; KL(reference || model) in nats; whether the most likely
+            token is the same), float64, float64 and bool [num_windows, seq_len - 1], CPU.
+
+        Raises:
+            ValueError: as `check_model`, or the vocabularies differ in size.
+        """
+        shape = (self.num_windows, self.seq_len - 1)
+        nlls, kls = torch.empty(2, *shape, dtype=torch.float64)
+        same = torch.empty(shape, dtype=torch.bool)
+        with ExitStack() as modes:
+            for each in (model, reference):
+                if isinstance(each, nn.Module):
+                    self.check_model(each)
+                    modes.enter_context(evaluating(each))
+            for index in self._progress():
+                found, wanted = self._logits(model, index), self._logits(reference, index)
+                if wanted.shape != found.shape:
+                    raise ValueError(
+                        f"reference must give logits of shape {tuple(found.shape)} for a window, "
+                        f"as the model does; got {tuple(wanted.shape)}"
+                    )
+                scores = _compared(found, wanted, self._labels(index))
+                nlls[index], kls[index], same[index] = scores
+        return nlls, kls, same
+
+    def compare(
+        self, model: nn.Module, reference: nn.Module | HeadLogits | Sequence[Tensor]
+    ) -> Comparison:
+        """Perplexity of a model, its KL divergence from a reference and their top-1 agreement.
+
+        Arguments as in `token_comparison`; prints the result and how it was measured.
+        """
+        started = time.perf_counter()
+        nlls, kls, same = self.token_comparison(model, reference)
+        seconds = time.perf_counter() - started
+        result = Comparison(
+            nlls.mean().exp().item(), kls.mean().item(), same.double().mean().item()
+        )
+        print(
+            f"perplexity {result.perplexity:.4f}, KL divergence {result.kl:.5f} nats, "
+            f"top-1 agreement {result.top1:.2%} {self._measured(seconds)}"
+        )
+        return result
 
     def evaluate(self, model: nn.Module) -> Tensor:
         """Return the model's perplexity, a 0-d float tensor, and print how it was measured.
@@ -123,12 +233,33 @@ class Evaluator:
         nlls = self.token_nlls(model)
         seconds = time.perf_counter() - started
         perplexity = nlls.mean().exp()
-        tokens = self.num_windows * self.seq_len
-        print(
-            f"perplexity {perplexity:.4f} on {self.num_windows} of {self.available_windows} "
-            f"windows, seqlen {self.seq_len}, {tokens / seconds:.1f} tokens/s"
-        )
+        print(f"perplexity {perplexity:.4f} {self._measured(seconds)}")
         return perplexity.float()
+
+    def window(self, index: int) -> Tensor:
+        """The token ids of a window, int64 [1, seq_len], on the evaluator's device."""
+        return self.dataset[:, index * self.seq_len : (index + 1) * self.seq_len]
+
+    def _progress(self) -> Iterator[int]:
+        windows = range(self.num_windows)
+        return tqdm(windows, desc="evaluating", unit="window", disable=not self.progress)
+
+    def _logits(self, model: nn.Module | HeadLogits | Sequence[Tensor], index: int) -> Tensor:
+        """Logits [seq_len - 1, V] of a window, on the model's device."""
+        if not isinstance(model, nn.Module):
+            return model[index]
+        window = self.window(index).to(next(model.parameters()).device)
+        return model(window, **no_cache(model)).logits[0, :-1]
+
+    def _labels(self, index: int) -> Tensor:
+        return self.window(index)[0, 1:]
+
+    def _measured(self, seconds: float) -> str:
+        tokens = self.num_windows * self.seq_len
+        return (
+            f"on {self.num_windows} of {self.available_windows} windows, seqlen {self.seq_len}, "
+            f"{tokens / seconds:.1f} tokens/s"
+        )
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ValueError if the model lacks token ids or positions that the windows need."""
@@ -163,9 +294,29 @@ def _nlls(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.cat(
         [
             nn.functional.cross_entropy(some.float(), label, reduction="none").double().cpu()
-            for some, label in zip(logits.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
+            for some, label in _in_chunks(logits, labels.to(logits.device))
         ]
     )
+
+
+def _compared(found: Tensor, wanted: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [T, V] of a model and its reference, labels [T] -> nll, KL, same top-1: [T], CPU."""
+    parts = []
+    device = found.device
+    for some, reference, label in _in_chunks(found, wanted.to(device), labels.to(device)):
+        log_q = nn.functional.log_softmax(some.float(), dim=-1)
+        log_p = nn.functional.log_softmax(reference.float(), dim=-1)
+        # softmax anew, not exp(log_p), whose last bits depend on where threads cut the tensor
+        p = nn.functional.softmax(reference.float(), dim=-1)
+        kl = (p * log_p.sub_(log_q)).sum(-1, dtype=torch.float64)
+        nll = nn.functional.nll_loss(log_q, label, reduction="none").double()
+        parts.append((nll.cpu(), kl.cpu(), (some.argmax(-1) == reference.argmax(-1)).cpu()))
+    nll, kl, same = (torch.cat(part) for part in zip(*parts, strict=True))
+    return nll, kl, same
+
+
+def _in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(tensor.split(LOSS_CHUNK) for tensor in tensors), strict=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -218,6 +369,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dataset_path", help="texts to score (default: the bundled WikiText-2 test split)")
     add("--n_samples", type=int, help="windows to score (default: all)")
     add("--seq_len", type=int, default=2048, help="tokens per window (default: %(default)s)")
+    add(
+        "--compare",
+        action="store_true",
+        help="also print KL divergence and top-1 agreement to the model as it was loaded",
+    )
     return parser
 
 
@@ -226,14 +382,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        model, evaluator = _prepared(args, *_checked(args))
+        model, reference, evaluator = _prepared(args, *_checked(args))
     except (ValueError, TypeError, CheckpointError) as error:
         parser.error(str(error))
-    print(f"Perplexity: {evaluator.evaluate(model)}")
+    if reference is None:
+        print(f"Perplexity: {evaluator.evaluate(model)}")
+    else:
+        result = evaluator.compare(model, reference)
+        print(f"Perplexity: {result.perplexity}")
+        print(f"KL divergence: {result.kl}")
+        print(f"Top-1 agreement: {result.top1}")
 
 
 def _prepared(args: argparse.Namespace, config, act_scales, calibration_texts, dataset):
-    """Return (model, evaluator), the model smoothed and quantized as asked for."""
+    """Return (model, reference or None, evaluator), the model smoothed and quantized as asked."""
     model, tokenizer = load_model(args.model_path)
     device = next(model.parameters()).device
     evaluator = Evaluator(dataset, tokenizer, device, args.n_samples, seq_len=args.seq_len)
@@ -242,6 +404,7 @@ def _prepared(args: argparse.Namespace, config, act_scales, calibration_texts, d
         refuse_quantized(model)
     if args.quantize:
         blocks = token_blocks(calibration_texts, tokenizer, args.calibration_blocks, 512)
+    reference = copy.deepcopy(model) if args.compare else None
     if args.smooth:
         smooth_lm(model, act_scales, args.alpha)
         print(f"smoothed with alpha {args.alpha}")
@@ -250,7 +413,7 @@ def _prepared(args: argparse.Namespace, config, act_scales, calibration_texts, d
         print(f"{args.model_path}: {_description(config, records)}")
     else:
         print(f"{args.model_path}: not quantized here")
-    return model, evaluator
+    return model, reference, evaluator
 
 
 def _checked(args: argparse.Namespace):
@@ -263,6 +426,8 @@ def _checked(args: argparse.Namespace):
     check_real("alpha", args.alpha, 0, 1)
     if args.smooth and args.act_scales_path is None:
         raise ValueError("--smooth needs --act_scales_path (see examples/generate_act_scales.py)")
+    if args.compare and not (args.smooth or args.quantize):
+        raise ValueError("--compare needs --smooth or --quantize, whose effect it measures")
     config = MixedQuantConfig(
         num_bits=args.num_bits,
         group_size=args.group_size,

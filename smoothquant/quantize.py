@@ -1,5 +1,6 @@
 """The walk over a model: every linear of a float model becomes a quantized one, in place."""
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,13 @@ from tqdm import tqdm
 from .calibration import calibration_batches, collect_stats
 from .config import MixedQuantConfig
 from .families import ATTENTION_INPUTS, LayerInput, layer_inputs, output_heads
-from .linear import QuantizedLinear, linear_class, refuse_quantized, salient_dtype_for
+from .linear import (
+    QuantizedLinear,
+    W4A4Linear,
+    linear_class,
+    refuse_quantized,
+    salient_dtype_for,
+)
 from .moe import PARTS, W4A4Experts
 from .pipeline import Group, model_groups, ready_groups, with_shares
 from .sorting import ChannelStats, check_blocks
@@ -131,6 +138,18 @@ def quantize(
                 replace_module(model, group.expert[0], W4A4Experts(experts, act_fn))
                 experts = {}
     return records + _kept_records(model, items)
+
+
+def simulated_copy(model: nn.Module) -> nn.Module:
+    """A copy of a packed model with the simulation of each of its layers, of the same codes, in the
+    model's dtype: what differs between the two is the arithmetic alone. Other tensors are shared.
+    """
+    copied = copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
+    dtype = next(model.parameters()).dtype
+    for name, module in list(copied.named_modules()):
+        if isinstance(module, W4A4Linear):
+            replace_module(copied, name, module.simulated(dtype))
+    return copied
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

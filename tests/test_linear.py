@@ -496,3 +496,20 @@ def test_config_type_errors_and_round_trip():
     assert MixedQuantConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ValueError, match="unknown MixedQuantConfig field.*groupsize"):
         MixedQuantConfig.from_dict({"groupsize": 3})
+
+
+@pytest.mark.parametrize("salient_format", ["16bit", "int8"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_layer_simulates_itself(salient_format, bias):
+    weight = torch.randn(50, 70)
+    config = MixedQuantConfig(
+        recipe="fast", group_size=16, salient_format=salient_format, weight_rounding="nearest"
+    )
+    plan = ChannelPlan(torch.randperm(70).int(), 5)
+    layer = W4A4Linear.from_weight(weight, torch.randn(50) if bias else None, config, plan)
+    simulated = layer.simulated()
+    x = torch.randn(9, 70)
+    y = layer(x)
+    assert (simulated(x) - y).norm() < 1e-5 * y.norm()
+    assert (simulated.dequantize() - layer.dequantize()).abs().max() < 1e-6
+    assert simulated.config.backend == "fake" and (simulated.bias is None) == (not bias)

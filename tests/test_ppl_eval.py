@@ -12,7 +12,7 @@ from smoothquant import ppl_eval
 from smoothquant.bundled import load_bundled, wikitext
 from smoothquant.checkpoint import save_quantized
 from smoothquant.config import MixedQuantConfig
-from smoothquant.ppl_eval import Evaluator, main
+from smoothquant.ppl_eval import Evaluator, HeadLogits, main
 from smoothquant.quantize import quantize
 
 ROWS = wikitext("test")[:50]
@@ -71,6 +71,101 @@ def test_chunks_do_not_change_the_loss(tiny_opt, monkeypatch):
     for chunk in (1, 7, 63):
         monkeypatch.setattr(ppl_eval, "LOSS_CHUNK", chunk)
         assert torch.equal(evaluator.token_nlls(model), whole)
+
+
+# ---- comparison with a reference ----
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_opt):
+    """(evaluator, quantized model, float model)."""
+    model = load_bundled("tiny-opt")[0]
+    quantize(model, MixedQuantConfig(group_size=32), progress=False)
+    evaluator = Evaluator(ROWS, tiny_opt[1], "cpu", 3, seq_len=80, progress=False)
+    return evaluator, model, tiny_opt[0]
+
+
+def plain_comparison(evaluator, model, reference):
+    """Perplexity, KL and top-1 agreement word by word, in float64 and one token at a time."""
+    nll, kl, same = [], [], []
+    for index in range(evaluator.num_windows):
+        window = evaluator.window(index)
+        with torch.no_grad():
+            q, p = (m(window).logits[0].double().log_softmax(-1) for m in (model, reference))
+        for t in range(evaluator.seq_len - 1):
+            nll.append(-q[t, window[0, t + 1]].item())
+            kl.append(sum(p[t].exp() * (p[t] - q[t])).item())
+            same.append(int(p[t].argmax() == q[t].argmax()))
+    return math.exp(sum(nll) / len(nll)), sum(kl) / len(kl), sum(same) / len(same)
+
+
+def test_comparison(pair, capsys):
+    evaluator, model, reference = pair
+    result = evaluator.compare(model, reference)
+    perplexity, kl, top1 = plain_comparison(*pair)
+    assert result.perplexity == pytest.approx(perplexity, rel=1e-5)
+    assert result.kl == pytest.approx(kl, abs=1e-5) and kl > 0.01
+    assert result.top1 == top1 and 0.5 < top1 < 1
+    assert result.perplexity == pytest.approx(evaluator.evaluate(model).item(), rel=1e-6)
+    printed = capsys.readouterr().out
+    assert f"KL divergence {result.kl:.5f} nats" in printed
+    assert f"top-1 agreement {top1:.2%} on 3 of" in printed
+
+
+def test_a_model_compared_with_itself(pair):
+    evaluator, _, model = pair
+    nlls, kls, same = evaluator.token_comparison(model, model)
+    assert torch.equal(nlls, evaluator.token_nlls(model))
+    assert (kls == 0).all() and same.all()
+
+
+def test_kl_is_not_symmetric_and_not_negative(pair):
+    evaluator, model, reference = pair
+    one, other = (evaluator.token_comparison(*pair)[1] for pair in (pair[1:], pair[:0:-1]))
+    assert min(one.min(), other.min()) > -1e-6
+    assert abs(one.mean() - other.mean()) > 1e-4
+
+
+def test_chunks_do_not_change_the_comparison(pair, monkeypatch):
+    whole = pair[0].token_comparison(*pair[1:])
+    for chunk in (1, 7, 79):
+        monkeypatch.setattr(ppl_eval, "LOSS_CHUNK", chunk)
+        for found, wanted in zip(pair[0].token_comparison(*pair[1:]), whole, strict=True):
+            assert torch.allclose(found.double(), wanted.double(), rtol=0, atol=1e-6)
+
+
+def test_recorded_head_inputs_stand_for_the_model(pair):
+    evaluator, model, reference = pair
+    nlls, inputs = evaluator.head_inputs(reference)
+    assert torch.equal(nlls, evaluator.token_nlls(reference))
+    assert inputs.shape == (3, 79, reference.config.word_embed_proj_dim)
+    recorded = HeadLogits(reference.get_output_embeddings(), inputs)
+    again = evaluator.token_comparison(model, recorded)
+    for found, wanted in zip(again, evaluator.token_comparison(model, reference), strict=True):
+        assert torch.allclose(found.double(), wanted.double(), rtol=0, atol=1e-6)
+
+
+def test_logits_that_the_head_does_not_give_are_not_recorded(tiny_opt, pair, make_model):
+    class Rows:
+        def __call__(self, text, **_):
+            ids = torch.randint(3, 96, (1, 64), generator=torch.Generator().manual_seed(0))
+            return type("Encoding", (), {"input_ids": ids})
+
+    evaluator = Evaluator(ROWS, Rows(), "cpu", 2, seq_len=24, progress=False)
+    model = make_model("gemma2")
+    model.config.final_logit_softcapping = None
+    assert evaluator.head_inputs(model)[1] is not None
+    model.config.final_logit_softcapping = 5.0
+    nlls, inputs = evaluator.head_inputs(model)
+    assert inputs is None and torch.equal(nlls, evaluator.token_nlls(model))
+
+
+def test_comparison_refuses_what_does_not_fit(pair, make_model):
+    evaluator, model, reference = pair
+    with pytest.raises(ValueError, match=r"reference must give logits of shape \(79, 2048\)"):
+        evaluator.compare(model, [torch.zeros(79, 96)])
+    with pytest.raises(ValueError, match="model knows 96 token ids"):
+        evaluator.compare(model, make_model("opt"))
 
 
 def test_every_kind_of_dataset_is_the_same_text(tiny_opt, tmp_path):
@@ -160,6 +255,7 @@ def test_import_runs_nothing():
         (["--smooth"], "--act_scales_path"),
         (["--smooth", "--act_scales_path", "nowhere.pt"], "nowhere.pt"),
         (["--smooth", "--alpha", "1.5"], "alpha"),
+        (["--compare"], "--compare needs --smooth or --quantize"),
         (["--quantize", "--group_size", "0"], "group_size"),
         (["--quantize", "--salient_prop", "1.5"], "salient_prop"),
         (["--quantize", "--backend", "int5"], "int5"),
@@ -232,3 +328,10 @@ def test_command_line(tiny_opt, capsys, tmp_path):
     assert plain < quantized < 3 * plain
     without_salient, _ = perplexity_of([*quantize, "--salient_prop", "0"], capsys)
     assert quantized < without_salient
+
+    main(
+        ["--model_path", "tiny-opt", "--n_samples", "2", "--seq_len", "256", *quantize, "--compare"]
+    )
+    printed = dict(line.split(": ") for line in capsys.readouterr().out.splitlines()[-3:])
+    assert float(printed["Perplexity"]) == pytest.approx(quantized, rel=1e-6)
+    assert 0 < float(printed["KL divergence"]) < 1 and 0.5 < float(printed["Top-1 agreement"]) < 1

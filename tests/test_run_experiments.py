@@ -21,10 +21,14 @@ sys.path.insert(0, str(ROOT))
 import run_experiments  # noqa: E402
 from run_experiments import grid, report, runner  # noqa: E402
 from run_experiments.grid import PRESETS, Cell, Product  # noqa: E402
+from run_experiments.peers import METHODS  # noqa: E402
 from run_experiments.run_experiments import main  # noqa: E402
 from run_experiments.store import Store  # noqa: E402
 from smoothquant.bundled import load_bundled, wikitext  # noqa: E402
-from smoothquant.calibration import load_stats  # noqa: E402
+from smoothquant.calibration import collect_stats, load_stats  # noqa: E402
+from smoothquant.config import MixedQuantConfig  # noqa: E402
+from smoothquant.ppl_eval import Evaluator  # noqa: E402
+from smoothquant.quantize import quantize  # noqa: E402
 
 TINY = PRESETS["tiny"]
 
@@ -102,6 +106,8 @@ def test_key_depends_on_everything(change):
 
 def test_presets():
     assert len(some_cells(PRESETS["default"])) == 2 + 12 + 4 + 4
+    assert len(some_cells(PRESETS["recipes"])) == 2 + 3 * 3 * 2
+    assert len(some_cells(PRESETS["peers"])) == 2 + 2 * 2 + 4
     assert len(some_cells(PRESETS["paper"])) == 2 + 9 * 4
     for preset in PRESETS.values():
         keys = [cell.key for cell in some_cells(preset)]
@@ -111,6 +117,55 @@ def test_presets():
 def test_equal_settings_are_one_cell():
     products = [Product((8, 8), (0, 0.0, 0.05)), Product((8,), (0.05,))]
     assert len(grid.configs(products)) == 2
+
+
+def test_recipes_and_methods_are_dimensions():
+    product = Product((16, 64), (0.05,), recipes=("rtn", "best"), methods=("mixedquant", *METHODS))
+    configs = grid.configs([product])
+    recipes = [(c["recipe"], c["group_size"]) for c in configs if "recipe" in c]
+    assert recipes == [("rtn", 16), ("rtn", 64), ("best", 16), ("best", 64)]
+    assert {c["weight_rounding"] for c in configs if c.get("recipe") == "best"} == {"gptq"}
+    # a method without groups is one cell whatever the group sizes
+    assert [c for c in configs if "method" in c] == [
+        {"method": "per-token-rtn", "group_size": None},
+        {"method": "smoothquant-style", "group_size": None},
+        *({"method": "quarot-style", "group_size": g} for g in (16, 64)),
+        *({"method": "atom-style", "group_size": g} for g in (16, 64)),
+    ]
+
+
+def test_fields_are_set_in_every_combination():
+    product = Product((16, 64), (0.0,), recipes=("rtn", "fast"), fields=(("act_clip", 0.5),))
+    configs = grid.configs([product])
+    assert len(configs) == 4 and {c["act_clip"] for c in configs} == {0.5}
+
+
+def test_cells_say_how_many_tokens_they_are_calibrated_on():
+    products = (Product((64,), (0.0,), recipes=("rtn", "best"), methods=("mixedquant", *METHODS)),)
+
+    def calibrations(**fields):
+        plan = some_cells(dataclasses.replace(TINY, products=products, **fields))
+        found = {c.settings: c for c in plan if c.task == "quantized"}
+        return found, [c.calibration["blocks"] for c in plan if c.task == "calibration"]
+
+    cells, blocks = calibrations()
+    assert blocks == [TINY.calibration_blocks, TINY.gptq_blocks]
+    assert cells["rtn g=64 p=0% sort=rms"].calibration["blocks"] == TINY.calibration_blocks
+    assert cells["best g=64 p=0% sort=rms"].calibration["blocks"] == TINY.gptq_blocks
+    assert cells["atom-style g=64"].calibration["blocks"] == TINY.gptq_blocks
+    # more tokens for GPTQ leave what needs none as it was
+    others, _ = calibrations(gptq_blocks=17)
+    changed = {name for name in cells if others[name].key != cells[name].key}
+    assert changed == set(cells) - {"rtn g=64 p=0% sort=rms"}
+    assert len(calibrations(gptq_blocks=TINY.calibration_blocks)[1]) == 1
+
+
+def test_errors_of_layers_are_cells_of_packed_models():
+    plan = some_cells(dataclasses.replace(TINY, layer_windows=3))
+    layers = [cell for cell in plan if cell.task == "layers"]
+    packed = [c for c in plan if c.task == "quantized" and c.config["backend"] == "int4"]
+    assert [c.config for c in layers] == [c.config for c in packed]
+    assert {c.evaluation["windows"] for c in layers} == {3}
 
 
 def test_override_replaces_in_every_product():
@@ -181,6 +236,129 @@ def test_store_refuses_a_file_as_folder(tmp_path):
 
 # ---- sweeps ----
 
+RECIPES = grid.override(
+    TINY,
+    {
+        "group_sizes": (64,),
+        "salient_props": (0.05,),
+        "sorts": ("rms",),
+        "backends": ("int4",),
+        "recipes": ("rtn", "best"),
+        "methods": ("mixedquant", *METHODS),
+    },
+    layer_windows=1,
+)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A sweep over recipes and methods with errors by layer: (store, cells, rows by settings)."""
+    store = Store(tmp_path_factory.mktemp("recipes"))
+    plan = run_experiments.sweep(RECIPES, store, progress=False)
+    rows = {c.settings: store.get(c) for c in plan if c.task == "quantized"}
+    return store, plan, rows
+
+
+def test_recipes_and_methods_are_compared_with_the_16_bit_model(compared):
+    _, plan, rows = compared
+    assert len(plan) == 2 + 1 + 2 + 4 + 2
+    for result in rows.values():
+        assert result["kl"] > 0 and 0 < result["top1"] < 1
+    rtn, best = (rows[f"{recipe} g=64 p=5% sort=rms"] for recipe in ("rtn", "best"))
+    assert best["kl"] < 0.7 * rtn["kl"] and best["top1"] > rtn["top1"]
+    assert best["bits_per_weight"] == rtn["bits_per_weight"]
+    assert rows["quarot-style g=64"]["kl"] < 0.5 * rows["per-token-rtn"]["kl"]
+    assert rows["quarot-style g=64"]["bits_per_weight"] == 4.25
+
+
+def test_scores_are_those_of_the_evaluator(compared):
+    _, _, rows = compared
+    model, tokenizer = load_bundled("tiny-opt")
+    blocks = runner.calibration_blocks(
+        tokenizer, {"split": "validation", "blocks": 16, "block_size": 128, "seed": TINY.seed}
+    )
+    quantized = runner.module_copy(model)
+    config = MixedQuantConfig(recipe="best", group_size=64, salient_prop=0.05)
+    quantize(quantized, config, collect_stats(model, blocks), blocks, progress=False)
+    evaluator = Evaluator(wikitext("test"), tokenizer, "cpu", 2, seq_len=128, progress=False)
+    wanted = evaluator.compare(quantized, model)
+    found = rows["best g=64 p=5% sort=rms"]
+    assert found["perplexity"] == pytest.approx(wanted.perplexity, rel=1e-6)
+    assert found["kl"] == pytest.approx(wanted.kl, abs=1e-6)
+    assert found["top1"] == pytest.approx(wanted.top1)
+
+
+def test_a_baseline_that_left_nothing_is_run_again(compared, tmp_path, monkeypatch):
+    """As after a model that scales its logits: the same scores, in more time."""
+    monkeypatch.setattr(
+        Evaluator, "head_inputs", lambda self, model: (self.token_nlls(model), None)
+    )
+    preset = grid.override(RECIPES, {"recipes": ("rtn",), "methods": ("mixedquant",)})
+    store = Store(tmp_path)
+    plan = run_experiments.sweep(
+        dataclasses.replace(preset, layer_windows=0), store, progress=False
+    )
+    assert not store.artifact(plan[1]).exists()
+    (cell,) = (c for c in plan if c.task == "quantized")
+    found, wanted = store.get(cell), compared[2][cell.settings]
+    assert found["kl"] == pytest.approx(wanted["kl"], abs=1e-6)
+    assert found["perplexity"] == wanted["perplexity"] and found["top1"] == wanted["top1"]
+
+
+def test_a_damaged_reference_is_recorded_again(finished, tmp_path, capsys):
+    output, _ = finished
+    store = Store(tmp_path / "results")
+    for path in output.iterdir():
+        (store.folder / path.name).write_bytes(path.read_bytes())
+    baseline = run_experiments.sweep(TINY, store, progress=False)[1]
+    before = store.artifact(baseline).read_bytes()
+    store.artifact(baseline).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with pytest.warns(UserWarning, match="damaged"):
+        run_experiments.sweep(TINY, store, progress=False)
+    assert "8 cells, 7 of them in" in capsys.readouterr().out
+    assert store.artifact(baseline).read_bytes() == before
+
+
+def test_errors_by_layer_are_stored_and_drawn(compared, tmp_path):
+    store, plan, _ = compared
+    cells = [cell for cell in plan if cell.task == "layers"]
+    results = [store.get(cell) for cell in cells]
+    kinds = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "hidden"]
+    for result in results:
+        assert result["compared"] == ["int4", "fake", "int4 - fake"]
+        places = [(error["layer"], error["kind"]) for error in result["errors"]]
+        assert places == [(layer, kind) for layer in range(4) for kind in kinds]
+        for error in result["errors"]:
+            int4, fake, pair = (error["decibels"][name] for name in result["compared"])
+            assert 5 < int4 < pair
+            assert error["kind"] == "hidden" or int4 == pytest.approx(fake, abs=0.01)
+    rtn, best = (
+        sum(e["decibels"]["int4"] for e in r["errors"]) / len(r["errors"]) for r in results
+    )
+    assert best > rtn + 1
+
+    _, paths = report.write(store, plan, "tiny-opt", tmp_path, "command")
+    picture = tmp_path / "tiny-opt_layers_best_g64_p5_sortrms.png"
+    assert picture in paths and picture.read_bytes().startswith(b"\x89PNG")
+    lines = list(csv.reader(picture.with_suffix(".csv").open()))
+    assert lines[0] == ["layer", "kind", "int4", "fake", "int4 - fake"] and len(lines) == 29
+    assert float(lines[1][2]) == results[1]["errors"][0]["decibels"]["int4"]
+    page = (tmp_path / "tiny-opt_results.md").read_text()
+    assert "Signal over error in dB, best g=64 p=5% sort=rms, int4, 1 window of 128" in page
+    assert "Calibration of rtn: " in page and "Calibration of best, per-token-rtn, " in page
+    assert "simulated in floating point" in page
+
+
+def test_fused_experts_are_refused_before_any_work(tmp_path, make_model, monkeypatch):
+    monkeypatch.setattr(runner, "run_cell", None)
+    make_model("mixtral").save_pretrained(tmp_path / "moe")
+    load_bundled("tiny-opt")[1].save_pretrained(tmp_path / "moe")
+    preset = dataclasses.replace(
+        RECIPES, model=str(tmp_path / "moe"), seqlen=32, calibration_block_size=32
+    )
+    with pytest.raises(ValueError, match="no fused experts: model.layers.0.mlp.experts"):
+        run_experiments.sweep(preset, Store(tmp_path / "results"), progress=False)
+
 
 def test_results_are_whole(finished):
     output, _ = finished
@@ -242,7 +420,8 @@ def test_damaged_statistics_are_collected_again(finished, tmp_path, capsys):
     store = Store(tmp_path / "results")
     for path in output.iterdir():
         (store.folder / path.name).write_bytes(path.read_bytes())
-    (statistics,) = store.folder.glob("*.safetensors")
+    (calibration,) = (c for c in run_experiments.sweep(TINY, store) if c.task == "calibration")
+    statistics = store.artifact(calibration)
     before = load_stats(statistics)
     contents = statistics.read_bytes()
     statistics.write_bytes(contents[:-1] + bytes([contents[-1] ^ 1]))
@@ -325,6 +504,15 @@ def test_interrupt_says_how_to_resume(tmp_path, monkeypatch, capsys):
         (["--salient-props", "1.5"], "salient_prop.*1.5"),
         (["--sorts", "size"], "sort.*size"),
         (["--backends", "int5"], "backend.*int5"),
+        (["--recipes", "good"], "recipe.*good"),
+        (["--methods", "magic"], "method must be one of mixedquant, per-token-rtn.*magic"),
+        (["--methods", "atom-style", "--group-sizes", "0"], "group_size.*0"),
+        (["--set", "act_clip=2"], "act_clip.*2"),
+        (["--set", "clip=0.9"], "unknown MixedQuantConfig field.*clip"),
+        (["--gptq-blocks", "0"], "gptq_blocks.*0"),
+        (["--calibration-blocks", "0"], "calibration_blocks.*0"),
+        (["--layers", "-1"], "layer_windows.*-1"),
+        (["--layers", "100000"], "windows.*100000"),
         (["--windows", "0"], "windows.*0"),
         (["--windows", "100000"], "windows.*100000"),
         (["--seqlen", "1"], "seqlen.*1"),
@@ -343,7 +531,13 @@ def test_bad_values_are_named_before_any_work(tmp_path, capsys, monkeypatch, arg
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--preset", "huge"], ["--windows", "some"], ["--threads", "0"], ["--group-sizes", "x"]],
+    [
+        ["--preset", "huge"],
+        ["--windows", "some"],
+        ["--threads", "0"],
+        ["--group-sizes", "x"],
+        ["--set", "act_clip"],
+    ],
 )
 def test_bad_flags_end_with_a_message(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -356,7 +550,7 @@ def test_bad_flags_end_with_a_message(arguments, capsys):
 
 
 def fake_row(group_size, salient_prop, perplexity, **config):
-    fields = {"num_bits": 4, "sort": "rms", "backend": "int4"} | config
+    fields = {"num_bits": 4, "sort": "rms", "backend": "int4", "recipe": "rtn"} | config
     run = {"chip": "c", "isa": "scalar", "threads": 1, "date": "2026-01-01", "tokens_per_s": 1.0}
     result = {"perplexity": perplexity, "windows": 2, "seqlen": 128, "run": run}
     result |= {"model_bytes": 2**20, "bits_per_weight": 4.5}
@@ -367,7 +561,7 @@ def fake_row(group_size, salient_prop, perplexity, **config):
 def test_figures_and_their_data(finished):
     _, figures = finished
     names = sorted(path.name for path in figures.iterdir())
-    plots = ("ppl_vs_bits", "ppl_vs_group_size", "size_vs_group_size")
+    plots = ("kl_vs_bits", "ppl_vs_bits", "ppl_vs_group_size", "size_vs_group_size")
     assert names == sorted(
         [f"tiny-opt_{plot}.{kind}" for plot in plots for kind in ("png", "csv")]
         + ["tiny-opt_results.md"]
@@ -407,13 +601,64 @@ report.write(store, cells, "tiny-opt", sys.argv[3], "command")
     )
     for name in ("tiny-opt_ppl_vs_group_size.csv", "tiny-opt_size_vs_group_size.csv"):
         assert (tmp_path / name).read_text() == (figures / name).read_text()
-    assert len(list(tmp_path.glob("*.png"))) == 3
+    assert len(list(tmp_path.glob("*.png"))) == 4
 
 
 def test_table_shows_what_is_not_finite():
     text = report.table([fake_row(8, 0.0, None), fake_row(16, 0.05, 12.5)])
     assert "not finite" in text and "12.50" in text
     assert len({len(line) for line in text.splitlines()}) == 1
+
+
+def test_table_shows_kl_top1_and_the_bits_of_other_methods():
+    row = fake_row(16, 0.05, 12.5)
+    row.result.update(kl=0.12345, top1=0.6789)
+    other = fake_row(128, 0.0, 20.0)
+    other = report.Row({"method": "atom-style", "group_size": 128}, other.result)
+    text = report.table([row, other, fake_row(8, 0.05, 13.0, backend="fake")])
+    lines = [[field.strip() for field in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert lines[0][:1] + lines[0][-5:-1] == ["method", "PPL", "vs 16-bit", "KL", "top-1"]
+    found = dict(zip(lines[0], lines[2], strict=True))
+    assert found["method"] == "rtn" and found["KL"] == "0.1235" and found["top-1"] == "67.9 %"
+    assert lines[3][:7] == ["atom-style", "128", "-", "-", "fake", "4.500", "-"]
+    assert lines[4][:7] == ["rtn", "8", "5 %", "rms", "fake", "-", "-"]
+
+
+def test_figures_hold_a_line_per_recipe_and_the_other_methods():
+    rows = [
+        fake_row(g, p, 10.0 + g, recipe=recipe)
+        for recipe in ("rtn", "fast", "best")
+        for p in (0.05, 0.1)
+        for g in (32, 128)
+    ]
+    other = report.Row({"method": "atom-style", "group_size": 128}, rows[0].result)
+    plots = report._plots([*rows, other, fake_row(8, 0.05, None)], "m", "float32")
+    labels = [f"{r}, {p} % salient" for r in ("rtn", "fast", "best") for p in (5, 10)]
+    assert [line.label for line in plots["ppl_vs_group_size"].series] == labels
+    assert [line.label for line in plots["ppl_vs_bits"].series] == [*labels, "atom-style"]
+    assert [line.label for line in plots["size_vs_group_size"].series] == [
+        "5 % salient",
+        "10 % salient",
+    ]
+    styles = report._styles(plots["ppl_vs_bits"].series)
+    assert len(set(styles)) == 7
+    assert len({colour for colour, _, _ in styles}) == 4
+    assert "kl_vs_bits" not in plots  # no KL was measured
+    assert report._plots([other], "m", "float32") == {}
+
+
+def test_layer_table_and_colours_of_what_has_no_number():
+    errors = [
+        {"layer": layer, "kind": kind, "decibels": {"int4": value}}
+        for layer, kind, value in [(None, "head", 3.0), (0, "fc1", None), (0, "fc2", 20.04)]
+    ]
+    lines = report.layer_table(errors).splitlines()
+    assert [field.strip() for field in lines[2].split("|")[1:-1]] == ["-", "3.0", "-", "-"]
+    assert [field.strip() for field in lines[3].split("|")[1:-1]] == ["0", "-", "-", "20.0"]
+    values = [[float(i) for i in range(100)], [None, 1e6]]
+    low, high = report._colour_range(values)
+    assert low == 5 and high == 95
+    assert report._colour_range([[None]]) == (0, 0)
 
 
 def test_spread_keeps_order_and_distance():
