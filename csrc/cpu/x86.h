@@ -7,6 +7,10 @@
 #include <immintrin.h>
 
 #define MQ_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define MQ_AVXVNNI __attribute__((target("avx2,fma,f16c,avxvnni")))
+#define MQ_AVX512VNNI \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#define MQ_IN_REGISTER(x) __asm__("" : "+v"(x))
 #define MQ_INLINE inline __attribute__((always_inline))
 
 #endif

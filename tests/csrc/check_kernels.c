@@ -140,17 +140,15 @@ static void check_stats(void) {
     guarded scratch = guarded_alloc((size_t)cols * 8, 8);
     const size_t sizes[5] = {4, 4, 8, 8, 8};
     for (int i = 0; i < 2; i++) {
-        for (int f = 0; f < 5; f++) {
-            fields[i][f] = guarded_alloc((size_t)cols * sizes[f], sizes[f]);
-            memset(fields[i][f].data, 0, fields[i][f].bytes);
-        }
-        for (int64_t c = 0; c < cols; c++) ((float *)fields[i][1].data)[c] = INFINITY;
+        for (int f = 0; f < 5; f++) fields[i][f] = guarded_alloc((size_t)cols * sizes[f], sizes[f]);
         keys[i] = guarded_alloc((size_t)cols * 8, 8);
     }
     for (int isa = 0; isa < MQ_ISA_COUNT; isa++) {
         if (!mq_isa_supported((mq_isa)isa)) continue;
         CHECK(mq_isa_set((mq_isa)isa) == MQ_OK);
         int i = isa > 0;
+        for (int f = 0; f < 5; f++) memset(fields[i][f].data, 0, fields[i][f].bytes);
+        for (int64_t c = 0; c < cols; c++) ((float *)fields[i][1].data)[c] = INFINITY;
         mq_channel_stats stats = {fields[i][0].data, fields[i][1].data, fields[i][2].data,
                                   fields[i][3].data, fields[i][4].data};
         int64_t split = below(cols + 1);
