@@ -1,4 +1,7 @@
 /* One table of micro-kernels per instruction set, and which of them is in use. */
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <stdatomic.h>
 
 #include "kernels.h"
@@ -40,23 +43,33 @@ const char *mq_isa_name(mq_isa isa) {
     return (unsigned)isa < MQ_ISA_COUNT ? names[isa] : NULL;
 }
 
+#if defined(__x86_64__) && !defined(MQ_SIMDE)
+/* Not every compiler that can build these kernels knows "avxvnni" in __builtin_cpu_supports. */
+static int has_avxvnni(void) {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 4);
+}
+#endif
+
 int mq_isa_supported(mq_isa isa) {
-#if defined(__x86_64__)
+#if defined(MQ_SIMDE)
+    return (unsigned)isa < MQ_ISA_COUNT;
+#elif defined(__x86_64__)
     const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                      __builtin_cpu_supports("f16c");
-#endif
     switch (isa) {
         case MQ_ISA_SCALAR: return 1;
-#if defined(__x86_64__)
         case MQ_ISA_AVX2: return avx2;
-        case MQ_ISA_AVXVNNI: return avx2 && __builtin_cpu_supports("avxvnni");
+        case MQ_ISA_AVXVNNI: return avx2 && has_avxvnni();
         case MQ_ISA_AVX512VNNI:
             return avx2 && __builtin_cpu_supports("avx512f") &&
                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-#endif
         default: return 0;
     }
+#else
+    return isa == MQ_ISA_SCALAR;
+#endif
 }
 
 mq_isa mq_isa_active(void) {

@@ -11,7 +11,7 @@
 #include "../mixedquant.h"
 
 enum {
-    MQ_ROW_CHUNK = 240, /* tokens whose sums stay in L1 while a panel's weights are reused */
+    MQ_ROW_CHUNK = 240, /* tokens whose sums stay near while panels' weights are reused */
     MQ_BUFFER = MQ_SEGMENT_QUADS * MQ_QUAD /* values gathered at a time */
 };
 
@@ -57,14 +57,14 @@ typedef void mq_quantize_groups_fn(const mq_linear *lin, const mq_extent *extent
 typedef void mq_dequantize_fn(const int8_t *q, int64_t n, int is_unsigned, float scale, float *out);
 typedef void mq_pack_nibbles_fn(const int8_t *q, int64_t n, uint8_t *packed);
 typedef void mq_unpack_nibbles_fn(const uint8_t *packed, int64_t n, int is_unsigned, int8_t *q);
-/* sums [rows of tiles tile0 .. tile1][16] += salient channels [s0, s1) of the panel, whose weights
- * w [s1 - s0][16] are already fp32 */
+/* sums [rows of tiles tile0 .. tile1][16], aligned to 64 bytes, += salient channels [s0, s1) of a
+ * panel, whose weights w [s1 - s0][16] are already fp32 */
 typedef void mq_multiply_salient_fn(const mq_activations *act, int64_t k_salient, int64_t tile0,
                                     int64_t tile1, int64_t s0, int64_t s1, const float *w,
                                     float *sums);
-/* sums [MQ_PANELS_AT_ONCE][MQ_ROW_CHUNK][16], aligned to 64 bytes: those of `panels` panels, from 1
- * to MQ_PANELS_AT_ONCE, and of the rows of tiles tile0 .. tile1, += all groups; the others may be
- * overwritten. qweight and scales are those of the first of the panels. */
+/* sums [MQ_PANELS_AT_ONCE][MQ_ROW_CHUNK][16], aligned to 64 bytes: the rows of tiles tile0 .. tile1
+ * of the first `panels` panels, 1 to MQ_PANELS_AT_ONCE, += all groups; what the other panels hold is
+ * of no account. qweight and scales are the first panel's. */
 typedef void mq_multiply_groups_fn(const mq_activations *act, const mq_shape *shape, int64_t tile0,
                                    int64_t tile1, int64_t panels, const uint8_t *qweight,
                                    const uint16_t *scales, float *sums);

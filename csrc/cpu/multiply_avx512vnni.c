@@ -4,7 +4,7 @@
 #define BITS 512
 #define TARGET MQ_AVX512VNNI
 #define KERNEL(name) name##_avx512vnni
-enum { PANELS = 2, TILE_ROWS = 12, PART_ROWS = 6, FEW_ROWS = 24, HOLD_SUMS = 1 };
+enum { PANELS = 2, FEW_ROWS = 24, HOLD_SUMS = 1 };
 
 #include "multiply_x86.h"
 

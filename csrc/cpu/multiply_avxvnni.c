@@ -3,7 +3,7 @@
 #define BITS 256
 #define TARGET MQ_AVXVNNI
 #define KERNEL(name) name##_avxvnni
-enum { PANELS = 1, TILE_ROWS = 6, PART_ROWS = 6, FEW_ROWS = 6, HOLD_SUMS = 0 };
+enum { PANELS = 1, FEW_ROWS = 6, HOLD_SUMS = 0 };
 
 #include "multiply_x86.h"
 

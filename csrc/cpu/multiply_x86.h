@@ -4,8 +4,6 @@
  *   TARGET       the instruction set's attribute
  *   KERNEL(name) name_<isa>
  *   PANELS       panels multiplied at once: each code is loaded once for all of them
- *   TILE_ROWS    tokens in a tile of the workspace, up to 12
- *   PART_ROWS    tokens of a tile multiplied at once, up to 6
  *   FEW_ROWS     up to so many tokens unpacked weights are not stored
  *   HOLD_SUMS    whether fp32 sums stay in registers from group to group
  * and defines
@@ -37,6 +35,9 @@ enum {
     VECTOR_BYTES = BITS / 8,
     PANEL_VECTORS = MQ_PANEL / LANES,
     VECTORS = PANELS * PANEL_VECTORS,
+    ACCUMULATORS = 12,                        /* enough to hide their latency */
+    TILE_ROWS = ACCUMULATORS / PANEL_VECTORS, /* tokens of a tile: x one panel's salient channels */
+    PART_ROWS = ACCUMULATORS / VECTORS,       /* tokens of a part of it: x all panels' groups */
     PREFETCH_BYTES = MQ_SEGMENT_QUADS / 2 * MQ_BLOCK_BYTES, /* the next segment's weights */
     SUMS_STRIDE = MQ_ROW_CHUNK * MQ_PANEL
 };
@@ -65,13 +66,22 @@ static ints dots_of(ints sums);
         CASE_OF_ROWS(12, most, tile, __VA_ARGS__) \
     }
 
+/* Where vector v starts in an array [panels][stride] of which a panel's vectors are neighbours */
+static MQ_INLINE int64_t vector_at(int v, int64_t stride) {
+    return v / PANEL_VECTORS * stride + v % PANEL_VECTORS * LANES;
+}
+
+TARGET static MQ_INLINE floats *sum_at(float *sums, int r, int v) {
+    return (floats *)(void *)(sums + r * MQ_PANEL + vector_at(v, SUMS_STRIDE));
+}
+
 /* ---- Salient channels ------------------------------------------------------------------------ */
 
 TARGET static MQ_INLINE void salient_tile(const int rows, const float *x, int64_t h, const float *w,
                                           int64_t channels, float *sums) {
     floats acc[TILE_ROWS][PANEL_VECTORS];
     EACH_ROW (r, rows)
-        EACH_VECTOR (v, PANEL_VECTORS) acc[r][v] = V(loadu_ps)(sums + r * MQ_PANEL + v * LANES);
+        EACH_VECTOR (v, PANEL_VECTORS) acc[r][v] = *sum_at(sums, r, v);
     for (int64_t s = 0; s < channels; s++, x += h, w += MQ_PANEL) {
         floats weights[PANEL_VECTORS];
         EACH_VECTOR (v, PANEL_VECTORS) weights[v] = V(loadu_ps)(w + v * LANES);
@@ -81,17 +91,16 @@ TARGET static MQ_INLINE void salient_tile(const int rows, const float *x, int64_
         }
     }
     EACH_ROW (r, rows)
-        EACH_VECTOR (v, PANEL_VECTORS) V(storeu_ps)(sums + r * MQ_PANEL + v * LANES, acc[r][v]);
+        EACH_VECTOR (v, PANEL_VECTORS) *sum_at(sums, r, v) = acc[r][v];
 }
 
 TARGET void KERNEL(mq_multiply_salient)(const mq_activations *act, int64_t k_salient, int64_t tile0,
                                         int64_t tile1, int64_t s0, int64_t s1, const float *w,
                                         float *sums) {
-    for (int64_t tile = tile0; tile < tile1; tile++) {
+    for (int64_t tile = tile0; tile < tile1; tile++, sums += act->h * MQ_PANEL) {
         const float *x = act->salient + (tile * k_salient + s0) * act->h;
-        float *tile_sums = sums + (tile - tile0) * act->h * MQ_PANEL;
         WITH_CONSTANT_ROWS(mq_min(act->h, act->m - tile * act->h), TILE_ROWS, salient_tile, x,
-                           act->h, w, s1 - s0, tile_sums);
+                           act->h, w, s1 - s0, sums)
     }
 }
 
@@ -113,11 +122,6 @@ typedef struct part {
     const float *scales;
     float *sums;
 } part;
-
-/* Where vector v starts in an array [panels][stride] of which a panel's vectors are neighbours */
-static MQ_INLINE int64_t vector_at(int v, int64_t stride) {
-    return v / PANEL_VECTORS * stride + v % PANEL_VECTORS * LANES;
-}
 
 TARGET static MQ_INLINE ints load_packed(const panels *w, int64_t block, int v) {
     const uint8_t *at = w->qweight + v / PANEL_VECTORS * w->qweight_stride +
@@ -188,10 +192,6 @@ TARGET static MQ_INLINE floats widen_scales(const uint16_t *scales) {
     return CONCAT(V(castsi), CONCAT(BITS, _ps))(V(slli_epi32)(V(cvtepu16_epi32)(bits), 16));
 }
 
-TARGET static MQ_INLINE floats *sum_at(const part *p, int r, int v) {
-    return (floats *)(void *)(p->sums + r * MQ_PANEL + vector_at(v, SUMS_STRIDE));
-}
-
 /* The part's sums, or held in their place, += dots * weight scale * activation scale */
 TARGET static MQ_INLINE void add_scaled(const int rows, const part *p, const panels *w,
                                         ints dots[PART_ROWS][VECTORS], floats (*held)[VECTORS]) {
@@ -200,7 +200,7 @@ TARGET static MQ_INLINE void add_scaled(const int rows, const part *p, const pan
     EACH_ROW (r, rows) {
         const floats sa = V(set1_ps)(p->scales[r]);
         EACH_VECTOR (v, VECTORS) {
-            floats *sum = held ? &held[r][v] : sum_at(p, r, v);
+            floats *sum = held ? &held[r][v] : sum_at(p->sums, r, v);
             *sum = V(fmadd_ps)(V(mul_ps)(V(cvtepi32_ps)(dots[r][v]), sw[v]), sa, *sum);
         }
     }
@@ -212,7 +212,7 @@ TARGET static MQ_INLINE void add_groups(const int rows, part p, panels w, const 
     floats held[PART_ROWS][VECTORS];
     if (HOLD_SUMS)
         EACH_ROW (r, rows)
-            EACH_VECTOR (v, VECTORS) held[r][v] = *sum_at(&p, r, v);
+            EACH_VECTOR (v, VECTORS) held[r][v] = *sum_at(p.sums, r, v);
     for (int64_t quad = quad0, n; quad < quad1; quad += n) {
         n = mq_min(group_quads, quad1 - quad);
         ints dots[PART_ROWS][VECTORS];
@@ -225,7 +225,7 @@ TARGET static MQ_INLINE void add_groups(const int rows, part p, panels w, const 
     }
     if (HOLD_SUMS)
         EACH_ROW (r, rows)
-            EACH_VECTOR (v, VECTORS) *sum_at(&p, r, v) = held[r][v];
+            EACH_VECTOR (v, VECTORS) *sum_at(p.sums, r, v) = held[r][v];
 }
 
 /* One segment of a group of several: adds the dot products to totals, scales them after the last */
@@ -242,24 +242,32 @@ TARGET static MQ_INLINE void add_segment(const int rows, part p, panels w, const
     if (last) add_scaled(rows, &p, &w, dots, NULL);
 }
 
-/* Does `each` for the parts of tiles [tile0, tile1): p, from quad0, segment and group j on, and its
- * `rows` tokens, of which the first is number `row` of the sums */
-#define EACH_PART(each)                                                                        \
-    for (int64_t tile = tile0; tile < tile1; tile++) {                                         \
-        const int64_t tile_rows = mq_min(act->h, act->m - tile * act->h);                      \
-        for (int64_t at = 0, rows; at < tile_rows; at += rows) {                               \
-            rows = mq_ceil_div(tile_rows - at, mq_ceil_div(tile_rows - at, PART_ROWS));        \
-            const int64_t row = (tile - tile0) * act->h + at;                                  \
-            const part p = {                                                                   \
-                .h = act->h,                                                                   \
-                .codes = act->codes + ((tile * shape->quads + quad0) * act->h + at) * MQ_QUAD, \
-                .starts = act->starts + (tile * shape->segments + segment) * act->h + at,      \
-                .scales = act->scales + (tile * shape->groups + j) * act->h + at,              \
-                .sums = sums + row * MQ_PANEL,                                                 \
-            };                                                                                 \
-            each;                                                                              \
-        }                                                                                      \
-    }
+/* Runs what follows for the parts of tiles [tile0, tile1): `rows` tokens, the first of which is
+ * number `at` of its tile and number `row` of the sums. */
+#define EACH_PART(act, tile, at, rows, row)                                       \
+    for (int64_t tile = tile0; tile < tile1; tile++)                              \
+        for (int64_t at = 0, row = (tile - tile0) * act->h, rows;                 \
+             (rows = part_rows(mq_min(act->h, act->m - tile * act->h) - at)) > 0; \
+             at += rows, row += rows)
+
+/* The tokens of the next part where `left` of a tile are left; parts of a tile are of one size, or
+ * differ by one. */
+static MQ_INLINE int64_t part_rows(int64_t left) {
+    return left ? mq_ceil_div(left, mq_ceil_div(left, PART_ROWS)) : 0;
+}
+
+/* The part that starts at token `at` of a tile: from quad quad0, segment `segment` and group j on,
+ * token `row` of the sums */
+static MQ_INLINE part part_at(const mq_activations *act, const mq_shape *shape, int64_t tile,
+                              int64_t at, int64_t quad0, int64_t segment, int64_t j, float *sums) {
+    return (part){
+        .h = act->h,
+        .codes = act->codes + ((tile * shape->quads + quad0) * act->h + at) * MQ_QUAD,
+        .starts = act->starts + (tile * shape->segments + segment) * act->h + at,
+        .scales = act->scales + (tile * shape->groups + j) * act->h + at,
+        .sums = sums,
+    };
+}
 
 /* Groups longer than a segment, group by group; the totals wait in memory between segments. */
 TARGET static void multiply_long_groups(const mq_activations *act, const mq_shape *shape,
@@ -272,9 +280,12 @@ TARGET static void multiply_long_groups(const mq_activations *act, const mq_shap
         for (int64_t quad0 = group0, quad1; quad0 < group1; quad0 = quad1, segment++) {
             quad1 = mq_min(quad0 + MQ_SEGMENT_QUADS, group1);
             const ints *unpacked = unpack(&w, quad0, quad1, buffer);
-            EACH_PART(WITH_CONSTANT_ROWS(rows, PART_ROWS, add_segment, p, w, unpacked,
-                                         quad1 - quad0, quad0 == group0, quad1 == group1,
-                                         totals + row))
+            EACH_PART (act, tile, at, rows, row) {
+                const part p =
+                    part_at(act, shape, tile, at, quad0, segment, j, sums + row * MQ_PANEL);
+                WITH_CONSTANT_ROWS(rows, PART_ROWS, add_segment, p, w, unpacked, quad1 - quad0,
+                                   quad0 == group0, quad1 == group1, totals + row)
+            }
         }
     }
 }
@@ -285,11 +296,14 @@ TARGET static void multiply_groups(const mq_activations *act, const mq_shape *sh
     ints buffer[MQ_SEGMENT_QUADS + 2][VECTORS];
     const int64_t groups_at_once = MQ_SEGMENT_QUADS / shape->group_quads;
     for (int64_t j = 0; j < shape->groups; j += groups_at_once) {
-        const int64_t segment = j, quad0 = j * shape->group_quads;
+        const int64_t quad0 = j * shape->group_quads;
         const int64_t quad1 = mq_min(quad0 + groups_at_once * shape->group_quads, shape->quads);
         const ints *unpacked = unpack(&w, quad0, quad1, buffer);
-        EACH_PART(WITH_CONSTANT_ROWS(rows, PART_ROWS, add_groups, p, w, unpacked,
-                                     shape->group_quads, 0, quad1 - quad0))
+        EACH_PART (act, tile, at, rows, row) {
+            const part p = part_at(act, shape, tile, at, quad0, j, j, sums + row * MQ_PANEL);
+            WITH_CONSTANT_ROWS(rows, PART_ROWS, add_groups, p, w, unpacked, shape->group_quads, 0,
+                               quad1 - quad0)
+        }
         w.scales += groups_at_once * MQ_PANEL;
     }
 }
@@ -297,9 +311,11 @@ TARGET static void multiply_groups(const mq_activations *act, const mq_shape *sh
 /* The same for few tokens, which unpack weights as they go */
 TARGET static void multiply_few(const mq_activations *act, const mq_shape *shape, int64_t tile0,
                                 int64_t tile1, panels w, float *sums) {
-    const int64_t j = 0, segment = 0, quad0 = 0;
-    EACH_PART(WITH_CONSTANT_ROWS(rows, PART_ROWS, add_groups, p, w, NULL, shape->group_quads, 0,
-                                 shape->quads))
+    EACH_PART (act, tile, at, rows, row) {
+        const part p = part_at(act, shape, tile, at, 0, 0, 0, sums + row * MQ_PANEL);
+        WITH_CONSTANT_ROWS(rows, PART_ROWS, add_groups, p, w, NULL, shape->group_quads, 0,
+                           shape->quads)
+    }
 }
 
 TARGET void KERNEL(mq_multiply_groups)(const mq_activations *act, const mq_shape *shape,

@@ -14,7 +14,7 @@ MQ_AVX512VNNI mq_extent mq_extent_of_avx512vnni(const float *x, int64_t n) {
     __m512i max = _mm512_setzero_si512(), min = max;
     for (int64_t i = 0; i < n; i += 16) {
         /* as int32, values of the other sign are negative and lose against 0 */
-        __m512i a = _mm512_maskz_loadu_epi32(lanes_of(n - i), x + i);
+        __m512i a = _mm512_castps_si512(_mm512_maskz_loadu_ps(lanes_of(n - i), x + i));
         max = _mm512_max_epi32(max, a);
         min = _mm512_max_epi32(min, _mm512_xor_si512(a, sign));
     }

@@ -1,7 +1,7 @@
 /* Runs every entry of mixedquant.h on random small problems, each array ending at a page that
- * cannot be touched, and compares every instruction set with scalar bit for bit. Built with ASan
- * and UBSan by tests/test_csrc.py. Usage: check_kernels SEED CASES. Prints "N cases"; any fault
- * aborts. */
+ * cannot be touched, and compares every supported instruction set with scalar bit for bit. Built with
+ * ASan and UBSan by tests/test_csrc.py. Usage: check_kernels SEED CASES. Prints "N cases:" and the
+ * instruction sets; any fault aborts. */
 #define _GNU_SOURCE
 #include <math.h>
 #include <stdio.h>
@@ -174,7 +174,7 @@ static void check_stats(void) {
 
 static void check_linear(void) {
     mq_dtype dtype = (mq_dtype)below(3);
-    int64_t m = below(30), n = below(50), k = below(below(8) ? 150 : 2600);
+    int64_t m = below(60), n = below(50), k = below(below(8) ? 150 : 2600);
     mq_linear lin = {.n = n,
                      .k = k,
                      .k_salient = below(3) ? below(k / 4 + 1) : below(k + 1),
@@ -312,6 +312,9 @@ int main(int argc, char **argv) {
         check_stats();
         check_linear();
     }
-    printf("%d cases\n", cases);
+    printf("%d cases:", cases);
+    for (int isa = 0; isa < MQ_ISA_COUNT; isa++)
+        if (mq_isa_supported((mq_isa)isa)) printf(" %s", mq_isa_name((mq_isa)isa));
+    printf("\n");
     return 0;
 }
