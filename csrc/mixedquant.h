@@ -47,9 +47,15 @@ typedef enum mq_dtype { MQ_F32 = 0, MQ_F16 = 1, MQ_BF16 = 2, MQ_I8 = 3 } mq_dtyp
 /* ---- Instruction sets ------------------------------------------------------------------------ */
 
 /* In rising order of preference. Scalar is the specification; the others equal it bit for bit. */
-typedef enum mq_isa { MQ_ISA_SCALAR = 0, MQ_ISA_AVX2 = 1, MQ_ISA_COUNT = 2 } mq_isa;
+typedef enum mq_isa {
+    MQ_ISA_SCALAR = 0,
+    MQ_ISA_AVX2 = 1,       /* AVX2, FMA, F16C */
+    MQ_ISA_AVXVNNI = 2,    /* and AVX-VNNI: vpdpbusd on 256 bits */
+    MQ_ISA_AVX512VNNI = 3, /* AVX-512 F, BW, DQ, VL and VNNI */
+    MQ_ISA_COUNT = 4
+} mq_isa;
 
-const char *mq_isa_name(mq_isa isa); /* "scalar", "avx2"; NULL for any other value */
+const char *mq_isa_name(mq_isa isa); /* "scalar", "avx2", ...; NULL for any other value */
 int mq_isa_supported(mq_isa isa);    /* whether this processor has it */
 
 /* The set in use: the best supported one until mq_isa_set chooses another. Thread-safe; calls that
@@ -152,6 +158,7 @@ enum {
     MQ_QUAD = 4,            /* input channels whose products are summed by one instruction */
     MQ_BLOCK_BYTES = 64,    /* a panel's weights of two quads */
     MQ_SEGMENT_QUADS = 128, /* quads whose products, of up to 8 * 15, an int16 sum holds exactly */
+    MQ_PANELS_AT_ONCE = 2,  /* panels that a kernel may multiply together */
     MQ_MAX_ROTATION = 512   /* 4 * MQ_SEGMENT_QUADS: no rotated block crosses a segment */
 };
 

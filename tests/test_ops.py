@@ -180,7 +180,9 @@ LINEARS = [
     (5, 3, 301, 17, 3),
     (6, 5, 50, 2, 1000),
     (12, 31, 64, 5, 16),
+    (41, 48, 130, 7, 20),
     (247, 19, 70, 3, 32),
+    (490, 33, 70, 3, 24),
     (3, 20, 2100, 40, 1500),
     (8, 17, 4100, 0, 4100),
 ]
@@ -392,7 +394,7 @@ def test_int8_salient_rows_of_zeros_tiny_and_huge_magnitudes(isa):
 
 
 shapes = st.tuples(
-    st.integers(0, 20), st.integers(0, 40), st.integers(0, 90), st.floats(0, 1), st.integers(1, 100)
+    st.integers(0, 40), st.integers(0, 40), st.integers(0, 90), st.floats(0, 1), st.integers(1, 100)
 )
 
 

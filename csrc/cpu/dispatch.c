@@ -1,28 +1,37 @@
 /* One table of micro-kernels per instruction set, and which of them is in use. */
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <stdatomic.h>
 
 #include "kernels.h"
 
-#define MQ_KERNELS(isa, rows)   \
-    {rows,                      \
-     mq_channel_stats_##isa,    \
-     mq_sort_keys_##isa,        \
-     mq_widen_##isa,            \
-     mq_widen_codes_##isa,      \
-     mq_narrow_##isa,           \
-     mq_extent_of_##isa,        \
-     mq_hadamard_##isa,         \
-     mq_quantize_##isa,         \
-     mq_dequantize_##isa,       \
-     mq_pack_nibbles_##isa,     \
-     mq_unpack_nibbles_##isa,   \
-     mq_multiply_salient_##isa, \
-     mq_multiply_groups_##isa}
+/* Where an instruction set has no kernel of its own, it takes that of a set that it includes. */
+#define MQ_KERNELS(rows, base, quantizer, multiplier)         \
+    {                                                         \
+        .tile_rows = rows,                                    \
+        .channel_stats = mq_channel_stats_##base,             \
+        .sort_keys = mq_sort_keys_##base,                     \
+        .widen = mq_widen_##base,                             \
+        .widen_codes = mq_widen_codes_##base,                 \
+        .narrow = mq_narrow_##base,                           \
+        .extent_of = mq_extent_of_##quantizer,                \
+        .hadamard = mq_hadamard_##base,                       \
+        .quantize = mq_quantize_##quantizer,                  \
+        .quantize_groups = mq_quantize_groups_##multiplier,   \
+        .dequantize = mq_dequantize_##base,                   \
+        .pack_nibbles = mq_pack_nibbles_##base,               \
+        .unpack_nibbles = mq_unpack_nibbles_##base,           \
+        .multiply_salient = mq_multiply_salient_##multiplier, \
+        .multiply_groups = mq_multiply_groups_##multiplier,   \
+    }
 
 static const mq_kernels tables[MQ_ISA_COUNT] = {
-    [MQ_ISA_SCALAR] = MQ_KERNELS(scalar, 6),
+    [MQ_ISA_SCALAR] = MQ_KERNELS(6, scalar, scalar, scalar),
 #if defined(__x86_64__)
-    [MQ_ISA_AVX2] = MQ_KERNELS(avx2, 6),
+    [MQ_ISA_AVX2] = MQ_KERNELS(6, avx2, avx2, avx2),
+    [MQ_ISA_AVXVNNI] = MQ_KERNELS(6, avx2, avx2, avxvnni),
+    [MQ_ISA_AVX512VNNI] = MQ_KERNELS(12, avx2, avx512vnni, avx512vnni),
 #endif
 };
 
@@ -31,20 +40,37 @@ static atomic_int active = -1; /* -1: not chosen yet */
 const mq_kernels *mq_kernels_of(mq_isa isa) { return &tables[isa]; }
 
 const char *mq_isa_name(mq_isa isa) {
-    static const char *const names[MQ_ISA_COUNT] = {"scalar", "avx2"};
+    static const char *const names[MQ_ISA_COUNT] = {"scalar", "avx2", "avxvnni", "avx512vnni"};
     return (unsigned)isa < MQ_ISA_COUNT ? names[isa] : NULL;
 }
 
+#if defined(__x86_64__) && !defined(MQ_SIMDE)
+/* Not every compiler that can build these kernels knows "avxvnni" in __builtin_cpu_supports. */
+static int has_avxvnni(void) {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 4);
+}
+#endif
+
 int mq_isa_supported(mq_isa isa) {
+#if defined(MQ_SIMDE)
+    return (unsigned)isa < MQ_ISA_COUNT;
+#elif defined(__x86_64__)
+    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                     __builtin_cpu_supports("f16c");
     switch (isa) {
         case MQ_ISA_SCALAR: return 1;
-#if defined(__x86_64__)
-        case MQ_ISA_AVX2:
-            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                   __builtin_cpu_supports("f16c");
-#endif
+        case MQ_ISA_AVX2: return avx2;
+        case MQ_ISA_AVXVNNI: return avx2 && has_avxvnni();
+        case MQ_ISA_AVX512VNNI:
+            return avx2 && __builtin_cpu_supports("avx512f") &&
+                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
         default: return 0;
     }
+#else
+    return isa == MQ_ISA_SCALAR;
+#endif
 }
 
 mq_isa mq_isa_active(void) {

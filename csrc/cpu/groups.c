@@ -1,30 +1,7 @@
 /* Group quantization of plain matrices, built from the micro-kernels. */
-#include <math.h>
 #include <string.h>
 
 #include "ops.h"
-
-mq_quantization mq_quantization_of(int num_bits, mq_act_format format, float clip,
-                                   mq_extent extent) {
-    if (extent.abs_bits >= 0x7f800000u)
-        return (mq_quantization){.scale = mq_float_of_bits(0x7fc00000u)};
-    const int is_symmetric = format == MQ_ACT_SYMMETRIC;
-    const int levels = (1 << (num_bits - is_symmetric)) - 1;
-    const float positive = mq_float_of_bits(extent.positive_bits);
-    const float negative = mq_float_of_bits(extent.negative_bits);
-    float range = positive;
-    if (is_symmetric) range = mq_float_of_bits(extent.abs_bits);
-    if (format == MQ_ACT_ZERO_POINT) range = positive + negative;
-    mq_quantization to = {.scale = mq_scale_of(clip * range, (float)levels), .high = levels};
-    to.inverse = mq_inverse_of(to.scale);
-    if (is_symmetric) to.low = -levels;
-    if (format == MQ_ACT_ZERO_POINT) {
-        const float zero = clip * negative * to.inverse;
-        to.low = zero < (float)levels ? -(int)lrintf(zero) : -levels;
-        to.high = levels + to.low;
-    }
-    return to;
-}
 
 static mq_quantization quantization_of(const mq_group_format *format, const mq_channels *row,
                                        int64_t k0, int64_t n) {

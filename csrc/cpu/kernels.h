@@ -6,21 +6,25 @@
 #ifndef MQ_CPU_KERNELS_H
 #define MQ_CPU_KERNELS_H
 
+#include <math.h>
+
 #include "../mixedquant.h"
 
 enum {
-    MQ_ROW_CHUNK = 240, /* tokens whose sums stay in L1 while a panel's weights are reused */
+    MQ_ROW_CHUNK = 240, /* tokens whose sums stay near while panels' weights are reused */
     MQ_BUFFER = MQ_SEGMENT_QUADS * MQ_QUAD /* values gathered at a time */
 };
 
 /* Views into a workspace; h = rows of a tile = min(m, tile_rows of the instruction set). */
 typedef struct mq_activations {
     int64_t m, h;
-    int8_t *codes;   /* [tiles][quads][h][4] */
-    float *scales;   /* [tiles][groups][h] */
-    int32_t *starts; /* [tiles][segments][h]: two int16: -8 * the sum of a segment's codes at
-                        positions 0, 1 and 2, 3 of each quad; cancels the weights' +8 */
-    float *salient;  /* [tiles][k_salient][h] */
+    int8_t *codes; /* [tiles][quads][h][4] */
+    float *scales; /* [tiles][groups][h] */
+    int32_t
+        *starts;    /* [tiles][segments][h]: from what a segment's sum of codes * (weights + 8) must
+                        start to end at the plain dot product: -8 * sum(codes); AVX2 wants it as two
+                        int16, of the codes at positions 0, 1 and at 2, 3 of each quad */
+    float *salient; /* [tiles][k_salient][h] */
 } mq_activations;
 
 /* x [rows] with `stride`, channels [col0, col1) */
@@ -45,19 +49,27 @@ typedef mq_extent mq_extent_of_fn(const float *x, int64_t n);
 typedef void mq_hadamard_fn(float *x, int64_t n);
 /* q = clamp(round_half_even(x * inverse), low, high); x finite */
 typedef void mq_quantize_fn(const float *x, int64_t n, float inverse, int low, int high, int8_t *q);
+/* Activations x [n], groups of group_size of which the last may be short -> per group: codes of whole
+ * quads, padded with 0; the scale; what its sums of products start from. A group is at most a segment.
+ * extent: of each group; NULL: each group's own. */
+typedef void mq_quantize_groups_fn(const mq_linear *lin, const mq_extent *extent, const float *x,
+                                   int64_t n, int64_t group_size, int8_t *codes, float *scales,
+                                   int32_t *starts);
 /* out = q * scale */
 typedef void mq_dequantize_fn(const int8_t *q, int64_t n, int is_unsigned, float scale, float *out);
 typedef void mq_pack_nibbles_fn(const int8_t *q, int64_t n, uint8_t *packed);
 typedef void mq_unpack_nibbles_fn(const uint8_t *packed, int64_t n, int is_unsigned, int8_t *q);
-/* sums [rows of tiles tile0 .. tile1][16] += salient channels [s0, s1) of the panel, whose weights
- * w [s1 - s0][16] are already fp32 */
+/* sums [rows of tiles tile0 .. tile1][16], aligned to 64 bytes, += salient channels [s0, s1) of a
+ * panel, whose weights w [s1 - s0][16] are already fp32 */
 typedef void mq_multiply_salient_fn(const mq_activations *act, int64_t k_salient, int64_t tile0,
                                     int64_t tile1, int64_t s0, int64_t s1, const float *w,
                                     float *sums);
-/* sums [rows of tiles tile0 .. tile1][16] += all groups of one panel; at most MQ_ROW_CHUNK rows */
+/* sums [MQ_PANELS_AT_ONCE][MQ_ROW_CHUNK][16], aligned to 64 bytes: the rows of tiles tile0 .. tile1
+ * of the first `panels` panels, 1 to MQ_PANELS_AT_ONCE, += all groups; what the other panels hold is
+ * of no account. qweight and scales are the first panel's. */
 typedef void mq_multiply_groups_fn(const mq_activations *act, const mq_shape *shape, int64_t tile0,
-                                   int64_t tile1, const uint8_t *qweight, const uint16_t *scales,
-                                   float *sums);
+                                   int64_t tile1, int64_t panels, const uint8_t *qweight,
+                                   const uint16_t *scales, float *sums);
 
 typedef struct mq_kernels {
     int tile_rows;
@@ -69,6 +81,7 @@ typedef struct mq_kernels {
     mq_extent_of_fn *extent_of;
     mq_hadamard_fn *hadamard;
     mq_quantize_fn *quantize;
+    mq_quantize_groups_fn *quantize_groups;
     mq_dequantize_fn *dequantize;
     mq_pack_nibbles_fn *pack_nibbles;
     mq_unpack_nibbles_fn *unpack_nibbles;
@@ -88,6 +101,7 @@ const mq_kernels *mq_kernels_of(mq_isa isa);
     mq_extent_of_fn mq_extent_of_##isa;               \
     mq_hadamard_fn mq_hadamard_##isa;                 \
     mq_quantize_fn mq_quantize_##isa;                 \
+    mq_quantize_groups_fn mq_quantize_groups_##isa;   \
     mq_dequantize_fn mq_dequantize_##isa;             \
     mq_pack_nibbles_fn mq_pack_nibbles_##isa;         \
     mq_unpack_nibbles_fn mq_unpack_nibbles_##isa;     \
@@ -96,6 +110,8 @@ const mq_kernels *mq_kernels_of(mq_isa isa);
 
 MQ_DECLARE_KERNELS(scalar)
 MQ_DECLARE_KERNELS(avx2)
+MQ_DECLARE_KERNELS(avxvnni)
+MQ_DECLARE_KERNELS(avx512vnni)
 
 /* ---- Single values, the same for every instruction set --------------------------------------- */
 
@@ -170,6 +186,43 @@ static inline float mq_load(mq_dtype dtype, const void *x, int64_t i) {
         case MQ_I8: return (float)((const int8_t *)x)[i];
         default: return ((const float *)x)[i];
     }
+}
+
+/* The scale of a group by mixedquant.h's rule: NaN for a non-finite group, 0 for one too small. */
+static inline float mq_scale_of(float magnitude_times_clip, float q_max) {
+    float scale = magnitude_times_clip / q_max;
+    return scale < 0x1p-126f ? 0.0f : scale;
+}
+
+/* What x is multiplied by: 0 (hence code 0) for a scale that is 0, NaN or below the smallest normal. */
+static inline float mq_inverse_of(float scale) { return scale >= 0x1p-126f ? 1.0f / scale : 0.0f; }
+
+/* How a group becomes codes: code = clamp(round(x * inverse), low, high). */
+typedef struct mq_quantization {
+    float scale, inverse;
+    int low, high;
+} mq_quantization;
+
+static inline mq_quantization mq_quantization_of(int num_bits, mq_act_format format, float clip,
+                                                 mq_extent extent) {
+    if (extent.abs_bits >= 0x7f800000u)
+        return (mq_quantization){.scale = mq_float_of_bits(0x7fc00000u)};
+    const int is_symmetric = format == MQ_ACT_SYMMETRIC;
+    const int levels = (1 << (num_bits - is_symmetric)) - 1;
+    const float positive = mq_float_of_bits(extent.positive_bits);
+    const float negative = mq_float_of_bits(extent.negative_bits);
+    float range = positive;
+    if (is_symmetric) range = mq_float_of_bits(extent.abs_bits);
+    if (format == MQ_ACT_ZERO_POINT) range = positive + negative;
+    mq_quantization to = {.scale = mq_scale_of(clip * range, (float)levels), .high = levels};
+    to.inverse = mq_inverse_of(to.scale);
+    if (is_symmetric) to.low = -levels;
+    if (format == MQ_ACT_ZERO_POINT) {
+        const float zero = clip * negative * to.inverse;
+        to.low = zero < (float)levels ? -(int)lrintf(zero) : -levels;
+        to.high = levels + to.low;
+    }
+    return to;
 }
 
 #endif

@@ -34,16 +34,6 @@ static mq_activations workspace_view(const mq_shape *shape, int64_t k_salient, i
     return act;
 }
 
-/* -8 * the sums of codes at positions 0, 1 and at 2, 3 of n whole quads, as two int16. */
-static int32_t start_of(const int8_t *codes, int64_t n) {
-    int32_t low = 0, high = 0;
-    for (int64_t i = 0; i < n; i += MQ_QUAD) {
-        low += codes[i] + codes[i + 1];
-        high += codes[i + 2] + codes[i + 3];
-    }
-    return (int32_t)((uint32_t)(-8 * low) & 0xffffu) | (int32_t)((uint32_t)(-8 * high) << 16);
-}
-
 typedef struct token {
     const mq_shape *shape;
     const mq_linear *lin;
@@ -52,48 +42,51 @@ typedef struct token {
     mq_channels int4, salient; /* the token's channels, rotated and as they are */
 } token;
 
+/* Channels k0 .. k0 + n, whole groups or a part of one */
+static const float *load_groups(const mq_channels *from, int64_t group_size, int64_t k0, int64_t n,
+                                float *buffer) {
+    if (from->rotation <= 1) return mq_load_channels(from, k0, n, buffer);
+    for (int64_t i = 0, part; i < n; i += part) {
+        part = mq_min(group_size, n - i);
+        mq_load_channels(from, k0 + i, part, buffer + i);
+    }
+    return buffer;
+}
+
 static void quantize_groups(const token *t) {
     const mq_shape *shape = t->shape;
     const mq_linear *lin = t->lin;
-    const mq_kernels *kernels = t->int4.kernels;
-    const int64_t h = t->act->h, k4 = lin->k - lin->k_salient;
+    const int64_t h = t->act->h, g = lin->group_size, k4 = lin->k - lin->k_salient;
     int8_t *codes = t->act->codes + (t->tile * shape->quads * h + t->row_in_tile) * MQ_QUAD;
     float *scales = t->act->scales + t->tile * shape->groups * h + t->row_in_tile;
     int32_t *starts = t->act->starts + t->tile * shape->segments * h + t->row_in_tile;
-    float buffer[MQ_BUFFER];
-    int8_t q[MQ_BUFFER];
+    float buffer[MQ_BUFFER], run_scales[MQ_SEGMENT_QUADS];
+    int8_t run_codes[MQ_BUFFER];
+    int32_t run_starts[MQ_SEGMENT_QUADS];
+    const int is_long = shape->group_quads > MQ_SEGMENT_QUADS;
+    const int64_t run = is_long ? MQ_BUFFER : MQ_SEGMENT_QUADS / shape->group_quads * g;
     mq_extent extent = {0, 0, 0};
     if (lin->per_token)
-        for (int64_t k0 = 0, n; k0 < k4; k0 += n) {
-            n = mq_min(lin->group_size, k4 - k0);
-            extent = mq_extent_union(extent, mq_channels_extent(&t->int4, k0, n));
-        }
+        for (int64_t k0 = 0; k0 < k4; k0 += g)
+            extent = mq_extent_union(extent, mq_channels_extent(&t->int4, k0, mq_min(g, k4 - k0)));
 
     for (int64_t k0 = 0, n; k0 < k4; k0 += n) {
-        n = mq_min(lin->group_size, k4 - k0);
-        /* a group that fits the buffer is read once */
-        const float *x = n <= MQ_BUFFER ? mq_load_channels(&t->int4, k0, n, buffer) : NULL;
-        if (!lin->per_token)
-            extent = x ? kernels->extent_of(x, n) : mq_channels_extent(&t->int4, k0, n);
-        const mq_quantization to =
-            mq_quantization_of(lin->act_bits, lin->act_format, lin->clip, extent);
-        *scales = to.scale;
-        scales += h;
-
-        for (int64_t i = 0, part; i < n; i += part) {
-            part = mq_min(MQ_BUFFER, n - i);
-            if (to.inverse > 0)
-                kernels->quantize(x ? x : mq_load_channels(&t->int4, k0 + i, part, buffer), part,
-                                  to.inverse, to.low, to.high, q);
-            else
-                memset(q, 0, (size_t)part);
-            const int64_t whole = mq_ceil_div(part, MQ_QUAD) * MQ_QUAD;
-            memset(q + part, 0, (size_t)(whole - part));
-            *starts = start_of(q, whole);
-            starts += h;
-            for (int64_t e = 0; e < whole; e += MQ_QUAD, codes += h * MQ_QUAD)
-                memcpy(codes, q + e, MQ_QUAD);
+        /* as many groups as a segment holds, or a segment of a long one */
+        const int64_t of_group = mq_min(g - k0 % g, k4 - k0);
+        n = is_long ? mq_min(run, of_group) : mq_min(run, k4 - k0);
+        if (is_long && !lin->per_token && k0 % g == 0)
+            extent = mq_channels_extent(&t->int4, k0, of_group);
+        const float *x = load_groups(&t->int4, g, k0, n, buffer);
+        t->int4.kernels->quantize_groups(lin, is_long || lin->per_token ? &extent : NULL, x, n, g,
+                                         run_codes, run_scales, run_starts);
+        const int64_t groups = mq_ceil_div(n, g), last = n - (groups - 1) * g;
+        const int64_t quads = (groups - 1) * shape->group_quads + mq_ceil_div(last, MQ_QUAD);
+        for (int64_t j = 0; j < groups; j++, starts += h) {
+            scales[(k0 / g + j) * h] = run_scales[j];
+            *starts = run_starts[j];
         }
+        for (int64_t quad = 0; quad < quads; quad++, codes += h * MQ_QUAD)
+            memcpy(codes, run_codes + quad * MQ_QUAD, MQ_QUAD);
     }
 }
 
@@ -118,7 +111,11 @@ void mq_run_linear_quantize(const mq_kernels *kernels, const mq_shape *shape, co
                             int64_t row1, void *workspace) {
     mq_activations act = workspace_view(shape, lin->k_salient, m, kernels->tile_rows, workspace);
     for (int64_t row = row0; row < row1; row++) {
-        const void *values = (const char *)x + (size_t)(row * stride) * mq_dtype_size(dtype);
+        const char *values = (const char *)x + (size_t)(row * stride) * mq_dtype_size(dtype);
+        /* reads in perm's order are none that the processor foresees */
+        if (lin->perm && row + 1 < row1)
+            for (size_t i = 0; i < (size_t)lin->k * mq_dtype_size(dtype); i += 64)
+                __builtin_prefetch(values + (size_t)stride * mq_dtype_size(dtype) + i);
         const token t = {
             .shape = shape,
             .lin = lin,
@@ -128,7 +125,7 @@ void mq_run_linear_quantize(const mq_kernels *kernels, const mq_shape *shape, co
             .int4 = {kernels, dtype, values, lin->perm, lin->rotation},
             .salient = {kernels, dtype, values, lin->perm, 0},
         };
-        quantize_groups(&t);
+        if (shape->groups) quantize_groups(&t);
         split_salient(&t);
     }
 }
@@ -155,36 +152,49 @@ static void add_salient(const mq_kernels *kernels, const mq_linear *lin, const m
     }
 }
 
+/* out = sums + bias, for tokens [first, last) and one panel; sums [last - first][16] */
+static void store_panel(const mq_kernels *kernels, const mq_linear *lin, int64_t panel,
+                        int64_t first, int64_t last, float *sums, mq_dtype dtype, void *out,
+                        int64_t stride) {
+    const int64_t n0 = panel * MQ_PANEL, columns = mq_min(MQ_PANEL, lin->n - n0);
+    float bias[MQ_PANEL];
+    if (lin->bias)
+        for (int64_t c = 0; c < columns; c++) bias[c] = mq_load(lin->bias_dtype, lin->bias, n0 + c);
+    for (int64_t row = first; row < last; row++, sums += MQ_PANEL) {
+        const int64_t at = row * stride + n0;
+        if (lin->bias)
+            for (int64_t c = 0; c < columns; c++) sums[c] += bias[c];
+        if (dtype != MQ_F32)
+            kernels->narrow(dtype, sums, columns, (uint16_t *)out + at);
+        else if (columns == MQ_PANEL) /* a size the compiler knows */
+            memcpy((float *)out + at, sums, MQ_PANEL * sizeof *sums);
+        else
+            memcpy((float *)out + at, sums, (size_t)columns * sizeof *sums);
+    }
+}
+
 void mq_run_linear_multiply(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
                             int64_t m, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1,
                             const void *workspace, mq_dtype dtype, void *out, int64_t stride) {
     /* the views are written in step 1 only */
     mq_activations act =
         workspace_view(shape, lin->k_salient, m, kernels->tile_rows, (void *)(uintptr_t)workspace);
-    float sums[MQ_ROW_CHUNK * MQ_PANEL], bias[MQ_PANEL];
+    _Alignas(64) float sums[MQ_PANELS_AT_ONCE][MQ_ROW_CHUNK * MQ_PANEL];
     const int64_t chunk = MQ_ROW_CHUNK / act.h * act.h;
-    for (int64_t p = panel0; p < panel1; p++) {
-        const int64_t columns = mq_min(MQ_PANEL, lin->n - p * MQ_PANEL);
-        for (int64_t c = 0; c < columns; c++)
-            bias[c] = lin->bias ? mq_load(lin->bias_dtype, lin->bias, p * MQ_PANEL + c) : 0;
+    for (int64_t p = panel0, panels; p < panel1; p += panels) {
+        panels = mq_min(MQ_PANELS_AT_ONCE, panel1 - p);
         for (int64_t first = row0; first < row1; first += chunk) {
             const int64_t last = mq_min(first + chunk, row1);
             const int64_t tile0 = first / act.h, tile1 = mq_ceil_div(last, act.h);
-            memset(sums, 0, (size_t)((tile1 - tile0) * act.h * MQ_PANEL) * sizeof *sums);
-            add_salient(kernels, lin, &act, tile0, tile1, p, sums);
-            kernels->multiply_groups(&act, shape, tile0, tile1,
+            const size_t bytes = (size_t)((last - first) * MQ_PANEL) * sizeof(float);
+            for (int64_t i = 0; i < MQ_PANELS_AT_ONCE; i++) memset(sums[i], 0, bytes);
+            for (int64_t i = 0; i < panels; i++)
+                add_salient(kernels, lin, &act, tile0, tile1, p + i, sums[i]);
+            kernels->multiply_groups(&act, shape, tile0, tile1, panels,
                                      lin->qweight + p * shape->blocks * MQ_BLOCK_BYTES,
-                                     lin->scales + p * shape->groups * MQ_PANEL, sums);
-            for (int64_t row = first; row < last; row++) {
-                float *sum = sums + (row - first) * MQ_PANEL;
-                int64_t at = row * stride + p * MQ_PANEL;
-                if (lin->bias)
-                    for (int64_t c = 0; c < columns; c++) sum[c] += bias[c];
-                if (dtype == MQ_F32)
-                    memcpy((float *)out + at, sum, (size_t)columns * sizeof *sum);
-                else
-                    kernels->narrow(dtype, sum, columns, (uint16_t *)out + at);
-            }
+                                     lin->scales + p * shape->groups * MQ_PANEL, sums[0]);
+            for (int64_t i = 0; i < panels; i++)
+                store_panel(kernels, lin, p + i, first, last, sums[i], dtype, out, stride);
         }
     }
 }

@@ -23,9 +23,9 @@ static int weight_code(const uint8_t *qweight, int64_t quad, int column, int i) 
     return (quad % 2 ? byte >> 4 : byte & 15) - 8;
 }
 
-void mq_multiply_groups_scalar(const mq_activations *act, const mq_shape *shape, int64_t tile0,
-                               int64_t tile1, const uint8_t *qweight, const uint16_t *scales,
-                               float *sums) {
+static void multiply_groups(const mq_activations *act, const mq_shape *shape, int64_t tile0,
+                            int64_t tile1, const uint8_t *qweight, const uint16_t *scales,
+                            float *sums) {
     for (int64_t row = tile0 * act->h; row < mq_min(tile1 * act->h, act->m); row++) {
         int64_t tile = row / act->h, r = row % act->h;
         float *sum = sums + (row - tile0 * act->h) * MQ_PANEL;
@@ -45,4 +45,12 @@ void mq_multiply_groups_scalar(const mq_activations *act, const mq_shape *shape,
             }
         }
     }
+}
+
+void mq_multiply_groups_scalar(const mq_activations *act, const mq_shape *shape, int64_t tile0,
+                               int64_t tile1, int64_t panels, const uint8_t *qweight,
+                               const uint16_t *scales, float *sums) {
+    for (int64_t p = 0; p < panels; p++)
+        multiply_groups(act, shape, tile0, tile1, qweight + p * shape->blocks * MQ_BLOCK_BYTES,
+                        scales + p * shape->groups * MQ_PANEL, sums + p * MQ_ROW_CHUNK * MQ_PANEL);
 }

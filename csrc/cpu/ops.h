@@ -61,22 +61,4 @@ mq_extent mq_channels_extent(const mq_channels *from, int64_t k0, int64_t n);
 /* Rotates n values that start a group, or a multiple of MQ_BUFFER from there; its own inverse. */
 void mq_rotate(const mq_kernels *kernels, int64_t rotation, float *x, int64_t n);
 
-/* The scale of a group by mixedquant.h's rule: NaN for a non-finite group, 0 for one too small. */
-static inline float mq_scale_of(float magnitude_times_clip, float q_max) {
-    float scale = magnitude_times_clip / q_max;
-    return scale < 0x1p-126f ? 0.0f : scale;
-}
-
-/* What x is multiplied by: 0 (hence code 0) for a scale that is 0, NaN or below the smallest normal. */
-static inline float mq_inverse_of(float scale) { return scale >= 0x1p-126f ? 1.0f / scale : 0.0f; }
-
-/* How a group becomes codes: code = clamp(round(x * inverse), low, high). */
-typedef struct mq_quantization {
-    float scale, inverse;
-    int low, high;
-} mq_quantization;
-
-mq_quantization mq_quantization_of(int num_bits, mq_act_format format, float clip,
-                                   mq_extent extent);
-
 #endif

@@ -1,6 +1,7 @@
 #include <math.h>
 
 #include "kernels.h"
+#include "quantize_groups.h"
 
 mq_extent mq_extent_of_scalar(const float *x, int64_t n) {
     mq_extent extent = {0, 0, 0};
@@ -21,6 +22,21 @@ void mq_quantize_scalar(const float *x, int64_t n, float inverse, int low, int h
         value = value > most ? most : value;
         q[i] = (int8_t)lrintf(value); /* the default rounding mode is half to even */
     }
+}
+
+static int32_t quantize_group(const float *x, int64_t n, float inverse, int low, int high,
+                              int8_t *q) {
+    int32_t sum = 0;
+    mq_quantize_scalar(x, n, inverse, low, high, q);
+    for (int64_t i = 0; i < n; i++) sum += q[i];
+    return -8 * sum;
+}
+
+void mq_quantize_groups_scalar(const mq_linear *lin, const mq_extent *extent, const float *x,
+                               int64_t n, int64_t group_size, int8_t *codes, float *scales,
+                               int32_t *starts) {
+    mq_quantize_groups_by(mq_extent_of_scalar, quantize_group, lin, extent, x, n, group_size, codes,
+                          scales, starts);
 }
 
 void mq_dequantize_scalar(const int8_t *q, int64_t n, int is_unsigned, float scale, float *out) {

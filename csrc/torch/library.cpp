@@ -558,17 +558,24 @@ Tensor w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient,
                                            space);
              });
 
-    const int64_t task_rows = kRowsPerTask / tile_rows * tile_rows;
-    const int64_t row_tasks = (m.rows + task_rows - 1) / task_rows;
+    // A task is a few tiles x the panels that are multiplied together; neighbours share the tiles,
+    // whose codes then stay in the cache while weights stream by.
+    const int64_t row_tasks = (m.rows + kRowsPerTask - 1) / kRowsPerTask;
+    const int64_t column_tasks = (shape.panels + MQ_PANELS_AT_ONCE - 1) / MQ_PANELS_AT_ONCE;
     const int64_t task_products =
-        MQ_PANEL * std::min(task_rows, m.rows) * std::max<int64_t>(lin.k, 1);
-    parallel(op, shape.panels * row_tasks, kGrainProducts / task_products,
+        MQ_PANELS_AT_ONCE * MQ_PANEL * std::min(kRowsPerTask, m.rows) * std::max<int64_t>(lin.k, 1);
+    const auto first_row = [&](int64_t row_task) {
+        return std::min(row_task * tiles / row_tasks * tile_rows, m.rows);
+    };
+    parallel(op, row_tasks * column_tasks, kGrainProducts / task_products,
              [&](int64_t begin, int64_t end) {
                  for (int64_t task = begin; task < end; task++) {
-                     const int64_t panel = task / row_tasks, row0 = task % row_tasks * task_rows;
+                     const int64_t row_task = task / column_tasks;
+                     const int64_t panel0 = task % column_tasks * MQ_PANELS_AT_ONCE;
                      const mq_status status = mq_linear_multiply(
-                         &lin, m.rows, row0, std::min(row0 + task_rows, m.rows), panel, panel + 1,
-                         space, dtype, y.mutable_data_ptr(), out_features);
+                         &lin, m.rows, first_row(row_task), first_row(row_task + 1), panel0,
+                         std::min(panel0 + MQ_PANELS_AT_ONCE, shape.panels), space, dtype,
+                         y.mutable_data_ptr(), out_features);
                      if (status != MQ_OK) return status;
                  }
                  return MQ_OK;

@@ -1,7 +1,7 @@
 /* Runs every entry of mixedquant.h on random small problems, each array ending at a page that
- * cannot be touched, and compares every instruction set with scalar bit for bit. Built with ASan
- * and UBSan by tests/test_csrc.py. Usage: check_kernels SEED CASES. Prints "N cases"; any fault
- * aborts. */
+ * cannot be touched, and compares every supported instruction set with scalar bit for bit. Built with
+ * ASan and UBSan by tests/test_csrc.py. Usage: check_kernels SEED CASES. Prints "N cases:" and the
+ * instruction sets; any fault aborts. */
 #define _GNU_SOURCE
 #include <math.h>
 #include <stdio.h>
@@ -140,17 +140,15 @@ static void check_stats(void) {
     guarded scratch = guarded_alloc((size_t)cols * 8, 8);
     const size_t sizes[5] = {4, 4, 8, 8, 8};
     for (int i = 0; i < 2; i++) {
-        for (int f = 0; f < 5; f++) {
-            fields[i][f] = guarded_alloc((size_t)cols * sizes[f], sizes[f]);
-            memset(fields[i][f].data, 0, fields[i][f].bytes);
-        }
-        for (int64_t c = 0; c < cols; c++) ((float *)fields[i][1].data)[c] = INFINITY;
+        for (int f = 0; f < 5; f++) fields[i][f] = guarded_alloc((size_t)cols * sizes[f], sizes[f]);
         keys[i] = guarded_alloc((size_t)cols * 8, 8);
     }
     for (int isa = 0; isa < MQ_ISA_COUNT; isa++) {
         if (!mq_isa_supported((mq_isa)isa)) continue;
         CHECK(mq_isa_set((mq_isa)isa) == MQ_OK);
         int i = isa > 0;
+        for (int f = 0; f < 5; f++) memset(fields[i][f].data, 0, fields[i][f].bytes);
+        for (int64_t c = 0; c < cols; c++) ((float *)fields[i][1].data)[c] = INFINITY;
         mq_channel_stats stats = {fields[i][0].data, fields[i][1].data, fields[i][2].data,
                                   fields[i][3].data, fields[i][4].data};
         int64_t split = below(cols + 1);
@@ -176,7 +174,7 @@ static void check_stats(void) {
 
 static void check_linear(void) {
     mq_dtype dtype = (mq_dtype)below(3);
-    int64_t m = below(30), n = below(50), k = below(below(8) ? 150 : 2600);
+    int64_t m = below(60), n = below(50), k = below(below(8) ? 150 : 2600);
     mq_linear lin = {.n = n,
                      .k = k,
                      .k_salient = below(3) ? below(k / 4 + 1) : below(k + 1),
@@ -330,6 +328,9 @@ int main(int argc, char **argv) {
         check_stats();
         check_linear();
     }
-    printf("%d cases\n", cases);
+    printf("%d cases:", cases);
+    for (int isa = 0; isa < MQ_ISA_COUNT; isa++)
+        if (mq_isa_supported((mq_isa)isa)) printf(" %s", mq_isa_name((mq_isa)isa));
+    printf("\n");
     return 0;
 }
