@@ -53,8 +53,8 @@ RECIPES = {
         "salient_allocation": "uniform",
         "smooth_alpha": None,
         "rotation": "group",
-        "act_format": "zero_point",
-        "act_clip": 0.95,
+        "act_format": "auto",
+        "act_clip": "search",
         "weight_scale": "mse",
         "weight_rounding": "gptq",
     },
@@ -71,7 +71,8 @@ class MixedQuantConfig:
     Args:
         recipe: a set of values for the fields marked (recipe), which a value given overrides:
             "rtn" rounds to nearest; "fast" adds rotation, zero-points, an activation clip and
-            error-minimizing weight scales; "best" adds GPTQ, which needs calibration tokens.
+            error-minimizing weight scales; "best" finds clip and format per layer and rounds by
+            GPTQ, for which `quantize` needs calibration tokens.
         num_bits: bits of the quantized weights and activations. 2-4 with ``backend="int4"`` (codes
             are stored as 4-bit), 2-8 with ``backend="fake"`` (2-7 with zero-points).
         group_size: consecutive channels, in sorted order, that share one scale; any integer >= 1.

@@ -47,8 +47,8 @@ def native_check(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def simde_check(tmp_path_factory):
-    """The same sources with every intrinsic computed lane by lane; -O0, as optimizing that takes gcc
-    minutes under the sanitizers."""
+    """The same sources with every intrinsic computed lane by lane, which sanitized and optimized
+    would take a minute to compile."""
     include = distribution("cmeel-simde").locate_file("cmeel.prefix/include")
     flags = ["-O0", "-DMQ_SIMDE", f"-isystem{include}", "-Wno-psabi"]
     return build_check(tmp_path_factory.mktemp("simde"), *flags)

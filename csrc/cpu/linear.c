@@ -152,24 +152,29 @@ static void add_salient(const mq_kernels *kernels, const mq_linear *lin, const m
     }
 }
 
-/* out = sums + bias, for tokens [first, last) and one panel; sums [last - first][16] */
-static void store_panel(const mq_kernels *kernels, const mq_linear *lin, int64_t panel,
-                        int64_t first, int64_t last, float *sums, mq_dtype dtype, void *out,
-                        int64_t stride) {
-    const int64_t n0 = panel * MQ_PANEL, columns = mq_min(MQ_PANEL, lin->n - n0);
-    float bias[MQ_PANEL];
+/* out = sums + bias, for tokens [first, last) and `panels` panels from panel0 on; sums
+ * [panels][MQ_ROW_CHUNK][16] */
+static void store_sums(const mq_kernels *kernels, const mq_linear *lin, int64_t panel0,
+                       int64_t panels, int64_t first, int64_t last, float *sums, mq_dtype dtype,
+                       void *out, int64_t stride) {
+    const int64_t n0 = panel0 * MQ_PANEL, columns = mq_min(panels * MQ_PANEL, lin->n - n0);
+    float bias[MQ_PANELS_AT_ONCE * MQ_PANEL];
     if (lin->bias)
         for (int64_t c = 0; c < columns; c++) bias[c] = mq_load(lin->bias_dtype, lin->bias, n0 + c);
-    for (int64_t row = first; row < last; row++, sums += MQ_PANEL) {
-        const int64_t at = row * stride + n0;
-        if (lin->bias)
-            for (int64_t c = 0; c < columns; c++) sums[c] += bias[c];
-        if (dtype != MQ_F32)
-            kernels->narrow(dtype, sums, columns, (uint16_t *)out + at);
-        else if (columns == MQ_PANEL) /* a size the compiler knows */
-            memcpy((float *)out + at, sums, MQ_PANEL * sizeof *sums);
-        else
-            memcpy((float *)out + at, sums, (size_t)columns * sizeof *sums);
+    for (int64_t row = first; row < last; row++) {
+        for (int64_t c = 0, n; c < columns; c += n) {
+            float *sum = sums + (c / MQ_PANEL * MQ_ROW_CHUNK + row - first) * MQ_PANEL;
+            const int64_t at = row * stride + n0 + c;
+            n = mq_min(MQ_PANEL, columns - c);
+            if (lin->bias)
+                for (int64_t i = 0; i < n; i++) sum[i] += bias[c + i];
+            if (dtype != MQ_F32)
+                kernels->narrow(dtype, sum, n, (uint16_t *)out + at);
+            else if (n == MQ_PANEL) /* a size that the compiler knows */
+                memcpy((float *)out + at, sum, MQ_PANEL * sizeof *sum);
+            else
+                memcpy((float *)out + at, sum, (size_t)n * sizeof *sum);
+        }
     }
 }
 
@@ -193,8 +198,7 @@ void mq_run_linear_multiply(const mq_kernels *kernels, const mq_shape *shape, co
             kernels->multiply_groups(&act, shape, tile0, tile1, panels,
                                      lin->qweight + p * shape->blocks * MQ_BLOCK_BYTES,
                                      lin->scales + p * shape->groups * MQ_PANEL, sums[0]);
-            for (int64_t i = 0; i < panels; i++)
-                store_panel(kernels, lin, p + i, first, last, sums[i], dtype, out, stride);
+            store_sums(kernels, lin, p, panels, first, last, sums[0], dtype, out, stride);
         }
     }
 }
