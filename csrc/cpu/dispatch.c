@@ -45,10 +45,17 @@ const char *mq_isa_name(mq_isa isa) {
 }
 
 #if defined(__x86_64__) && !defined(MQ_SIMDE)
-/* Not every compiler that can build these kernels knows "avxvnni" in __builtin_cpu_supports. */
+/* Not every compiler that builds these kernels knows "avxvnni" in __builtin_cpu_supports; and cpuid
+ * is asked once, as a virtual machine takes microseconds to answer. */
 static int has_avxvnni(void) {
-    unsigned eax, ebx, ecx, edx;
-    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 4);
+    static atomic_int known = -1;
+    int has = atomic_load(&known);
+    if (has < 0) {
+        unsigned eax, ebx, ecx, edx;
+        has = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 4);
+        atomic_store(&known, has);
+    }
+    return has;
 }
 #endif
 

@@ -38,7 +38,7 @@ enum {
     ACCUMULATORS = 12,                        /* enough to hide their latency */
     TILE_ROWS = ACCUMULATORS / PANEL_VECTORS, /* tokens of a tile: x one panel's salient channels */
     PART_ROWS = ACCUMULATORS / VECTORS,       /* tokens of a part of it: x all panels' groups */
-    PREFETCH_BYTES = MQ_SEGMENT_QUADS / 2 * MQ_BLOCK_BYTES, /* the next segment's weights */
+    AHEAD = MQ_SEGMENT_QUADS / 2, /* blocks from one being read to one being asked for */
     SUMS_STRIDE = MQ_ROW_CHUNK * MQ_PANEL
 };
 
@@ -123,11 +123,22 @@ typedef struct part {
     float *sums;
 } part;
 
+static MQ_INLINE const uint8_t *packed_at(const panels *w, int64_t block, int v) {
+    return w->qweight + v / PANEL_VECTORS * w->qweight_stride + block * MQ_BLOCK_BYTES +
+           v % PANEL_VECTORS * VECTOR_BYTES;
+}
+
 TARGET static MQ_INLINE ints load_packed(const panels *w, int64_t block, int v) {
-    const uint8_t *at = w->qweight + v / PANEL_VECTORS * w->qweight_stride +
-                        v % PANEL_VECTORS * VECTOR_BYTES + block * MQ_BLOCK_BYTES;
-    if (v % PANEL_VECTORS == 0) _mm_prefetch((const char *)at + PREFETCH_BYTES, _MM_HINT_T0);
-    return VI(loadu)((const ints *)(const void *)at);
+    return VI(loadu)((const ints *)(const void *)packed_at(w, block, v));
+}
+
+/* Asks for all panels' blocks [block0, block1); where a panel ends, for those of the panels to come */
+static MQ_INLINE void prefetch(const panels *w, int64_t blocks, int64_t block0, int64_t block1) {
+    for (int64_t block = block0; block < block1; block++) {
+        const int64_t skip = block < blocks ? 0 : (PANELS - 1) * w->qweight_stride;
+        for (int v = 0; v < VECTORS; v += PANEL_VECTORS)
+            _mm_prefetch((const char *)packed_at(w, block, v) + skip, _MM_HINT_T0);
+    }
 }
 
 /* Codes + 8 of quads [quad0, quad1) as bytes: to [quads][panels][16][4]. quad0 need not be even. */
@@ -153,6 +164,8 @@ TARGET static MQ_INLINE void load_quad(const panels *w, const ints *unpacked, in
         } else {
             const __m128i shift = _mm_cvtsi32_si128((int)(quad % 2) * 4);
             const ints bytes = load_packed(w, quad / 2, v);
+            if (v % PANEL_VECTORS == 0)
+                _mm_prefetch((const char *)packed_at(w, quad / 2 + AHEAD, v), _MM_HINT_T0);
             weights[v] = VI (and)(V(srl_epi16)(bytes, shift), V(set1_epi8)(15));
         }
     }
@@ -269,6 +282,15 @@ static MQ_INLINE part part_at(const mq_activations *act, const mq_shape *shape, 
     };
 }
 
+/* Asks for one of `parts` parts of the segment behind quad1, from block `ahead` on; returns the block
+ * behind it. Spread over the work on this segment, since few loads can be under way at once. */
+static MQ_INLINE int64_t prefetch_part(const panels *w, const mq_shape *shape, int64_t ahead,
+                                       int64_t quad1, int64_t parts) {
+    const int64_t end = mq_min(ahead + mq_ceil_div(AHEAD, parts), quad1 / 2 + AHEAD);
+    prefetch(w, shape->blocks, ahead, end);
+    return end;
+}
+
 /* Groups longer than a segment, group by group; the totals wait in memory between segments. */
 TARGET static void multiply_long_groups(const mq_activations *act, const mq_shape *shape,
                                         int64_t tile0, int64_t tile1, panels w, float *sums) {
@@ -280,7 +302,9 @@ TARGET static void multiply_long_groups(const mq_activations *act, const mq_shap
         for (int64_t quad0 = group0, quad1; quad0 < group1; quad0 = quad1, segment++) {
             quad1 = mq_min(quad0 + MQ_SEGMENT_QUADS, group1);
             const ints *unpacked = unpack(&w, quad0, quad1, buffer);
+            int64_t ahead = quad1 / 2;
             EACH_PART (act, tile, at, rows, row) {
+                ahead = prefetch_part(&w, shape, ahead, quad1, tile1 - tile0);
                 const part p =
                     part_at(act, shape, tile, at, quad0, segment, j, sums + row * MQ_PANEL);
                 WITH_CONSTANT_ROWS(rows, PART_ROWS, add_segment, p, w, unpacked, quad1 - quad0,
@@ -299,7 +323,9 @@ TARGET static void multiply_groups(const mq_activations *act, const mq_shape *sh
         const int64_t quad0 = j * shape->group_quads;
         const int64_t quad1 = mq_min(quad0 + groups_at_once * shape->group_quads, shape->quads);
         const ints *unpacked = unpack(&w, quad0, quad1, buffer);
+        int64_t ahead = quad1 / 2;
         EACH_PART (act, tile, at, rows, row) {
+            ahead = prefetch_part(&w, shape, ahead, quad1, tile1 - tile0);
             const part p = part_at(act, shape, tile, at, quad0, j, j, sums + row * MQ_PANEL);
             WITH_CONSTANT_ROWS(rows, PART_ROWS, add_groups, p, w, unpacked, shape->group_quads, 0,
                                quad1 - quad0)
