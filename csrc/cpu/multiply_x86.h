@@ -39,6 +39,7 @@ enum {
     TILE_ROWS = ACCUMULATORS / PANEL_VECTORS, /* tokens of a tile: x one panel's salient channels */
     PART_ROWS = ACCUMULATORS / VECTORS,       /* tokens of a part of it: x all panels' groups */
     AHEAD = MQ_SEGMENT_QUADS / 2, /* blocks from one being read to one being asked for */
+    SCALES_AHEAD = 1024,          /* bytes of scales likewise, where groups are short */
     SUMS_STRIDE = MQ_ROW_CHUNK * MQ_PANEL
 };
 
@@ -196,6 +197,27 @@ TARGET static MQ_INLINE void segment_dots(const int rows, const part *p, const p
         }
 }
 
+static MQ_INLINE void next_segment(part *p, int64_t quads) {
+    p->codes += quads * p->h * MQ_QUAD;
+    p->starts += p->h;
+}
+
+/* The same for a group of any size, from packed weights; p is then behind it. */
+TARGET static MQ_INLINE void group_dots(const int rows, part *p, const panels *w, int64_t quad0,
+                                        int64_t quad1, ints dots[PART_ROWS][VECTORS]) {
+    int64_t end = mq_min(quad0 + MQ_SEGMENT_QUADS, quad1);
+    segment_dots(rows, p, w, NULL, quad0, end, dots);
+    next_segment(p, end - quad0);
+    for (int64_t quad = end; quad < quad1; quad = end) {
+        end = mq_min(quad + MQ_SEGMENT_QUADS, quad1);
+        ints more[PART_ROWS][VECTORS];
+        segment_dots(rows, p, w, NULL, quad, end, more);
+        next_segment(p, end - quad);
+        EACH_ROW (r, rows)
+            EACH_VECTOR (v, VECTORS) dots[r][v] = V(add_epi32)(dots[r][v], more[r][v]);
+    }
+}
+
 TARGET static MQ_INLINE floats widen_scales(const uint16_t *scales) {
 #if BITS == 512
     const __m256i bits = _mm256_loadu_si256((const __m256i *)(const void *)scales);
@@ -219,20 +241,27 @@ TARGET static MQ_INLINE void add_scaled(const int rows, const part *p, const pan
     }
 }
 
-/* Groups that are one segment each: quads [quad0, quad1) */
+/* Groups of quads [quad0, quad1); where unpacked is not NULL, of one segment each. */
 TARGET static MQ_INLINE void add_groups(const int rows, part p, panels w, const ints *unpacked,
                                         int64_t group_quads, int64_t quad0, int64_t quad1) {
     floats held[PART_ROWS][VECTORS];
     if (HOLD_SUMS)
         EACH_ROW (r, rows)
             EACH_VECTOR (v, VECTORS) held[r][v] = *sum_at(p.sums, r, v);
-    for (int64_t quad = quad0, n; quad < quad1; quad += n) {
-        n = mq_min(group_quads, quad1 - quad);
+    for (int64_t quad = quad0, end; quad < quad1; quad = end) {
+        end = mq_min(quad + group_quads, quad1);
         ints dots[PART_ROWS][VECTORS];
-        segment_dots(rows, &p, &w, unpacked, quad, quad + n, dots);
+        if (unpacked) {
+            segment_dots(rows, &p, &w, unpacked, quad, end, dots);
+            next_segment(&p, end - quad);
+        } else {
+            EACH_VECTOR (v, VECTORS)
+                _mm_prefetch(
+                    (const char *)(w.scales + vector_at(v, w.scales_stride)) + SCALES_AHEAD,
+                    _MM_HINT_T0);
+            group_dots(rows, &p, &w, quad, end, dots);
+        }
         add_scaled(rows, &p, &w, dots, HOLD_SUMS ? held : NULL);
-        p.codes += n * p.h * MQ_QUAD;
-        p.starts += p.h;
         p.scales += p.h;
         w.scales += MQ_PANEL;
     }
@@ -334,7 +363,7 @@ TARGET static void multiply_groups(const mq_activations *act, const mq_shape *sh
     }
 }
 
-/* The same for few tokens, which unpack weights as they go */
+/* Groups of any size for few tokens, which unpack weights as they go */
 TARGET static void multiply_few(const mq_activations *act, const mq_shape *shape, int64_t tile0,
                                 int64_t tile1, panels w, float *sums) {
     EACH_PART (act, tile, at, rows, row) {
@@ -357,10 +386,10 @@ TARGET void KERNEL(mq_multiply_groups)(const mq_activations *act, const mq_shape
             w.qweight_stride = qweight_stride;
             w.scales_stride = scales_stride;
         }
-        if (shape->group_quads > MQ_SEGMENT_QUADS)
-            multiply_long_groups(act, shape, tile0, tile1, w, sums);
-        else if (act->m <= FEW_ROWS)
+        if (act->m <= FEW_ROWS)
             multiply_few(act, shape, tile0, tile1, w, sums);
+        else if (shape->group_quads > MQ_SEGMENT_QUADS)
+            multiply_long_groups(act, shape, tile0, tile1, w, sums);
         else
             multiply_groups(act, shape, tile0, tile1, w, sums);
     }
