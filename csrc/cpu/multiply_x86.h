@@ -21,7 +21,8 @@
 #define CONCAT_(a, b) a##b
 #define CONCAT(a, b) CONCAT_(a, b)
 #define V(op) CONCAT(CONCAT(CONCAT(_mm, BITS), _), op) /* _mm512_op */
-#define VI(op) CONCAT(CONCAT(V(op), _si), BITS)        /* _mm512_op_si512 */
+#define LOAD_INTS CONCAT(V(loadu_si), BITS)
+#define AND_INTS CONCAT(V(and_si), BITS)
 
 /* Unrolled loops over a constant number of tokens, of vectors */
 #define EACH_ROW(r, rows) _Pragma("GCC unroll 12") for (int r = 0; r < rows; r++)
@@ -130,7 +131,7 @@ static MQ_INLINE const uint8_t *packed_at(const panels *w, int64_t block, int v)
 }
 
 TARGET static MQ_INLINE ints load_packed(const panels *w, int64_t block, int v) {
-    return VI(loadu)((const ints *)(const void *)packed_at(w, block, v));
+    return LOAD_INTS((const ints *)(const void *)packed_at(w, block, v));
 }
 
 /* Asks for all panels' blocks [block0, block1); where a panel ends, for those of the panels to come */
@@ -149,8 +150,8 @@ TARGET static MQ_INLINE const ints *unpack(const panels *w, int64_t quad0, int64
     for (int64_t block = quad0 / 2; block < mq_ceil_div(quad1, 2); block++, to += 2) {
         EACH_VECTOR (v, VECTORS) {
             const ints bytes = load_packed(w, block, v);
-            to[0][v] = VI (and)(bytes, nibble);
-            to[1][v] = VI (and)(V(srli_epi16)(bytes, 4), nibble);
+            to[0][v] = AND_INTS(bytes, nibble);
+            to[1][v] = AND_INTS(V(srli_epi16)(bytes, 4), nibble);
         }
     }
     return first;
@@ -167,7 +168,7 @@ TARGET static MQ_INLINE void load_quad(const panels *w, const ints *unpacked, in
             const ints bytes = load_packed(w, quad / 2, v);
             if (v % PANEL_VECTORS == 0)
                 _mm_prefetch((const char *)packed_at(w, quad / 2 + AHEAD, v), _MM_HINT_T0);
-            weights[v] = VI (and)(V(srl_epi16)(bytes, shift), V(set1_epi8)(15));
+            weights[v] = AND_INTS(V(srl_epi16)(bytes, shift), V(set1_epi8)(15));
         }
     }
 }
