@@ -246,7 +246,7 @@ mq_status mq_linear_quantize(const mq_linear *lin, mq_dtype dtype, const void *x
  * [16 * panel0, min(n, 16 * panel1)); out [m][n], row stride `stride`.
  *   y = (sum over salient channels, in order, of fma(x, w))  then per group, in order,
  *       fma(float(sum of qa * qw) * sw, sa, y)  then + bias, all fp32, then rounded to dtype.
- * A token with a non-finite input has NaN outputs. Uses about 48 KiB of stack. */
+ * A token with a non-finite input has NaN outputs. Uses about 80 KiB of stack. */
 mq_status mq_linear_multiply(const mq_linear *lin, int64_t m, int64_t row0, int64_t row1,
                              int64_t panel0, int64_t panel1, const void *workspace, mq_dtype dtype,
                              void *out, int64_t stride);

@@ -34,7 +34,11 @@ PACKED = ("qweight", "scales", "salient_weight", "salient_scales")  # of a packe
 
 
 def supported_isas() -> list[str]:
-    """Instruction sets this processor has kernels for, the specification ("scalar") first."""
+    """Instruction sets this processor has kernels for, in rising order of preference.
+
+    Of "scalar" (the specification, everywhere), "avx2", "avxvnni" (vpdpbusd on 256 bits) and
+    "avx512vnni" (on 512 bits).
+    """
     return _C.supported_isas()
 
 

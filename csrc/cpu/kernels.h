@@ -11,20 +11,20 @@
 #include "../mixedquant.h"
 
 enum {
-    MQ_ROW_CHUNK = 240, /* tokens whose sums stay near while panels' weights are reused */
+    MQ_ROW_CHUNK = 240,                    /* tokens that unpacked weights are used for */
     MQ_BUFFER = MQ_SEGMENT_QUADS * MQ_QUAD /* values gathered at a time */
 };
 
-/* Views into a workspace; h = rows of a tile = min(m, tile_rows of the instruction set). */
+/* Views into a workspace; h = rows of a tile = min(m, tile_rows of the instruction set).
+ * starts: what a segment's sum of codes * (weights + 8) starts from, to end at the plain dot product:
+ * -8 * sum(codes). AVX2 sums in int16 and wants two of them, for the codes at positions 0, 1 and at
+ * 2, 3 of each quad; its quantize_groups and multiply_groups agree on that. */
 typedef struct mq_activations {
     int64_t m, h;
-    int8_t *codes; /* [tiles][quads][h][4] */
-    float *scales; /* [tiles][groups][h] */
-    int32_t
-        *starts;    /* [tiles][segments][h]: from what a segment's sum of codes * (weights + 8) must
-                        start to end at the plain dot product: -8 * sum(codes); AVX2 wants it as two
-                        int16, of the codes at positions 0, 1 and at 2, 3 of each quad */
-    float *salient; /* [tiles][k_salient][h] */
+    int8_t *codes;   /* [tiles][quads][h][4] */
+    float *scales;   /* [tiles][groups][h] */
+    int32_t *starts; /* [tiles][segments][h]; see below */
+    float *salient;  /* [tiles][k_salient][h] */
 } mq_activations;
 
 /* x [rows] with `stride`, channels [col0, col1) */

@@ -21,7 +21,8 @@
 #define CONCAT_(a, b) a##b
 #define CONCAT(a, b) CONCAT_(a, b)
 #define V(op) CONCAT(CONCAT(CONCAT(_mm, BITS), _), op) /* _mm512_op */
-#define VI(op) CONCAT(CONCAT(V(op), _si), BITS)        /* _mm512_op_si512 */
+#define LOAD_INTS CONCAT(V(loadu_si), BITS)
+#define AND_INTS CONCAT(V(and_si), BITS)
 
 /* Unrolled loops over a constant number of tokens, of vectors */
 #define EACH_ROW(r, rows) _Pragma("GCC unroll 12") for (int r = 0; r < rows; r++)
@@ -39,6 +40,7 @@ enum {
     TILE_ROWS = ACCUMULATORS / PANEL_VECTORS, /* tokens of a tile: x one panel's salient channels */
     PART_ROWS = ACCUMULATORS / VECTORS,       /* tokens of a part of it: x all panels' groups */
     AHEAD = MQ_SEGMENT_QUADS / 2, /* blocks from one being read to one being asked for */
+    SCALES_AHEAD = 1024,          /* bytes of scales likewise, where groups are short */
     SUMS_STRIDE = MQ_ROW_CHUNK * MQ_PANEL
 };
 
@@ -129,7 +131,7 @@ static MQ_INLINE const uint8_t *packed_at(const panels *w, int64_t block, int v)
 }
 
 TARGET static MQ_INLINE ints load_packed(const panels *w, int64_t block, int v) {
-    return VI(loadu)((const ints *)(const void *)packed_at(w, block, v));
+    return LOAD_INTS((const ints *)(const void *)packed_at(w, block, v));
 }
 
 /* Asks for all panels' blocks [block0, block1); where a panel ends, for those of the panels to come */
@@ -148,8 +150,8 @@ TARGET static MQ_INLINE const ints *unpack(const panels *w, int64_t quad0, int64
     for (int64_t block = quad0 / 2; block < mq_ceil_div(quad1, 2); block++, to += 2) {
         EACH_VECTOR (v, VECTORS) {
             const ints bytes = load_packed(w, block, v);
-            to[0][v] = VI (and)(bytes, nibble);
-            to[1][v] = VI (and)(V(srli_epi16)(bytes, 4), nibble);
+            to[0][v] = AND_INTS(bytes, nibble);
+            to[1][v] = AND_INTS(V(srli_epi16)(bytes, 4), nibble);
         }
     }
     return first;
@@ -166,7 +168,7 @@ TARGET static MQ_INLINE void load_quad(const panels *w, const ints *unpacked, in
             const ints bytes = load_packed(w, quad / 2, v);
             if (v % PANEL_VECTORS == 0)
                 _mm_prefetch((const char *)packed_at(w, quad / 2 + AHEAD, v), _MM_HINT_T0);
-            weights[v] = VI (and)(V(srl_epi16)(bytes, shift), V(set1_epi8)(15));
+            weights[v] = AND_INTS(V(srl_epi16)(bytes, shift), V(set1_epi8)(15));
         }
     }
 }
@@ -196,6 +198,27 @@ TARGET static MQ_INLINE void segment_dots(const int rows, const part *p, const p
         }
 }
 
+static MQ_INLINE void next_segment(part *p, int64_t quads) {
+    p->codes += quads * p->h * MQ_QUAD;
+    p->starts += p->h;
+}
+
+/* The same for a group of any size, from packed weights; p is then behind it. */
+TARGET static MQ_INLINE void group_dots(const int rows, part *p, const panels *w, int64_t quad0,
+                                        int64_t quad1, ints dots[PART_ROWS][VECTORS]) {
+    int64_t end = mq_min(quad0 + MQ_SEGMENT_QUADS, quad1);
+    segment_dots(rows, p, w, NULL, quad0, end, dots);
+    next_segment(p, end - quad0);
+    for (int64_t quad = end; quad < quad1; quad = end) {
+        end = mq_min(quad + MQ_SEGMENT_QUADS, quad1);
+        ints more[PART_ROWS][VECTORS];
+        segment_dots(rows, p, w, NULL, quad, end, more);
+        next_segment(p, end - quad);
+        EACH_ROW (r, rows)
+            EACH_VECTOR (v, VECTORS) dots[r][v] = V(add_epi32)(dots[r][v], more[r][v]);
+    }
+}
+
 TARGET static MQ_INLINE floats widen_scales(const uint16_t *scales) {
 #if BITS == 512
     const __m256i bits = _mm256_loadu_si256((const __m256i *)(const void *)scales);
@@ -219,20 +242,27 @@ TARGET static MQ_INLINE void add_scaled(const int rows, const part *p, const pan
     }
 }
 
-/* Groups that are one segment each: quads [quad0, quad1) */
+/* Groups of quads [quad0, quad1); where unpacked is not NULL, of one segment each. */
 TARGET static MQ_INLINE void add_groups(const int rows, part p, panels w, const ints *unpacked,
                                         int64_t group_quads, int64_t quad0, int64_t quad1) {
     floats held[PART_ROWS][VECTORS];
     if (HOLD_SUMS)
         EACH_ROW (r, rows)
             EACH_VECTOR (v, VECTORS) held[r][v] = *sum_at(p.sums, r, v);
-    for (int64_t quad = quad0, n; quad < quad1; quad += n) {
-        n = mq_min(group_quads, quad1 - quad);
+    for (int64_t quad = quad0, end; quad < quad1; quad = end) {
+        end = mq_min(quad + group_quads, quad1);
         ints dots[PART_ROWS][VECTORS];
-        segment_dots(rows, &p, &w, unpacked, quad, quad + n, dots);
+        if (unpacked) {
+            segment_dots(rows, &p, &w, unpacked, quad, end, dots);
+            next_segment(&p, end - quad);
+        } else {
+            EACH_VECTOR (v, VECTORS)
+                _mm_prefetch(
+                    (const char *)(w.scales + vector_at(v, w.scales_stride)) + SCALES_AHEAD,
+                    _MM_HINT_T0);
+            group_dots(rows, &p, &w, quad, end, dots);
+        }
         add_scaled(rows, &p, &w, dots, HOLD_SUMS ? held : NULL);
-        p.codes += n * p.h * MQ_QUAD;
-        p.starts += p.h;
         p.scales += p.h;
         w.scales += MQ_PANEL;
     }
@@ -334,7 +364,7 @@ TARGET static void multiply_groups(const mq_activations *act, const mq_shape *sh
     }
 }
 
-/* The same for few tokens, which unpack weights as they go */
+/* Groups of any size for few tokens, which unpack weights as they go */
 TARGET static void multiply_few(const mq_activations *act, const mq_shape *shape, int64_t tile0,
                                 int64_t tile1, panels w, float *sums) {
     EACH_PART (act, tile, at, rows, row) {
@@ -357,10 +387,10 @@ TARGET void KERNEL(mq_multiply_groups)(const mq_activations *act, const mq_shape
             w.qweight_stride = qweight_stride;
             w.scales_stride = scales_stride;
         }
-        if (shape->group_quads > MQ_SEGMENT_QUADS)
-            multiply_long_groups(act, shape, tile0, tile1, w, sums);
-        else if (act->m <= FEW_ROWS)
+        if (act->m <= FEW_ROWS)
             multiply_few(act, shape, tile0, tile1, w, sums);
+        else if (shape->group_quads > MQ_SEGMENT_QUADS)
+            multiply_long_groups(act, shape, tile0, tile1, w, sums);
         else
             multiply_groups(act, shape, tile0, tile1, w, sums);
     }
