@@ -1,12 +1,13 @@
 """A model run one decoder layer at a time over calibration tokens.
 
 The hidden states of all tokens wait between two layers, so a layer is calibrated on what the layers
-before it, already quantized, really give it, and the whole costs two passes over the tokens
-instead of one pass for every part of the model.
+before it, already quantized, really give it: one pass over the tokens to calibrate it and one to
+go on, however many layers there are.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from .calibration import evaluating, hooked, no_cache, without_head
 from .families import decoder_layers
+
+logger = logging.getLogger("smoothquant")
 
 
 class _Call(NamedTuple):
@@ -35,13 +38,25 @@ class Block:
     name: full name of the decoder layer, "" for the whole model.
     """
 
-    def __init__(self, model: nn.Module, name: str, forwards: Sequence[Callable[[], object]]):
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        forwards: Sequence[Callable[[], object]],
+        batches: Sequence[Tensor],
+    ) -> None:
         self.name = name
-        self._model, self._forwards = model, forwards
+        self._model, self._forwards, self._batches = model, forwards, batches
 
     def holds(self, name: str) -> bool:
         """Whether a module of this full name is part of the block."""
         return not self.name or name.startswith(self.name + ".")
+
+    def batches_of(self, num_tokens: int, least: int) -> int:
+        """How many batches hold about num_tokens, at least `least`, at most all."""
+        tokens = sum(batch.numel() for batch in self._batches)
+        needed = -(-num_tokens * len(self._batches) // tokens)
+        return min(len(self._batches), max(least, needed))
 
     @torch.no_grad()
     def run(self, hooks: Mapping[str, Callable], at_most: int | None = None) -> None:
@@ -75,7 +90,12 @@ def blocks(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor]) ->
 
     calls = _layer_calls(model, layers, batches, whole) if layers and inside else None
     if calls is None:
-        yield Block(model, "", [lambda batch=batch: whole(batch) for batch in batches])
+        if layers:
+            logger.warning(
+                "the decoder layers of %s cannot be run one by one: calibrating it as a whole",
+                type(model).__name__,
+            )
+        yield Block(model, "", [lambda batch=batch: whole(batch) for batch in batches], batches)
         return
     hidden = [_first_hidden(model, layers[0], batch, whole) for batch in batches]
     shapes = [batch.shape for batch in batches]
@@ -85,7 +105,10 @@ def blocks(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor]) ->
             call = calls[shapes[at]][index]
             return _only_hidden(model.get_submodule(layer)(hidden[at], *call.args, **call.kwargs))
 
-        yield Block(model, layer, [lambda at=at: forward(at) for at in range(len(batches))])
+        forwards = [lambda at=at: forward(at) for at in range(len(batches))]
+        yield Block(model, layer, forwards, batches)
+        if layer == layers[-1]:
+            return
         with torch.no_grad(), evaluating(model):
             for at in range(len(batches)):
                 hidden[at] = forward(at)
@@ -119,21 +142,21 @@ def _layer_calls(
     for batch in batches:
         if batch.shape in calls:
             continue
-        seen: list[tuple[Tensor, _Call]] = []
+        found: list[_Call] = []
+        follows: list[bool] = []  # whether a layer's input is what the one before it gives alone
+        given: list[Tensor] = []
 
-        def record(module, args, kwargs, seen=seen):
+        def record(module, args, kwargs, found=found, follows=follows, given=given):
             kwargs = dict(kwargs)
-            hidden = args[0] if args else kwargs.pop("hidden_states", None)
-            seen.append((hidden, _Call(args[1:], kwargs)))
+            x = args[0] if args else kwargs.pop("hidden_states", None)
+            follows.append(isinstance(x, Tensor) and (not given or torch.equal(x, given.pop())))
+            found.append(_Call(args[1:], kwargs))
+            if follows[-1]:
+                given.append(_only_hidden(module.forward(x, *args[1:], **kwargs)))
 
         with evaluating(model), hooked(model, dict.fromkeys(layers, record)):
             whole(batch)
-        if len(seen) != len(layers) or not all(isinstance(x, Tensor) for x, _ in seen):
+        if len(found) != len(layers) or not all(follows):
             return None
-        with evaluating(model):
-            for layer, (x, call), (following, _) in zip(layers, seen, seen[1:], strict=False):
-                y = _only_hidden(model.get_submodule(layer)(x, *call.args, **call.kwargs))
-                if not isinstance(y, Tensor) or not torch.equal(y, following):
-                    return None
-        calls[batch.shape] = [call for _, call in seen]
+        calls[batch.shape] = found
     return calls

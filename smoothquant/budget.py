@@ -15,7 +15,7 @@ from torch import Tensor
 from . import ops
 from .config import MixedQuantConfig
 from .linear import layer_group_size
-from .sorting import num_salient_channels
+from .sorting import num_salient_channels, salient_per_block
 
 SEARCH_STEPS = 30  # halvings of the share that a budget in bits is met by
 
@@ -27,11 +27,17 @@ class Demand(NamedTuple):
     channels: K.
     score: float64 [K], the part of the squared outputs that a channel makes; None: it takes the
         model's average share.
+    blocks: equal parts of the channels that get equally many salient ones.
     """
 
     rows: tuple[int, ...]
     channels: int
     score: Tensor | None = None
+    blocks: int = 1
+
+    def in_blocks(self, num_salient: int) -> int:
+        """What equal counts in all blocks make of num_salient."""
+        return self.blocks * salient_per_block(num_salient, self.blocks)
 
 
 def share_out(demands: Sequence[Demand], config: MixedQuantConfig) -> list[int]:
@@ -88,13 +94,13 @@ def bits_per_weight(
 
 
 def _with_share(demands: Sequence[Demand], config: MixedQuantConfig, share: float) -> list[int]:
-    uniform = [num_salient_channels(demand.channels, share) for demand in demands]
+    uniform = [d.in_blocks(num_salient_channels(d.channels, share)) for d in demands]
     competing = [i for i, demand in enumerate(demands) if demand.score is not None]
     if config.salient_allocation == "uniform" or share == 0 or not competing:
         return uniform
     worth, cost, owner = [], [], []
     for i in competing:
-        rows, channels, score = demands[i]
+        rows, channels, score, _ = demands[i]
         gain = (score / score.sum().clamp(min=1e-300)).sort(descending=True).values / sum(rows)
         gain[:1] = math.inf  # every layer input has one
         worth.append(gain)
@@ -105,4 +111,6 @@ def _with_share(demands: Sequence[Demand], config: MixedQuantConfig, share: floa
     budget = sum(uniform[i] * sum(demands[i].rows) for i in competing)
     chosen = torch.cat(owner)[order[spent <= budget]]
     counts = torch.bincount(chosen, minlength=len(demands))
-    return [int(counts[i]) if i in competing else n for i, n in enumerate(uniform)]
+    return [
+        demands[i].in_blocks(int(counts[i])) if i in competing else n for i, n in enumerate(uniform)
+    ]

@@ -74,13 +74,14 @@ def save_quantized(
             f"model must be a quantized transformers model; got {type(model).__name__}"
         )
     config = getattr(model, "mixedquant_config", next(iter(linears.values())).config)
-    choices = {name: _choices(name, module.config, config) for name, module in linears.items()}
+    common = config.to_dict()
+    choices = {name: _choices(name, module.config, common) for name, module in linears.items()}
     folder = check_target(folder, overwrite=overwrite)
     tensors, shared = distinct_tensors(model)
     manifest = {
         "format_version": FORMAT_VERSION,
         "model_class": type(model).__name__,
-        "config": config.to_dict(),
+        "config": common,
         "linears": {
             name: {
                 "num_salient": module.num_salient,
@@ -106,9 +107,9 @@ def save_quantized(
             tokenizer.save_pretrained(partial)
 
 
-def _choices(name: str, own: MixedQuantConfig, config: MixedQuantConfig) -> dict[str, Any]:
-    """Where a layer's config differs from the model's."""
-    fields, common = own.to_dict(), config.to_dict()
+def _choices(name: str, own: MixedQuantConfig, common: dict[str, Any]) -> dict[str, Any]:
+    """Where a layer's config differs from the model's fields."""
+    fields = own.to_dict()
     differing = {field: value for field, value in fields.items() if value != common[field]}
     if not set(differing) <= set(LAYER_CHOICES):
         raise ValueError(f"all linears must have one MixedQuantConfig; {name} has another")

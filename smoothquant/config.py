@@ -32,8 +32,6 @@ CHOICES = {
 # What a recipe puts where a field is None. "group": the largest rotation that fits a group.
 RECIPES = {
     "rtn": {
-        "salient_allocation": "uniform",
-        "smooth_alpha": None,
         "rotation": 0,
         "act_format": "symmetric",
         "act_clip": 1.0,
@@ -41,8 +39,6 @@ RECIPES = {
         "weight_rounding": "nearest",
     },
     "fast": {
-        "salient_allocation": "uniform",
-        "smooth_alpha": None,
         "rotation": "group",
         "act_format": "zero_point",
         "act_clip": 0.95,
@@ -50,8 +46,6 @@ RECIPES = {
         "weight_rounding": "nearest",
     },
     "best": {
-        "salient_allocation": "uniform",
-        "smooth_alpha": None,
         "rotation": "group",
         "act_format": "auto",
         "act_clip": "search",
@@ -82,7 +76,7 @@ class MixedQuantConfig:
             place of salient_prop: as many channels are salient as keep to it.
         salient_metric: score that makes a channel salient: mean ``E|x|``, ``max|x|``, ``rms``, or
             "output": sum x^2 times the squared norm of the weight columns that read the channel.
-        salient_allocation: (recipe) "uniform": the same share in every layer; "output": the
+        salient_allocation: "uniform": the same share in every layer; "output": the
             channels of all layers compete by what they make of their layer's squared outputs, the
             average share staying what it is.
         salient_format: how the salient channels' weights are stored: "16bit" (bfloat16, or float16
@@ -96,7 +90,7 @@ class MixedQuantConfig:
         sort_within_heads: channels of an attention output move only inside their head, alike in
             all heads that share a head of v, so that `fold_permutations` can move the order into
             v's rows. Without effect where the table of families does not know the heads.
-        smooth_alpha: (recipe) strength in [0, 1] by which the inputs that a norm makes are smoothed
+        smooth_alpha: strength in [0, 1] by which the inputs that a norm makes are smoothed
             (Xiao et al., 2022), folded into the norm and the weights; None: not; "search" finds
             one, or none, per input on calibration tokens.
         rotation: (recipe) size of the orthonormal Hadamard blocks that the quantized channels are
@@ -134,7 +128,7 @@ class MixedQuantConfig:
     salient_prop: float | None = None
     bits: float | None = None
     salient_metric: str = "rms"
-    salient_allocation: str | None = None
+    salient_allocation: str = "uniform"
     salient_format: str = "16bit"
     sort: str = "rms"
     sort_by: str = "activation"

@@ -15,7 +15,7 @@ from .linear import layer_group_size, quantized_input
 from .sorting import ChannelPlan
 
 SAMPLE_ROWS = 1024  # of a layer input, to choose by
-SAMPLE_BATCHES = 4  # that they are taken from
+SAMPLE_BATCHES = 4  # that they are taken from, more where these hold fewer rows
 
 
 @torch.no_grad()
@@ -27,14 +27,15 @@ def sample_rows(
     An expert's matrix that no token reaches has no entry.
     """
     rows: dict[str, list[Tensor]] = {}
+    count = block.batches_of(SAMPLE_ROWS, SAMPLE_BATCHES)
 
     def add(of: tuple[str, ...], x: Tensor) -> None:
         if of[0] in names:
             x = x.detach().reshape(-1, x.shape[-1])
-            step = max(1, len(x) * SAMPLE_BATCHES // SAMPLE_ROWS)
+            step = max(1, len(x) * count // SAMPLE_ROWS)
             rows.setdefault(of[0], []).append(x[::step].float())
 
-    block.run(input_hooks(inputs, add), at_most=SAMPLE_BATCHES)
+    block.run(input_hooks(inputs, add), at_most=count)
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
 

@@ -61,7 +61,7 @@ def set_isa(name: str) -> None:
 if os.environ.get("MIXEDQUANT_ISA"):
     try:
         set_isa(os.environ["MIXEDQUANT_ISA"])
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise RuntimeError(f"environment variable MIXEDQUANT_ISA: {error}") from error
 
 

@@ -104,10 +104,12 @@ def with_shares(model: nn.Module, groups: list[Group], config: MixedQuantConfig)
 
 def _demand(model: nn.Module, group: Group, config: MixedQuantConfig) -> Demand:
     matrices = [weight for weight, _ in group.matrices(model)]
-    score = None
+    score, blocks = None, config.tp_blocks
     if config.salient_allocation == "output" and group.stats is not None:
         score = (group.stats.sq_sum / group.stats.count) * _column_norms(matrices)
-    return Demand(tuple(len(w) for w in matrices), matrices[0].shape[1], score)
+    if config.sort_within_heads and group.heads:
+        blocks = group.heads[0]
+    return Demand(tuple(len(w) for w in matrices), matrices[0].shape[1], score, blocks)
 
 
 def _column_norms(matrices: Sequence[Tensor]) -> Tensor:
@@ -130,7 +132,9 @@ def ready_groups(
         if config.smooth_alpha == "search":
             inputs = _items(group for group in inside if group.reads_norm)
             rows = sample_rows(block, inputs, [item.name for item in inputs])
-        for chunk in _chunks(model, _smoothed(model, inside, config, rows)):
+        inside = _smoothed(model, inside, config, rows)
+        # without Hessians nothing needs room
+        for chunk in _chunks(model, inside) if config.weight_rounding == "gptq" else [inside]:
             yield from _calibrated(model, block, chunk, config)
 
 
@@ -157,7 +161,7 @@ def _smoothed(
         alpha = config.smooth_alpha
         if alpha == "search":
             x = rows.get(item.name)
-            alpha = None if x is None else _best_alpha(modules, item, readers, largest, x, config)
+            alpha = None if x is None else _best_alpha(model, item, readers, largest, x, config)
         if alpha is not None:
             _unshare(modules, item)
             fold = fold_of_input(modules, item, largest, alpha)
@@ -180,28 +184,38 @@ def _unshare(modules: Mapping[str, nn.Module], item: LayerInput) -> None:
             setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
 
 
-def _best_alpha(modules, item, readers, largest, x, config) -> float | None:
-    """The strength of smoothing of least output error, all readers taken as one matrix; None for no
-    smoothing."""
-    weight = torch.cat(fold_of_input(modules, item, largest, 0.5).matrices())
-    stats = next(group.stats for group in readers if group.stats is not None)
+def _best_alpha(
+    model: nn.Module,
+    item: LayerInput,
+    readers: Sequence[Group],
+    largest: Tensor,
+    x: Tensor,
+    config: MixedQuantConfig,
+) -> float | None:
+    """The strength of smoothing of least output error, summed over the readers; None for no
+    smoothing. A strength that leaves the range of the model's dtype is none to take."""
+    modules = dict(model.named_modules())
     trial = dataclasses.replace(
         config,
         act_clip=1.0 if config.act_clip == "search" else config.act_clip,
         act_format="zero_point" if config.act_format == "auto" else config.act_format,
         weight_rounding="nearest",
-        smooth_alpha=None,
     )
-    target = x @ weight.float().T
 
     def error(alpha: float | None) -> float:
         factor = torch.ones(x.shape[1])
         if alpha is not None:
-            factor = fold_of_input(modules, item, largest, alpha).scales.float()
-        group = readers[0]._replace(stats=stats.divided(factor))
-        scaled = weight.float() * factor
-        plan, _ = _plan(group, [(scaled, None)], trial)
-        return Trial(x / factor, scaled, target, plan).error(trial)
+            try:
+                factor = fold_of_input(modules, item, largest, alpha).scales.float()
+            except ValueError:
+                return float("inf")
+        total = 0.0
+        for group in readers:
+            weight = group.weight(model).float()
+            stats = group.stats and group.stats.divided(factor)
+            plan, _ = _plan(group._replace(stats=stats), [(weight * factor, None)], trial)
+            total += Trial(x / factor, weight * factor, x @ weight.T, plan).error(trial)
+        return total
 
     return min((None, *ALPHAS), key=error)
 
@@ -217,15 +231,21 @@ def _calibrated(
     ready = []
     for group in groups:
         plan, reason = _plan(group, group.matrices(model), config)
-        x, weight = rows.pop(group.name, None), group.weight(model)
-        never_negative = group.stats is not None and bool((group.stats.minimum >= 0).all())
-        own = resolve(config, x, weight, plan, never_negative)
+        own = config
+        if config.searches:
+            x, weight = rows.pop(group.name, None), group.weight(model)
+            own = resolve(config, x, weight, plan, _never_negative(group.stats))
         ready.append(Ready(group, plan, own, reason))
     if config.weight_rounding == "gptq":
         choices = {item.group.name: (item.plan, item.config) for item in ready}
         hessians = collect_hessians(block, inputs, choices)
         ready = (_with_factor(item, hessians.pop(item.group.name, None)) for item in ready)
     yield from ready
+
+
+def _never_negative(stats: ChannelStats | None) -> bool:
+    """Whether calibration has seen the channels' minima, none of them negative."""
+    return stats is not None and not stats.mean_only and bool((stats.minimum >= 0).all())
 
 
 def _with_factor(item: Ready, hessian: Tensor | None) -> Ready:

@@ -109,7 +109,6 @@ def quantize(
             len(alone),
             alone[0],
         )
-    model.mixedquant_config = config
     records: list[LinearRecord] = []
     experts: dict[tuple[int, str], QuantizedLinear] = {}
     total = sum(len(group.names) for group in groups)
@@ -137,6 +136,7 @@ def quantize(
                 act_fn = model.get_submodule(group.expert[0]).act_fn
                 replace_module(model, group.expert[0], W4A4Experts(experts, act_fn))
                 experts = {}
+    model.mixedquant_config = config
     return records + _kept_records(model, items)
 
 
@@ -193,16 +193,23 @@ def _checked(
     model: nn.Module, config: MixedQuantConfig, stats: Mapping[str, ChannelStats] | None
 ) -> tuple[list[LayerInput], list[Group]]:
     """The model's layer inputs and groups, weights and statistics having been found fit."""
-    if config.smooth_alpha is not None and (
-        not stats or any(getattr(entry, "mean_only", False) for entry in stats.values())
+    means_only = not stats or any(getattr(entry, "mean_only", False) for entry in stats.values())
+    for needed, name in (
+        (config.smooth_alpha is not None, "smooth_alpha"),
+        (config.salient_allocation == "output", "salient_allocation='output'"),
     ):
-        raise ValueError("smooth_alpha needs stats that know each channel's maximum")
+        if needed and means_only:
+            raise ValueError(f"{name} needs stats that know more than each channel's mean")
     items = layer_inputs(model)
     for item in items:
         for name in item.linears:
             module = model.get_submodule(name)
             if not isinstance(module, nn.Linear):
                 raise TypeError(f"{name} must be an nn.Linear; got {type(module).__name__}")
+    if config.smooth_alpha is not None and not any(item.norm for item in items):
+        raise ValueError(
+            f"smooth_alpha must be None: no norm of {type(model).__name__} feeds linears only"
+        )
     groups = model_groups(model, items, stats)
     for group in groups:
         for name, (weight, bias) in zip(group.names, group.matrices(model), strict=True):

@@ -59,6 +59,15 @@ def test_bits_are_kept_to_and_used(allocation, salient_format):
     assert all_in_16 == [100, 200, 50]
 
 
+@pytest.mark.parametrize("allocation", ["uniform", "output"])
+def test_equal_counts_in_blocks_are_paid_for(allocation):
+    blocks = [demand._replace(blocks=8) for demand in demands()[:1]] + demands()[1:]
+    config = MixedQuantConfig(bits=6.5, group_size=32, salient_allocation=allocation)
+    shares = share_out(blocks, config)
+    assert shares[0] % 8 == 0 and shares[0] > 0
+    assert bits_per_weight(blocks, shares, config) <= 6.5
+
+
 def test_bits_and_share_exclude_each_other():
     with pytest.raises(ValueError, match="salient_prop must be left out .* bits=5"):
         MixedQuantConfig(bits=5, salient_prop=0.1)
@@ -79,3 +88,15 @@ def test_a_model_keeps_to_its_bits():
     bits = sum(r.bits_per_weight * r.shape[0] * r.shape[1] for r in records) / weights
     assert 5.15 < bits <= 5.2
     assert len({r.num_salient / r.shape[1] for r in records}) > 4
+
+
+def test_blocks_of_a_model_keep_to_its_bits():
+    model, tokenizer = load_bundled("tiny-opt")
+    batches = token_blocks(wikitext("validation"), tokenizer, 2, 256)
+    config = MixedQuantConfig(
+        bits=6, group_size=64, sort_within_heads=True, tp_blocks=2, salient_allocation="output"
+    )
+    records = quantize(model, config, batches=batches, progress=False)
+    records = [r for r in records if r.action == "quantized"]
+    weights = sum(r.shape[0] * r.shape[1] for r in records)
+    assert sum(r.bits_per_weight * r.shape[0] * r.shape[1] for r in records) / weights <= 6

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from smoothquant import collect_stats, load_quantized, quantize, save_quantized
+from smoothquant.blocks import blocks
 from smoothquant.bundled import load_bundled, wikitext
 from smoothquant.calibration import token_blocks
 from smoothquant.config import MixedQuantConfig
+from smoothquant.families import layer_inputs
+from smoothquant.hessian import SAMPLE_ROWS, sample_rows
 from smoothquant.linear import QuantizedLinear, W4A4Linear
 from smoothquant.search import ACT_CLIPS, Trial, resolve
-from smoothquant.sorting import ChannelPlan
+from smoothquant.sorting import ChannelPlan, ChannelStats
 
 PLAN = ChannelPlan(torch.arange(64, dtype=torch.int32), 4)
 
@@ -50,6 +53,34 @@ def test_without_rows_nothing_is_tried():
     config = MixedQuantConfig(act_format="auto", act_clip="search")
     chosen = resolve(config, None, torch.randn(32, 64), PLAN, True)
     assert (chosen.act_format, chosen.act_clip) == ("zero_point", 1.0)
+
+
+def test_means_alone_decide_nothing_that_needs_more(tiny):
+    model, batches, stats = tiny
+    means = {name: ChannelStats.from_mean(entry.mean) for name, entry in stats.items()}
+    for fields in ({"smooth_alpha": 0.5}, {"salient_allocation": "output"}):
+        with pytest.raises(ValueError, match=f"{next(iter(fields))}.* needs stats that know more"):
+            quantize(copy.deepcopy(model), MixedQuantConfig(**fields), means)
+    quantized = copy.deepcopy(model)
+    quantize(quantized, MixedQuantConfig(act_format="auto"), means, batches[:1], progress=False)
+    formats = {m.config.act_format for m in quantized.modules() if isinstance(m, QuantizedLinear)}
+    assert formats == {"zero_point"}  # minima are not known
+
+
+def test_smoothing_refuses_a_model_without_a_norm_to_fold_into(make_model, token_ids):
+    model = make_model("opt-post-norm")
+    with pytest.raises(ValueError, match="smooth_alpha must be None"):
+        quantize(model, MixedQuantConfig(smooth_alpha=0.5), batches=[token_ids])
+
+
+def test_rows_to_try_on_are_enough(tiny):
+    model, batches, _ = tiny
+    short = [part for batch in batches for part in batch.split(16, dim=1)]
+    name = "model.decoder.layers.0.self_attn.q_proj"
+    inputs = [item for item in layer_inputs(model) if item.name == name]
+    for given in (short, batches):
+        block = next(blocks(model, [name], given))
+        assert SAMPLE_ROWS / 2 <= len(sample_rows(block, inputs, [name])[name]) <= 2 * SAMPLE_ROWS
 
 
 @pytest.mark.parametrize("fields", [{"act_clip": "search"}, {"act_format": "auto"}])

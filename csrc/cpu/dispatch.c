@@ -27,11 +27,11 @@
     }
 
 static const mq_kernels tables[MQ_ISA_COUNT] = {
-    [MQ_ISA_SCALAR] = MQ_KERNELS(6, scalar, scalar, scalar),
+    [MQ_ISA_SCALAR] = MQ_KERNELS(MQ_TILE_ROWS, scalar, scalar, scalar),
 #if defined(__x86_64__)
-    [MQ_ISA_AVX2] = MQ_KERNELS(6, avx2, avx2, avx2),
-    [MQ_ISA_AVXVNNI] = MQ_KERNELS(6, avx2, avx2, avxvnni),
-    [MQ_ISA_AVX512VNNI] = MQ_KERNELS(12, avx2, avx512vnni, avx512vnni),
+    [MQ_ISA_AVX2] = MQ_KERNELS(MQ_TILE_ROWS, avx2, avx2, avx2),
+    [MQ_ISA_AVXVNNI] = MQ_KERNELS(MQ_TILE_ROWS, avx2, avx2, avxvnni),
+    [MQ_ISA_AVX512VNNI] = MQ_KERNELS(MQ_TILE_ROWS_512, avx2, avx512vnni, avx512vnni),
 #endif
 };
 

@@ -11,6 +11,8 @@
 #include "../mixedquant.h"
 
 enum {
+    MQ_TILE_ROWS = 6,                      /* tokens of a tile */
+    MQ_TILE_ROWS_512 = 12,                 /* where registers have 512 bits */
     MQ_ROW_CHUNK = 240,                    /* tokens that unpacked weights are used for */
     MQ_BUFFER = MQ_SEGMENT_QUADS * MQ_QUAD /* values gathered at a time */
 };

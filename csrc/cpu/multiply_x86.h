@@ -44,6 +44,10 @@ enum {
     SUMS_STRIDE = MQ_ROW_CHUNK * MQ_PANEL
 };
 
+_Static_assert((int)TILE_ROWS == (int)(BITS == 512 ? MQ_TILE_ROWS_512 : MQ_TILE_ROWS),
+               "dispatch.c gives the workspace tiles of these rows");
+_Static_assert(MQ_PANELS_AT_ONCE % PANELS == 0, "a last panel alone must have a neighbour's room");
+
 static ints accumulate(ints sums, ints weights, ints codes);
 static ints dots_of(ints sums);
 
