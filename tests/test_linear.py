@@ -489,7 +489,7 @@ def test_config_type_errors_and_round_trip():
     with pytest.raises(TypeError, match="sort_within_heads must be a bool; got 1"):
         MixedQuantConfig(sort_within_heads=1)
     best = MixedQuantConfig(recipe="best", group_size=100)
-    assert (best.rotation, best.act_format, best.weight_rounding) == (64, "zero_point", "gptq")
+    assert (best.rotation, best.act_format, best.weight_rounding) == (64, "auto", "gptq")
     assert MixedQuantConfig(recipe="best", rotation=0).rotation == 0
     config = MixedQuantConfig(group_size=numpy.int64(64), act_clip=numpy.float32(0.5), sort="max")
     json.dumps(config.to_dict())
