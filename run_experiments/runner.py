@@ -40,7 +40,7 @@ from smoothquant.files import atomic_file
 from smoothquant.layer_report import by_kind, layer_report
 from smoothquant.model_size import Byte, distinct_tensors, get_model_size
 from smoothquant.ppl_eval import Evaluator, HeadLogits
-from smoothquant.quantize import LinearRecord, quantize, simulated_copy
+from smoothquant.quantize import LinearRecord, module_copy, quantize, simulated_copy
 
 from . import peers
 from .grid import Cell
@@ -344,12 +344,6 @@ _TASKS = {
     "quantized": _evaluate_quantized,
     "layers": _measure_layers,
 }
-
-
-def module_copy(model: nn.Module) -> nn.Module:
-    """Copy a model's modules but share its tensors, so that layers can be swapped for nothing."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 @contextmanager

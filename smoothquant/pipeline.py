@@ -106,15 +106,19 @@ def _demand(model: nn.Module, group: Group, config: MixedQuantConfig) -> Demand:
     matrices = [weight for weight, _ in group.matrices(model)]
     score, blocks = None, config.tp_blocks
     if config.salient_allocation == "output" and group.stats is not None:
-        score = (group.stats.sq_sum / group.stats.count) * _column_norms(matrices)
+        score = (group.stats.sq_sum / group.stats.count) * _weight_stats(matrices).sq_sum
     if config.sort_within_heads and group.heads:
         blocks = group.heads[0]
     return Demand(tuple(len(w) for w in matrices), matrices[0].shape[1], score, blocks)
 
 
-def _column_norms(matrices: Sequence[Tensor]) -> Tensor:
-    """Sum of w^2 over all matrices that read a channel, float64 [K]."""
-    return torch.stack([weight.double().square().sum(0) for weight in matrices]).sum(0)
+def _weight_stats(matrices: Iterable[Tensor]) -> ChannelStats:
+    """Statistics of the rows of all matrices that read an input; sq_sum is its column norms."""
+    stats = None
+    for weight in matrices:
+        stats = stats or ChannelStats.empty(weight.shape[1])
+        stats.update(weight)
+    return stats
 
 
 def ready_groups(
@@ -147,7 +151,7 @@ def _smoothed(
     model: nn.Module, groups: list[Group], config: MixedQuantConfig, rows: Mapping[str, Tensor]
 ) -> list[Group]:
     """The groups with the statistics of smoothed inputs, the model's norms and weights having been
-    smoothed in place. rows: of the inputs, for smooth_alpha="search"."""
+    smoothed. rows: of the inputs, for smooth_alpha="search"."""
     if config.smooth_alpha is None:
         return groups
     modules = dict(model.named_modules())
@@ -314,10 +318,9 @@ def _plan(group: Group, matrices, config: MixedQuantConfig) -> tuple[ChannelPlan
     by_weight = config.sort != "none" and (
         config.sort_by == "weight" or (stats is not None and stats.mean_only)
     )
-    of_weights = ChannelStats.empty(matrices[0][0].shape[1])
+    of_weights = None
     if stats is None or by_weight or config.salient_metric == "output":
-        for weight, _ in matrices:
-            of_weights.update(weight)
+        of_weights = _weight_stats(weight for weight, _ in matrices)
     if stats is None or by_weight:
         sort_stats, chosen_by = of_weights, "calibration, order by weights"
     if stats is None:

@@ -94,21 +94,7 @@ def quantize(
     if stats is None and batches is not None:
         stats = collect_stats(model, batches, progress=progress)
     items, groups = _checked(model, config, stats)
-    if stats is None:
-        logger.warning("no calibration statistics: the weights alone choose salience and order")
-    elif config.sort != "none" and any(group.stats and group.stats.mean_only for group in groups):
-        logger.warning(
-            "statistics hold only a mean per channel: sort=%r is taken from the weights",
-            config.sort,
-        )
-    alone = [g.name for g in groups if g.expert and g.stats is None and stats is not None]
-    if alone:
-        logger.warning(
-            "no statistics of %d expert matrices, %s the first: their weights choose salience and "
-            "order",
-            len(alone),
-            alone[0],
-        )
+    _warn_of_missing_stats(config, stats, groups)
     records: list[LinearRecord] = []
     experts: dict[tuple[int, str], QuantizedLinear] = {}
     total = sum(len(group.names) for group in groups)
@@ -140,11 +126,35 @@ def quantize(
     return records + _kept_records(model, items)
 
 
+def _warn_of_missing_stats(config: MixedQuantConfig, stats, groups: list[Group]) -> None:
+    if stats is None:
+        logger.warning("no calibration statistics: the weights alone choose salience and order")
+    elif config.sort != "none" and any(group.stats and group.stats.mean_only for group in groups):
+        logger.warning(
+            "statistics hold only a mean per channel: sort=%r is taken from the weights",
+            config.sort,
+        )
+    alone = [g.name for g in groups if g.expert and g.stats is None and stats is not None]
+    if alone:
+        logger.warning(
+            "no statistics of %d expert matrices, %s the first: their weights choose salience and "
+            "order",
+            len(alone),
+            alone[0],
+        )
+
+
+def module_copy(model: nn.Module) -> nn.Module:
+    """Copy a model's modules but share its tensors, so that layers can be swapped for nothing."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
 def simulated_copy(model: nn.Module) -> nn.Module:
     """A copy of a packed model with the simulation of each of its layers, of the same codes, in the
     model's dtype: what differs between the two is the arithmetic alone. Other tensors are shared.
     """
-    copied = copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
+    copied = module_copy(model)
     dtype = next(model.parameters()).dtype
     for name, module in list(copied.named_modules()):
         if isinstance(module, W4A4Linear):

@@ -64,9 +64,8 @@ def resolve(
         formats = [{"act_format": "zero_point"}]
         if never_negative:
             formats.append({"act_format": "unsigned", "rotation": 0})
-    clips = [
-        {"act_clip": clip} for clip in ([config.act_clip], ACT_CLIPS)[config.act_clip == "search"]
-    ]
+    ratios = ACT_CLIPS if config.act_clip == "search" else (config.act_clip,)
+    clips = [{"act_clip": ratio} for ratio in ratios]
     if x is None:
         return dataclasses.replace(config, **formats[0], **clips[0])
     trial = Trial(x, weight, x @ weight.float().T, plan)
