@@ -284,9 +284,19 @@ def _quantized(
         layers = method.quantize(model, stats, batches, config["group_size"])
     else:
         model = module_copy(model)
-        config = MixedQuantConfig.from_dict(config)
-        layers = quantize(model, config, stats, batches, progress=False)
+        layers = quantize(model, _packable(config), stats, batches, progress=False)
+        if config["backend"] == "fake":
+            model = simulated_copy(model)
     return model, layers, time.perf_counter() - started
+
+
+def _packable(fields: Mapping[str, Any]) -> MixedQuantConfig:
+    """The config with packed integers in place of a simulation where they can hold its choices: the
+    simulation of their codes then differs from them by the arithmetic alone, also after GPTQ."""
+    try:
+        return MixedQuantConfig.from_dict({**fields, "backend": "int4"})
+    except ValueError:  # more than 4 bits, a scale of the whole live batch
+        return MixedQuantConfig.from_dict(dict(fields))
 
 
 def _evaluate_quantized(cell: Cell, bench: Bench) -> dict[str, Any]:

@@ -389,6 +389,12 @@ def test_int4_and_simulation_agree(finished):
     assert found["int4"] == pytest.approx(found["fake"], rel=0.03)
 
 
+def test_simulation_has_the_codes_of_the_integers_where_they_can_hold_them():
+    fields = MixedQuantConfig(backend="fake", recipe="best", group_size=16).to_dict()
+    assert runner._packable(fields).backend == "int4"
+    assert runner._packable({**fields, "num_bits": 6}).backend == "fake"
+
+
 def test_second_run_executes_nothing(finished, tmp_path, capsys, monkeypatch):
     output, _ = finished
 
