@@ -13,10 +13,13 @@ from .errors import CheckpointError
 from .fake_quant import quantize_model
 from .folding import fold_permutations
 from .linear import W4A4Linear
-from .quantize import quantize
+from .quantize import quantization_report, quantize
+from .registration import register
 from .smooth import smooth_lm
 
 __version__ = "0.1.0"
+
+register()  # AutoModelForCausalLM.from_pretrained(..., quantization_config=MixedQuantConfig())
 
 __all__ = [
     "CheckpointError",
@@ -26,6 +29,7 @@ __all__ = [
     "collect_stats",
     "fold_permutations",
     "load_quantized",
+    "quantization_report",
     "quantize",
     "quantize_model",
     "save_quantized",

@@ -136,10 +136,10 @@ def check_model_name(name_or_folder: str | os.PathLike) -> None:
 def _load_folder(name: str, dtype: torch.dtype | str):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .checkpoint import MANIFEST, load_quantized
+    from .checkpoint import is_quantized_folder, load_quantized
 
     tokenizer = AutoTokenizer.from_pretrained(name)
-    if os.path.isfile(os.path.join(name, MANIFEST)):
+    if is_quantized_folder(name):
         return load_quantized(name), tokenizer
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval(), tokenizer
 

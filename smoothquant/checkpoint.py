@@ -1,53 +1,44 @@
 """Quantized models on disk: a folder that is whole or absent, read with distrust.
 
-config.json, generation_config.json   the model's own, by transformers
-mixedquant.json                       format_version, model_class, config, linears, shared, dtypes
-model.safetensors                     every distinct parameter and persistent buffer, once
+config.json                   the model's own, by transformers, with `smoothquant.manifest` in it
+generation_config.json        the model's own
+model.safetensors             every distinct parameter and persistent buffer, once; or shards of it
+                              and model.safetensors.index.json, which says what is where
+
+`model.save_pretrained` writes the same files and `AutoModelForCausalLM.from_pretrained` reads them
+(`smoothquant.hf`).
 """
 
-import dataclasses
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .config import MixedQuantConfig
 from .errors import CheckpointError
 from .files import atomic_folder
-from .linear import QuantizedLinear, linear_class
-from .model_size import distinct_tensors
-from .moe import PARTS, W4A4Experts, expert_names
-from .quantize import replace_module
+from .linear import QuantizedLinear, is_quantized
+from .manifest import (
+    CONFIG,
+    Header,
+    Manifest,
+    assign,
+    check_headers,
+    check_linear,
+    insert_linears,
+    read_headers,
+    unsaved_buffers,
+)
 
-FORMAT_VERSION = 2
-MANIFEST = "mixedquant.json"
 TENSORS = "model.safetensors"
-MANIFEST_FIELDS = {
-    "format_version": int,
-    "model_class": str,
-    "config": dict,
-    "linears": dict,
-    "shared": dict,
-    "dtypes": dict,
-}
-LINEAR_FIELDS = {"num_salient": int, "bias": bool, "quantize_output": bool, "choices": dict}
-# Fields of the config that `quantize` may settle for each layer.
-LAYER_CHOICES = ("act_format", "act_clip", "rotation")
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in vars(torch).values()
-    if isinstance(dtype, torch.dtype)
-}
-FLOATS = {torch.float32, torch.float16, torch.bfloat16}
+INDEX = "model.safetensors.index.json"
 
 
 def save_quantized(
@@ -68,52 +59,19 @@ def save_quantized(
         ValueError: the model is not quantized, is no transformers model, or the folder is taken.
         OSError: the disk's own complaint; nothing is left behind.
     """
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    if not linears or not hasattr(getattr(model, "config", None), "save_pretrained"):
+    from .hf import attach
+
+    of_transformers = hasattr(getattr(model, "config", None), "save_pretrained")
+    if not of_transformers or not is_quantized(model):
         raise ValueError(
             f"model must be a quantized transformers model; got {type(model).__name__}"
         )
-    config = getattr(model, "mixedquant_config", next(iter(linears.values())).config)
-    common = config.to_dict()
-    choices = {name: _choices(name, module.config, common) for name, module in linears.items()}
+    attach(model)  # what cannot be saved is refused before anything is written
     folder = check_target(folder, overwrite=overwrite)
-    tensors, shared = distinct_tensors(model)
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "model_class": type(model).__name__,
-        "config": common,
-        "linears": {
-            name: {
-                "num_salient": module.num_salient,
-                "bias": module.bias is not None,
-                "quantize_output": module.quantize_output,
-                "choices": choices[name],
-            }
-            for name, module in linears.items()
-        },
-        "shared": shared,
-        "dtypes": {
-            name: _dtype_name(tensor.dtype) for name, tensor in [*tensors.items(), *_unsaved(model)]
-        },
-    }
     with atomic_folder(folder, overwrite=overwrite) as partial:
-        model.config.save_pretrained(partial)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(partial)
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, partial / TENSORS, metadata={"format": "pt"})
+        model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-
-
-def _choices(name: str, own: MixedQuantConfig, common: dict[str, Any]) -> dict[str, Any]:
-    """Where a layer's config differs from the model's fields."""
-    fields = own.to_dict()
-    differing = {field: value for field, value in fields.items() if value != common[field]}
-    if not set(differing) <= set(LAYER_CHOICES):
-        raise ValueError(f"all linears must have one MixedQuantConfig; {name} has another")
-    return differing
 
 
 def check_target(folder: str | os.PathLike, *, overwrite: bool = False) -> Path:
@@ -124,11 +82,21 @@ def check_target(folder: str | os.PathLike, *, overwrite: bool = False) -> Path:
     """
     path = Path(folder).resolve()
     free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-    if not (free or (overwrite and (path / MANIFEST).is_file())):
+    if not (free or (overwrite and is_quantized_folder(path))):
         raise ValueError(
-            f"folder exists already: {path} (overwrite=True replaces a folder with a {MANIFEST})"
+            f"folder exists already: {path} (overwrite=True replaces a folder with a quantized "
+            "model)"
         )
     return path
+
+
+def is_quantized_folder(folder: str | os.PathLike) -> bool:
+    """Whether a folder's config.json says that it holds a model of this package."""
+    try:
+        fields = _read_json(Path(folder) / CONFIG).get("quantization_config")
+    except CheckpointError:
+        return False
+    return isinstance(fields, dict) and fields.get("quant_method") == MixedQuantConfig.quant_method
 
 
 def load_quantized(folder: str | os.PathLike) -> nn.Module:
@@ -144,97 +112,92 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
         CheckpointError: a file is missing, broken or does not fit the others; the message names
             the file, and the tensor where there is one.
     """
+    from .hf import attach
+
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"folder must be a folder of a quantized model; got {folder}")
-    manifest = _manifest(folder / MANIFEST)
-    shared, path = manifest["shared"], folder / TENSORS
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            model = _float_model(folder, manifest["model_class"], len(names))
-            _insert_linears(model, manifest, folder / MANIFEST)
-            expected = model.state_dict(keep_vars=True)
-            _check_names(path, set(names), set(expected), shared)
-            unsaved = dict(_unsaved(model))
-            dtypes = _dtypes(folder / MANIFEST, manifest["dtypes"], names, unsaved)
-            tensors = {
-                name: _read(path, file, name, expected[name], dtypes[name]) for name in names
-            }
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    for name, owner in shared.items():
-        if not (
-            expected[name].shape == tensors[owner].shape
-            and _may_hold(expected[name], tensors[owner].dtype)
-        ):
-            raise CheckpointError(
-                f"{path}: tensor {name} has not the shape and dtype of its twin {owner}"
-            )
-        tensors[name] = tensors[owner]
+    path = folder / CONFIG
+    fields = _read_json(path)
+    manifest = Manifest.from_dict(fields.get("quantization_config"), path)
+    headers = _stored_tensors(folder)
+    model = _float_model(folder, fields.get("architectures"), len(headers))
+    insert_linears(model, manifest, path)
+    unsaved = unsaved_buffers(model)
+    dtypes = check_headers(model, manifest, headers, folder / TENSORS)
+    tensors = _read(headers)
+    tensors |= {name: tensors[owner] for name, owner in manifest.shared.items()}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
-            _check_linear(path, name, module, tensors)
+            own = {key: tensors[f"{name}.{key}"] for key in module.state_dict()}
+            perm = f"{name}.perm"
+            check_linear(headers[manifest.shared.get(perm, perm)].path, name, module, own)
     for name, buffer in unsaved.items():
-        _assign(model, name, buffer.to(dtypes[name]))
+        assign(model, name, buffer.to(dtypes[name]))
     model.load_state_dict(tensors, assign=True)
-    model.mixedquant_config = manifest["config"]
+    model.mixedquant_config = manifest.config
     parameters = dict(model.named_parameters())
-    for name, owner in shared.items():
+    for name, owner in manifest.shared.items():
         if owner in parameters:  # of the same memory already, but not yet the same object
-            _assign(model, name, parameters[owner])
+            assign(model, name, parameters[owner])
+    attach(model)
     return model.eval()
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _manifest(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    _check_fields(path, "the file", manifest, MANIFEST_FIELDS)
-    if manifest["format_version"] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format_version {manifest['format_version']} is not {FORMAT_VERSION}, "
-            "the one that this version of the package reads"
-        )
-    try:
-        manifest["config"] = MixedQuantConfig.from_dict(manifest["config"])
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: config: {error}") from error
-    if not manifest["linears"]:
-        raise CheckpointError(f"{path}: linears is empty")
-    for name, fields in manifest["linears"].items():
-        _check_fields(path, f"linear {name}", fields, LINEAR_FIELDS)
-    for field in ("shared", "dtypes"):
-        _check_fields(path, field, manifest[field], dict.fromkeys(manifest[field], str))
-    for name, dtype in manifest["dtypes"].items():
-        if dtype not in DTYPES:
-            raise CheckpointError(f"{path}: dtype of {name} is {dtype!r}")
-    return manifest
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path}: holds no object")
+    return fields
 
 
-def _check_fields(path: Path, where: str, value: Any, fields: dict[str, type]) -> None:
-    if not isinstance(value, dict) or set(value) != set(fields):
-        raise CheckpointError(f"{path}: {where} must have the fields {', '.join(fields)}")
-    for field, kind in fields.items():
-        if type(value[field]) is not kind:
-            raise CheckpointError(f"{path}: {field} of {where} must be {kind.__name__}")
+def _stored_tensors(folder: Path) -> dict[str, Header]:
+    """What the folder's one safetensors file holds, or all those that its index names."""
+    index = folder / INDEX
+    if not index.exists():
+        return read_headers([folder / TENSORS])
+    placed = _read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise CheckpointError(f"{index}: weight_map must name a file for each tensor")
+    for name, file in placed.items():
+        if (
+            not isinstance(file, str)
+            or Path(file).name != file
+            or not file.endswith(".safetensors")
+        ):
+            raise CheckpointError(f"{index}: tensor {name} is in {file!r}, no file of the folder")
+    headers = read_headers(folder / file for file in sorted(set(placed.values())))
+    for name in sorted(set(headers) | set(placed)):
+        if name not in headers or headers[name].path.name != placed.get(name):
+            raise CheckpointError(f"{index}: tensor {name} is not in {placed.get(name)!r}")
+    return headers
 
 
-def _float_model(folder: Path, model_class: str, num_tensors: int) -> nn.Module:
+def _read(headers: Mapping[str, Header]) -> dict[str, Tensor]:
+    """All tensors, out of the mapped files, which may change."""
+    tensors = {}
+    for path in {header.path: None for header in headers.values()}:
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                for name in (name for name, header in headers.items() if header.path == path):
+                    tensors[name] = file.get_tensor(name).clone()
+        except (safetensors.SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+    return tensors
+
+
+def _float_model(folder: Path, architectures: Any, num_tensors: int) -> nn.Module:
     """The model that was quantized, its parameters without memory."""
     import transformers
 
-    path = folder / "config.json"
-    cls = getattr(transformers, model_class, None)
+    path = folder / CONFIG
+    model_class = architectures[0] if isinstance(architectures, list) and architectures else None
+    cls = getattr(transformers, model_class, None) if isinstance(model_class, str) else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise CheckpointError(
-            f"{folder / MANIFEST}: model_class {model_class!r} is no transformers model"
-        )
+        raise CheckpointError(f"{path}: architectures: {model_class!r} is no transformers model")
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -277,131 +240,3 @@ def _without_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn
 # Stays registered: torch walks through its hooks in every thread that builds a module, and one
 # that came or went meanwhile would break that walk.
 register_module_parameter_registration_hook(_without_memory)
-
-
-def _insert_linears(model: nn.Module, manifest: dict[str, Any], path: Path) -> None:
-    """Put layers without memory in the places that the manifest names."""
-    linears = manifest["linears"]
-    modules = dict(model.named_modules())
-    shapes: dict[str, torch.Size] = {}
-    blocks: dict[str, dict[tuple[int, str], str]] = {}
-    for name, module in modules.items():
-        fused = [getattr(module, part, None) for part in PARTS]
-        if isinstance(module, nn.Linear):
-            shapes[name] = module.weight.shape
-        # no more experts than the manifest may name: a hostile number would fill the memory
-        elif all(isinstance(t, Tensor) and 2 * len(t) <= len(linears) for t in fused):
-            names = expert_names(name, module)
-            blocks[name] = {key: full for full, key in names.items()}
-            shapes |= {full: getattr(module, part).shape[1:] for full, (_, part) in names.items()}
-    layers: dict[str, nn.Module] = {}
-    common = manifest["config"]
-    for name, fields in linears.items():
-        if name not in shapes:
-            raise CheckpointError(f"{path}: the model has no linear {name}")
-        n, k = shapes[name]
-        try:
-            if not set(fields["choices"]) <= set(LAYER_CHOICES):
-                raise ValueError(f"choices may name {', '.join(LAYER_CHOICES)} only")
-            layers[name] = linear_class(common)(
-                k,
-                n,
-                fields["bias"],
-                config=dataclasses.replace(common, **fields["choices"]),
-                num_salient=fields["num_salient"],
-                quantize_output=fields["quantize_output"],
-                device="meta",
-            )
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{path}: linear {name}: {error}") from error
-        if name in modules:
-            replace_module(model, name, layers[name])
-    for block, names in blocks.items():
-        lacking = [name for name in names.values() if name not in layers]
-        if not lacking:
-            experts = {key: layers[name] for key, name in names.items()}
-            replace_module(model, block, W4A4Experts(experts, modules[block].act_fn))
-        elif len(lacking) < len(names):
-            raise CheckpointError(f"{path}: linear {lacking[0]} is missing")
-
-
-def _check_names(path: Path, names: set[str], expected: set[str], shared: dict[str, str]) -> None:
-    surplus = ((names | set(shared)) - expected) | (names & set(shared))
-    surplus |= set(shared.values()) - names
-    for what, which in (
-        ("lacks", sorted(expected - names - set(shared))),
-        ("should not have", sorted(surplus)),
-    ):
-        if which:
-            raise CheckpointError(f"{path}: {what} tensor {which[0]} ({len(which)} such)")
-
-
-def _dtypes(
-    path: Path, recorded: dict[str, str], names: list[str], unsaved: dict[str, Tensor]
-) -> dict[str, torch.dtype]:
-    """The recorded dtype of every tensor in the file and of every buffer that is only built."""
-    odd = set(recorded) ^ {*names, *unsaved}
-    if odd:
-        raise CheckpointError(f"{path}: dtypes must not name or lack {min(odd)}")
-    dtypes = {name: DTYPES[dtype] for name, dtype in recorded.items()}
-    for name, buffer in unsaved.items():
-        if not _may_hold(buffer, dtypes[name]):
-            raise CheckpointError(f"{path}: dtypes: {name} must be {_dtype_name(buffer.dtype)}")
-    return dtypes
-
-
-def _read(path: Path, file, name: str, expected: Tensor, dtype: torch.dtype) -> Tensor:
-    shape = tuple(file.get_slice(name).get_shape())
-    if shape != tuple(expected.shape):
-        raise CheckpointError(
-            f"{path}: tensor {name} must have shape {tuple(expected.shape)}; got {shape}"
-        )
-    tensor = file.get_tensor(name).clone()  # out of the mapped file, which may change
-    if tensor.dtype != dtype or not _may_hold(expected, dtype):
-        raise CheckpointError(
-            f"{path}: tensor {name} must not be {_dtype_name(tensor.dtype)}; "
-            f"{MANIFEST} says {_dtype_name(dtype)}"
-        )
-    return tensor
-
-
-def _may_hold(expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a model built with one dtype may hold another here: floats may have been cast."""
-    return dtype in (FLOATS if expected.dtype in FLOATS else {expected.dtype})
-
-
-def _check_linear(
-    path: Path, name: str, module: QuantizedLinear, tensors: dict[str, Tensor]
-) -> None:
-    """Refuse values that the kernels or the mathematics could not stand."""
-
-    def faults() -> Iterator[tuple[str, str]]:
-        own = {key: tensors[f"{name}.{key}"] for key in module.state_dict()}
-        if not torch.equal(own["perm"].sort().values, torch.arange(module.in_features).int()):
-            yield "perm", "is no permutation of the channels"
-        for key, tensor in own.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                yield key, "holds NaN or Inf"
-        for key in ("scales", "salient_scales"):
-            if key in own and (own[key].dtype != torch.bfloat16 or (own[key] < 0).any()):
-                yield key, "must be bfloat16 and not negative"
-        if "salient_weight" in own and own["salient_weight"].dtype == torch.float32:
-            yield "salient_weight", "must be bfloat16 or float16"
-        if "salient_scales" in own and (own["salient_weight"] == -128).any():
-            yield "salient_weight", "holds the code -128"
-        if "qweight" in own and ((own["qweight"] < 0x10) | (own["qweight"] & 0x0F == 0)).any():
-            yield "qweight", "holds the code -8"
-
-    for key, fault in faults():
-        raise CheckpointError(f"{path}: tensor {name}.{key} {fault}")
-
-
-def _unsaved(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Buffers that are built, not saved; a cast model has cast them too."""
-    saved = model.state_dict()
-    return [(name, buffer) for name, buffer in model.named_buffers() if name not in saved]
-
-
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    block, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(block), leaf, tensor)

@@ -8,7 +8,7 @@ import numbers
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 MAX_ROTATION = 512
 SORTS = ("none", "max", "mean3std", "argmax", "rms")
@@ -121,6 +121,9 @@ class MixedQuantConfig:
             positions for.
         seed: of the draw.
     """
+
+    # what transformers knows the method by
+    quant_method: ClassVar[str] = "mixedquant"
 
     recipe: str = "rtn"
     num_bits: int = 4

@@ -142,6 +142,43 @@ FAMILIES = {
         _ATTENTION
         + (Reads((), ("post_attention_layernorm",), experts="mlp.experts", router="mlp.gate"),),
     ),
+    # Layers may be dense instead. The gate of the shared experts also reads what the norm makes, so
+    # its gain is not folded; that gate stays in 16 bits.
+    "qwen2_moe": Family(
+        "layers",
+        _ATTENTION
+        + (
+            Reads(
+                (
+                    "mlp.gate_proj",
+                    "mlp.up_proj",
+                    "mlp.shared_expert.gate_proj",
+                    "mlp.shared_expert.up_proj",
+                ),
+                experts="mlp.experts",
+                router="mlp.gate",
+            ),
+            _GATED,
+            _made(
+                "mlp.shared_expert.down_proj",
+                "mlp.shared_expert.gate_proj",
+                "mlp.shared_expert.up_proj",
+            ),
+        ),
+    ),
+    "qwen3_moe": Family(
+        "layers",
+        _ATTENTION
+        + (
+            Reads(
+                ("mlp.gate_proj", "mlp.up_proj"),
+                ("post_attention_layernorm",),
+                experts="mlp.experts",
+                router="mlp.gate",
+            ),
+            _GATED,
+        ),
+    ),
     "phi": Family(
         "layers",
         (

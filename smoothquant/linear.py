@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -133,6 +134,22 @@ def stored_salient(w: Tensor, config: MixedQuantConfig, dtype: torch.dtype) -> T
     return round_to_grid(w, scale, SALIENT_Q_MAX)
 
 
+class _StraightThrough(torch.autograd.Function):
+    """A function of x with the gradient of a product with a weight."""
+
+    @staticmethod
+    def forward(x: Tensor, function: Callable, weight: Callable[[], Tensor]) -> Tensor:
+        return function(x).clone()  # what comes out of F.linear may be a view, which autograd bars
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.weight = inputs[2]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad @ ctx.weight().to(grad.dtype), None, None
+
+
 class QuantizedLinear(nn.Module):
     """What the packed and the simulated layer share; not built by itself.
 
@@ -223,6 +240,20 @@ class QuantizedLinear(nn.Module):
     def dequantize(self) -> Tensor:
         raise NotImplementedError
 
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in x's dtype.
+
+        Where a gradient is wanted, it goes straight through the rounding of the activations: the
+        gradient by x is that of y times `weight`. Weight and bias get none.
+        """
+        self._check_input(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _StraightThrough.apply(x, self._forward, self.dequantize)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def _check_input(self, x: Tensor) -> None:
         if self.config.non_finite == "raise" and not torch.isfinite(x).all():
             raise ValueError(f"x holds NaN or Inf (shape {tuple(x.shape)}, non_finite='raise')")
@@ -272,7 +303,7 @@ def quantized_input(
 class W4A4Linear(QuantizedLinear):
     """A linear layer whose INT4 weights are packed and whose INT4 activations are quantized per
     token inside the kernel; the salient channels of both stay in 16 bits, or their weights in INT8.
-    For inference.
+    Weights do not train; adapters on top of them do (`smoothquant.lora`).
 
     Buffers, with P = ceil(N / 16), B blocks, G groups and K_s salient channels (docs/format.md):
         qweight uint8 [P, B, 64], scales bfloat16 [P, G, 16],
@@ -404,9 +435,7 @@ class W4A4Linear(QuantizedLinear):
         )
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype."""
-        self._check_input(x)
+    def _forward(self, x: Tensor) -> Tensor:
         y = ops.w4a4_linear(
             x,
             self.qweight,
@@ -524,9 +553,7 @@ class FakeW4A4Linear(QuantizedLinear):
             raise ValueError(f"a rotated weight is beyond the range of {dtype}")
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype."""
-        self._check_input(x)
+    def _forward(self, x: Tensor) -> Tensor:
         x = quantized_input(x, self.perm, self.num_salient, self.group_size, self.config)
         return self._quantize_output(F.linear(x, self.simulated_weight, self.bias))
 

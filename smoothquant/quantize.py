@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .calibration import calibration_batches, collect_stats
 from .config import MixedQuantConfig
-from .families import ATTENTION_INPUTS, LayerInput, layer_inputs, output_heads
+from .families import ATTENTION_INPUTS, LayerInput, known_inputs, layer_inputs, output_heads
 from .linear import (
     QuantizedLinear,
     W4A4Linear,
@@ -20,7 +20,7 @@ from .linear import (
     salient_dtype_for,
 )
 from .moe import PARTS, W4A4Experts
-from .pipeline import Group, model_groups, ready_groups, with_shares
+from .pipeline import Group, Ready, model_groups, ready_groups, with_shares
 from .sorting import ChannelStats, check_blocks
 
 logger = logging.getLogger("smoothquant")
@@ -30,10 +30,11 @@ WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class LinearRecord:
-    """What became of one weight matrix.
+    """What became of one weight matrix, or of another parameter.
 
-    name: full name of the module, or of one expert's matrix.
-    shape: (N, K).
+    name: full name of the module, or of one expert's matrix; of a bias or whatever is no module's
+        weight, its own.
+    shape: (N, K) of a quantized matrix.
     num_salient: input channels kept in 16 bits inside a quantized matrix.
     bits_per_weight: of all its tensors but the bias.
     action: "quantized" or "kept".
@@ -80,7 +81,7 @@ def quantize(
         progress: show progress bars.
 
     Returns:
-        A record for every weight matrix, the quantized ones first.
+        A record for every parameter, the quantized ones first, as `quantization_report` has them.
 
     Raises:
         ValueError: a missing or unfit entry of stats, a weight that is not finite, a model that is
@@ -93,40 +94,79 @@ def quantize(
     _check_batches(config, batches)
     if stats is None and batches is not None:
         stats = collect_stats(model, batches, progress=progress)
-    items, groups = _checked(model, config, stats)
-    _warn_of_missing_stats(config, stats, groups)
-    records: list[LinearRecord] = []
-    experts: dict[tuple[int, str], QuantizedLinear] = {}
+    items, groups = checked_groups(model, config, stats)
+    for group in groups:
+        check_weights(model, group)
+    warn_of_missing_stats(config, stats, groups)
+    records = []
     total = sum(len(group.names) for group in groups)
     with tqdm(total=total, desc="quantizing", unit="linear", disable=not progress) as bar:
-        for group, plan, own, reason, factor in ready_groups(model, groups, config, batches):
-            for name in group.names:
-                weight, bias = group.matrix(model, name)
-                layer = linear_class(own).from_weight(
-                    weight,
-                    bias,
-                    own,
-                    plan,
-                    quantize_output=config.quantize_output
-                    and name.rpartition(".")[2] in ATTENTION_INPUTS,
-                    factor=factor,
-                )
-                del weight, bias
-                if group.expert:
-                    experts[group.expert[1:]] = layer
-                else:
-                    replace_module(model, name, layer)
-                records.append(_quantized_record(name, layer, reason))
-                bar.update()
-            if group.expert and len(experts) == _num_matrices(model, group.expert[0]):
-                act_fn = model.get_submodule(group.expert[0]).act_fn
-                replace_module(model, group.expert[0], W4A4Experts(experts, act_fn))
-                experts = {}
+        for record in pack(model, config, ready_groups(model, groups, config, batches)):
+            records.append(record)
+            bar.update()
+    return finish(model, config, items, records)
+
+
+def pack(
+    model: nn.Module, config: MixedQuantConfig, ready: Iterable[Ready]
+) -> Iterator[LinearRecord]:
+    """Put quantized layers into the model, group after group; yields the record of each matrix."""
+    experts: dict[tuple[int, str], QuantizedLinear] = {}
+    for group, plan, own, reason, factor in ready:
+        for name in group.names:
+            weight, bias = group.matrix(model, name)
+            layer = linear_class(own).from_weight(
+                weight,
+                bias,
+                own,
+                plan,
+                quantize_output=config.quantize_output
+                and name.rpartition(".")[2] in ATTENTION_INPUTS,
+                factor=factor,
+            )
+            del weight, bias
+            if group.expert:
+                experts[group.expert[1:]] = layer
+            else:
+                replace_module(model, name, layer)
+            yield _quantized_record(name, layer, reason)
+        if group.expert and len(experts) == _num_matrices(model, group.expert[0]):
+            act_fn = model.get_submodule(group.expert[0]).act_fn
+            replace_module(model, group.expert[0], W4A4Experts(experts, act_fn))
+            experts = {}
+
+
+def finish(
+    model: nn.Module,
+    config: MixedQuantConfig,
+    items: Sequence[LayerInput],
+    records: list[LinearRecord],
+) -> list[LinearRecord]:
+    """Tell a model that it is quantized, and transformers if it is one of its; all records."""
     model.mixedquant_config = config
-    return records + _kept_records(model, items)
+    model.mixedquant_report = records + _kept_records(model, items)
+    if hasattr(getattr(model, "config", None), "save_pretrained"):
+        from .hf import attach
+
+        attach(model)
+    return model.mixedquant_report
 
 
-def _warn_of_missing_stats(config: MixedQuantConfig, stats, groups: list[Group]) -> None:
+def quantization_report(model: nn.Module) -> list[LinearRecord]:
+    """A record for every parameter of a quantized model, the quantized ones first: what `quantize`
+    gave, or of a model that was loaded quantized what can be seen of it."""
+    known = getattr(model, "mixedquant_report", None)
+    if known is not None:
+        return known
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+    if not layers:
+        raise ValueError(f"model must be a quantized one; got {type(model).__name__}")
+    quantized = [_quantized_record(name, layer, "as stored") for name, layer in layers]
+    return quantized + _kept_records(model, known_inputs(model))
+
+
+def warn_of_missing_stats(config: MixedQuantConfig, stats, groups: list[Group]) -> None:
+    """Log where weights have to choose in the place of statistics."""
     if stats is None:
         logger.warning("no calibration statistics: the weights alone choose salience and order")
     elif config.sort != "none" and any(group.stats and group.stats.mean_only for group in groups):
@@ -199,10 +239,10 @@ def _check_batches(config: MixedQuantConfig, batches) -> None:
             )
 
 
-def _checked(
+def checked_groups(
     model: nn.Module, config: MixedQuantConfig, stats: Mapping[str, ChannelStats] | None
 ) -> tuple[list[LayerInput], list[Group]]:
-    """The model's layer inputs and groups, weights and statistics having been found fit."""
+    """The model's layer inputs and groups, shapes and statistics having been found fit."""
     means_only = not stats or any(getattr(entry, "mean_only", False) for entry in stats.values())
     for needed, name in (
         (config.smooth_alpha is not None, "smooth_alpha"),
@@ -222,8 +262,7 @@ def _checked(
         )
     groups = model_groups(model, items, stats)
     for group in groups:
-        for name, (weight, bias) in zip(group.names, group.matrices(model), strict=True):
-            _check_weight(name, weight, bias)
+        for name, (weight, _) in zip(group.names, group.matrices(model), strict=True):
             if group.stats is not None:
                 _check_stats(name, weight, group)
             check_blocks(weight.shape[1], config.tp_blocks, name)
@@ -233,6 +272,12 @@ def _checked(
                     f"sort_within_heads=True; got {config.tp_blocks}"
                 )
     return items, with_shares(model, groups, config)
+
+
+def check_weights(model: nn.Module, group: Group) -> None:
+    """Raise ValueError or TypeError for a weight or bias of a group that cannot be quantized."""
+    for name, (weight, bias) in zip(group.names, group.matrices(model), strict=True):
+        _check_weight(name, weight, bias)
 
 
 def _check_weight(name: str, weight: Tensor, bias: Tensor | None) -> None:
@@ -274,26 +319,32 @@ def _quantized_record(name: str, layer: QuantizedLinear, chosen_by: str) -> Line
     return LinearRecord(name, shape, layer.num_salient, bits, "quantized", chosen_by)
 
 
-def _kept_records(model: nn.Module, items: list[LayerInput]) -> list[LinearRecord]:
+def _kept_records(model: nn.Module, items: Sequence[LayerInput]) -> list[LinearRecord]:
     heads = output_heads(model)
     routers = {item.router for item in items}
-    reasons = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            reasons[f"{name}.weight"] = "embedding"
-        elif isinstance(module, nn.Linear):
-            reasons[f"{name}.weight"] = (
-                "output head" if name in heads else "not in the table of families"
-            )
-        elif name in routers:
-            reasons[f"{name}.weight"] = "router"
     kept = []
+
+    def keep(name: str, tensor: Tensor, reason: str) -> None:
+        short, bits = name.removesuffix(".weight"), 8.0 * tensor.element_size()
+        kept.append(LinearRecord(short, tuple(tensor.shape), 0, bits, "kept", reason))
+
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.dim() == 3:
-            reasons.setdefault(name, "fused parameter without a row in the table of families")
-        if name in reasons:
-            shape, bits = tuple(parameter.shape), 8.0 * parameter.element_size()
-            kept.append(
-                LinearRecord(name.removesuffix(".weight"), shape, 0, bits, "kept", reasons[name])
-            )
+        block, _, leaf = name.rpartition(".")
+        module = modules[block]
+        reason = f"parameter of {type(module).__name__}"
+        if leaf == "bias":
+            reason = "bias"
+        elif isinstance(module, nn.Embedding):
+            reason = "embedding"
+        elif isinstance(module, nn.Linear):
+            reason = "output head" if block in heads else "not in the table of families"
+        elif leaf == "weight" and block in routers:
+            reason = "router"
+        elif parameter.dim() == 3:
+            reason = "fused parameter without a row in the table of families"
+        keep(name, parameter, reason)
+    for block, module in modules.items():
+        if isinstance(module, QuantizedLinear) and module.bias is not None:
+            keep(f"{block}.bias", module.bias, "bias")
     return kept

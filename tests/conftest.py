@@ -23,6 +23,8 @@ _LLAMA = {
     "eos_token_id": 2,
 }
 _HEAD_DIM = dict(_LLAMA, head_dim=12)
+# Of experts in rows of their own: multiples of 32, so that torch treats all columns alike.
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _FALCON = {
     "vocab_size": 96,
     "hidden_size": 48,
@@ -52,6 +54,11 @@ ARCHITECTURES = {
     "llama-bias": ("llama", dict(_LLAMA, attention_bias=True, mlp_bias=True)),
     "mistral": ("mistral", _LLAMA),
     "mixtral": ("mixtral", dict(_LLAMA, num_local_experts=4, num_experts_per_tok=2)),
+    "qwen2_moe": (
+        "qwen2_moe",
+        dict(_LLAMA, **_MOE, shared_expert_intermediate_size=96, mlp_only_layers=[1]),
+    ),
+    "qwen3_moe": ("qwen3_moe", dict(_HEAD_DIM, **_MOE)),
     "falcon-parallel": ("falcon", dict(_FALCON, parallel_attn=True)),
     "falcon-sequential": ("falcon", dict(_FALCON, parallel_attn=False, multi_query=False)),
     "falcon-new": ("falcon", dict(_FALCON, new_decoder_architecture=True, num_kv_heads=2)),

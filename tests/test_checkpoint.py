@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from smoothquant import CheckpointError, collect_stats, load_quantized, save_quantized
 from smoothquant.bundled import load_bundled, load_model
-from smoothquant.checkpoint import MANIFEST, TENSORS
+from smoothquant.checkpoint import CONFIG, INDEX, TENSORS
 from smoothquant.config import MixedQuantConfig
 from smoothquant.model_size import get_model_size
 from smoothquant.quantize import quantize
@@ -163,7 +163,7 @@ def test_only_a_quantized_model_is_overwritten(make_model, tmp_path, monkeypatch
     (tmp_path / "alias").symlink_to("model")
     for overwrite in (False, True):
         save_quantized(model, tmp_path / "alias", overwrite=overwrite)
-    assert (tmp_path / "alias").is_symlink() and (tmp_path / "model" / MANIFEST).is_file()
+    assert (tmp_path / "alias").is_symlink() and (tmp_path / "model" / CONFIG).is_file()
     assert (tmp_path / "photos" / "a.jpg").read_text() == "mine"
 
 
@@ -187,7 +187,12 @@ def test_a_killed_save_leaves_only_whole_folders(make_model, token_ids, tmp_path
 
 
 @pytest.mark.parametrize(
-    "step", ["smoothquant.checkpoint.save_file", "smoothquant.checkpoint.json.dumps", "os.fsync"]
+    "step",
+    [
+        "transformers.modeling_utils.safe_save_file",
+        "transformers.PreTrainedConfig.save_pretrained",
+        "os.fsync",
+    ],
 )
 def test_a_failing_write_leaves_nothing_new_and_nothing_lost(
     step, make_model, token_ids, tmp_path, monkeypatch
@@ -322,13 +327,13 @@ def test_bad_tensors_of_int8_salient_weights_are_named(
 
 def test_the_salient_formats_are_not_mistaken_for_each_other(pristine_int8, folder, tmp_path):
     int8 = shutil.copytree(pristine_int8, tmp_path / "int8")
-    edit(MANIFEST, "config", "salient_format", value="16bit")(int8)
+    edit_manifest("config", "salient_format", value="16bit")(int8)
     with pytest.raises(CheckpointError, match="should not have tensor .*.salient_scales"):
         load_quantized(int8)
-    edit(MANIFEST, "config", "salient_format", value="int8")(folder)
+    edit_manifest("config", "salient_format", value="int8")(folder)
     with pytest.raises(CheckpointError, match="lacks tensor .*.salient_scales"):
         load_quantized(folder)
-    edit(MANIFEST, "config", "salient_format", value="int2")(folder)
+    edit_manifest("config", "salient_format", value="int2")(folder)
     with pytest.raises(CheckpointError, match="config: salient_format must be one of"):
         load_quantized(folder)
 
@@ -353,6 +358,10 @@ def test_missing_and_surplus_tensors_are_named(rename, message, folder):
         load_quantized(folder)
 
 
+def edit_manifest(*keys, value):
+    return edit(CONFIG, "quantization_config", *keys, value=value)
+
+
 def edit(file, *keys, value):
     def spoil(folder):
         content = json.loads((folder / file).read_text())
@@ -368,31 +377,32 @@ def edit(file, *keys, value):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (edit(MANIFEST, "format_version", value=1), f"{MANIFEST}: format_version 1 is not 2"),
-        (edit(MANIFEST, "format_version", value="1"), "format_version of the file must be int"),
-        (edit(MANIFEST, "extra", value=1), "the file must have the fields format_version"),
-        (edit(MANIFEST, "config", "group_size", value=0), "config: group_size must be in "),
+        (edit_manifest("format_version", value=2), "config: format_version 2 is not 3"),
+        (edit_manifest("format_version", value="3"), "config: format_version '3' is not 3"),
+        (edit_manifest("format_version", value=3.0), "format_version of it must be int"),
+        (edit_manifest("extra", value=1), "it must have the fields quant_method, format_version"),
+        (edit_manifest("quant_method", value="gptq"), "quant_method is 'gptq'"),
+        (edit(CONFIG, "quantization_config", value=None), "it must have the fields quant_method"),
+        (edit_manifest("config", "group_size", value=0), "config: group_size must be in "),
         (
-            edit(MANIFEST, "config", "group_size", value="8"),
+            edit_manifest("config", "group_size", value="8"),
             "config: group_size must be an integer",
         ),
-        (edit(MANIFEST, "config", "group_size", value=8), "tensor .*.scales must have shape"),
-        (edit(MANIFEST, "config", "surprise", value=1), "config: unknown MixedQuantConfig field"),
+        (edit_manifest("config", "group_size", value=8), "tensor .*.scales must have shape"),
+        (edit_manifest("config", "surprise", value=1), "config: unknown MixedQuantConfig field"),
+        (edit(CONFIG, "architectures", value=["Trainer"]), "'Trainer' is no transformers model"),
+        (edit(CONFIG, "architectures", value=["../x"]), "'../x' is no transformers model"),
+        (edit(CONFIG, "architectures", value=[]), "None is no transformers model"),
+        (edit(CONFIG, "architectures", value=[[]]), "is no transformers model"),
+        (edit_manifest("linears", value={}), "linears is empty"),
+        (edit_manifest("linears", LAYER, value=3), f"linear {LAYER} must have the fields"),
+        (edit_manifest("linears", LAYER, "num_salient", value=89), f"linear {LAYER}: num_salient"),
+        (edit_manifest("linears", LAYER, "num_salient", value=-1), f"linear {LAYER}: num_salient"),
+        (edit_manifest("linears", LAYER, "num_salient", value=7), f"tensor {LAYER}"),
+        (edit_manifest("linears", LAYER, "bias", value=False), f"not have tensor {LAYER}.bias"),
+        (edit_manifest("linears", LAYER, "bias", value=0), f"bias of linear {LAYER} must be bool"),
         (
-            edit(MANIFEST, "model_class", value="Trainer"),
-            "model_class 'Trainer' is no transformers",
-        ),
-        (edit(MANIFEST, "model_class", value="../x"), "is no transformers model"),
-        (edit(MANIFEST, "linears", value={}), "linears is empty"),
-        (edit(MANIFEST, "linears", LAYER, value=3), f"linear {LAYER} must have the fields"),
-        (edit(MANIFEST, "linears", LAYER, "num_salient", value=89), f"linear {LAYER}: num_salient"),
-        (edit(MANIFEST, "linears", LAYER, "num_salient", value=-1), f"linear {LAYER}: num_salient"),
-        (edit(MANIFEST, "linears", LAYER, "num_salient", value=7), f"tensor {LAYER}"),
-        (edit(MANIFEST, "linears", LAYER, "bias", value=False), f"not have tensor {LAYER}.bias"),
-        (edit(MANIFEST, "linears", LAYER, "bias", value=0), f"bias of linear {LAYER} must be bool"),
-        (
-            edit(
-                MANIFEST,
+            edit_manifest(
                 "linears",
                 "../../x",
                 value={"num_salient": 0, "bias": False, "quantize_output": False, "choices": {}},
@@ -400,35 +410,37 @@ def edit(file, *keys, value):
             "the model has no linear ../../x",
         ),
         (
-            edit(MANIFEST, "linears", LAYER, "choices", value={"num_bits": 3}),
+            edit_manifest("linears", LAYER, "choices", value={"num_bits": 3}),
             f"linear {LAYER}: choices may name",
         ),
         (
-            edit(MANIFEST, "linears", LAYER, "choices", value={"act_clip": "search"}),
+            edit_manifest("linears", LAYER, "choices", value={"act_clip": "search"}),
             f"linear {LAYER}: act_clip='search'",
         ),
         (
-            edit(MANIFEST, "linears", LAYER, "choices", value={"rotation": "group" * 9}),
+            edit_manifest("linears", LAYER, "choices", value={"rotation": "group" * 9}),
             f"linear {LAYER}: rotation must be",
         ),
-        (edit(MANIFEST, "shared", "a", value="b"), "should not have tensor a"),
+        (edit_manifest("shared", "a", value="b"), "should not have tensor a"),
         (
-            edit(MANIFEST, "shared", f"{LAYER}.perm", value="lm_head.weight"),
+            edit_manifest("shared", f"{LAYER}.perm", value="lm_head.weight"),
             "should not have tensor",
         ),
-        (edit(MANIFEST, "shared", "a", value=5), "a of shared must be str"),
+        (edit_manifest("shared", "a", value=5), "a of shared must be str"),
         (
-            edit(MANIFEST, "dtypes", "lm_head.weight", value="int64"),
+            edit_manifest("dtypes", "lm_head.weight", value="int64"),
             "lm_head.weight must not be float32; .* int64",
         ),
-        (edit(MANIFEST, "dtypes", "lm_head.weight", value="__all__"), "dtype of lm_head.weight is"),
-        (edit(MANIFEST, "dtypes", "lm_head.weight", value="banana"), "dtype of lm_head.weight is"),
-        (edit(MANIFEST, "dtypes", "extra", value="float32"), "must not name or lack extra"),
+        (edit_manifest("dtype", value="int8"), "dtype of the model is 'int8'"),
+        (edit_manifest("dtype", value="float16"), "must not be float32; .* float16"),
+        (edit_manifest("dtypes", "lm_head.weight", value="__all__"), "dtype of lm_head.weight is"),
+        (edit_manifest("dtypes", "lm_head.weight", value="banana"), "dtype of lm_head.weight is"),
+        (edit_manifest("dtypes", "extra", value="float32"), "must not name extra"),
         (
-            edit(MANIFEST, "dtypes", "model.rotary_emb.inv_freq", value="int64"),
+            edit_manifest("dtypes", "model.rotary_emb.inv_freq", value="int64"),
             "model.rotary_emb.inv_freq must be float32",
         ),
-        (edit(MANIFEST, "shared", f"{LAYER}.bias", value="lm_head.weight"), "not have tensor"),
+        (edit_manifest("shared", f"{LAYER}.bias", value="lm_head.weight"), "not have tensor"),
         (edit("config.json", "num_hidden_layers", value=10**9), "config.json: .*1000000000 layers"),
         (edit("config.json", "num_hidden_layers", value=1), "has no linear model.layers.1"),
         (edit("config.json", "hidden_size", value=52), "tensor .* must have shape"),
@@ -445,7 +457,7 @@ def test_bad_manifests_are_named(spoil, message, folder):
 
 def test_untied_twins_of_another_shape_are_refused(make_model, tmp_path):
     save_quantized(quantized(make_model("llama")), tmp_path / "m")
-    edit(MANIFEST, "shared", "lm_head.weight", value="model.norm.weight")(tmp_path / "m")
+    edit_manifest("shared", "lm_head.weight", value="model.norm.weight")(tmp_path / "m")
     with pytest.raises(
         CheckpointError, match="lm_head.weight has not the shape and dtype of its twin"
     ):
@@ -461,7 +473,7 @@ def test_code_in_the_folder_is_never_run(folder):
         load_quantized(folder)
 
 
-@pytest.mark.parametrize("file", ["config.json", MANIFEST, TENSORS])
+@pytest.mark.parametrize("file", [CONFIG, TENSORS])
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
 def test_missing_and_broken_files_are_named(file, content, folder):
     if content is None:
@@ -481,12 +493,12 @@ def test_a_broken_generation_config_is_named(folder):
 @pytest.mark.parametrize("index", ["9" * 5000, "\u0661", "4", "-1", "01", "1.5"])
 def test_unknown_experts_are_named(index, make_model, tmp_path):
     save_quantized(quantized(make_model("mixtral")), tmp_path / "m")
-    content = json.loads((tmp_path / "m" / MANIFEST).read_text())
-    linears = content["linears"]
+    content = json.loads((tmp_path / "m" / CONFIG).read_text())
+    linears = content["quantization_config"]["linears"]
     linears[f"model.layers.0.mlp.experts.{index}.down_proj"] = linears.pop(
         "model.layers.0.mlp.experts.1.down_proj"
     )
-    (tmp_path / "m" / MANIFEST).write_text(json.dumps(content))
+    (tmp_path / "m" / CONFIG).write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="the model has no linear model.layers.0.mlp.experts"):
         load_quantized(tmp_path / "m")
 
@@ -534,20 +546,28 @@ def mutated(value, rng):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("architecture, salient_format", [("llama", "16bit"), ("mixtral", "int8")])
-@pytest.mark.parametrize("file, times", [("config.json", 150), (MANIFEST, 500), (TENSORS, 350)])
+@pytest.mark.parametrize("part, times", [("model", 150), ("manifest", 500), (TENSORS, 350)])
 def test_hostile_files_raise_nothing_else(
-    architecture, salient_format, file, times, make_model, token_ids, tmp_path
+    architecture, salient_format, part, times, make_model, token_ids, tmp_path
 ):
     """Either refused, naming the folder, or a model that runs."""
     folder = tmp_path / "m"
     save_quantized(quantized(make_model(architecture), "int4", salient_format), folder)
-    rng, whole = random.Random(file), (folder / file).read_bytes()
+    file = TENSORS if part == TENSORS else CONFIG
+    rng, whole = random.Random(part), (folder / file).read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little") if file == TENSORS else 0
     structure = json.loads(whole[8:start] if start else whole)
+    manifest = structure.pop("quantization_config", None)
     refused = 0
     for _ in range(times):
         if rng.random() < 0.75:  # the structure, else bytes
-            text = json.dumps(mutated(structure, rng)).encode()
+            if part == "manifest":
+                changed = structure | {"quantization_config": mutated(manifest, rng)}
+            else:
+                changed = mutated(structure, rng)
+                if part == "model" and isinstance(changed, dict):
+                    changed["quantization_config"] = manifest
+            text = json.dumps(changed).encode()
             data = bytearray(text if not start else len(text).to_bytes(8, "little") + text)
             data += whole[start:] if start else b""
         else:
@@ -562,6 +582,6 @@ def test_hostile_files_raise_nothing_else(
             refused += 1
             assert str(folder) in str(error)
         else:
-            if file != "config.json":  # which may well ask for another activation
+            if part != "model":  # which may well ask for another activation
                 assert logits(model, token_ids).shape[:2] == token_ids.shape
     assert refused > times // 2
