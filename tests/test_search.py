@@ -120,7 +120,7 @@ def test_a_model_with_choices_per_layer_survives_saving(tmp_path):
     assert loaded.mixedquant_config == config
     again = tmp_path / "again"
     save_quantized(loaded, again)
-    for file in ("mixedquant.json", "model.safetensors"):
+    for file in ("config.json", "model.safetensors"):
         assert (again / file).read_bytes() == (tmp_path / "model" / file).read_bytes()
     quantize(fixed, config, stats, batches, progress=False)
     with torch.no_grad():

@@ -1,0 +1,430 @@
+"""The transformers plug-in: quantized while loading, saved, loaded again, and refused if broken."""
+
+import copy
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+from smoothquant import (
+    CheckpointError,
+    MixedQuantConfig,
+    load_quantized,
+    quantization_report,
+    quantize,
+    save_quantized,
+)
+from smoothquant.bundled import load_bundled, wikitext
+from smoothquant.linear import QuantizedLinear
+
+CONFIG = MixedQuantConfig(group_size=20, salient_prop=0.1)
+
+
+def logits(model, token_ids):
+    with torch.no_grad():
+        return model(token_ids).logits
+
+
+def from_pretrained(folder, config=None, **fields):
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **fields)
+
+
+@pytest.fixture
+def float_folder(make_model, tmp_path):
+    """Saves a tiny model as its family is published: float_folder(architecture) -> (model, path)."""
+
+    def save(architecture, dtype=torch.float32, **fields):
+        model, folder = make_model(architecture).to(dtype), tmp_path / "float"
+        model.save_pretrained(folder, **fields)
+        return model, folder
+
+    return save
+
+
+# ---- Quantized while loading
+
+
+def test_every_family_loads_quantized_and_comes_back(
+    architecture, float_folder, token_ids, tmp_path
+):
+    model, folder = float_folder(architecture)
+    parameters = {name.removesuffix(".weight"): p for name, p in model.named_parameters()}
+    loaded = from_pretrained(folder, CONFIG)
+    records = quantize(model, CONFIG, progress=False)
+    want = logits(model, token_ids)
+    assert torch.equal(logits(loaded, token_ids), want)
+    assert not loaded.training and loaded.is_quantized
+    assert quantization_report(loaded) == records
+
+    # every parameter is there, the experts' matrix by matrix
+    listed = {record.name for record in records}
+    for name in parameters:
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            block, _, part = name.rpartition(".")
+            assert f"{block}.0.{part}" in listed
+        else:
+            assert name in listed
+    assert all(record.reason for record in records)
+
+    for save, name in ((loaded.save_pretrained, "a"), (model.save_pretrained, "b")):
+        save(tmp_path / name)
+        again = from_pretrained(tmp_path / name)
+        assert torch.equal(logits(again, token_ids), want)
+        assert torch.equal(logits(load_quantized(tmp_path / name), token_ids), want)
+    again.save_pretrained(tmp_path / "c")
+    save_quantized(again, tmp_path / "d")
+    for name in "bcd":
+        for file in ("config.json", "model.safetensors"):
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / "a" / file).read_bytes()
+    kept = {r.name: r.reason for r in quantization_report(again) if r.action == "kept"}
+    assert kept == {r.name: r.reason for r in records if r.action == "kept"}
+
+
+def test_one_input_at_a_time_is_in_memory(float_folder, monkeypatch):
+    import smoothquant.hf as hf
+
+    model, folder = float_folder("mixtral")
+    largest, held = 0, []
+    take = hf.QuantizeLoadedWeights._take
+
+    def watched(self, model, name, tensor):
+        take(self, model, name, tensor)
+        waiting = [n for n in self.item_of if model_has(model, n)]
+        held.append({self.item_of[n].name for n in waiting})
+
+    def model_has(model, name):
+        try:
+            return model.get_parameter(name).device.type != "meta"
+        except AttributeError:
+            return False
+
+    monkeypatch.setattr(hf.QuantizeLoadedWeights, "_take", watched)
+    from_pretrained(folder, CONFIG)
+    largest = max(map(len, held))
+    # the experts' weights come between those of attention
+    assert largest <= 2 and len(held) == 2 * 6 and held[-1] == set()
+
+
+def test_weights_alone_choose_and_a_log_line_says_so(float_folder, caplog):
+    _, folder = float_folder("llama")
+    with caplog.at_level(logging.WARNING, "smoothquant"):
+        from_pretrained(folder, CONFIG)
+    assert "no calibration statistics: the weights alone choose" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtype_is_that_of_what_is_quantized(dtype, float_folder, token_ids, tmp_path):
+    model, folder = float_folder("llama-bias")
+    loaded = from_pretrained(folder, CONFIG, dtype=dtype)
+    quantize(model.to(dtype), CONFIG, progress=False)
+    model.model.rotary_emb = copy.deepcopy(loaded.model.rotary_emb)  # loading leaves it in float32
+    assert loaded.dtype == dtype
+    assert loaded.model.layers[0].mlp.down_proj.salient_weight.dtype == dtype
+    assert torch.equal(logits(loaded, token_ids), logits(model, token_ids))
+    loaded.save_pretrained(tmp_path / "q")
+    for again in (from_pretrained(tmp_path / "q"), load_quantized(tmp_path / "q")):
+        assert torch.equal(logits(again, token_ids), logits(model, token_ids))
+    other = from_pretrained(tmp_path / "q", dtype=torch.float32)
+    assert other.lm_head.weight.dtype == torch.float32
+    assert other.model.layers[0].mlp.down_proj.salient_weight.dtype == dtype
+
+
+def test_a_cast_model_comes_back_with_its_buffers(make_model, token_ids, tmp_path):
+    model = make_model("llama")
+    quantize(model, CONFIG, progress=False)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "q")
+    for again in (from_pretrained(tmp_path / "q"), load_quantized(tmp_path / "q")):
+        assert again.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+        assert torch.equal(logits(again, token_ids), logits(model, token_ids))
+
+
+def test_calibration_texts_in_the_config(tmp_path):
+    model, tokenizer = load_bundled("tiny-opt")
+    model.save_pretrained(tmp_path / "float")
+    config = MixedQuantConfig(
+        recipe="fast", group_size=64, calibration=wikitext("validation")[:300],
+        calibration_tokens=2048,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="needs the tokenizer of"):
+        from_pretrained(tmp_path / "float", config)
+    tokenizer.save_pretrained(tmp_path / "float")
+    loaded = from_pretrained(tmp_path / "float", config)
+    quantize(model, config, tokenizer=tokenizer, progress=False)
+    ids = tokenizer("some words of a text", return_tensors="pt").input_ids
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    assert {r.reason for r in quantization_report(loaded) if r.action == "quantized"} == {
+        "calibration"
+    }
+    loaded.save_pretrained(tmp_path / "q")
+    assert torch.equal(logits(from_pretrained(tmp_path / "q"), ids), logits(model, ids))
+
+
+def test_what_cannot_be_done_while_loading_is_refused(float_folder):
+    model, folder = float_folder("opt")
+    with pytest.raises(ValueError, match="weight_rounding='gptq' needs calibration tokens: give"):
+        from_pretrained(folder, MixedQuantConfig(recipe="best"))
+    with pytest.raises(ValueError, match="smooth_alpha needs stats"):
+        from_pretrained(folder, MixedQuantConfig(smooth_alpha=0.5))
+    with pytest.raises(ValueError, match="must leave the disk out"):
+        from_pretrained(folder, CONFIG, device_map={"model": "cpu", "lm_head": "disk"})
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.decoder.layers.1.fc2.weight"
+    spoiled = dict(tensors, **{name: tensors[name].clone().fill_(float("nan"))})
+    save_file(spoiled, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="weight of model.decoder.layers.1.fc2 holds NaN"):
+        from_pretrained(folder, CONFIG)
+    spoiled = dict(tensors, **{name: tensors[name][:-1].clone()})
+    save_file(spoiled, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"fc2.weight must have shape \(48, 88\); got \(47, 88\)"):
+        from_pretrained(folder, CONFIG)
+    del spoiled[name]
+    save_file(spoiled, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"lacks tensor {name}"):
+        from_pretrained(folder, CONFIG)
+
+
+# ---- The folder
+
+
+def test_tied_embeddings_stay_tied(float_folder, tmp_path):
+    _, folder = float_folder("llama")
+    loaded = from_pretrained(folder, CONFIG)
+    loaded.save_pretrained(tmp_path / "q")
+    again = from_pretrained(tmp_path / "q")
+    for model in (loaded, again):
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "lm_head.weight" not in load_file(tmp_path / "q" / "model.safetensors")
+
+
+def test_config_json_says_it_all(make_model, tmp_path):
+    model = make_model("mixtral")
+    quantize(model, CONFIG, progress=False)
+    model.save_pretrained(tmp_path / "q")
+    fields = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    assert fields["quant_method"] == "mixedquant" and fields["format_version"] == 3
+    assert MixedQuantConfig.from_dict(fields["config"]) == CONFIG
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    assert fields["linears"] == {n: {"num_salient": m.num_salient} for n, m in layers.items()}
+
+
+def test_shards(make_model, token_ids, tmp_path):
+    model = make_model("qwen2")
+    quantize(model, CONFIG, progress=False)
+    model.save_pretrained(tmp_path / "q", max_shard_size="20KB")
+    assert len(list((tmp_path / "q").glob("*.safetensors"))) > 2
+    for again in (from_pretrained(tmp_path / "q"), load_quantized(tmp_path / "q")):
+        assert torch.equal(logits(again, token_ids), logits(model, token_ids))
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_device_maps(device_map, float_folder, token_ids, tmp_path):
+    model, folder = float_folder("qwen3")
+    loaded = from_pretrained(folder, CONFIG, device_map=device_map)
+    loaded.save_pretrained(tmp_path / "q")
+    again = from_pretrained(tmp_path / "q", device_map=device_map)
+    assert torch.equal(logits(again, token_ids), logits(loaded, token_ids))
+
+
+def test_the_rest_on_disk(make_model, token_ids, tmp_path):
+    model = make_model("llama-bias")
+    quantize(model, CONFIG, progress=False)
+    model.save_pretrained(tmp_path / "q")
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu",
+              "model.rotary_emb": "cpu", "lm_head": "disk"}  # fmt: skip
+    again = from_pretrained(tmp_path / "q", device_map=places, offload_folder=tmp_path / "off")
+    assert torch.equal(logits(again, token_ids), logits(model, token_ids))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_generate_and_compile(float_folder, token_ids):
+    _, folder = float_folder("llama")
+    loaded = from_pretrained(folder, CONFIG)
+    prompt = token_ids[:1, :5]
+    first = loaded.generate(prompt, max_new_tokens=8, do_sample=False)
+    again = loaded.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=False)
+    assert torch.equal(first, again) and first.shape[1] > prompt.shape[1]
+    layer = loaded.model.layers[0].mlp
+    x = torch.randn(2, 3, 48)
+    with torch.no_grad():
+        want = layer.down_proj(torch.randn(1, 88)).shape
+        compiled = torch.compile(layer, fullgraph=True)
+        assert torch.allclose(compiled(x), layer(x), atol=1e-5) and want == (1, 48)
+
+
+def test_the_base_model_of_a_whole_one_and_back(make_model, token_ids, tmp_path):
+    model = make_model("llama")
+    quantize(model, CONFIG, progress=False)
+    model.save_pretrained(tmp_path / "whole")
+    base = AutoModel.from_pretrained(tmp_path / "whole")
+    with torch.no_grad():
+        want = model.model(token_ids).last_hidden_state
+        assert torch.equal(base(token_ids).last_hidden_state, want)
+        base.save_pretrained(tmp_path / "base")
+        again = from_pretrained(tmp_path / "base")  # with a head of the tied embedding
+        assert torch.equal(again(token_ids).logits, model(token_ids).logits)
+
+
+# ---- Registration
+
+
+IMPORTS = {
+    "first": "import smoothquant, sys; assert 'transformers' not in sys.modules; import transformers",
+    "last": "import transformers.quantizers.auto, smoothquant",
+    "twice": "import smoothquant; from smoothquant.registration import register; register();"
+    "import transformers, importlib; register(); import smoothquant.hf; register()",
+}
+
+
+@pytest.mark.parametrize("order", IMPORTS)
+def test_both_imports_in_any_order_register_once(order, run_python):
+    run_python(
+        IMPORTS[order] + "\nfrom transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as c\n"
+        "assert m['mixedquant'].__name__ == 'MixedQuantQuantizer'\n"
+        "assert c['mixedquant'].__name__ == 'MixedQuantManifest'\n"
+        "import sys; assert not any(type(f).__module__ == 'smoothquant.registration' "
+        "for f in sys.meta_path)"
+    )
+
+
+# ---- Hostile folders
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    from conftest import build_model
+
+    model, folder = build_model("llama-bias"), tmp_path_factory.mktemp("pristine") / "q"
+    quantize(model, CONFIG, progress=False)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    return folder
+
+
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+def set_tensor(name, change):
+    def spoil(folder):
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        file = folder / index["weight_map"][name]
+        tensors = load_file(file)
+        tensors[name] = change(tensors[name].clone())
+        if tensors[name] is None:
+            del tensors[name]
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    return spoil
+
+
+def put(index, value):
+    def change(tensor):
+        tensor.view(-1)[index] = value
+        return tensor
+
+    return change
+
+
+def set_field(*keys, value, file="config.json"):
+    def spoil(folder):
+        content = json.loads((folder / file).read_text())
+        target = content
+        for key in keys[:-1]:
+            target = target[key]
+        target[keys[-1]] = value
+        (folder / file).write_text(json.dumps(content))
+
+    return spoil
+
+
+def cut(folder):
+    largest = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    with open(largest, "r+b") as file:
+        file.truncate(largest.stat().st_size - 7)
+
+
+def of_manifest(*keys, value):
+    return set_field("quantization_config", *keys, value=value)
+
+
+BOTH = (lambda folder: AutoModelForCausalLM.from_pretrained(folder), load_quantized)
+
+
+@pytest.mark.parametrize("load", BOTH, ids=["from_pretrained", "load_quantized"])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (set_tensor(f"{LAYER}.perm", put(3, 4)), f"tensor {LAYER}.perm is no permutation"),
+        (set_tensor(f"{LAYER}.scales", put(0, float("nan"))), f"{LAYER}.scales holds NaN"),
+        (set_tensor(f"{LAYER}.scales", put(0, -1.0)), f"{LAYER}.scales must be .* not negative"),
+        (set_tensor(f"{LAYER}.qweight", put(9, 0x80)), f"{LAYER}.qweight holds the code -8"),
+        (set_tensor(f"{LAYER}.qweight", lambda t: t.flatten()), "qweight must have shape"),
+        (set_tensor(f"{LAYER}.scales", lambda t: t.half()), "scales must not be float16"),
+        (set_tensor(f"{LAYER}.bias", lambda t: t.half()), "bias must not be float16"),
+        (set_tensor("lm_head.weight", lambda t: t[:5].contiguous()), "lm_head.weight must have"),
+        (cut, "model-0000.*safetensors: "),
+        (of_manifest("format_version", value=99), "format_version 99 is not 3"),
+        (of_manifest("linears", value={}), "linears is empty"),
+        (of_manifest("linears", LAYER, value={"num_salient": 89}), f"linear {LAYER}: num_salient"),
+        (of_manifest("linears", LAYER, value={"num_salient": 1}), f"tensor {LAYER}"),
+        (of_manifest("linears", "../x", value={"num_salient": 1}), "has no linear ../x"),
+        (of_manifest("config", "group_size", value=0), "group_size must be in"),
+        (of_manifest("config", "surprise", value=0), "unknown MixedQuantConfig field"),
+        (of_manifest("dtypes", "extra", value="float16"), "dtypes must not name extra"),
+    ],
+)
+def test_broken_folders_are_refused_by_both_ways_in(load, spoil, message, pristine, tmp_path):
+    folder = shutil.copytree(pristine, tmp_path / "q")
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (
+            set_field("weight_map", f"{LAYER}.perm", value="../x.safetensors",
+                      file="model.safetensors.index.json"),
+            "is in '../x.safetensors', no file of the folder",
+        ),
+        (
+            set_field("weight_map", f"{LAYER}.perm", value="absent.safetensors",
+                      file="model.safetensors.index.json"),
+            "absent.safetensors",
+        ),
+        (
+            set_field("weight_map", value={}, file="model.safetensors.index.json"),
+            "weight_map must name a file",
+        ),
+        (
+            set_field("weight_map", "phantom", value="model-00001-of-00003.safetensors",
+                      file="model.safetensors.index.json"),
+            "tensor phantom is not in",
+        ),
+        (set_tensor(f"{LAYER}.perm", lambda tensor: None), f"tensor {LAYER}.perm is not in"),
+    ],
+)  # fmt: skip
+def test_broken_indices_are_refused(spoil, message, pristine, tmp_path):
+    folder = shutil.copytree(pristine, tmp_path / "q")
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=message):
+        load_quantized(folder)
+
+
+def test_tensors_outside_of_the_folder_are_refused(pristine, tmp_path):
+    folder = shutil.copytree(pristine, tmp_path / "q")
+    first = sorted(folder.glob("*.safetensors"))[0]
+    first.rename(tmp_path / "x.safetensors")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {
+        name: "../x.safetensors" if file == first.name else file
+        for name, file in index["weight_map"].items()
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for load in BOTH:
+        with pytest.raises(CheckpointError):
+            load(folder)
