@@ -230,6 +230,15 @@ mq_status mq_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int
                         int64_t groups, const float *scales, const float *u, float *w,
                         float *errors);
 
+/* One block of coordinate descent on what GPTQ minimizes, rows independent: for i = 0 .. cols,
+ *   q = clamp(round_half_even((w[i] + gradient[i] / h[i][i]) * (1/s)), -q_max, q_max),
+ *   gradient[j] -= (q s - w[i]) * h[i][j] for j >= i,  w[i] = q s.
+ * w [rows][cols] holds code * scale; gradient [rows][cols] = (target - w) h, over all columns of the
+ * weight; h [cols][cols], the block of the positive definite matrix; scales as in mq_gptq_block. */
+mq_status mq_descend_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,
+                           int64_t groups, const float *scales, const float *h, float *gradient,
+                           float *w);
+
 /* Bytes of workspace for m tokens; alignment 64. */
 mq_status mq_linear_workspace_size(const mq_linear *lin, int64_t m, size_t *bytes);
 
