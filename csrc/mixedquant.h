@@ -46,13 +46,16 @@ typedef enum mq_dtype { MQ_F32 = 0, MQ_F16 = 1, MQ_BF16 = 2, MQ_I8 = 3 } mq_dtyp
 
 /* ---- Instruction sets ------------------------------------------------------------------------ */
 
-/* In rising order of preference. Scalar is the specification; the others equal it bit for bit. */
+/* Each family's in rising order of preference. Scalar is the specification; the others equal it bit
+ * for bit. */
 typedef enum mq_isa {
     MQ_ISA_SCALAR = 0,
     MQ_ISA_AVX2 = 1,       /* AVX2, FMA, F16C */
     MQ_ISA_AVXVNNI = 2,    /* and AVX-VNNI: vpdpbusd on 256 bits */
     MQ_ISA_AVX512VNNI = 3, /* AVX-512 F, BW, DQ, VL and VNNI */
-    MQ_ISA_COUNT = 4
+    MQ_ISA_NEON = 4,       /* Arm: NEON and its dot product, sdot */
+    MQ_ISA_NEONI8MM = 5,   /* and its matrix product, smmla */
+    MQ_ISA_COUNT = 6
 } mq_isa;
 
 const char *mq_isa_name(mq_isa isa); /* "scalar", "avx2", ...; NULL for any other value */
