@@ -66,11 +66,11 @@ static unsigned detect(void) {
 #if defined(MQ_SIMDE)
     isas |= 1u << MQ_ISA_AVX2 | 1u << MQ_ISA_AVXVNNI | 1u << MQ_ISA_AVX512VNNI;
 #elif defined(__x86_64__)
+    /* not every compiler that builds these kernels knows "f16c" and "avxvnni" */
+    unsigned eax, ebx, ecx, edx;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c")) {
-        unsigned eax, ebx, ecx, edx;
+        __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & 1u << 29)) {
         isas |= 1u << MQ_ISA_AVX2;
-        /* not every compiler that builds these kernels knows "avxvnni" */
         if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 4))
             isas |= 1u << MQ_ISA_AVXVNNI;
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

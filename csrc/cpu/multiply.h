@@ -17,8 +17,13 @@
 #include "kernels.h"
 
 /* Unrolled loops over a constant number of tokens, of vectors */
-#define EACH_ROW(r, rows) _Pragma("GCC unroll 12") for (int r = 0; r < rows; r++)
-#define EACH_VECTOR(v, vectors) _Pragma("GCC unroll 4") for (int v = 0; v < vectors; v++)
+#if defined(__clang__)
+#define UNROLLED _Pragma("clang loop unroll(full)")
+#else
+#define UNROLLED _Pragma("GCC unroll 12")
+#endif
+#define EACH_ROW(r, rows) UNROLLED for (int r = 0; r < rows; r++)
+#define EACH_VECTOR(v, vectors) UNROLLED for (int v = 0; v < vectors; v++)
 
 enum {
     LANES = BITS / 32,
@@ -61,18 +66,19 @@ _Static_assert(MQ_PANELS_AT_ONCE % PANELS == 0, "a last panel alone must have a 
 typedef struct panels panels;
 typedef struct part part;
 
-static floats set_floats(float x);                  /* x in all lanes */
-static floats fused(floats a, floats b, floats c);  /* a * b + c, rounded once */
-static floats scaled(ints dots, floats scales);     /* float(dots) * scales */
-static floats widen_scales(const uint16_t *scales); /* one bf16 scale per lane */
-static ints add_ints(ints a, ints b);
+TARGET static floats set_floats(float x);                  /* x in all lanes */
+TARGET static floats fused(floats a, floats b, floats c);  /* a * b + c, rounded once */
+TARGET static floats scaled(ints dots, floats scales);     /* float(dots) * scales */
+TARGET static floats widen_scales(const uint16_t *scales); /* one bf16 scale per lane */
+TARGET static ints add_ints(ints a, ints b);
 /* The codes + 8 of a block's vector of packed weights: low and high nibbles to the two, for
  * segment_dots to read */
-static void unpack_vector(ints packed, ints *even, ints *odd);
+TARGET static void unpack_vector(ints packed, ints *even, ints *odd);
 /* dots = exact int32 dot products of quads [quad0, quad1), one segment. unpacked: what unpack wrote
  * of the block that quads are counted from; NULL: weights are read from w. */
-static void segment_dots(const int rows, const part *p, const panels *w, const ints *unpacked,
-                         int64_t quad0, int64_t quad1, ints dots[PART_ROWS][VECTORS]);
+TARGET static void segment_dots(const int rows, const part *p, const panels *w,
+                                const ints *unpacked, int64_t quad0, int64_t quad1,
+                                ints dots[PART_ROWS][VECTORS]);
 
 /* ---- Vectors ---------------------------------------------------------------------------------- */
 

@@ -19,8 +19,8 @@ enum { ACCUMULATORS = 12 };
 
 #include "multiply.h"
 
-static ints accumulate(ints sums, ints weights, ints codes);
-static ints dots_of(ints sums);
+TARGET static ints accumulate(ints sums, ints weights, ints codes);
+TARGET static ints dots_of(ints sums);
 
 TARGET static MQ_INLINE floats set_floats(float x) { return V(set1_ps)(x); }
 
