@@ -36,8 +36,8 @@ PACKED = ("qweight", "scales", "salient_weight", "salient_scales")  # of a packe
 def supported_isas() -> list[str]:
     """Instruction sets this processor has kernels for, in rising order of preference.
 
-    Of "scalar" (the specification, everywhere), "avx2", "avxvnni" (vpdpbusd on 256 bits) and
-    "avx512vnni" (on 512 bits).
+    Of "scalar" (the specification, everywhere), "avx2", "avxvnni" (vpdpbusd on 256 bits),
+    "avx512vnni" (on 512 bits), and on Arm "neon" (with sdot) and "neoni8mm" (with smmla).
     """
     return _C.supported_isas()
 

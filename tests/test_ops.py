@@ -722,6 +722,11 @@ def test_bad_linear_arguments_are_value_errors(change, message):
 def test_isa_errors():
     with pytest.raises(ValueError, match="unknown instruction set 'sse9'.*scalar"):
         ops.set_isa("sse9")
+    used = ops.isa()
+    other_family = "neon" if "neon" not in ISAS else "avx2"
+    with pytest.raises(RuntimeError, match=f"this processor lacks .* '{other_family}'"):
+        ops.set_isa(other_family)
+    assert ops.isa() == used
 
 
 def test_environment_variable_forces_the_isa(run_python):
