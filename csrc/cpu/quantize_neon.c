@@ -25,30 +25,40 @@ mq_extent mq_extent_of_neon(const float *x, int64_t n) {
     return mq_extent_union(extent, mq_extent_of_scalar(x + i, n - i));
 }
 
+static MQ_INLINE int32x4_t codes_of(const float *x, float inverse, float32x4_t least,
+                                    float32x4_t most) {
+    const float32x4_t scaled = vmulq_n_f32(vld1q_f32(x), inverse);
+    return vcvtnq_s32_f32(vminq_f32(vmaxq_f32(scaled, least), most)); /* half to even */
+}
+
 static MQ_INLINE int32_t quantize_group(const float *x, int64_t n, float inverse, int low, int high,
                                         int8_t *q) {
     const float32x4_t least = vdupq_n_f32((float)low), most = vdupq_n_f32((float)high);
     int32x4_t sums = vdupq_n_s32(0);
-    for (int64_t i = 0; i < n; i += 16) {
-        const int64_t count = mq_min(16, n - i);
-        float part[16] = {0};
-        const float *from = x + i;
-        if (count < 16) from = memcpy(part, from, (size_t)count * sizeof *x);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
         int16x8_t v[4];
         for (int e = 0; e < 4; e++) {
-            const float32x4_t scaled = vmulq_n_f32(vld1q_f32(from + 4 * e), inverse);
-            const int32x4_t codes =
-                vcvtnq_s32_f32(vminq_f32(vmaxq_f32(scaled, least), most)); /* half to even */
+            const int32x4_t codes = codes_of(x + i + 4 * e, inverse, least, most);
             sums = vaddq_s32(sums, codes);
             v[e] = vreinterpretq_s16_s32(codes);
         }
         /* the low bytes */
         const int8x16_t ab = vreinterpretq_s8_s16(vuzp1q_s16(v[0], v[1]));
         const int8x16_t cd = vreinterpretq_s8_s16(vuzp1q_s16(v[2], v[3]));
-        const int8x16_t bytes = vuzp1q_s8(ab, cd);
-        memcpy(q + i, &bytes, (size_t)count);
+        vst1q_s8(q + i, vuzp1q_s8(ab, cd));
     }
-    return -8 * vaddvq_s32(sums);
+    for (; i + 4 <= n; i += 4) {
+        const int32x4_t codes = codes_of(x + i, inverse, least, most);
+        sums = vaddq_s32(sums, codes);
+        const int16x4_t words = vmovn_s32(codes);
+        const int8x8_t bytes = vmovn_s16(vcombine_s16(words, words));
+        memcpy(q + i, &bytes, 4);
+    }
+    int32_t sum = vaddvq_s32(sums);
+    mq_quantize_scalar(x + i, n - i, inverse, low, high, q + i);
+    for (; i < n; i++) sum += q[i];
+    return -8 * sum;
 }
 
 void mq_quantize_neon(const float *x, int64_t n, float inverse, int low, int high, int8_t *q) {
