@@ -1,5 +1,5 @@
-"""The C kernels alone, with guard pages and sanitizers: as this processor runs them, those of x86 by
-SIMDe on any processor, and those of Arm by an emulator."""
+"""The C kernels alone, with guard pages and sanitizers: as this processor runs them, those of x86
+by SIMDe on any processor, and those of Arm by an emulator."""
 
 import os
 import shlex
