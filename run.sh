@@ -40,7 +40,8 @@ Options of a sweep:
 Every finished cell is kept: stop with Ctrl-C at any time, the same command goes on from there.
 
 Set-up makes the folder .venv and installs PyTorch, MixedQuant and the demo model into it; a second
-run finds that nothing changed and skips it. Environment:
+run finds that nothing changed and skips it. For the tests, root's apt-get also installs Debian's
+gcc-aarch64-linux-gnu and qemu-user; without them the Arm kernels' tests are skipped. Environment:
   PYTHON                    the Python to make .venv with (default: python3; 3.10 or newer)
   MIXEDQUANT_PYTHON         use this Python, already set up, and install nothing
   MIXEDQUANT_TORCH          the PyTorch to install (default: torch==2.13.0)
@@ -131,6 +132,22 @@ sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())'
     printf '%s %s' "$wanted" "$extras" >"$stamp"
 }
 
+# Debian's cross compiler and emulator, for the tests of the Arm kernels: where they cannot be installed,
+# these tests are skipped and say so.
+install_arm_tools() {
+    command -v aarch64-linux-gnu-gcc >/dev/null && command -v qemu-aarch64 >/dev/null && return
+    [[ -z "${MIXEDQUANT_PYTHON:-}" && "$(id -u)" == 0 ]] && command -v apt-get >/dev/null || return 0
+    local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120)
+    local install=("${apt[@]}" install -y --no-install-recommends
+        gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)
+    printf 'Installing an Arm compiler and emulator ... '
+    if "${install[@]}" >>"$LOG" 2>&1 || { "${apt[@]}" update && "${install[@]}"; } >>"$LOG" 2>&1; then
+        printf 'done\n'
+    else
+        printf 'failed, the Arm kernels will not be tested (all output: %s)\n' "$LOG"
+    fi
+}
+
 case "${1:-}" in
 -h | --help)
     usage
@@ -138,6 +155,7 @@ case "${1:-}" in
 test)
     shift
     set_up test
+    install_arm_tools
     exec "$PYTHON_IN_USE" -m pytest -q "$@"
     ;;
 setup)

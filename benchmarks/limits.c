@@ -1,10 +1,19 @@
 /* What one core can do at best: multiply-accumulates by each instruction that a kernel is built on, and
  * bytes read from memory. benchmarks/linear.py compiles it and sets speeds in relation to it. */
-#include <immintrin.h>
 #include <stddef.h>
 #include <time.h>
 
-enum { CHAINS = 12, ROUNDS = 100000, REPEATS = 10 };
+#if defined(__x86_64__)
+#include <immintrin.h>
+enum { CHAINS = 12 }; /* enough to hide the latency, and no more than registers */
+#define EACH_CHAIN(i) _Pragma("GCC unroll 12") for (int i = 0; i < CHAINS; i++)
+#else
+#include <arm_neon.h>
+enum { CHAINS = 24 };
+#define EACH_CHAIN(i) _Pragma("GCC unroll 24") for (int i = 0; i < CHAINS; i++)
+#endif
+
+enum { ROUNDS = 100000, REPEATS = 10 };
 
 static double seconds(void) {
     struct timespec now;
@@ -13,7 +22,6 @@ static double seconds(void) {
 }
 
 /* 1e9 multiply-accumulates per second, the best of some repeats. step(acc) has `macs` of them. */
-#define EACH_CHAIN(i) _Pragma("GCC unroll 12") for (int i = 0; i < CHAINS; i++)
 #define DEFINE_PEAK(name, isa, vector, zero, macs, step)                              \
     __attribute__((target(isa))) double name(void) {                                  \
         vector acc[CHAINS], x = zero(), product = zero();                             \
@@ -30,6 +38,8 @@ static double seconds(void) {
         return best;                                                                  \
     }
 
+/* peak_<isa> and, for fp32 and bf16, the widest there is */
+#if defined(__x86_64__)
 #define FMA(acc) __asm__ volatile("vfmadd231ps %1, %1, %0" : "+v"(acc) : "v"(x))
 #define DPBF16(acc) __asm__ volatile("vdpbf16ps %1, %1, %0" : "+v"(acc) : "v"(x))
 #define DPBUSD(acc) __asm__ volatile("vpdpbusd %1, %1, %0" : "+v"(acc) : "v"(x))
@@ -41,26 +51,45 @@ static double seconds(void) {
 
 DEFINE_PEAK(peak_fma_256, "avx2,fma", __m256, _mm256_setzero_ps, 8, FMA)
 DEFINE_PEAK(peak_fma_512, "avx512f", __m512, _mm512_setzero_ps, 16, FMA)
-DEFINE_PEAK(peak_bf16_512, "avx512f,avx512bf16", __m512, _mm512_setzero_ps, 32, DPBF16)
-DEFINE_PEAK(peak_maddubs_256, "avx2", __m256i, _mm256_setzero_si256, 32, MADDUBS)
-DEFINE_PEAK(peak_dpbusd_256, "avx2,avxvnni", __m256i, _mm256_setzero_si256, 32, DPBUSD_VEX)
-DEFINE_PEAK(peak_dpbusd_512, "avx512f,avx512vnni", __m512i, _mm512_setzero_si512, 64, DPBUSD)
+DEFINE_PEAK(peak_bf16, "avx512f,avx512bf16", __m512, _mm512_setzero_ps, 32, DPBF16)
+DEFINE_PEAK(peak_avx2, "avx2", __m256i, _mm256_setzero_si256, 32, MADDUBS)
+DEFINE_PEAK(peak_avxvnni, "avx2,avxvnni", __m256i, _mm256_setzero_si256, 32, DPBUSD_VEX)
+DEFINE_PEAK(peak_avx512vnni, "avx512f,avx512vnni", __m512i, _mm512_setzero_si512, 64, DPBUSD)
 
-int has_avx512(void) { return __builtin_cpu_supports("avx512f") != 0; }
+double peak_fma(void) {
+    return __builtin_cpu_supports("avx512f") ? peak_fma_512() : peak_fma_256();
+}
+
 int has_bf16(void) { return __builtin_cpu_supports("avx512bf16") != 0; }
+#define WIDE "avx2"
+#else
+#define FMLA(acc) __asm__ volatile("fmla %0.4s, %1.4s, %1.4s" : "+w"(acc) : "w"(x))
+#define SDOT(acc) __asm__ volatile("sdot %0.4s, %1.16b, %1.16b" : "+w"(acc) : "w"(x))
+#define SMMLA(acc) __asm__ volatile("smmla %0.4s, %1.16b, %1.16b" : "+w"(acc) : "w"(x))
+#define NO_FLOATS() vdupq_n_f32(0)
+#define NO_INTS() vdupq_n_s32(0)
+
+DEFINE_PEAK(peak_fma, "arch=armv8.2-a", float32x4_t, NO_FLOATS, 4, FMLA)
+DEFINE_PEAK(peak_neon, "arch=armv8.2-a+dotprod", int32x4_t, NO_INTS, 16, SDOT)
+DEFINE_PEAK(peak_neoni8mm, "arch=armv8.2-a+dotprod+i8mm", int32x4_t, NO_INTS, 32, SMMLA)
+
+int has_bf16(void) { return 0; }
+#define WIDE "arch=armv8.2-a"
+#endif
 
 /* 1e9 bytes per second read in order from `bytes` bytes, more than the caches hold, a multiple of 64 */
-__attribute__((target("avx2"))) double memory_read(const char *from, size_t bytes) {
+__attribute__((target(WIDE))) double memory_read(const char *from, size_t bytes) {
+    typedef long long wide __attribute__((vector_size(32)));
     double best = 0;
     for (int repeat = 0; repeat < 3; repeat++) {
-        __m256i sum = _mm256_setzero_si256(), other = sum;
+        wide sum = {0}, other = {0};
         const double start = seconds();
         for (size_t i = 0; i < bytes; i += 64) {
-            _mm_prefetch(from + i + 4096, _MM_HINT_T0);
-            sum = _mm256_xor_si256(sum, _mm256_loadu_si256((const __m256i *)(from + i)));
-            other = _mm256_xor_si256(other, _mm256_loadu_si256((const __m256i *)(from + i + 32)));
+            __builtin_prefetch(from + i + 4096);
+            sum ^= *(const wide *)(const void *)(from + i);
+            other ^= *(const wide *)(const void *)(from + i + 32);
         }
-        __asm__ volatile("" : : "x"(sum), "x"(other));
+        __asm__ volatile("" : : "m"(sum), "m"(other));
         const double speed = 1e-9 * (double)bytes / (seconds() - start);
         if (speed > best) best = speed;
     }

@@ -35,6 +35,8 @@ MEMORY_BYTES = 256 << 20
 
 
 def chip() -> str:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"{platform.system()} {platform.machine()}, {ops.isa()}"
     with open("/proc/cpuinfo") as lines:
         fields = dict(line.split(":", 1) for line in lines if ":" in line)
     fields = {key.strip(): value.strip() for key, value in fields.items()}
@@ -51,15 +53,9 @@ def measure_limits(thread_counts: list[int]) -> dict[int, dict[str, float]]:
         cc = shlex.split(os.environ.get("CC", "cc"))
         subprocess.run([*cc, "-O3", "-shared", "-fPIC", str(source), "-o", library], check=True)
         limits = ctypes.CDLL(library)
-    functions = {"fma": limits.peak_fma_256, "avx2": limits.peak_maddubs_256}
-    if limits.has_avx512():
-        functions["fma"] = limits.peak_fma_512
-    if limits.has_bf16():
-        functions["bf16"] = limits.peak_bf16_512
-    if "avxvnni" in ops.supported_isas():
-        functions["avxvnni"] = limits.peak_dpbusd_256
-    if "avx512vnni" in ops.supported_isas():
-        functions["avx512vnni"] = limits.peak_dpbusd_512
+    names = ["fma", *["bf16"] * limits.has_bf16(), *ops.supported_isas()]
+    names.remove("scalar")
+    functions = {name: getattr(limits, f"peak_{name}") for name in names}
     for function in (*functions.values(), limits.memory_read):
         function.restype = ctypes.c_double
     data = torch.ones(MEMORY_BYTES, dtype=torch.uint8)

@@ -46,13 +46,16 @@ typedef enum mq_dtype { MQ_F32 = 0, MQ_F16 = 1, MQ_BF16 = 2, MQ_I8 = 3 } mq_dtyp
 
 /* ---- Instruction sets ------------------------------------------------------------------------ */
 
-/* In rising order of preference. Scalar is the specification; the others equal it bit for bit. */
+/* Each family's in rising order of preference. Scalar is the specification; the others equal it bit
+ * for bit. */
 typedef enum mq_isa {
     MQ_ISA_SCALAR = 0,
     MQ_ISA_AVX2 = 1,       /* AVX2, FMA, F16C */
     MQ_ISA_AVXVNNI = 2,    /* and AVX-VNNI: vpdpbusd on 256 bits */
     MQ_ISA_AVX512VNNI = 3, /* AVX-512 F, BW, DQ, VL and VNNI */
-    MQ_ISA_COUNT = 4
+    MQ_ISA_NEON = 4,       /* Arm: NEON and its dot product, sdot */
+    MQ_ISA_NEONI8MM = 5,   /* and its matrix product, smmla */
+    MQ_ISA_COUNT = 6
 } mq_isa;
 
 const char *mq_isa_name(mq_isa isa); /* "scalar", "avx2", ...; NULL for any other value */
@@ -229,6 +232,15 @@ mq_status mq_unpack_weight(const mq_linear *lin, int64_t panel0, int64_t panel1,
 mq_status mq_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,
                         int64_t groups, const float *scales, const float *u, float *w,
                         float *errors);
+
+/* One block of coordinate descent on what GPTQ minimizes, rows independent: for i = 0 .. cols,
+ *   q = clamp(round_half_even((w[i] + gradient[i] / h[i][i]) * (1/s)), -q_max, q_max),
+ *   gradient[j] -= (q s - w[i]) * h[i][j] for j >= i,  w[i] = q s.
+ * w [rows][cols] holds code * scale; gradient [rows][cols] = (target - w) h, over all columns of the
+ * weight; h [cols][cols], the block of the positive definite matrix; scales as in mq_gptq_block. */
+mq_status mq_descend_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,
+                           int64_t groups, const float *scales, const float *h, float *gradient,
+                           float *w);
 
 /* Bytes of workspace for m tokens; alignment 64. */
 mq_status mq_linear_workspace_size(const mq_linear *lin, int64_t m, size_t *bytes);

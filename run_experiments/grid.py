@@ -18,6 +18,7 @@ from typing import Any
 
 PUBLISHED_GROUP_SIZES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 PUBLISHED_SALIENT_PROPS = (0.0, 0.01, 0.05, 0.1)
+SORTS = ("none", "max", "mean3std", "argmax", "rms")
 TASKS = ("calibration", "baseline", "quantized", "layers")
 MIXEDQUANT = "mixedquant"
 
@@ -170,6 +171,20 @@ PRESETS = {
         calibration_blocks=32,
         calibration_block_size=1024,
         gptq_blocks=32,
+    ),
+    "grid": Preset(
+        about="the published grid by recipe rtn, sorted by each key and unsorted, and by recipe "
+        "best, on 8 k calibration tokens (tiny-opt: add --seqlen 512)",
+        model="smollm2-135m",
+        products=(
+            Product(PUBLISHED_GROUP_SIZES, PUBLISHED_SALIENT_PROPS, SORTS),
+            Product(PUBLISHED_GROUP_SIZES, PUBLISHED_SALIENT_PROPS, recipes=("best",)),
+        ),
+        windows=4,
+        seqlen=1024,
+        calibration_blocks=16,
+        calibration_block_size=512,
+        gptq_blocks=16,
     ),
     "paper": Preset(
         about="the published grid: 9 group sizes x 4 salient shares, sorted by max, 10 windows of "

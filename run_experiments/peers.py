@@ -30,8 +30,9 @@ from smoothquant.blocks import blocks
 from smoothquant.calibration import first_argument
 from smoothquant.config import MixedQuantConfig
 from smoothquant.families import LayerInput, layer_inputs
-from smoothquant.linear import refuse_quantized, round_to_grid, weight_group_scales
+from smoothquant.linear import refuse_quantized
 from smoothquant.quantize import LinearRecord, replace_module
+from smoothquant.rounding import round_to_grid, weight_group_scales
 from smoothquant.smooth import smooth_lm
 from smoothquant.sorting import ChannelStats
 

@@ -287,7 +287,8 @@ def _plots(every: Sequence[Row], name: str, dtype: str) -> dict[str, Plot]:
     method += f", recipe {recipes[0]}" if len(recipes) == 1 else ""
     if config["backend"] != "int4":
         method += ", simulated"
-    quality = f"{method}. WikiText-2 test, {_windows(result['windows'], result['seqlen'])}."
+    windows = f"WikiText-2 test, {_windows(result['windows'], result['seqlen'])}"
+    quality = f"{method}. {windows}."
     size = f"{method}. Bytes of all tensors; what is not quantized stays {dtype}."
     ppl_level = size_level = None
     if reference:
@@ -300,6 +301,7 @@ def _plots(every: Sequence[Row], name: str, dtype: str) -> dict[str, Plot]:
     by_bits = (bits, "Perplexity", "linear", "log")
     kl_by_bits = (bits, "KL divergence from the 16-bit model (nats)", "linear", "log")
     others = [row for row in every if row.is_other_method and row.result["perplexity"]]
+    of_sorts, sort_about = _sort_rows(every)
     with_kl = [row for row in rows if row.result.get("kl")]
     plots = {
         "ppl_vs_group_size": Plot(
@@ -333,8 +335,37 @@ def _plots(every: Sequence[Row], name: str, dtype: str) -> dict[str, Plot]:
                 [row for row in others if row.result.get("kl")],
             ),
         ),
+        "ppl_by_sort": Plot(
+            f"{name}: perplexity by the key that sorts channels", f"{sort_about} {windows}.",
+            *by_group, of_sorts, ppl_level,
+        ),
     }  # fmt: skip
-    return plots if with_kl else {k: plot for k, plot in plots.items() if k != "kl_vs_bits"}
+    drawn = {"kl_vs_bits": with_kl, "ppl_by_sort": of_sorts}
+    return {name: plot for name, plot in plots.items() if drawn.get(name, True)}
+
+
+def _sort_rows(rows: Iterable[Row]) -> tuple[tuple[Series, ...], str]:
+    """A line over group sizes for each sort key, and what they have in common: of the recipe and
+    salient share that most keys were tried with. Nothing where no two keys can be compared."""
+    by_choice: dict[tuple, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        c = row.config
+        if c and not row.is_other_method and c["backend"] == "int4" and row.result["perplexity"]:
+            of_choice = by_choice.setdefault((row.method, c["salient_prop"]), {})
+            line = of_choice.setdefault(c["sort"], {})
+            line[c["group_size"]] = row.result["perplexity"]
+    if not by_choice:
+        return (), ""
+    # among equals the largest share: the others' errors hide what the order does
+    choice = max(by_choice, key=lambda key: (sum(map(len, by_choice[key].values())), key[1]))
+    lines = by_choice[choice]
+    if len(lines) < 2 or min(map(len, lines.values())) < 2:
+        return (), ""
+    series = tuple(
+        Series("unsorted" if sort == "none" else sort, tuple(sorted(line.items())))
+        for sort, line in lines.items()
+    )
+    return series, f"Recipe {choice[0]}, {_share_label(choice[1])}."
 
 
 def _windows(count: int, seqlen: int) -> str:

@@ -98,7 +98,8 @@ class MixedQuantConfig:
             largest that fits a group.
         weight_scale: (recipe) "max" covers the largest weight, "mse" is the smaller scale of least
             squared error.
-        weight_rounding: (recipe) "nearest", or "gptq" (Frantar et al., 2022).
+        weight_rounding: (recipe) "nearest", or "gptq": GPTQ (Frantar et al., 2022), and coordinate
+            descent of codes and scales from there.
         act_format: (recipe) codes of the activations: "symmetric" around 0, "unsigned" (for inputs
             that are never negative; what is negative saturates at 0), or with a "zero_point" per
             scale. "auto" chooses per layer, on calibration tokens: zero-points, or unsigned codes

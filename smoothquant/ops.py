@@ -36,8 +36,8 @@ PACKED = ("qweight", "scales", "salient_weight", "salient_scales")  # of a packe
 def supported_isas() -> list[str]:
     """Instruction sets this processor has kernels for, in rising order of preference.
 
-    Of "scalar" (the specification, everywhere), "avx2", "avxvnni" (vpdpbusd on 256 bits) and
-    "avx512vnni" (on 512 bits).
+    Of "scalar" (the specification, everywhere), "avx2", "avxvnni" (vpdpbusd on 256 bits),
+    "avx512vnni" (on 512 bits), and on Arm "neon" (with sdot) and "neoni8mm" (with smmla).
     """
     return _C.supported_isas()
 
@@ -242,6 +242,29 @@ def gptq_block(
     return _ops.gptq_block(w, u, scales, col0, group_size, num_bits)
 
 
+def descend_block(
+    w: Tensor,
+    gradient: Tensor,
+    h: Tensor,
+    scales: Tensor,
+    col0: int,
+    group_size: int,
+    num_bits: int = 4,
+) -> None:
+    """One block of coordinate descent on (target - w) h (target - w)^T, in place.
+
+    Column by column, w moves to the point of its grid of least error, all other columns as they
+    are, and the gradient follows it.
+
+    Args:
+        w: float32 [N, b], contiguous, code * scale; stays on that grid.
+        gradient: float32 [N, b], contiguous: these columns of (target - w) h over the whole weight.
+        h: float32 [b, b], the block of the positive definite matrix.
+        scales: float32 [N, G]; column i is in group (col0 + i) // group_size.
+    """
+    _ops.descend_block(w, gradient, h, scales, col0, group_size, num_bits)
+
+
 def unpack_weight(
     qweight: Tensor,
     scales: Tensor,
@@ -375,6 +398,11 @@ def _(x, group_size, rotation):
 def _(w, u, scales, col0, group_size, num_bits):
     _on_one_device("gptq_block", w=w, u=u, scales=scales)
     return w.new_empty(w.shape)
+
+
+@torch.library.register_fake("mixedquant::descend_block")
+def _(w, gradient, h, scales, col0, group_size, num_bits):
+    _on_one_device("descend_block", w=w, gradient=gradient, h=h, scales=scales)
 
 
 @torch.library.register_fake("mixedquant::pack_nibbles")

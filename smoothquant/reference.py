@@ -157,6 +157,16 @@ def gptq_block(w, u, scales, col0, group_size, num_bits=4):
     return errors
 
 
+def descend_block(w, gradient, h, scales, col0, group_size, num_bits=4):
+    q_max = 2 ** (num_bits - 1) - 1
+    for i in range(w.shape[1]):
+        scale = scales[:, (col0 + i) // group_size]
+        rounded = _codes(w[:, i] + gradient[:, i] / h[i, i], scale, -q_max, q_max) * scale
+        step = rounded - w[:, i]
+        gradient[:, i:] -= step.unsqueeze(1) * h[i, i:]
+        w[:, i] = rounded
+
+
 def pack_nibbles(q):
     nibbles = torch.nn.functional.pad(q.to(torch.int32) & 15, (0, q.shape[-1] % 2))
     return (nibbles[..., ::2] | nibbles[..., 1::2] << 4).to(torch.uint8)

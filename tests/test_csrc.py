@@ -1,8 +1,9 @@
-"""The C kernels alone, with guard pages and sanitizers: as this processor runs them, and all of
-them on any processor by SIMDe."""
+"""The C kernels alone, with guard pages and sanitizers: as this processor runs them, those of x86
+by SIMDe on any processor, and those of Arm by an emulator."""
 
 import os
 import shlex
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import distribution
@@ -18,7 +19,13 @@ CHECK = str(ROOT / "tests" / "csrc" / "check_kernels.c")
 CC = shlex.split(os.environ.get("CC", "cc"))
 FLAGS = ["-std=c11", "-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-ALL_ISAS = ["scalar", "avx2", "avxvnni", "avx512vnni"]
+X86_ISAS = "scalar avx2 avxvnni avx512vnni"
+ARM_CC, ARM_EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
+ARM_ISAS = {
+    "cortex-a72": "scalar",
+    "neoverse-n1": "scalar neon",
+    "max": "scalar neon neoni8mm",
+}
 
 
 def run(*command: str) -> str:
@@ -27,22 +34,22 @@ def run(*command: str) -> str:
     return result.stdout
 
 
-def build_check(folder: Path, *flags: str) -> str:
+def build_check(folder: Path, *flags: str, cc: list[str] = CC) -> str:
     def compiled(source: str) -> str:
         target = str(folder / f"{Path(source).stem}.o")
-        run(*CC, *FLAGS, *SANITIZERS, *flags, "-c", source, "-o", target)
+        run(*cc, *FLAGS, *flags, "-c", source, "-o", target)
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, [*C_SOURCES, CHECK]))
     program = str(folder / "check_kernels")
-    run(*CC, *SANITIZERS, *objects, "-o", program, "-lm")
+    run(*cc, *flags, *objects, "-o", program, "-lm")
     return program
 
 
 @pytest.fixture(scope="module")
 def native_check(tmp_path_factory):
-    return build_check(tmp_path_factory.mktemp("native"), "-O1")
+    return build_check(tmp_path_factory.mktemp("native"), "-O1", *SANITIZERS)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +57,20 @@ def simde_check(tmp_path_factory):
     """The same sources with every intrinsic computed lane by lane, which sanitized and optimized
     would take a minute to compile."""
     include = distribution("cmeel-simde").locate_file("cmeel.prefix/include")
-    flags = ["-O0", "-DMQ_SIMDE", f"-isystem{include}", "-Wno-psabi"]
+    flags = ["-O0", "-DMQ_SIMDE", f"-isystem{include}", "-Wno-psabi", *SANITIZERS]
     return build_check(tmp_path_factory.mktemp("simde"), *flags)
+
+
+@pytest.fixture(scope="module")
+def arm_check(tmp_path_factory):
+    """Optimized as it is shipped; sanitized, it would take a minute to compile too."""
+    missing = [program for program in (ARM_CC, ARM_EMULATOR) if shutil.which(program) is None]
+    if missing:
+        pytest.skip(
+            f"NEON kernels were not tested: {' and '.join(missing)} not found "
+            "(Debian: apt install gcc-aarch64-linux-gnu qemu-user)"
+        )
+    return build_check(tmp_path_factory.mktemp("arm"), "-O3", cc=[ARM_CC])
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -61,8 +80,14 @@ def test_kernels_of_this_processor_equal_scalar(native_check, seed):
 
 
 @pytest.mark.parametrize("seed", [3, 4])
-def test_kernels_of_every_processor_equal_scalar(simde_check, seed):
-    assert run(simde_check, str(seed), "400") == f"400 cases: {' '.join(ALL_ISAS)}\n"
+def test_kernels_of_every_x86_processor_equal_scalar(simde_check, seed):
+    assert run(simde_check, str(seed), "400") == f"400 cases: {X86_ISAS}\n"
+
+
+@pytest.mark.parametrize(("processor", "isas"), ARM_ISAS.items())
+def test_kernels_of_arm_processors_equal_scalar(arm_check, processor, isas):
+    emulator = [ARM_EMULATOR, "-L", "/usr/aarch64-linux-gnu", "-cpu", processor]
+    assert run(*emulator, arm_check, "5", "500") == f"500 cases: {isas}\n"
 
 
 def test_header_is_plain_c_and_cpp():

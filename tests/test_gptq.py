@@ -9,8 +9,9 @@ from smoothquant import quantize
 from smoothquant.bundled import load_bundled, wikitext
 from smoothquant.calibration import collect_stats, token_blocks
 from smoothquant.config import MixedQuantConfig
-from smoothquant.gptq import gptq, inverse_factor
-from smoothquant.linear import FakeW4A4Linear, W4A4Linear, round_to_grid, weight_group_scales
+from smoothquant.gptq import descend, gptq, inverse_factor
+from smoothquant.linear import FakeW4A4Linear, W4A4Linear
+from smoothquant.rounding import round_to_grid, stored_scale, weight_group_scales
 from smoothquant.sorting import ChannelPlan
 
 
@@ -39,6 +40,35 @@ def test_output_error_is_below_nearest_rounding(k4):
     assert torch.equal(round_to_grid(rounded[:, :k4], by_column, 7), rounded[:, :k4])
     moved = (rounded[:, k4:] != weight[:, k4:]).all()
     assert k4 == 300 or moved  # salient columns absorb errors
+
+
+@pytest.mark.parametrize("own_scales", [False, True])
+@pytest.mark.parametrize("k4, group_size", [(300, 64), (285, 64), (285, 4), (285, 1024), (0, 64)])
+def test_descent_lowers_the_error_at_every_sweep(k4, group_size, own_scales, monkeypatch):
+    x, weight = correlated_inputs(2000, 300), torch.randn(50, 300)
+    hessian = (x.T @ x).double()
+    factor = inverse_factor(hessian, damping=1e-6)
+    scales = weight_group_scales(weight[:, :k4], MixedQuantConfig(), group_size)
+    rounded = gptq(weight, factor, scales, k4, group_size, 4)
+
+    def error(w):
+        return float((((w - weight).double() @ hessian) * (w - weight)).sum())
+
+    errors = [error(rounded)]
+    for sweeps in (1, 2, 4):
+        monkeypatch.setattr("smoothquant.gptq.SWEEPS", sweeps)
+        arguments = (weight, rounded, factor, scales, k4, group_size, 4)
+        lower, new_scales = descend(*arguments, own_scales=own_scales)
+        errors.append(error(lower))
+    if k4 == 0:
+        assert torch.equal(lower, weight)
+        return
+    assert errors[1] < 0.98 * errors[0] and errors[3] < errors[2] < errors[1]
+    # still what can be stored: codes times stored scales
+    assert torch.equal(stored_scale(new_scales), new_scales)
+    assert torch.equal(new_scales, scales) == (not own_scales)
+    by_column = new_scales.repeat_interleave(group_size, dim=1)[:, :k4]
+    assert torch.equal(round_to_grid(lower[:, :k4], by_column, 7), lower[:, :k4])
 
 
 @pytest.mark.parametrize("salient_format", ["16bit", "int8"])

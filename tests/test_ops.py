@@ -305,6 +305,27 @@ def test_gptq_block_equals_the_reference(group_size):
     assert_same_bits(errors, errors_expected)
 
 
+def descend_arguments(rows, cols, groups, group_size, col0):
+    """(w on its grid, its gradient, h, scales): a block of a weight to descend with."""
+    scales = torch.rand(rows, groups) * (torch.rand(rows, groups) > 0.1)
+    of_column = scales[:, (col0 + torch.arange(cols)) // group_size]
+    w = torch.randint(-7, 8, (rows, cols)) * of_column
+    h = torch.randn(cols, 2 * cols)
+    h = h @ h.T
+    return w, (values(4, rows, cols) @ h).contiguous(), h, scales
+
+
+@pytest.mark.parametrize("group_size", [4, 20, 64])
+def test_descend_block_equals_the_reference(group_size):
+    w, gradient, h, scales = descend_arguments(30, 40, 20, group_size, 24)
+    actual, expected = (w.clone(), gradient.clone()), (w.clone(), gradient.clone())
+    ops.descend_block(*actual, h, scales, 24, group_size)
+    reference.descend_block(*expected, h, scales, 24, group_size)
+    assert not torch.equal(actual[0], w)
+    for one, other in zip(actual, expected, strict=True):
+        assert_same_bits(one, other)
+
+
 @pytest.mark.parametrize("rows, cols", [(3001, 131), (300, 2003)])
 def test_work_split_over_threads_equals_the_reference(rows, cols):
     """Every op on a problem larger than the grain of a thread."""
@@ -341,6 +362,12 @@ def test_work_split_over_threads_equals_the_reference(rows, cols):
             reference.gptq_block(other, u, group_scales, 0, 20),
         )
         assert_same_bits(w, other)
+        w, gradient, h, scales = descend_arguments(rows, 40, 2, 20, 0)
+        expected = (w.clone(), gradient.clone())
+        ops.descend_block(w, gradient, h, scales, 0, 20)
+        reference.descend_block(*expected, h, scales, 0, 20)
+        assert_same_bits(w, expected[0])
+        assert_same_bits(gradient, expected[1])
     finally:
         torch.set_num_threads(threads)
 
@@ -529,6 +556,15 @@ def op_arguments(salient_dtype=torch.bfloat16) -> dict[str, tuple]:
         "group_fake_quantize": (x, 8, 4, "zero_point", 0.9),
         "group_hadamard": (x, 8, 4),
         "gptq_block": (torch.randn(5, 6), torch.eye(6), torch.rand(5, 2), 0, 3, 4),
+        "descend_block": (
+            torch.zeros(5, 6),
+            torch.randn(5, 6),
+            torch.eye(6),
+            torch.rand(5, 2),
+            0,
+            3,
+            4,
+        ),
         "pack_nibbles": (q,),
         "unpack_nibbles": (ops.pack_nibbles(q), 24, False),
         "pack_weight": (torch.randn(20, 24), perm, 3, 8, 4, 4, None, salient_dtype),
@@ -686,6 +722,11 @@ def test_bad_linear_arguments_are_value_errors(change, message):
 def test_isa_errors():
     with pytest.raises(ValueError, match="unknown instruction set 'sse9'.*scalar"):
         ops.set_isa("sse9")
+    used = ops.isa()
+    other_family = "neon" if "neon" not in ISAS else "avx2"
+    with pytest.raises(RuntimeError, match=f"this processor lacks .* '{other_family}'"):
+        ops.set_isa(other_family)
+    assert ops.isa() == used
 
 
 def test_environment_variable_forces_the_isa(run_python):

@@ -653,6 +653,21 @@ def test_figures_hold_a_line_per_recipe_and_the_other_methods():
     assert report._plots([other], "m", "float32") == {}
 
 
+def test_figure_of_sort_keys_holds_a_line_per_key_of_the_most_compared_share():
+    rows = [
+        fake_row(g, p, 10.0 + g, sort=sort)
+        for sort in ("none", "rms")
+        for p in (0.05, 0.1)
+        for g in (128, 32)
+    ]
+    rows += [fake_row(32, 0.05, 9.0, sort=sort, backend="fake") for sort in ("max", "argmax")]
+    plot = report._plots(rows, "m", "float32")["ppl_by_sort"]
+    assert [line.label for line in plot.series] == ["unsorted", "rms"]
+    assert plot.series[0].points == ((32, 42.0), (128, 138.0))
+    assert "rtn, 10 % salient" in plot.about
+    assert "ppl_by_sort" not in report._plots(rows[:4], "m", "float32")
+
+
 def test_layer_table_and_colours_of_what_has_no_number():
     errors = [
         {"layer": layer, "kind": kind, "decibels": {"int4": value}}

@@ -227,16 +227,33 @@ mq_status mq_pack_weight(const mq_linear *lin, int q_max, mq_dtype dtype, const 
                               salient_scales);
 }
 
-mq_status mq_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,
-                        int64_t groups, const float *scales, const float *u, float *w,
-                        float *errors) {
+/* What the two column loops share */
+static mq_status check_columns(int q_max, int64_t rows, int64_t cols, int64_t col0,
+                               int64_t group_size, int64_t groups) {
     REQUIRE(q_max >= 1 && q_max <= 7, MQ_INVALID_BITS);
     REQUIRE(group_size >= 1, MQ_INVALID_GROUP_SIZE);
     REQUIRE(rows >= 0 && cols >= 0 && col0 >= 0, MQ_INVALID_SIZE);
-    if (rows == 0 || cols == 0) return MQ_OK;
-    REQUIRE((col0 + cols - 1) / group_size < groups, MQ_INVALID_SIZE);
+    REQUIRE(cols == 0 || (col0 + cols - 1) / group_size < groups, MQ_INVALID_SIZE);
+    return MQ_OK;
+}
+
+mq_status mq_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,
+                        int64_t groups, const float *scales, const float *u, float *w,
+                        float *errors) {
+    const mq_status status = check_columns(q_max, rows, cols, col0, group_size, groups);
+    if (status != MQ_OK || rows == 0 || cols == 0) return status;
     REQUIRE(scales && u && w && errors, MQ_INVALID_POINTER);
     mq_run_gptq_block(q_max, rows, cols, col0, group_size, groups, scales, u, w, errors);
+    return MQ_OK;
+}
+
+mq_status mq_descend_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,
+                           int64_t groups, const float *scales, const float *h, float *gradient,
+                           float *w) {
+    const mq_status status = check_columns(q_max, rows, cols, col0, group_size, groups);
+    if (status != MQ_OK || rows == 0 || cols == 0) return status;
+    REQUIRE(scales && h && gradient && w, MQ_INVALID_POINTER);
+    mq_run_descend_block(q_max, rows, cols, col0, group_size, groups, scales, h, gradient, w);
     return MQ_OK;
 }
 

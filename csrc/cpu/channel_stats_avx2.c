@@ -1,6 +1,6 @@
 #include "kernels.h"
 
-#if defined(__x86_64__)
+#if defined(MQ_X86)
 #include "x86.h"
 
 MQ_AVX2 static MQ_INLINE __m256 load8(mq_dtype dtype, const void *x, int64_t i) {

@@ -1,6 +1,6 @@
 #include "kernels.h"
 
-#if defined(__x86_64__)
+#if defined(MQ_X86)
 #include "x86.h"
 
 MQ_AVX2 void mq_widen_avx2(mq_dtype dtype, const uint16_t *x, int64_t n, float *out) {

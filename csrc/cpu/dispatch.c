@@ -1,10 +1,15 @@
 /* One table of micro-kernels per instruction set, and which of them is in use. */
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 #include <stdatomic.h>
 
 #include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(MQ_NEON) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(MQ_NEON) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 /* Where an instruction set has no kernel of its own, it takes that of a set that it includes. */
 #define MQ_KERNELS(rows, base, quantizer, multiplier)         \
@@ -26,12 +31,22 @@
         .multiply_groups = mq_multiply_groups_##multiplier,   \
     }
 
+/* Where plain C is as good: the compiler uses NEON for it, or nobody waits for it */
+#define mq_sort_keys_neon mq_sort_keys_scalar
+#define mq_dequantize_neon mq_dequantize_scalar
+#define mq_pack_nibbles_neon mq_pack_nibbles_scalar
+#define mq_quantize_groups_neoni8mm mq_quantize_groups_neon
+
 static const mq_kernels tables[MQ_ISA_COUNT] = {
     [MQ_ISA_SCALAR] = MQ_KERNELS(MQ_TILE_ROWS, scalar, scalar, scalar),
-#if defined(__x86_64__)
+#if defined(MQ_X86)
     [MQ_ISA_AVX2] = MQ_KERNELS(MQ_TILE_ROWS, avx2, avx2, avx2),
     [MQ_ISA_AVXVNNI] = MQ_KERNELS(MQ_TILE_ROWS, avx2, avx2, avxvnni),
     [MQ_ISA_AVX512VNNI] = MQ_KERNELS(MQ_TILE_ROWS_512, avx2, avx512vnni, avx512vnni),
+#endif
+#if defined(MQ_NEON)
+    [MQ_ISA_NEON] = MQ_KERNELS(MQ_TILE_ROWS, neon, neon, neon),
+    [MQ_ISA_NEONI8MM] = MQ_KERNELS(MQ_TILE_ROWS, neon, neon, neoni8mm),
 #endif
 };
 
@@ -40,44 +55,55 @@ static atomic_int active = -1; /* -1: not chosen yet */
 const mq_kernels *mq_kernels_of(mq_isa isa) { return &tables[isa]; }
 
 const char *mq_isa_name(mq_isa isa) {
-    static const char *const names[MQ_ISA_COUNT] = {"scalar", "avx2", "avxvnni", "avx512vnni"};
+    static const char *const names[MQ_ISA_COUNT] = {"scalar",     "avx2", "avxvnni",
+                                                    "avx512vnni", "neon", "neoni8mm"};
     return (unsigned)isa < MQ_ISA_COUNT ? names[isa] : NULL;
 }
 
-#if defined(__x86_64__) && !defined(MQ_SIMDE)
-/* Not every compiler that builds these kernels knows "avxvnni" in __builtin_cpu_supports; and cpuid
- * is asked once, as a virtual machine takes microseconds to answer. */
-static int has_avxvnni(void) {
-    static atomic_int known = -1;
-    int has = atomic_load(&known);
-    if (has < 0) {
-        unsigned eax, ebx, ecx, edx;
-        has = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 4);
-        atomic_store(&known, has);
+/* What this processor has, one bit for each instruction set. */
+static unsigned detect(void) {
+    unsigned isas = 1u << MQ_ISA_SCALAR;
+#if defined(MQ_SIMDE)
+    isas |= 1u << MQ_ISA_AVX2 | 1u << MQ_ISA_AVXVNNI | 1u << MQ_ISA_AVX512VNNI;
+#elif defined(__x86_64__)
+    /* not every compiler that builds these kernels knows "f16c" and "avxvnni" */
+    unsigned eax, ebx, ecx, edx;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & 1u << 29)) {
+        isas |= 1u << MQ_ISA_AVX2;
+        if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 4))
+            isas |= 1u << MQ_ISA_AVXVNNI;
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+            __builtin_cpu_supports("avx512vnni"))
+            isas |= 1u << MQ_ISA_AVX512VNNI;
     }
-    return has;
-}
+#elif defined(MQ_NEON)
+    int dotprod = 0, i8mm = 0;
+#if defined(__APPLE__)
+    size_t size = sizeof dotprod;
+    sysctlbyname("hw.optional.arm.FEAT_DotProd", &dotprod, &size, NULL, 0);
+    size = sizeof i8mm;
+    sysctlbyname("hw.optional.arm.FEAT_I8MM", &i8mm, &size, NULL, 0);
+#elif defined(__linux__)
+    dotprod = getauxval(AT_HWCAP) >> 20 & 1; /* HWCAP_ASIMDDP, HWCAP2_I8MM: */
+    i8mm = getauxval(AT_HWCAP2) >> 13 & 1;   /* older headers have no names for them */
 #endif
+    if (dotprod) isas |= 1u << MQ_ISA_NEON;
+    if (dotprod && i8mm) isas |= 1u << MQ_ISA_NEONI8MM;
+#endif
+    return isas;
+}
 
 int mq_isa_supported(mq_isa isa) {
-#if defined(MQ_SIMDE)
-    return (unsigned)isa < MQ_ISA_COUNT;
-#elif defined(__x86_64__)
-    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                     __builtin_cpu_supports("f16c");
-    switch (isa) {
-        case MQ_ISA_SCALAR: return 1;
-        case MQ_ISA_AVX2: return avx2;
-        case MQ_ISA_AVXVNNI: return avx2 && has_avxvnni();
-        case MQ_ISA_AVX512VNNI:
-            return avx2 && __builtin_cpu_supports("avx512f") &&
-                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-        default: return 0;
+    static atomic_uint known =
+        0; /* asked once, as a virtual machine takes microseconds to answer */
+    unsigned isas = atomic_load(&known);
+    if (!isas) {
+        isas = detect();
+        atomic_store(&known, isas);
     }
-#else
-    return isa == MQ_ISA_SCALAR;
-#endif
+    return (unsigned)isa < MQ_ISA_COUNT && (isas >> isa & 1);
 }
 
 mq_isa mq_isa_active(void) {

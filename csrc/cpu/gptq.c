@@ -1,5 +1,6 @@
-/* GPTQ's column loop. One version for all instruction sets: the compiler vectorizes its inner loop, and
- * most of the time goes into the matrix products between blocks, which are the caller's. */
+/* The column loops of GPTQ and of the descent after it. One version for all instruction sets: the
+ * compiler vectorizes their inner loops, and most of the time goes into the matrix products between
+ * blocks, which are the caller's. */
 #include <math.h>
 
 #include "ops.h"
@@ -24,6 +25,24 @@ void mq_run_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int6
             errors[r * cols + i] = error;
             row[i] = rounded;
             for (int64_t j = i + 1; j < cols; j++) row[j] -= error * u_row[j];
+        }
+    }
+}
+
+void mq_run_descend_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,
+                          int64_t groups, const float *scales, const float *h, float *gradient,
+                          float *w) {
+    for (int64_t r = 0; r < rows; r++) {
+        float *row = w + r * cols, *slope = gradient + r * cols;
+        for (int64_t i = 0; i < cols; i++) {
+            const float *h_row = h + i * cols;
+            const float rounded =
+                on_grid(row[i] + slope[i] / h_row[i], scales[r * groups + (col0 + i) / group_size],
+                        (float)q_max);
+            const float step = rounded - row[i];
+            row[i] = rounded;
+            if (step == 0) continue;
+            for (int64_t j = i; j < cols; j++) slope[j] -= step * h_row[j];
         }
     }
 }

@@ -2,7 +2,7 @@
 
 #include "kernels.h"
 
-#if defined(__x86_64__)
+#if defined(MQ_X86)
 #include "x86.h"
 
 /* Butterflies of strides 1, 2 and 4 inside a register: the partner's value by a shuffle, then the sum

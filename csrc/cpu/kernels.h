@@ -10,6 +10,18 @@
 
 #include "../mixedquant.h"
 
+/* The families whose kernels are compiled. With MQ_SIMDE those of x86 run on any processor, one lane
+ * after the other, by SIMDe: so that every kernel is tested on every machine. clang before 16 offers
+ * NEON's products only to files with a flag. */
+#if defined(__x86_64__) || defined(MQ_SIMDE)
+#define MQ_X86
+#endif
+#if defined(__aarch64__) && (!defined(__clang__) || __clang_major__ >= 16)
+#define MQ_NEON
+#endif
+
+#define MQ_INLINE inline __attribute__((always_inline))
+
 enum {
     MQ_TILE_ROWS = 6,                      /* tokens of a tile */
     MQ_TILE_ROWS_512 = 12,                 /* where registers have 512 bits */
@@ -114,6 +126,8 @@ MQ_DECLARE_KERNELS(scalar)
 MQ_DECLARE_KERNELS(avx2)
 MQ_DECLARE_KERNELS(avxvnni)
 MQ_DECLARE_KERNELS(avx512vnni)
+MQ_DECLARE_KERNELS(neon)
+MQ_DECLARE_KERNELS(neoni8mm)
 
 /* ---- Single values, the same for every instruction set --------------------------------------- */
 

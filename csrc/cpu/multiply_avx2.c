@@ -3,7 +3,9 @@
  * modulo 2^16 on the way, but start at -8 * sum(activations), so the last value is the plain dot
  * product, at most 2 * 128 * 8 * 15 < 2^15 in magnitude. A tile's 12 accumulators, 2 weight
  * registers, a broadcast and a temporary fill the 16 ymm registers. */
-#if defined(__x86_64__)
+#include "kernels.h"
+
+#if defined(MQ_X86)
 #define BITS 256
 #define TARGET MQ_AVX2
 #define KERNEL(name) name##_avx2

@@ -1,7 +1,9 @@
 /* Two panels at once, since a processor that starts two products in a cycle starts no more than two
  * loads: 6 tokens x 2 panels need 8 loads for 12 products, 12 tokens x 1 panel 13. 12 accumulators, 12
  * fp32 sums, 2 weights and a broadcast are 27 of the 32 zmm registers. */
-#if defined(__x86_64__)
+#include "kernels.h"
+
+#if defined(MQ_X86)
 #define BITS 512
 #define TARGET MQ_AVX512VNNI
 #define KERNEL(name) name##_avx512vnni

@@ -1,5 +1,7 @@
 /* As the AVX2 kernel, with one instruction that sums four products in int32. */
-#if defined(__x86_64__)
+#include "kernels.h"
+
+#if defined(MQ_X86)
 #define BITS 256
 #define TARGET MQ_AVXVNNI
 #define KERNEL(name) name##_avxvnni

@@ -1,167 +1,51 @@
-/* The multiplication on x86, written once for all its instruction sets: tiles of tokens x one or two
- * panels of output channels, in vectors of 256 or 512 bits. multiply_<isa>.c includes it after
- *   BITS         the vectors' size
- *   TARGET       the instruction set's attribute
- *   KERNEL(name) name_<isa>
- *   PANELS       panels multiplied at once: each code is loaded once for all of them
- *   FEW_ROWS     up to so many tokens unpacked weights are not stored
- *   HOLD_SUMS    whether fp32 sums stay in registers from group to group
- * and defines
+/* The multiplication on x86, in vectors of 256 or 512 bits: what multiply.h asks for, from
  *   accumulate   sums + products of a quad's weights + 8 (unsigned bytes) and codes (signed bytes)
  *   dots_of      the int32 dot products that the sums of a whole segment stand for
- * Sums of products are exact: they start at what cancels the + 8 of all weights (kernels.h). */
+ * which multiply_<isa>.c defines. */
 #ifndef MQ_CPU_MULTIPLY_X86_H
 #define MQ_CPU_MULTIPLY_X86_H
 
-#include <string.h>
-
-#include "kernels.h"
 #include "x86.h"
 
 #define CONCAT_(a, b) a##b
 #define CONCAT(a, b) CONCAT_(a, b)
 #define V(op) CONCAT(CONCAT(CONCAT(_mm, BITS), _), op) /* _mm512_op */
-#define LOAD_INTS CONCAT(V(loadu_si), BITS)
 #define AND_INTS CONCAT(V(and_si), BITS)
-
-/* Unrolled loops over a constant number of tokens, of vectors */
-#define EACH_ROW(r, rows) _Pragma("GCC unroll 12") for (int r = 0; r < rows; r++)
-#define EACH_VECTOR(v, vectors) _Pragma("GCC unroll 2") for (int v = 0; v < vectors; v++)
 
 typedef CONCAT(__m, BITS) floats;
 typedef CONCAT(CONCAT(__m, BITS), i) ints;
 
-enum {
-    LANES = BITS / 32,
-    VECTOR_BYTES = BITS / 8,
-    PANEL_VECTORS = MQ_PANEL / LANES,
-    VECTORS = PANELS * PANEL_VECTORS,
-    ACCUMULATORS = 12,                        /* enough to hide their latency */
-    TILE_ROWS = ACCUMULATORS / PANEL_VECTORS, /* tokens of a tile: x one panel's salient channels */
-    PART_ROWS = ACCUMULATORS / VECTORS,       /* tokens of a part of it: x all panels' groups */
-    AHEAD = MQ_SEGMENT_QUADS / 2, /* blocks from one being read to one being asked for */
-    SCALES_AHEAD = 1024,          /* bytes of scales likewise, where groups are short */
-    SUMS_STRIDE = MQ_ROW_CHUNK * MQ_PANEL
-};
+enum { ACCUMULATORS = 12 };
 
-_Static_assert((int)TILE_ROWS == (int)(BITS == 512 ? MQ_TILE_ROWS_512 : MQ_TILE_ROWS),
-               "dispatch.c gives the workspace tiles of these rows");
-_Static_assert(MQ_PANELS_AT_ONCE % PANELS == 0, "a last panel alone must have a neighbour's room");
+#include "multiply.h"
 
-static ints accumulate(ints sums, ints weights, ints codes);
-static ints dots_of(ints sums);
+TARGET static ints accumulate(ints sums, ints weights, ints codes);
+TARGET static ints dots_of(ints sums);
 
-/* Calls tile(rows, ...) with a constant first argument, so that its loops over rows unroll. */
-#define CASE_OF_ROWS(n, most, tile, ...)     \
-    case n:                                  \
-        if (n <= most) tile(n, __VA_ARGS__); \
-        break;
-#define WITH_CONSTANT_ROWS(rows, most, tile, ...) \
-    switch (rows) {                               \
-        CASE_OF_ROWS(1, most, tile, __VA_ARGS__)  \
-        CASE_OF_ROWS(2, most, tile, __VA_ARGS__)  \
-        CASE_OF_ROWS(3, most, tile, __VA_ARGS__)  \
-        CASE_OF_ROWS(4, most, tile, __VA_ARGS__)  \
-        CASE_OF_ROWS(5, most, tile, __VA_ARGS__)  \
-        CASE_OF_ROWS(6, most, tile, __VA_ARGS__)  \
-        CASE_OF_ROWS(7, most, tile, __VA_ARGS__)  \
-        CASE_OF_ROWS(8, most, tile, __VA_ARGS__)  \
-        CASE_OF_ROWS(9, most, tile, __VA_ARGS__)  \
-        CASE_OF_ROWS(10, most, tile, __VA_ARGS__) \
-        CASE_OF_ROWS(11, most, tile, __VA_ARGS__) \
-        CASE_OF_ROWS(12, most, tile, __VA_ARGS__) \
-    }
+TARGET static MQ_INLINE floats set_floats(float x) { return V(set1_ps)(x); }
 
-/* Where vector v starts in an array [panels][stride] of which a panel's vectors are neighbours */
-static MQ_INLINE int64_t vector_at(int v, int64_t stride) {
-    return v / PANEL_VECTORS * stride + v % PANEL_VECTORS * LANES;
+TARGET static MQ_INLINE floats fused(floats a, floats b, floats c) { return V(fmadd_ps)(a, b, c); }
+
+TARGET static MQ_INLINE floats scaled(ints dots, floats scales) {
+    return V(mul_ps)(V(cvtepi32_ps)(dots), scales);
 }
 
-TARGET static MQ_INLINE floats *sum_at(float *sums, int r, int v) {
-    return (floats *)(void *)(sums + r * MQ_PANEL + vector_at(v, SUMS_STRIDE));
+TARGET static MQ_INLINE floats widen_scales(const uint16_t *scales) {
+#if BITS == 512
+    const __m256i bits = _mm256_loadu_si256((const __m256i *)(const void *)scales);
+#else
+    const __m128i bits = _mm_loadu_si128((const __m128i *)(const void *)scales);
+#endif
+    return CONCAT(V(castsi), CONCAT(BITS, _ps))(V(slli_epi32)(V(cvtepu16_epi32)(bits), 16));
 }
 
-/* ---- Salient channels ------------------------------------------------------------------------ */
+TARGET static MQ_INLINE ints add_ints(ints a, ints b) { return V(add_epi32)(a, b); }
 
-TARGET static MQ_INLINE void salient_tile(const int rows, const float *x, int64_t h, const float *w,
-                                          int64_t channels, float *sums) {
-    floats acc[TILE_ROWS][PANEL_VECTORS];
-    EACH_ROW (r, rows)
-        EACH_VECTOR (v, PANEL_VECTORS) acc[r][v] = *sum_at(sums, r, v);
-    for (int64_t s = 0; s < channels; s++, x += h, w += MQ_PANEL) {
-        floats weights[PANEL_VECTORS];
-        EACH_VECTOR (v, PANEL_VECTORS) weights[v] = V(loadu_ps)(w + v * LANES);
-        EACH_ROW (r, rows) {
-            const floats value = V(set1_ps)(x[r]);
-            EACH_VECTOR (v, PANEL_VECTORS) acc[r][v] = V(fmadd_ps)(value, weights[v], acc[r][v]);
-        }
-    }
-    EACH_ROW (r, rows)
-        EACH_VECTOR (v, PANEL_VECTORS) *sum_at(sums, r, v) = acc[r][v];
+TARGET static MQ_INLINE void unpack_vector(ints packed, ints *even, ints *odd) {
+    *even = AND_INTS(packed, V(set1_epi8)(15));
+    *odd = AND_INTS(V(srli_epi16)(packed, 4), V(set1_epi8)(15));
 }
 
-TARGET void KERNEL(mq_multiply_salient)(const mq_activations *act, int64_t k_salient, int64_t tile0,
-                                        int64_t tile1, int64_t s0, int64_t s1, const float *w,
-                                        float *sums) {
-    for (int64_t tile = tile0; tile < tile1; tile++, sums += act->h * MQ_PANEL) {
-        const float *x = act->salient + (tile * k_salient + s0) * act->h;
-        WITH_CONSTANT_ROWS(mq_min(act->h, act->m - tile * act->h), TILE_ROWS, salient_tile, x,
-                           act->h, w, s1 - s0, sums)
-    }
-}
-
-/* ---- Groups ---------------------------------------------------------------------------------- */
-
-/* The panels multiplied at once: the first one's arrays from some group on, and the distance to the
- * next one's. */
-typedef struct panels {
-    const uint8_t *qweight;
-    const uint16_t *scales;
-    int64_t qweight_stride, scales_stride;
-} panels;
-
-/* Some of the h tokens of a tile: the first one's entries in the workspace from some group on. */
-typedef struct part {
-    int64_t h;
-    const int8_t *codes;
-    const int32_t *starts;
-    const float *scales;
-    float *sums;
-} part;
-
-static MQ_INLINE const uint8_t *packed_at(const panels *w, int64_t block, int v) {
-    return w->qweight + v / PANEL_VECTORS * w->qweight_stride + block * MQ_BLOCK_BYTES +
-           v % PANEL_VECTORS * VECTOR_BYTES;
-}
-
-TARGET static MQ_INLINE ints load_packed(const panels *w, int64_t block, int v) {
-    return LOAD_INTS((const ints *)(const void *)packed_at(w, block, v));
-}
-
-/* Asks for all panels' blocks [block0, block1); where a panel ends, for those of the panels to come */
-static MQ_INLINE void prefetch(const panels *w, int64_t blocks, int64_t block0, int64_t block1) {
-    for (int64_t block = block0; block < block1; block++) {
-        const int64_t skip = block < blocks ? 0 : (PANELS - 1) * w->qweight_stride;
-        for (int v = 0; v < VECTORS; v += PANEL_VECTORS)
-            _mm_prefetch((const char *)packed_at(w, block, v) + skip, _MM_HINT_T0);
-    }
-}
-
-/* Codes + 8 of quads [quad0, quad1) as bytes: to [quads][panels][16][4]. quad0 need not be even. */
-TARGET static MQ_INLINE const ints *unpack(const panels *w, int64_t quad0, int64_t quad1,
-                                           ints (*to)[VECTORS]) {
-    const ints nibble = V(set1_epi8)(15), *first = to[quad0 % 2];
-    for (int64_t block = quad0 / 2; block < mq_ceil_div(quad1, 2); block++, to += 2) {
-        EACH_VECTOR (v, VECTORS) {
-            const ints bytes = load_packed(w, block, v);
-            to[0][v] = AND_INTS(bytes, nibble);
-            to[1][v] = AND_INTS(V(srli_epi16)(bytes, 4), nibble);
-        }
-    }
-    return first;
-}
-
-/* Codes + 8 of one quad: from what unpack wrote, or, where that is NULL, from the packed weights */
 TARGET static MQ_INLINE void load_quad(const panels *w, const ints *unpacked, int64_t quad,
                                        ints weights[VECTORS]) {
     EACH_VECTOR (v, VECTORS) {
@@ -169,15 +53,13 @@ TARGET static MQ_INLINE void load_quad(const panels *w, const ints *unpacked, in
             weights[v] = unpacked[quad * VECTORS + v];
         } else {
             const __m128i shift = _mm_cvtsi32_si128((int)(quad % 2) * 4);
-            const ints bytes = load_packed(w, quad / 2, v);
-            if (v % PANEL_VECTORS == 0)
-                _mm_prefetch((const char *)packed_at(w, quad / 2 + AHEAD, v), _MM_HINT_T0);
-            weights[v] = AND_INTS(V(srl_epi16)(bytes, shift), V(set1_epi8)(15));
+            const ints packed = load_packed(w, quad / 2, v);
+            if (v % PANEL_VECTORS == 0) __builtin_prefetch(packed_at(w, quad / 2 + AHEAD, v));
+            weights[v] = AND_INTS(V(srl_epi16)(packed, shift), V(set1_epi8)(15));
         }
     }
 }
 
-/* dots = exact int32 dot products of quads [quad0, quad1), one segment */
 TARGET static MQ_INLINE void segment_dots(const int rows, const part *p, const panels *w,
                                           const ints *unpacked, int64_t quad0, int64_t quad1,
                                           ints dots[PART_ROWS][VECTORS]) {
@@ -200,204 +82,6 @@ TARGET static MQ_INLINE void segment_dots(const int rows, const part *p, const p
             MQ_IN_REGISTER(acc[r][v]);
             dots[r][v] = dots_of(acc[r][v]);
         }
-}
-
-static MQ_INLINE void next_segment(part *p, int64_t quads) {
-    p->codes += quads * p->h * MQ_QUAD;
-    p->starts += p->h;
-}
-
-/* The same for a group of any size, from packed weights; p is then behind it. */
-TARGET static MQ_INLINE void group_dots(const int rows, part *p, const panels *w, int64_t quad0,
-                                        int64_t quad1, ints dots[PART_ROWS][VECTORS]) {
-    int64_t end = mq_min(quad0 + MQ_SEGMENT_QUADS, quad1);
-    segment_dots(rows, p, w, NULL, quad0, end, dots);
-    next_segment(p, end - quad0);
-    for (int64_t quad = end; quad < quad1; quad = end) {
-        end = mq_min(quad + MQ_SEGMENT_QUADS, quad1);
-        ints more[PART_ROWS][VECTORS];
-        segment_dots(rows, p, w, NULL, quad, end, more);
-        next_segment(p, end - quad);
-        EACH_ROW (r, rows)
-            EACH_VECTOR (v, VECTORS) dots[r][v] = V(add_epi32)(dots[r][v], more[r][v]);
-    }
-}
-
-TARGET static MQ_INLINE floats widen_scales(const uint16_t *scales) {
-#if BITS == 512
-    const __m256i bits = _mm256_loadu_si256((const __m256i *)(const void *)scales);
-#else
-    const __m128i bits = _mm_loadu_si128((const __m128i *)(const void *)scales);
-#endif
-    return CONCAT(V(castsi), CONCAT(BITS, _ps))(V(slli_epi32)(V(cvtepu16_epi32)(bits), 16));
-}
-
-/* The part's sums, or held in their place, += dots * weight scale * activation scale */
-TARGET static MQ_INLINE void add_scaled(const int rows, const part *p, const panels *w,
-                                        ints dots[PART_ROWS][VECTORS], floats (*held)[VECTORS]) {
-    floats sw[VECTORS];
-    EACH_VECTOR (v, VECTORS) sw[v] = widen_scales(w->scales + vector_at(v, w->scales_stride));
-    EACH_ROW (r, rows) {
-        const floats sa = V(set1_ps)(p->scales[r]);
-        EACH_VECTOR (v, VECTORS) {
-            floats *sum = held ? &held[r][v] : sum_at(p->sums, r, v);
-            *sum = V(fmadd_ps)(V(mul_ps)(V(cvtepi32_ps)(dots[r][v]), sw[v]), sa, *sum);
-        }
-    }
-}
-
-/* Groups of quads [quad0, quad1); where unpacked is not NULL, of one segment each. */
-TARGET static MQ_INLINE void add_groups(const int rows, part p, panels w, const ints *unpacked,
-                                        int64_t group_quads, int64_t quad0, int64_t quad1) {
-    floats held[PART_ROWS][VECTORS];
-    if (HOLD_SUMS)
-        EACH_ROW (r, rows)
-            EACH_VECTOR (v, VECTORS) held[r][v] = *sum_at(p.sums, r, v);
-    for (int64_t quad = quad0, end; quad < quad1; quad = end) {
-        end = mq_min(quad + group_quads, quad1);
-        ints dots[PART_ROWS][VECTORS];
-        if (unpacked) {
-            segment_dots(rows, &p, &w, unpacked, quad, end, dots);
-            next_segment(&p, end - quad);
-        } else {
-            EACH_VECTOR (v, VECTORS)
-                _mm_prefetch(
-                    (const char *)(w.scales + vector_at(v, w.scales_stride)) + SCALES_AHEAD,
-                    _MM_HINT_T0);
-            group_dots(rows, &p, &w, quad, end, dots);
-        }
-        add_scaled(rows, &p, &w, dots, HOLD_SUMS ? held : NULL);
-        p.scales += p.h;
-        w.scales += MQ_PANEL;
-    }
-    if (HOLD_SUMS)
-        EACH_ROW (r, rows)
-            EACH_VECTOR (v, VECTORS) *sum_at(p.sums, r, v) = held[r][v];
-}
-
-/* One segment of a group of several: adds the dot products to totals, scales them after the last */
-TARGET static MQ_INLINE void add_segment(const int rows, part p, panels w, const ints *unpacked,
-                                         int64_t quads, int first, int last,
-                                         ints (*totals)[VECTORS]) {
-    ints dots[PART_ROWS][VECTORS];
-    segment_dots(rows, &p, &w, unpacked, 0, quads, dots);
-    EACH_ROW (r, rows)
-        EACH_VECTOR (v, VECTORS) {
-            if (!first) dots[r][v] = V(add_epi32)(dots[r][v], totals[r][v]);
-            if (!last) totals[r][v] = dots[r][v];
-        }
-    if (last) add_scaled(rows, &p, &w, dots, NULL);
-}
-
-/* Runs what follows for the parts of tiles [tile0, tile1): `rows` tokens, the first of which is
- * number `at` of its tile and number `row` of the sums. */
-#define EACH_PART(act, tile, at, rows, row)                                       \
-    for (int64_t tile = tile0; tile < tile1; tile++)                              \
-        for (int64_t at = 0, row = (tile - tile0) * act->h, rows;                 \
-             (rows = part_rows(mq_min(act->h, act->m - tile * act->h) - at)) > 0; \
-             at += rows, row += rows)
-
-/* The tokens of the next part where `left` of a tile are left; parts of a tile are of one size, or
- * differ by one. */
-static MQ_INLINE int64_t part_rows(int64_t left) {
-    return left ? mq_ceil_div(left, mq_ceil_div(left, PART_ROWS)) : 0;
-}
-
-/* The part that starts at token `at` of a tile: from quad quad0, segment `segment` and group j on,
- * token `row` of the sums */
-static MQ_INLINE part part_at(const mq_activations *act, const mq_shape *shape, int64_t tile,
-                              int64_t at, int64_t quad0, int64_t segment, int64_t j, float *sums) {
-    return (part){
-        .h = act->h,
-        .codes = act->codes + ((tile * shape->quads + quad0) * act->h + at) * MQ_QUAD,
-        .starts = act->starts + (tile * shape->segments + segment) * act->h + at,
-        .scales = act->scales + (tile * shape->groups + j) * act->h + at,
-        .sums = sums,
-    };
-}
-
-/* Asks for one of `parts` parts of the segment behind quad1, from block `ahead` on; returns the block
- * behind it. Spread over the work on this segment, since few loads can be under way at once. */
-static MQ_INLINE int64_t prefetch_part(const panels *w, const mq_shape *shape, int64_t ahead,
-                                       int64_t quad1, int64_t parts) {
-    const int64_t end = mq_min(ahead + mq_ceil_div(AHEAD, parts), quad1 / 2 + AHEAD);
-    prefetch(w, shape->blocks, ahead, end);
-    return end;
-}
-
-/* Groups longer than a segment, group by group; the totals wait in memory between segments. */
-TARGET static void multiply_long_groups(const mq_activations *act, const mq_shape *shape,
-                                        int64_t tile0, int64_t tile1, panels w, float *sums) {
-    ints buffer[MQ_SEGMENT_QUADS + 2][VECTORS], totals[MQ_ROW_CHUNK][VECTORS];
-    int64_t segment = 0;
-    for (int64_t j = 0; j < shape->groups; j++, w.scales += MQ_PANEL) {
-        const int64_t group0 = j * shape->group_quads;
-        const int64_t group1 = mq_min(group0 + shape->group_quads, shape->quads);
-        for (int64_t quad0 = group0, quad1; quad0 < group1; quad0 = quad1, segment++) {
-            quad1 = mq_min(quad0 + MQ_SEGMENT_QUADS, group1);
-            const ints *unpacked = unpack(&w, quad0, quad1, buffer);
-            int64_t ahead = quad1 / 2;
-            EACH_PART (act, tile, at, rows, row) {
-                ahead = prefetch_part(&w, shape, ahead, quad1, tile1 - tile0);
-                const part p =
-                    part_at(act, shape, tile, at, quad0, segment, j, sums + row * MQ_PANEL);
-                WITH_CONSTANT_ROWS(rows, PART_ROWS, add_segment, p, w, unpacked, quad1 - quad0,
-                                   quad0 == group0, quad1 == group1, totals + row)
-            }
-        }
-    }
-}
-
-/* Groups of one segment each: weights are unpacked a segment at a time and used for all tokens. */
-TARGET static void multiply_groups(const mq_activations *act, const mq_shape *shape, int64_t tile0,
-                                   int64_t tile1, panels w, float *sums) {
-    ints buffer[MQ_SEGMENT_QUADS + 2][VECTORS];
-    const int64_t groups_at_once = MQ_SEGMENT_QUADS / shape->group_quads;
-    for (int64_t j = 0; j < shape->groups; j += groups_at_once) {
-        const int64_t quad0 = j * shape->group_quads;
-        const int64_t quad1 = mq_min(quad0 + groups_at_once * shape->group_quads, shape->quads);
-        const ints *unpacked = unpack(&w, quad0, quad1, buffer);
-        int64_t ahead = quad1 / 2;
-        EACH_PART (act, tile, at, rows, row) {
-            ahead = prefetch_part(&w, shape, ahead, quad1, tile1 - tile0);
-            const part p = part_at(act, shape, tile, at, quad0, j, j, sums + row * MQ_PANEL);
-            WITH_CONSTANT_ROWS(rows, PART_ROWS, add_groups, p, w, unpacked, shape->group_quads, 0,
-                               quad1 - quad0)
-        }
-        w.scales += groups_at_once * MQ_PANEL;
-    }
-}
-
-/* Groups of any size for few tokens, which unpack weights as they go */
-TARGET static void multiply_few(const mq_activations *act, const mq_shape *shape, int64_t tile0,
-                                int64_t tile1, panels w, float *sums) {
-    EACH_PART (act, tile, at, rows, row) {
-        const part p = part_at(act, shape, tile, at, 0, 0, 0, sums + row * MQ_PANEL);
-        WITH_CONSTANT_ROWS(rows, PART_ROWS, add_groups, p, w, NULL, shape->group_quads, 0,
-                           shape->quads)
-    }
-}
-
-TARGET void KERNEL(mq_multiply_groups)(const mq_activations *act, const mq_shape *shape,
-                                       int64_t tile0, int64_t tile1, int64_t count,
-                                       const uint8_t *qweight, const uint16_t *scales,
-                                       float *sums) {
-    if (shape->groups == 0) return;
-    const int64_t qweight_stride = shape->blocks * MQ_BLOCK_BYTES;
-    const int64_t scales_stride = shape->groups * MQ_PANEL;
-    for (int64_t panel = 0; panel < count; panel += PANELS, sums += PANELS * SUMS_STRIDE) {
-        panels w = {qweight + panel * qweight_stride, scales + panel * scales_stride, 0, 0};
-        if (panel + PANELS <= count) { /* a last one alone is its own neighbour */
-            w.qweight_stride = qweight_stride;
-            w.scales_stride = scales_stride;
-        }
-        if (act->m <= FEW_ROWS)
-            multiply_few(act, shape, tile0, tile1, w, sums);
-        else if (shape->group_quads > MQ_SEGMENT_QUADS)
-            multiply_long_groups(act, shape, tile0, tile1, w, sums);
-        else
-            multiply_groups(act, shape, tile0, tile1, w, sums);
-    }
 }
 
 #endif

@@ -1,6 +1,6 @@
 #include "kernels.h"
 
-#if defined(__x86_64__)
+#if defined(MQ_X86)
 #include "x86.h"
 
 MQ_AVX2 void mq_pack_nibbles_avx2(const int8_t *q, int64_t n, uint8_t *packed) {

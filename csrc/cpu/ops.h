@@ -32,6 +32,9 @@ void mq_run_unpack_weight(const mq_kernels *kernels, const mq_shape *shape, cons
 void mq_run_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,
                        int64_t groups, const float *scales, const float *u, float *w,
                        float *errors);
+void mq_run_descend_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,
+                          int64_t groups, const float *scales, const float *h, float *gradient,
+                          float *w);
 
 size_t mq_workspace_bytes(const mq_shape *shape, int64_t k_salient, int64_t m, int64_t tile_rows);
 void mq_run_linear_quantize(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,

@@ -1,6 +1,6 @@
 #include "kernels.h"
 
-#if defined(__x86_64__)
+#if defined(MQ_X86)
 #include <string.h>
 
 #include "quantize_groups.h"

@@ -10,10 +10,11 @@
 typedef int32_t mq_quantize_group_fn(const float *x, int64_t n, float inverse, int low, int high,
                                      int8_t *q);
 
-static inline __attribute__((always_inline)) void mq_quantize_groups_by(
-    mq_extent_of_fn *extent_of, mq_quantize_group_fn *quantize_group, const mq_linear *lin,
-    const mq_extent *extent, const float *x, int64_t n, int64_t group_size, int8_t *codes,
-    float *scales, int32_t *starts) {
+static MQ_INLINE void mq_quantize_groups_by(mq_extent_of_fn *extent_of,
+                                            mq_quantize_group_fn *quantize_group,
+                                            const mq_linear *lin, const mq_extent *extent,
+                                            const float *x, int64_t n, int64_t group_size,
+                                            int8_t *codes, float *scales, int32_t *starts) {
     for (int64_t i = 0, channels; i < n; i += channels) {
         channels = mq_min(group_size, n - i);
         const int64_t whole = mq_ceil_div(channels, MQ_QUAD) * MQ_QUAD;

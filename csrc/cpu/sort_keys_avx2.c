@@ -1,6 +1,6 @@
 #include "kernels.h"
 
-#if defined(__x86_64__)
+#if defined(MQ_X86)
 #include "x86.h"
 
 /* Division, square root and the rest are correctly rounded, so four at a time equal one. */

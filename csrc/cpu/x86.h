@@ -1,13 +1,8 @@
 /* What the x86 kernels share: intrinsics, and how a function asks for its instruction set. An
  * attribute on each function, never a flag on the file: code of a flagged file can be chosen by the
- * linker for functions that run on every processor.
- *
- * With MQ_SIMDE the same sources run on any processor, one lane after the other, by SIMDe: so that
- * every kernel is tested on every machine. */
+ * linker for functions that run on every processor. */
 #ifndef MQ_CPU_X86_H
 #define MQ_CPU_X86_H
-
-#define MQ_INLINE inline __attribute__((always_inline))
 
 #if !defined(MQ_SIMDE)
 

@@ -448,30 +448,58 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> pack_weight(
     return {qweight, scales, salient, salient_scales};
 }
 
-Tensor gptq_block(Tensor w, Tensor u, Tensor scales, int64_t col0, int64_t group_size,
-                  int64_t num_bits) {
-    const char *op = "gptq_block";
+// What the two column loops share: the shapes of a block w of columns from col0 on.
+struct Columns {
+    int64_t rows, cols, groups, grain;
+    int q_max;
+};
+
+Columns check_columns(const char *op, const Tensor &w, const Tensor &scales, int64_t col0,
+                      int64_t group_size, int64_t num_bits) {
     require(w.dim() == 2, op, "w must be a matrix; got shape ", shape_text(w));
     const int64_t rows = w.size(0), cols = w.size(1);
     expect_out(op, "w", w, ScalarType::Float, {rows, cols});
-    u = expect(op, "u", u, ScalarType::Float, {cols, cols});
-    scales = expect(op, "scales", scales, ScalarType::Float, {rows, -1});
+    expect(op, "scales", scales, ScalarType::Float, {rows, -1});
     require(col0 >= 0, op, "col0 must not be negative; got ", col0);
     require(group_size >= 1, op, "group_size must be at least 1; got ", group_size);
     const int64_t groups = scales.size(1);
     require(cols == 0 || (col0 + cols - 1) / group_size < groups, op, "scales must have ",
             (col0 + cols - 1) / group_size + 1, " groups or more; got ", groups);
-    const int q_max = (1 << (check_bits(op, num_bits) - 1)) - 1;
-    Tensor errors = allocate(w, {rows, cols}, ScalarType::Float);
+    return {rows, cols, groups, kGrainValues / std::max<int64_t>(cols * cols / 2, 1),
+            (1 << (check_bits(op, num_bits) - 1)) - 1};
+}
+
+Tensor gptq_block(Tensor w, Tensor u, Tensor scales, int64_t col0, int64_t group_size,
+                  int64_t num_bits) {
+    const char *op = "gptq_block";
+    const Columns c = check_columns(op, w, scales, col0, group_size, num_bits);
+    u = expect(op, "u", u, ScalarType::Float, {c.cols, c.cols});
+    scales = expect(op, "scales", scales, ScalarType::Float, {c.rows, c.groups});
+    Tensor errors = allocate(w, {c.rows, c.cols}, ScalarType::Float);
     float *values = w.mutable_data_ptr<float>();
-    parallel(op, rows, kGrainValues / std::max<int64_t>(cols * cols / 2, 1),
-             [&](int64_t begin, int64_t end) {
-                 return mq_gptq_block(q_max, end - begin, cols, col0, group_size, groups,
-                                      scales.const_data_ptr<float>() + begin * groups,
-                                      u.const_data_ptr<float>(), values + begin * cols,
-                                      errors.mutable_data_ptr<float>() + begin * cols);
-             });
+    parallel(op, c.rows, c.grain, [&](int64_t begin, int64_t end) {
+        return mq_gptq_block(c.q_max, end - begin, c.cols, col0, group_size, c.groups,
+                             scales.const_data_ptr<float>() + begin * c.groups,
+                             u.const_data_ptr<float>(), values + begin * c.cols,
+                             errors.mutable_data_ptr<float>() + begin * c.cols);
+    });
     return errors;
+}
+
+void descend_block(Tensor w, Tensor gradient, Tensor h, Tensor scales, int64_t col0,
+                   int64_t group_size, int64_t num_bits) {
+    const char *op = "descend_block";
+    const Columns c = check_columns(op, w, scales, col0, group_size, num_bits);
+    expect_out(op, "gradient", gradient, ScalarType::Float, {c.rows, c.cols});
+    h = expect(op, "h", h, ScalarType::Float, {c.cols, c.cols});
+    scales = expect(op, "scales", scales, ScalarType::Float, {c.rows, c.groups});
+    float *values = w.mutable_data_ptr<float>(), *slopes = gradient.mutable_data_ptr<float>();
+    parallel(op, c.rows, c.grain, [&](int64_t begin, int64_t end) {
+        return mq_descend_block(c.q_max, end - begin, c.cols, col0, group_size, c.groups,
+                                scales.const_data_ptr<float>() + begin * c.groups,
+                                h.const_data_ptr<float>(), slopes + begin * c.cols,
+                                values + begin * c.cols);
+    });
 }
 
 // Checks the packed tensors and points lin at them; they stay alive through the caller's arguments.
@@ -611,6 +639,9 @@ STABLE_TORCH_LIBRARY(mixedquant, m) {
         "gptq_block(Tensor(a!) w, Tensor u, Tensor scales, int col0, int group_size, int num_bits) "
         "-> Tensor");
     m.def(
+        "descend_block(Tensor(a!) w, Tensor(b!) gradient, Tensor h, Tensor scales, int col0, "
+        "int group_size, int num_bits) -> ()");
+    m.def(
         "unpack_weight(Tensor qweight, Tensor scales, Tensor salient_weight, "
         "Tensor? salient_scales, Tensor perm, int out_features, int group_size, int rotation) "
         "-> Tensor");
@@ -632,6 +663,7 @@ STABLE_TORCH_LIBRARY_IMPL(mixedquant, CPU, m) {
     m.impl("unpack_nibbles", TORCH_BOX(&unpack_nibbles));
     m.impl("pack_weight", TORCH_BOX(&pack_weight));
     m.impl("gptq_block", TORCH_BOX(&gptq_block));
+    m.impl("descend_block", TORCH_BOX(&descend_block));
     m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
     m.impl("w4a4_linear", TORCH_BOX(&w4a4_linear));
 }

@@ -1,0 +1,47 @@
+#include <math.h>
+
+#include "kernels.h"
+
+#if defined(MQ_NEON)
+#include "neon.h"
+
+/* Butterflies of two strides at a time: half the loads and stores */
+static MQ_INLINE float32x4x4_t four(float32x4_t a, float32x4_t b, float32x4_t c, float32x4_t d) {
+    const float32x4_t ab = vaddq_f32(a, b), a_b = vsubq_f32(a, b);
+    const float32x4_t cd = vaddq_f32(c, d), c_d = vsubq_f32(c, d);
+    return (float32x4x4_t){
+        {vaddq_f32(ab, cd), vaddq_f32(a_b, c_d), vsubq_f32(ab, cd), vsubq_f32(a_b, c_d)}};
+}
+
+void mq_hadamard_neon(float *x, int64_t n) {
+    if (n < 16) {
+        mq_hadamard_scalar(x, n);
+        return;
+    }
+    for (int64_t i = 0; i < n; i += 16) { /* strides 1 and 2: value i mod 4 in register i mod 4 */
+        const float32x4x4_t v = vld4q_f32(x + i);
+        vst4q_f32(x + i, four(v.val[0], v.val[1], v.val[2], v.val[3]));
+    }
+    int64_t stride = 4;
+    for (; 4 * stride <= n; stride *= 4) {
+        for (int64_t i = 0; i < n; i += 4 * stride) {
+            for (int64_t e = i; e < i + stride; e += 4) {
+                const float32x4x4_t v =
+                    four(vld1q_f32(x + e), vld1q_f32(x + e + stride), vld1q_f32(x + e + 2 * stride),
+                         vld1q_f32(x + e + 3 * stride));
+                for (int j = 0; j < 4; j++) vst1q_f32(x + e + j * stride, v.val[j]);
+            }
+        }
+    }
+    const float norm = 1.0f / sqrtf((float)n);
+    if (stride == n) {
+        for (int64_t i = 0; i < n; i += 4) vst1q_f32(x + i, vmulq_n_f32(vld1q_f32(x + i), norm));
+        return;
+    }
+    for (int64_t i = 0; i < stride; i += 4) { /* one stride is left */
+        const float32x4_t a = vld1q_f32(x + i), b = vld1q_f32(x + i + stride);
+        vst1q_f32(x + i, vmulq_n_f32(vaddq_f32(a, b), norm));
+        vst1q_f32(x + i + stride, vmulq_n_f32(vsubq_f32(a, b), norm));
+    }
+}
+#endif

@@ -1,0 +1,364 @@
+/* The multiplication, written once for all instruction sets with vectors: tiles of tokens x one or two
+ * panels of output channels. multiply_<isa>.c includes it, by the header of its family, after
+ *   BITS          the vectors' size
+ *   TARGET        the instruction set's attribute
+ *   KERNEL(name)  name_<isa>
+ *   ACCUMULATORS  registers for sums: enough to hide their latency
+ *   PANELS        panels multiplied at once: each code is loaded once for all of them
+ *   FEW_ROWS      up to so many tokens unpacked weights are not stored
+ *   HOLD_SUMS     whether fp32 sums stay in registers from group to group
+ *   floats, ints  the vector types, and the operations on them that are declared below
+ * Sums of products are exact: they start at what cancels the + 8 of all weights (kernels.h). */
+#ifndef MQ_CPU_MULTIPLY_H
+#define MQ_CPU_MULTIPLY_H
+
+#include <string.h>
+
+#include "kernels.h"
+
+/* Unrolled loops over a constant number of tokens, of vectors */
+#if defined(__clang__)
+#define UNROLLED _Pragma("clang loop unroll(full)")
+#else
+#define UNROLLED _Pragma("GCC unroll 12")
+#endif
+#define EACH_ROW(r, rows) UNROLLED for (int r = 0; r < rows; r++)
+#define EACH_VECTOR(v, vectors) UNROLLED for (int v = 0; v < vectors; v++)
+
+enum {
+    LANES = BITS / 32,
+    PANEL_VECTORS = MQ_PANEL / LANES,
+    VECTORS = PANELS * PANEL_VECTORS,
+    TILE_ROWS = ACCUMULATORS / PANEL_VECTORS, /* tokens of a tile: x one panel's salient channels */
+    PART_ROWS = ACCUMULATORS / VECTORS,       /* tokens of a part of it: x all panels' groups */
+    AHEAD = MQ_SEGMENT_QUADS / 2, /* blocks from one being read to one being asked for */
+    SCALES_AHEAD = 1024,          /* bytes of scales likewise, where groups are short */
+    SUMS_STRIDE = MQ_ROW_CHUNK * MQ_PANEL
+};
+
+_Static_assert((int)TILE_ROWS == (int)(BITS == 512 ? MQ_TILE_ROWS_512 : MQ_TILE_ROWS),
+               "dispatch.c gives the workspace tiles of these rows");
+_Static_assert(MQ_PANELS_AT_ONCE % PANELS == 0, "a last panel alone must have a neighbour's room");
+
+/* Calls tile(rows, ...) with a constant first argument, so that its loops over rows unroll. */
+#define CASE_OF_ROWS(n, most, tile, ...)     \
+    case n:                                  \
+        if (n <= most) tile(n, __VA_ARGS__); \
+        break;
+#define WITH_CONSTANT_ROWS(rows, most, tile, ...) \
+    switch (rows) {                               \
+        CASE_OF_ROWS(1, most, tile, __VA_ARGS__)  \
+        CASE_OF_ROWS(2, most, tile, __VA_ARGS__)  \
+        CASE_OF_ROWS(3, most, tile, __VA_ARGS__)  \
+        CASE_OF_ROWS(4, most, tile, __VA_ARGS__)  \
+        CASE_OF_ROWS(5, most, tile, __VA_ARGS__)  \
+        CASE_OF_ROWS(6, most, tile, __VA_ARGS__)  \
+        CASE_OF_ROWS(7, most, tile, __VA_ARGS__)  \
+        CASE_OF_ROWS(8, most, tile, __VA_ARGS__)  \
+        CASE_OF_ROWS(9, most, tile, __VA_ARGS__)  \
+        CASE_OF_ROWS(10, most, tile, __VA_ARGS__) \
+        CASE_OF_ROWS(11, most, tile, __VA_ARGS__) \
+        CASE_OF_ROWS(12, most, tile, __VA_ARGS__) \
+    }
+
+/* ---- What an instruction set defines ---------------------------------------------------------- */
+
+typedef struct panels panels;
+typedef struct part part;
+
+TARGET static floats set_floats(float x);                  /* x in all lanes */
+TARGET static floats fused(floats a, floats b, floats c);  /* a * b + c, rounded once */
+TARGET static floats scaled(ints dots, floats scales);     /* float(dots) * scales */
+TARGET static floats widen_scales(const uint16_t *scales); /* one bf16 scale per lane */
+TARGET static ints add_ints(ints a, ints b);
+/* The codes + 8 of a block's vector of packed weights: low and high nibbles to the two, for
+ * segment_dots to read */
+TARGET static void unpack_vector(ints packed, ints *even, ints *odd);
+/* dots = exact int32 dot products of quads [quad0, quad1), one segment. unpacked: what unpack wrote
+ * of the block that quads are counted from; NULL: weights are read from w. */
+TARGET static void segment_dots(const int rows, const part *p, const panels *w,
+                                const ints *unpacked, int64_t quad0, int64_t quad1,
+                                ints dots[PART_ROWS][VECTORS]);
+
+/* ---- Vectors ---------------------------------------------------------------------------------- */
+
+TARGET static MQ_INLINE floats load_floats(const float *from) {
+    floats v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+/* Where vector v starts in an array [panels][stride] of which a panel's vectors are neighbours */
+static MQ_INLINE int64_t vector_at(int v, int64_t stride) {
+    return v / PANEL_VECTORS * stride + v % PANEL_VECTORS * LANES;
+}
+
+TARGET static MQ_INLINE floats *sum_at(float *sums, int r, int v) {
+    return (floats *)(void *)(sums + r * MQ_PANEL + vector_at(v, SUMS_STRIDE));
+}
+
+/* ---- Salient channels ------------------------------------------------------------------------ */
+
+TARGET static MQ_INLINE void salient_tile(const int rows, const float *x, int64_t h, const float *w,
+                                          int64_t channels, float *sums) {
+    floats acc[TILE_ROWS][PANEL_VECTORS];
+    EACH_ROW (r, rows)
+        EACH_VECTOR (v, PANEL_VECTORS) acc[r][v] = *sum_at(sums, r, v);
+    for (int64_t s = 0; s < channels; s++, x += h, w += MQ_PANEL) {
+        floats weights[PANEL_VECTORS];
+        EACH_VECTOR (v, PANEL_VECTORS) weights[v] = load_floats(w + v * LANES);
+        EACH_ROW (r, rows) {
+            const floats value = set_floats(x[r]);
+            EACH_VECTOR (v, PANEL_VECTORS) acc[r][v] = fused(value, weights[v], acc[r][v]);
+        }
+    }
+    EACH_ROW (r, rows)
+        EACH_VECTOR (v, PANEL_VECTORS) *sum_at(sums, r, v) = acc[r][v];
+}
+
+TARGET void KERNEL(mq_multiply_salient)(const mq_activations *act, int64_t k_salient, int64_t tile0,
+                                        int64_t tile1, int64_t s0, int64_t s1, const float *w,
+                                        float *sums) {
+    for (int64_t tile = tile0; tile < tile1; tile++, sums += act->h * MQ_PANEL) {
+        const float *x = act->salient + (tile * k_salient + s0) * act->h;
+        WITH_CONSTANT_ROWS(mq_min(act->h, act->m - tile * act->h), TILE_ROWS, salient_tile, x,
+                           act->h, w, s1 - s0, sums)
+    }
+}
+
+/* ---- Groups ---------------------------------------------------------------------------------- */
+
+/* The panels multiplied at once: the first one's arrays from some group on, and the distance to the
+ * next one's. */
+struct panels {
+    const uint8_t *qweight;
+    const uint16_t *scales;
+    int64_t qweight_stride, scales_stride;
+};
+
+/* Some of the h tokens of a tile: the first one's entries in the workspace from some group on. */
+struct part {
+    int64_t h;
+    const int8_t *codes;
+    const int32_t *starts;
+    const float *scales;
+    float *sums;
+};
+
+static MQ_INLINE const uint8_t *packed_at(const panels *w, int64_t block, int v) {
+    return w->qweight + v / PANEL_VECTORS * w->qweight_stride + block * MQ_BLOCK_BYTES +
+           v % PANEL_VECTORS * (int)sizeof(ints);
+}
+
+TARGET static MQ_INLINE ints load_packed(const panels *w, int64_t block, int v) {
+    ints packed;
+    memcpy(&packed, packed_at(w, block, v), sizeof packed);
+    return packed;
+}
+
+/* Asks for all panels' blocks [block0, block1); where a panel ends, for those of the panels to come */
+static MQ_INLINE void prefetch(const panels *w, int64_t blocks, int64_t block0, int64_t block1) {
+    for (int64_t block = block0; block < block1; block++) {
+        const int64_t skip = block < blocks ? 0 : (PANELS - 1) * w->qweight_stride;
+        for (int v = 0; v < VECTORS; v += PANEL_VECTORS)
+            __builtin_prefetch(packed_at(w, block, v) + skip);
+    }
+}
+
+/* The blocks of quads [quad0, quad1) */
+TARGET static MQ_INLINE void unpack(const panels *w, int64_t quad0, int64_t quad1,
+                                    ints (*to)[VECTORS]) {
+    for (int64_t block = quad0 / 2; block < mq_ceil_div(quad1, 2); block++, to += 2)
+        EACH_VECTOR (v, VECTORS) unpack_vector(load_packed(w, block, v), &to[0][v], &to[1][v]);
+}
+
+static MQ_INLINE void next_segment(part *p, int64_t quads) {
+    p->codes += quads * p->h * MQ_QUAD;
+    p->starts += p->h;
+}
+
+/* The same for a group of any size, from packed weights; p is then behind it. */
+TARGET static MQ_INLINE void group_dots(const int rows, part *p, const panels *w, int64_t quad0,
+                                        int64_t quad1, ints dots[PART_ROWS][VECTORS]) {
+    int64_t end = mq_min(quad0 + MQ_SEGMENT_QUADS, quad1);
+    segment_dots(rows, p, w, NULL, quad0, end, dots);
+    next_segment(p, end - quad0);
+    for (int64_t quad = end; quad < quad1; quad = end) {
+        end = mq_min(quad + MQ_SEGMENT_QUADS, quad1);
+        ints more[PART_ROWS][VECTORS];
+        segment_dots(rows, p, w, NULL, quad, end, more);
+        next_segment(p, end - quad);
+        EACH_ROW (r, rows)
+            EACH_VECTOR (v, VECTORS) dots[r][v] = add_ints(dots[r][v], more[r][v]);
+    }
+}
+
+/* The part's sums, or held in their place, += dots * weight scale * activation scale */
+TARGET static MQ_INLINE void add_scaled(const int rows, const part *p, const panels *w,
+                                        ints dots[PART_ROWS][VECTORS], floats (*held)[VECTORS]) {
+    floats sw[VECTORS];
+    EACH_VECTOR (v, VECTORS) sw[v] = widen_scales(w->scales + vector_at(v, w->scales_stride));
+    EACH_ROW (r, rows) {
+        const floats sa = set_floats(p->scales[r]);
+        EACH_VECTOR (v, VECTORS) {
+            floats *sum = held ? &held[r][v] : sum_at(p->sums, r, v);
+            *sum = fused(scaled(dots[r][v], sw[v]), sa, *sum);
+        }
+    }
+}
+
+/* Groups of quads [quad0, quad1); where unpacked is not NULL, of one segment each. */
+TARGET static MQ_INLINE void add_groups(const int rows, part p, panels w, const ints *unpacked,
+                                        int64_t group_quads, int64_t quad0, int64_t quad1) {
+    floats held[PART_ROWS][VECTORS];
+    if (HOLD_SUMS)
+        EACH_ROW (r, rows)
+            EACH_VECTOR (v, VECTORS) held[r][v] = *sum_at(p.sums, r, v);
+    for (int64_t quad = quad0, end; quad < quad1; quad = end) {
+        end = mq_min(quad + group_quads, quad1);
+        ints dots[PART_ROWS][VECTORS];
+        if (unpacked) {
+            segment_dots(rows, &p, &w, unpacked, quad, end, dots);
+            next_segment(&p, end - quad);
+        } else {
+            EACH_VECTOR (v, VECTORS)
+                __builtin_prefetch((const char *)(w.scales + vector_at(v, w.scales_stride)) +
+                                   SCALES_AHEAD);
+            group_dots(rows, &p, &w, quad, end, dots);
+        }
+        add_scaled(rows, &p, &w, dots, HOLD_SUMS ? held : NULL);
+        p.scales += p.h;
+        w.scales += MQ_PANEL;
+    }
+    if (HOLD_SUMS)
+        EACH_ROW (r, rows)
+            EACH_VECTOR (v, VECTORS) *sum_at(p.sums, r, v) = held[r][v];
+}
+
+/* One segment of a group of several: adds the dot products to totals, scales them after the last */
+TARGET static MQ_INLINE void add_segment(const int rows, part p, panels w, const ints *unpacked,
+                                         int64_t quad0, int64_t quad1, int first, int last,
+                                         ints (*totals)[VECTORS]) {
+    ints dots[PART_ROWS][VECTORS];
+    segment_dots(rows, &p, &w, unpacked, quad0, quad1, dots);
+    EACH_ROW (r, rows)
+        EACH_VECTOR (v, VECTORS) {
+            if (!first) dots[r][v] = add_ints(dots[r][v], totals[r][v]);
+            if (!last) totals[r][v] = dots[r][v];
+        }
+    if (last) add_scaled(rows, &p, &w, dots, NULL);
+}
+
+/* Runs what follows for the parts of tiles [tile0, tile1): `rows` tokens, the first of which is
+ * number `at` of its tile and number `row` of the sums. */
+#define EACH_PART(act, tile, at, rows, row)                                       \
+    for (int64_t tile = tile0; tile < tile1; tile++)                              \
+        for (int64_t at = 0, row = (tile - tile0) * act->h, rows;                 \
+             (rows = part_rows(mq_min(act->h, act->m - tile * act->h) - at)) > 0; \
+             at += rows, row += rows)
+
+/* The tokens of the next part where `left` of a tile are left; parts of a tile are of one size, or
+ * differ by one. */
+static MQ_INLINE int64_t part_rows(int64_t left) {
+    return left ? mq_ceil_div(left, mq_ceil_div(left, PART_ROWS)) : 0;
+}
+
+/* The part that starts at token `at` of a tile: from quad quad0, segment `segment` and group j on,
+ * token `row` of the sums */
+static MQ_INLINE part part_at(const mq_activations *act, const mq_shape *shape, int64_t tile,
+                              int64_t at, int64_t quad0, int64_t segment, int64_t j, float *sums) {
+    return (part){
+        .h = act->h,
+        .codes = act->codes + ((tile * shape->quads + quad0) * act->h + at) * MQ_QUAD,
+        .starts = act->starts + (tile * shape->segments + segment) * act->h + at,
+        .scales = act->scales + (tile * shape->groups + j) * act->h + at,
+        .sums = sums,
+    };
+}
+
+/* Asks for one of `parts` parts of the segment behind quad1, from block `ahead` on; returns the block
+ * behind it. Spread over the work on this segment, since few loads can be under way at once. */
+static MQ_INLINE int64_t prefetch_part(const panels *w, const mq_shape *shape, int64_t ahead,
+                                       int64_t quad1, int64_t parts) {
+    const int64_t end = mq_min(ahead + mq_ceil_div(AHEAD, parts), quad1 / 2 + AHEAD);
+    prefetch(w, shape->blocks, ahead, end);
+    return end;
+}
+
+/* Groups longer than a segment, group by group; the totals wait in memory between segments. */
+TARGET static void multiply_long_groups(const mq_activations *act, const mq_shape *shape,
+                                        int64_t tile0, int64_t tile1, panels w, float *sums) {
+    ints buffer[MQ_SEGMENT_QUADS + 2][VECTORS], totals[MQ_ROW_CHUNK][VECTORS];
+    int64_t segment = 0;
+    for (int64_t j = 0; j < shape->groups; j++, w.scales += MQ_PANEL) {
+        const int64_t group0 = j * shape->group_quads;
+        const int64_t group1 = mq_min(group0 + shape->group_quads, shape->quads);
+        for (int64_t quad0 = group0, quad1; quad0 < group1; quad0 = quad1, segment++) {
+            quad1 = mq_min(quad0 + MQ_SEGMENT_QUADS, group1);
+            unpack(&w, quad0, quad1, buffer);
+            int64_t ahead = quad1 / 2;
+            EACH_PART (act, tile, at, rows, row) {
+                ahead = prefetch_part(&w, shape, ahead, quad1, tile1 - tile0);
+                const part p =
+                    part_at(act, shape, tile, at, quad0, segment, j, sums + row * MQ_PANEL);
+                WITH_CONSTANT_ROWS(rows, PART_ROWS, add_segment, p, w, buffer[0], quad0 % 2,
+                                   quad0 % 2 + quad1 - quad0, quad0 == group0, quad1 == group1,
+                                   totals + row)
+            }
+        }
+    }
+}
+
+/* Groups of one segment each: weights are unpacked a segment at a time and used for all tokens. */
+TARGET static void multiply_groups(const mq_activations *act, const mq_shape *shape, int64_t tile0,
+                                   int64_t tile1, panels w, float *sums) {
+    ints buffer[MQ_SEGMENT_QUADS + 2][VECTORS];
+    const int64_t groups_at_once = MQ_SEGMENT_QUADS / shape->group_quads;
+    for (int64_t j = 0; j < shape->groups; j += groups_at_once) {
+        const int64_t quad0 = j * shape->group_quads;
+        const int64_t quad1 = mq_min(quad0 + groups_at_once * shape->group_quads, shape->quads);
+        unpack(&w, quad0, quad1, buffer);
+        int64_t ahead = quad1 / 2;
+        EACH_PART (act, tile, at, rows, row) {
+            ahead = prefetch_part(&w, shape, ahead, quad1, tile1 - tile0);
+            const part p = part_at(act, shape, tile, at, quad0, j, j, sums + row * MQ_PANEL);
+            WITH_CONSTANT_ROWS(rows, PART_ROWS, add_groups, p, w, buffer[0], shape->group_quads,
+                               quad0 % 2, quad0 % 2 + quad1 - quad0)
+        }
+        w.scales += groups_at_once * MQ_PANEL;
+    }
+}
+
+/* Groups of any size for few tokens, which unpack weights as they go */
+TARGET static void multiply_few(const mq_activations *act, const mq_shape *shape, int64_t tile0,
+                                int64_t tile1, panels w, float *sums) {
+    EACH_PART (act, tile, at, rows, row) {
+        const part p = part_at(act, shape, tile, at, 0, 0, 0, sums + row * MQ_PANEL);
+        WITH_CONSTANT_ROWS(rows, PART_ROWS, add_groups, p, w, NULL, shape->group_quads, 0,
+                           shape->quads)
+    }
+}
+
+TARGET void KERNEL(mq_multiply_groups)(const mq_activations *act, const mq_shape *shape,
+                                       int64_t tile0, int64_t tile1, int64_t count,
+                                       const uint8_t *qweight, const uint16_t *scales,
+                                       float *sums) {
+    if (shape->groups == 0) return;
+    const int64_t qweight_stride = shape->blocks * MQ_BLOCK_BYTES;
+    const int64_t scales_stride = shape->groups * MQ_PANEL;
+    for (int64_t panel = 0; panel < count; panel += PANELS, sums += PANELS * SUMS_STRIDE) {
+        panels w = {qweight + panel * qweight_stride, scales + panel * scales_stride, 0, 0};
+        if (panel + PANELS <= count) { /* a last one alone is its own neighbour */
+            w.qweight_stride = qweight_stride;
+            w.scales_stride = scales_stride;
+        }
+        if (act->m <= FEW_ROWS)
+            multiply_few(act, shape, tile0, tile1, w, sums);
+        else if (shape->group_quads > MQ_SEGMENT_QUADS)
+            multiply_long_groups(act, shape, tile0, tile1, w, sums);
+        else
+            multiply_groups(act, shape, tile0, tile1, w, sums);
+    }
+}
+
+#endif
