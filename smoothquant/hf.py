@@ -153,6 +153,7 @@ class MixedQuantQuantizer(HfQuantizer):
         self.dtypes: dict[str, torch.dtype] = {}
         self.packed: set[str] = set()
         self.shared: dict[str, str] = {}
+        self.dtype: torch.dtype | None = None
         self.as_stored = False
 
     def validate_environment(self, *args, device_map=None, **kwargs) -> None:
@@ -195,8 +196,14 @@ class MixedQuantQuantizer(HfQuantizer):
         packed = name in self.packed and not name.endswith(".bias")
         return None if self.as_stored or packed else super().get_new_dtype(converter, param, dtype)
 
+    def preprocess_model(
+        self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs
+    ) -> None:
+        self.dtype = dtype  # not every transformers passes it on
+        super().preprocess_model(model, dtype=dtype, **kwargs)
+
     def _process_model_before_weight_loading(
-        self, model: nn.Module, dtype=None, checkpoint_files=None, **kwargs
+        self, model: nn.Module, checkpoint_files=None, **kwargs
     ) -> None:
         manifest = self.quantization_config
         if not self.pre_quantized:
@@ -213,7 +220,7 @@ class MixedQuantQuantizer(HfQuantizer):
             if isinstance(module, QuantizedLinear)
             for key in module.state_dict()
         }
-        self.as_stored = dtype == manifest.dtype
+        self.as_stored = self.dtype == manifest.dtype
         if checkpoint_files:
             folders = {os.path.dirname(path) for path in checkpoint_files}
             if len(folders) > 1:
@@ -295,13 +302,17 @@ def _tokenizer(model: nn.Module):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model.name_or_path)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"config.calibration needs the tokenizer of {model.name_or_path!r}, which cannot be "
-            f"loaded: {error}; load the model without quantization_config and call "
-            "smoothquant.quantize(model, config, tokenizer=...)"
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        if tokenizer.vocab_size:
+            return tokenizer
+        error = "there is none"  # transformers makes one up then
+    except (OSError, ValueError) as loading:
+        error = loading
+    raise ValueError(
+        f"config.calibration needs the tokenizer of {model.name_or_path!r}, which cannot be "
+        f"loaded: {error}; load the model without quantization_config and call "
+        "smoothquant.quantize(model, config, tokenizer=...)"
+    )
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
