@@ -4,8 +4,10 @@
     model = get_peft_model(model, config)
 
 Gradients pass a quantized linear straight through, see `QuantizedLinear.forward`. PEFT does not
-save what `on_quantized` adds: give it again when an adapter is loaded,
-``PeftModel.from_pretrained(model, folder, config=on_quantized(LoraConfig.from_pretrained(folder)))``
+save what `on_quantized` adds: give it again when an adapter is loaded:
+
+    config = on_quantized(LoraConfig.from_pretrained(folder))
+    model = PeftModel.from_pretrained(model, folder, config=config)
 """
 
 from peft import LoraConfig

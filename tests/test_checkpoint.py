@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from smoothquant import CheckpointError, collect_stats, load_quantized, save_quantized
 from smoothquant.bundled import load_bundled, load_model
-from smoothquant.checkpoint import CONFIG, INDEX, TENSORS
+from smoothquant.checkpoint import CONFIG, TENSORS
 from smoothquant.config import MixedQuantConfig
 from smoothquant.model_size import get_model_size
 from smoothquant.quantize import quantize

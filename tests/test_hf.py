@@ -37,7 +37,7 @@ def from_pretrained(folder, config=None, **fields):
 
 @pytest.fixture
 def float_folder(make_model, tmp_path):
-    """Saves a tiny model as its family is published: float_folder(architecture) -> (model, path)."""
+    """Saves a tiny model as published: float_folder(architecture) -> (model, path)."""
 
     def save(architecture, dtype=torch.float32, **fields):
         model, folder = make_model(architecture).to(dtype), tmp_path / "float"
@@ -274,7 +274,8 @@ def test_the_base_model_of_a_whole_one_and_back(make_model, token_ids, tmp_path)
 
 
 IMPORTS = {
-    "first": "import smoothquant, sys; assert 'transformers' not in sys.modules; import transformers",
+    "first": "import smoothquant, sys; assert 'transformers' not in sys.modules;"
+    " import transformers",
     "last": "import transformers.quantizers.auto, smoothquant",
     "twice": "import smoothquant; from smoothquant.registration import register; register();"
     "import transformers, importlib; register(); import smoothquant.hf; register()",
