@@ -143,7 +143,8 @@ class BuildExtension(build_ext):
 def sources() -> list[str]:
     found = [
         path.relative_to(ROOT).as_posix()
-        for folder, suffix in (("cpu", "c"), ("torch", "cpp"), ("cuda", "cu"))
+        # csrc/cuda joins when the shim registers its operations
+        for folder, suffix in (("cpu", "c"), ("torch", "cpp"))
         for path in (ROOT / "csrc" / folder).glob(f"*.{suffix}")
     ]
     return sorted(found)

@@ -1,0 +1,351 @@
+// What all kernels share: launches, elements of any dtype, and the layout of quantized tokens.
+//
+// Compiled with -fmad=false, as the C code is with -ffp-contract=off: a product and a sum are fused
+// only where fmaf says so, and results equal the scalar C kernels bit for bit.
+#ifndef MQ_CUDA_COMMON_CUH
+#define MQ_CUDA_COMMON_CUH
+
+#include <math.h>
+#include <stdint.h>
+
+#include "mixedquant_cuda.h"
+#include "ptx.cuh"
+
+namespace mq {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;  // of every block
+
+constexpr float kSmallestNormal = 0x1p-126f;
+
+__device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x & 31); }
+__device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x / 32); }
+
+template <typename T>
+__host__ __device__ __forceinline__ T ceil_div(T a, T b) {
+    return a / b + (a % b != 0);
+}
+
+template <typename T>
+__host__ __device__ __forceinline__ T smaller(T a, T b) {
+    return a < b ? a : b;
+}
+
+// kernel<<<grid, kThreads, shared, stream>>>(args...); nothing where the grid is empty
+template <typename... Parameters, typename... Args>
+int launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, void *stream, Args... args) {
+    if (!grid.x || !grid.y) return cudaSuccess;
+#ifdef __CUDACC__
+    if (shared > (48 << 10))
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared));
+    kernel<<<grid, kThreads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
+#else
+    (void)stream;
+    emulator::run(grid, kThreads, shared, [=] { kernel(args...); });
+#endif
+    return cudaGetLastError();
+}
+
+// Blocks of kThreads for n jobs of one thread each, for kernels that stride over the grid.
+inline dim3 blocks_for(int64_t jobs) {
+    return dim3(
+        static_cast<unsigned>(smaller<int64_t>(ceil_div<int64_t>(jobs, kThreads), 1 << 20)));
+}
+
+// for (i = my job; i < n; i += jobs of the grid)
+#define MQ_GRID_STRIDE(i, n)                                                                 \
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * mq::kThreads + threadIdx.x; i < (n); \
+         i += static_cast<int64_t>(gridDim.x) * mq::kThreads)
+
+// ---- Elements ----
+
+__host__ __device__ __forceinline__ int size_of(mq_dtype dtype) {
+    return dtype == MQ_F32 ? 4 : dtype == MQ_I8 ? 1 : 2;
+}
+
+__device__ __forceinline__ float bf16_to_f32(uint16_t bits) {
+    return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+}
+
+__device__ __forceinline__ uint16_t f32_to_bf16(float x) {
+    const uint32_t bits = __float_as_uint(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+__device__ __forceinline__ float load(mq_dtype dtype, const void *x, int64_t i) {
+    switch (dtype) {
+        case MQ_F32: return static_cast<const float *>(x)[i];
+        case MQ_F16: return f16_to_f32(static_cast<const uint16_t *>(x)[i]);
+        case MQ_BF16: return bf16_to_f32(static_cast<const uint16_t *>(x)[i]);
+        default: return static_cast<float>(static_cast<const int8_t *>(x)[i]);
+    }
+}
+
+// value in 16 bits of dtype
+__device__ __forceinline__ uint16_t narrow(mq_dtype dtype, float value) {
+    return dtype == MQ_F16 ? f32_to_f16(value) : f32_to_bf16(value);
+}
+
+__device__ __forceinline__ void store(mq_dtype dtype, void *out, int64_t i, float value) {
+    if (dtype == MQ_F32)
+        static_cast<float *>(out)[i] = value;
+    else
+        static_cast<uint16_t *>(out)[i] = narrow(dtype, value);
+}
+
+// ---- Shapes and quantized tokens ----
+
+// mq_shape_of; lin is valid.
+inline mq_shape shape_of(const mq_linear &lin) {
+    mq_shape shape{};
+    mq_shape_of(lin.n, lin.k, lin.k_salient, lin.group_size, &shape);
+    return shape;
+}
+
+// The INT4 channels of packed weights are multiplied in *steps* of 8 quads: 4 blocks of 64 bytes, 32
+// channels. A *slot* is a step as one group sees it: the codes of its own channels, and zeros in place
+// of others'. Where groups are whole steps, slots are steps; else a step that several groups share has a
+// slot of each. So one kernel multiplies groups of any size, and long ones at full speed.
+struct slots {
+    int64_t group_quads, groups, total;
+    bool whole;
+
+    __host__ __device__ __forceinline__ int64_t first(int64_t group) const {
+        return group * group_quads / 8 + (whole ? 0 : group);
+    }
+    __host__ __device__ __forceinline__ int64_t end(int64_t group) const {
+        return group + 1 == groups ? total : first(group + 1);
+    }
+    __host__ __device__ __forceinline__ int64_t step(int64_t slot, int64_t group) const {
+        return slot - (whole ? 0 : group);
+    }
+};
+
+inline slots slots_of(const mq_shape &shape) {
+    const bool whole = shape.group_quads % 8 == 0;
+    const int64_t more = whole || !shape.groups ? 0 : shape.groups - 1;
+    return {shape.group_quads, shape.groups, ceil_div<int64_t>(shape.quads, 8) + more, whole};
+}
+
+// Quantized tokens in a workspace. A record is what one token has for one slot; records of a slot stand
+// beside each other, so a tile of tokens is contiguous.
+//   codes    [slots][stride][32 or 16 bytes]: code i of the slot is byte i; as nibbles, byte 4 j + i holds
+//            code i of quad 2 j (low) and of quad 2 j + 1 (high)
+//   scales   [groups][stride], fp32
+//   salient  [chunks of 16 channels][terms][stride][16 halves]: the salient channels as sums of `terms`
+//            halves, fp16 or bf16, padded with zeros
+// stride: m rounded up to 8; nothing behind token m is read or written.
+struct tokens {
+    int64_t m, stride;
+    unsigned char *codes, *salient;
+    float *scales;
+    int64_t chunks;
+    int terms, record;
+    bool is_f16;
+};
+
+// How x times a salient weight is multiplied exactly on tensor cores: both as sums of halves.
+inline tokens tokens_in(void *workspace, const mq_linear &lin, bool nibbles, mq_dtype dtype,
+                        int64_t m, size_t *bytes) {
+    const mq_shape shape = shape_of(lin);
+    tokens to{};
+    to.m = m;
+    to.stride = ceil_div<int64_t>(m, 8) * 8;
+    to.record = nibbles ? 16 : 32;
+    to.chunks = ceil_div<int64_t>(lin.k_salient, 16);
+    // 11 and 24 significant bits are two and three times bf16's 8
+    to.is_f16 = dtype == MQ_F16 && lin.salient_dtype != MQ_BF16;
+    to.terms = dtype == MQ_F32 ? 3 : dtype == MQ_F16 && !to.is_f16 ? 2 : 1;
+    const int64_t codes = slots_of(shape).total * to.stride * to.record;
+    const int64_t scales = shape.groups * to.stride * 4;
+    to.codes = static_cast<unsigned char *>(workspace);
+    if (workspace) to.scales = reinterpret_cast<float *>(to.codes + codes);
+    if (workspace) to.salient = to.codes + codes + scales;
+    if (bytes) *bytes = static_cast<size_t>(codes + scales + to.chunks * to.terms * to.stride * 32);
+    return to;
+}
+
+// ---- Groups ----
+
+// How a group becomes codes: code = clamp(round(x * inverse), low, high).
+struct quantization {
+    float scale, inverse;
+    int low, high;
+};
+
+// Bits of the largest positive and of the largest negative value's magnitude, so that Inf < NaN.
+struct extent {
+    uint32_t positive = 0, negative = 0;
+
+    __device__ __forceinline__ void add(float x) {
+        const uint32_t bits = __float_as_uint(x);
+        if (bits >> 31)
+            negative = max_of(negative, bits & 0x7fffffffu);
+        else
+            positive = max_of(positive, bits);
+    }
+    __device__ __forceinline__ void add(const extent &other) {
+        positive = max_of(positive, other.positive);
+        negative = max_of(negative, other.negative);
+    }
+    __device__ __forceinline__ uint32_t both() const { return max_of(positive, negative); }
+    static __device__ __forceinline__ uint32_t max_of(uint32_t a, uint32_t b) {
+        return a > b ? a : b;
+    }
+};
+
+constexpr uint32_t kInfinityBits = 0x7f800000u;
+
+__device__ __forceinline__ float scale_of(float magnitude, float levels) {
+    const float scale = magnitude / levels;
+    return scale < kSmallestNormal ? 0.0f : scale;
+}
+
+__device__ __forceinline__ float inverse_of(float scale) {
+    return scale >= kSmallestNormal ? 1.0f / scale : 0.0f;
+}
+
+// mq_quantization_of of csrc/cpu/kernels.h
+__device__ __forceinline__ quantization quantization_of(int num_bits, mq_act_format format,
+                                                        float clip, const extent &of) {
+    quantization to = {__uint_as_float(0x7fc00000u), 0, 0, 0};
+    if (of.both() >= kInfinityBits) return to;
+    const int levels = (1 << (num_bits - (format == MQ_ACT_SYMMETRIC))) - 1;
+    const float positive = __uint_as_float(of.positive), negative = __uint_as_float(of.negative);
+    float range = positive;
+    if (format == MQ_ACT_SYMMETRIC) range = __uint_as_float(of.both());
+    if (format == MQ_ACT_ZERO_POINT) range = positive + negative;
+    to.scale = scale_of(clip * range, static_cast<float>(levels));
+    to.inverse = inverse_of(to.scale);
+    to.high = levels;
+    if (format == MQ_ACT_SYMMETRIC) to.low = -levels;
+    if (format == MQ_ACT_ZERO_POINT) {
+        const float zero = clip * negative * to.inverse;
+        to.low = zero < static_cast<float>(levels) ? -static_cast<int>(rintf(zero)) : -levels;
+        to.high = levels + to.low;
+    }
+    return to;
+}
+
+__device__ __forceinline__ int code_of(float x, const quantization &to) {
+    if (!(to.inverse > 0)) return 0;
+    float value = x * to.inverse;
+    const float low = static_cast<float>(to.low), high = static_cast<float>(to.high);
+    value = value < low ? low : value;
+    value = value > high ? high : value;
+    return static_cast<int>(rintf(value));
+}
+
+// The largest of all lanes whose number differs below `lanes`, a power of two.
+__device__ __forceinline__ void reduce(extent &of, int lanes) {
+    for (int step = lanes / 2; step; step /= 2) {
+        extent other;
+        other.positive = __shfl_xor_sync(kAllLanes, of.positive, step);
+        other.negative = __shfl_xor_sync(kAllLanes, of.negative, step);
+        of.add(other);
+    }
+}
+
+// Over the block; every thread gets it.
+__device__ __forceinline__ void reduce_block(extent &of) {
+    __shared__ extent parts[kWarps];
+    reduce(of, 32);
+    __syncthreads();  // parts may still be read from before
+    if (lane() == 0) parts[warp()] = of;
+    __syncthreads();
+    for (int w = 0; w < kWarps; w++) of.add(parts[w]);
+}
+
+// Up to 512 neighbouring values of one group, held by 1, 2, 4 ... 32 lanes, a quad each in turn: value
+// element(i) of the group's part is v[i].
+struct part {
+    static constexpr int kMost = 512, kValues = 16;
+    float v[kValues];
+    int lanes, lane_in_part, n;  // n <= 0: no values
+
+    // How many lanes hold a group of up to `size` values, or a part of it.
+    static __host__ __device__ __forceinline__ int lanes_for(int64_t size) {
+        int lanes = 1;
+        while (lanes < 32 && 4 * lanes < size) lanes *= 2;
+        return lanes;
+    }
+
+    __device__ __forceinline__ explicit part(int64_t size) : lanes(lanes_for(size)), n(0) {
+        lane_in_part = lane() & (lanes - 1);
+    }
+    __device__ __forceinline__ int element(int i) const {
+        return (i / 4 * lanes + lane_in_part) * 4 + i % 4;
+    }
+    // Whether v[i], v[i + 1] .. may stand for a value of any of the warp's parts: the same in all lanes
+    __device__ __forceinline__ bool used(int i) const { return i < 4 || lanes == 32; }
+
+    // value(e) for e in [0, n)
+    template <typename Value>
+    __device__ __forceinline__ void fill(const Value &value) {
+#pragma unroll
+        for (int i = 0; i < kValues; i++) v[i] = used(i) && element(i) < n ? value(element(i)) : 0;
+    }
+
+    __device__ __forceinline__ extent extent_of() const {
+        extent of;
+#pragma unroll
+        for (int i = 0; i < kValues; i++)
+            if (used(i) && element(i) < n) of.add(v[i]);
+        return of;
+    }
+
+    // The block that value e is rotated in: the largest power of two that fits there, up to rotation.
+    // Blocks before it are larger, so they and n agree in the bits above.
+    __device__ __forceinline__ int block(int e, int rotation) const {
+        return e < n ? smaller(rotation, 1 << (31 - __clz(n ^ e))) : 1;
+    }
+
+    __device__ __forceinline__ void rotate(int rotation) {
+        if (rotation <= 1) return;
+        butterflies<1>(rotation, 1);
+        butterflies<2>(rotation, 2);
+        for (int step = 1; step < lanes; step *= 2) {
+#pragma unroll
+            for (int i = 0; i < kValues; i++) {
+                if (!used(i)) continue;
+                const float other = __shfl_xor_sync(kAllLanes, v[i], step);
+                if (4 * step < block(element(i), rotation))
+                    v[i] = lane_in_part & step ? other - v[i] : v[i] + other;
+            }
+        }
+        if (lanes == 32) {
+            butterflies<4>(rotation, 128);
+            butterflies<8>(rotation, 256);
+        }
+#pragma unroll
+        for (int i = 0; i < kValues; i++)
+            if (used(i)) v[i] *= 1.0f / sqrtf(static_cast<float>(block(element(i), rotation)));
+    }
+
+   private:
+    // between registers STEP apart, which hold values `stride` apart
+    template <int STEP>
+    __device__ __forceinline__ void butterflies(int rotation, int stride) {
+#pragma unroll
+        for (int i = 0; i < kValues; i++) {
+            if (i & STEP || !used(i)) continue;
+            const float a = v[i], b = v[i + STEP];
+            if (stride < block(element(i), rotation)) {
+                v[i] = a + b;
+                v[i + STEP] = a - b;
+            }
+        }
+    }
+};
+
+// Blocks for so many groups of up to `size` values, for kernels that stride over the grid.
+inline dim3 blocks_for_groups(int64_t groups, int64_t size) {
+    const int64_t blocks = ceil_div<int64_t>(groups, kThreads / part::lanes_for(size));
+    return dim3(static_cast<unsigned>(smaller<int64_t>(blocks, 1 << 24)));
+}
+
+}  // namespace mq
+
+#endif

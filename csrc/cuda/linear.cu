@@ -1,0 +1,115 @@
+// The linear's two steps, and the table of kernels that multiply.
+#include "multiply.cuh"
+
+using namespace mq;
+
+int mq_quantize(const mq_linear &lin, const tokens &to, mq_dtype dtype, const void *x,
+                void *stream);
+int mq_multiply_decode_8(const multiply_args &args, int arch, void *stream);
+int mq_multiply_decode_16(const multiply_args &args, int arch, void *stream);
+int mq_multiply_decode_32(const multiply_args &args, int arch, void *stream);
+int mq_multiply_prefill_s8(const multiply_args &args, int arch, void *stream);
+int mq_multiply_prefill_s4(const multiply_args &args, int arch, void *stream);
+
+namespace {
+
+#ifdef __CUDACC__
+// Asked after: a device has all kernels of this build, or none.
+__global__ void probe() {}
+#endif
+
+constexpr int kAny = INT32_MAX;  // architecture
+
+struct row {
+    mq_cuda_kernel kernel;
+    bool nibbles;  // what its workspace holds
+    int (*multiply)(const multiply_args &args, int arch, void *stream);
+};
+
+// In order of preference.
+const row kTable[] = {
+    {{"decode_8", 75, kAny, 8, 1, 0}, false, mq_multiply_decode_8},
+    {{"decode_16", 75, kAny, 16, 1, 0}, false, mq_multiply_decode_16},
+    {{"decode_32", 75, kAny, 64, 1, 0}, false, mq_multiply_decode_32},
+    {{"prefill_s4", 75, 89, INT64_MAX, 64, 1}, true, mq_multiply_prefill_s4},
+    {{"prefill_s8", 75, kAny, INT64_MAX, 1, 0}, false, mq_multiply_prefill_s8},
+};
+constexpr int kKernels = sizeof kTable / sizeof *kTable;
+
+}  // namespace
+
+extern "C" const char *mq_cuda_message(int error) {
+    return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+extern "C" int mq_cuda_read_int(const int *at, int *value, void *stream) {
+    const cudaStream_t on = static_cast<cudaStream_t>(stream);
+    const int error = cudaMemcpyAsync(value, at, sizeof *value, cudaMemcpyDeviceToHost, on);
+    return error ? error : cudaStreamSynchronize(on);
+}
+
+extern "C" int mq_cuda_arch(int *arch) {
+#ifdef __CUDACC__
+    int device, major, minor;
+    int error = cudaGetDevice(&device);
+    if (!error)
+        error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (!error)
+        error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    if (error) return error;
+    *arch = 10 * major + minor;
+    cudaFuncAttributes unused;
+    error = cudaFuncGetAttributes(&unused, probe);
+    cudaGetLastError();  // the next launch shall not report it again
+    return error;
+#else
+    *arch = MQ_ARCH;
+    return cudaSuccess;
+#endif
+}
+
+extern "C" int mq_cuda_kernel_count(void) { return kKernels; }
+
+extern "C" const mq_cuda_kernel *mq_cuda_kernel_at(int kernel) {
+    return kernel >= 0 && kernel < kKernels ? &kTable[kernel].kernel : nullptr;
+}
+
+extern "C" int mq_cuda_kernel_serves(int kernel, const mq_linear *lin, int arch) {
+    const mq_cuda_kernel *row = mq_cuda_kernel_at(kernel);
+    if (!row || arch < row->oldest || arch > row->newest) return 0;
+    if (row->symmetric_only && lin->act_format != MQ_ACT_SYMMETRIC) return 0;
+    return lin->group_size % row->group_multiple == 0 || lin->group_size >= lin->k - lin->k_salient;
+}
+
+extern "C" int mq_cuda_kernel_for(const mq_linear *lin, int arch, int64_t m) {
+    for (int i = 0; i < kKernels; i++)
+        if (m <= kTable[i].kernel.most_tokens && mq_cuda_kernel_serves(i, lin, arch)) return i;
+    return -1;
+}
+
+extern "C" size_t mq_cuda_linear_workspace(const mq_linear *lin, int kernel, mq_dtype dtype,
+                                           int64_t m) {
+    size_t bytes = 0;
+    tokens_in(nullptr, *lin, kTable[kernel].nibbles, dtype, m, &bytes);
+    return bytes;
+}
+
+extern "C" int mq_cuda_linear_quantize(const mq_linear *lin, int kernel, mq_dtype dtype,
+                                       const void *x, int64_t m, void *workspace, void *stream) {
+    const tokens to = tokens_in(workspace, *lin, kTable[kernel].nibbles, dtype, m, nullptr);
+    return mq_quantize(*lin, to, dtype, x, stream);
+}
+
+extern "C" int mq_cuda_linear_multiply(const mq_linear *lin, int kernel, mq_dtype dtype, int arch,
+                                       const void *workspace, int64_t m, void *out, void *stream) {
+    multiply_args args = {};
+    args.lin = *lin;
+    args.shape = shape_of(*lin);
+    args.slot = slots_of(args.shape);
+    // only read from here on
+    args.from =
+        tokens_in(const_cast<void *>(workspace), *lin, kTable[kernel].nibbles, dtype, m, nullptr);
+    args.dtype = dtype;
+    args.out = out;
+    return kTable[kernel].multiply(args, arch, stream);
+}

@@ -1,0 +1,252 @@
+// What the multiplying kernels are made of. Output channels are the rows of the tensor cores'
+// products, tokens their columns.
+//
+// A lane 4 r + t works for the panel r / 4 of a pair of panels. Of the pair's 32 output channels it has
+// four neighbours, 4 (r % 4) .. + 3: they are rows r and r + 8 of a first product and of a second one.
+// So 16 bytes of packed weights, block t of a step, are what the lane needs, as they are; and the
+// four channels' results of a token are stored together.
+#ifndef MQ_CUDA_MULTIPLY_CUH
+#define MQ_CUDA_MULTIPLY_CUH
+
+#include "common.cuh"
+
+namespace mq {
+
+struct multiply_args {
+    mq_linear lin;
+    mq_shape shape;
+    slots slot;
+    tokens from;
+    mq_dtype dtype;  // of out
+    void *out;
+};
+
+__device__ __forceinline__ int lane_panel() { return lane() / 16; }
+__device__ __forceinline__ int lane_channel() { return lane() / 4 % 4 * 4; }
+__device__ __forceinline__ int lane_t() { return lane() % 4; }
+
+// ---- Sums ----
+
+// Integer sums start at 1.5 * 2^23 read as an integer: as floats they are 1.5 * 2^23 + sum while
+// |sum| < 2^22, so no conversion is needed.
+constexpr int kMagicBits = 0x4b400000;
+constexpr float kMagic = 12582912.0f;
+
+// Quads whose sum, times 16 (see unpack), stays below 2^22: |code * code| <= 8 * 15.
+constexpr int64_t kMagicQuads = 512;
+
+// A pair of panels times 8 * NT tokens. Element [h][n][2 i + j] is channel 2 h + i of the lane's four
+// and token 8 n + 2 t + j.
+template <int NT>
+struct pair_sums {
+    float y[2][NT][4];
+    int dots[2][NT][4];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) y[h][n][e] = 0;
+    }
+
+    __device__ __forceinline__ void start_group() {
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) dots[h][n][e] = kMagicBits;
+    }
+
+    // y = fma(dots * sw, sa, y). sw: of the lane's channels, bf16; unit: what a dot counts by; sa:
+    // of tokens 8 n + 2 t and + 1.
+    __device__ __forceinline__ void add_group(uint2 sw, float unit, const float2 (&sa)[NT],
+                                              bool is_long) {
+        const float scale[4] = {
+            unit * __uint_as_float(sw.x << 16), unit * __uint_as_float(sw.x & 0xffff0000u),
+            unit * __uint_as_float(sw.y << 16), unit * __uint_as_float(sw.y & 0xffff0000u)};
+        // beyond, the products with kMagic could overflow
+        bool is_magic = !is_long;
+#pragma unroll
+        for (int c = 0; c < 4; c++) is_magic &= scale[c] < 0x1p100f;
+        if (is_magic) {
+            // scales have 8 significant bits, so the fused product is the exact dot * sw, rounded once
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                const float less = -kMagic * scale[c];
+                add_channel(c, sa,
+                            [&](int dot) { return fmaf(__int_as_float(dot), scale[c], less); });
+            }
+        } else {
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+                add_channel(c, sa, [&](int dot) {
+                    return static_cast<float>(dot - kMagicBits) * scale[c];
+                });
+        }
+    }
+
+    __device__ __forceinline__ void scale_channels(uint2 by) {
+        const float scale[4] = {__uint_as_float(by.x << 16), __uint_as_float(by.x & 0xffff0000u),
+                                __uint_as_float(by.y << 16), __uint_as_float(by.y & 0xffff0000u)};
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) y[h][n][e] *= scale[2 * h + e / 2];
+    }
+
+   private:
+    template <typename Scaled>
+    __device__ __forceinline__ void add_channel(int c, const float2 (&sa)[NT],
+                                                const Scaled &scaled) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            float *to = &y[c / 2][n][c % 2 * 2];
+            const int *dot = &dots[c / 2][n][c % 2 * 2];
+            to[0] = fmaf(scaled(dot[0]), sa[n].x, to[0]);
+            to[1] = fmaf(scaled(dot[1]), sa[n].y, to[1]);
+        }
+    }
+};
+
+// ---- INT4 ----
+
+// A block's word of a channel as two registers of codes times 16: of the even and of the odd quad.
+__device__ __forceinline__ void unpack(uint32_t word, uint32_t &even, uint32_t &odd) {
+    even = ((word << 4) ^ 0x80808080u) & 0xf0f0f0f0u;
+    odd = (word ^ 0x80808080u) & 0xf0f0f0f0u;
+}
+
+// Weights of one step as left sides of both products.
+__device__ __forceinline__ void unpack(uint4 words, fragment_a (&a)[2]) {
+    unpack(words.x, a[0].r[0], a[0].r[2]);
+    unpack(words.y, a[0].r[1], a[0].r[3]);
+    unpack(words.z, a[1].r[0], a[1].r[2]);
+    unpack(words.w, a[1].r[1], a[1].r[3]);
+}
+
+constexpr float kUnpackedUnit = 1.0f / 16;
+
+#ifdef MQ_HAS_S4
+// Weights of two steps, in nibbles; only their offset is taken off.
+__device__ __forceinline__ void join(uint4 first, uint4 second, fragment_a (&a)[2]) {
+    const uint32_t offset = 0x88888888u;
+    a[0] = {{first.x ^ offset, first.y ^ offset, second.x ^ offset, second.y ^ offset}};
+    a[1] = {{first.z ^ offset, first.w ^ offset, second.z ^ offset, second.w ^ offset}};
+}
+#endif
+
+// ---- Salient channels, 16 at a time ----
+//
+// Lane t takes channels 4 t .. + 3 of the chunk, as two pairs.
+
+__device__ __forceinline__ uint32_t pack_halves(float low, float high, bool is_f16) {
+    if (is_f16) return f32_to_f16(low) | static_cast<uint32_t>(f32_to_f16(high)) << 16;
+    return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
+}
+
+// Weights of the lane's four salient channels, as stored: [i] holds channel 4 t + i of the chunk, for the
+// lane's four output channels.
+struct salient_words {
+    uint2 w[4];  // int8: only x
+};
+
+__device__ __forceinline__ void salient_left(const salient_words &words, mq_dtype stored,
+                                             bool is_f16, fragment_a (&a)[2]) {
+    if (stored == MQ_I8) {
+        // codes fit either half exactly; the scale comes after the sum
+#pragma unroll
+        for (int p = 0; p < 2; p++) {
+            const uint32_t first = words.w[2 * p].x, second = words.w[2 * p + 1].x;
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+                a[c / 2].r[2 * p + c % 2] =
+                    pack_halves(static_cast<float>(static_cast<int8_t>(first >> 8 * c)),
+                                static_cast<float>(static_cast<int8_t>(second >> 8 * c)), is_f16);
+        }
+        return;
+    }
+#pragma unroll
+    for (int p = 0; p < 2; p++) {
+        const uint2 first = words.w[2 * p], second = words.w[2 * p + 1];
+        a[0].r[2 * p] = __byte_perm(first.x, second.x, 0x5410);
+        a[0].r[2 * p + 1] = __byte_perm(first.x, second.x, 0x7632);
+        a[1].r[2 * p] = __byte_perm(first.y, second.y, 0x5410);
+        a[1].r[2 * p + 1] = __byte_perm(first.y, second.y, 0x7632);
+    }
+}
+
+// fp16 as a sum of two bf16, exactly: 11 significant bits are 8 and 3. a becomes the first ones.
+__device__ __forceinline__ void split_halves(fragment_a &a, fragment_a &rest) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float low = f16_to_f32(static_cast<uint16_t>(a.r[i]));
+        const float high = f16_to_f32(static_cast<uint16_t>(a.r[i] >> 16));
+        const uint32_t low_bits = __float_as_uint(low) & 0xffff0000u;
+        const uint32_t high_bits = __float_as_uint(high) & 0xffff0000u;
+        a.r[i] = __byte_perm(low_bits, high_bits, 0x7632);
+        rest.r[i] = __byte_perm(__float_as_uint(low - __uint_as_float(low_bits)),
+                                __float_as_uint(high - __uint_as_float(high_bits)), 0x7632);
+    }
+}
+
+template <int NT>
+__device__ __forceinline__ void add_salient(pair_sums<NT> &sums, const salient_words &words,
+                                            const fragment_b (&b)[NT], mq_dtype stored,
+                                            bool is_f16) {
+    fragment_a a[2];
+    salient_left(words, stored, is_f16, a);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        if (is_f16) {
+#pragma unroll
+            for (int n = 0; n < NT; n++) multiply_f16(sums.y[h][n], a[h], b[n]);
+            continue;
+        }
+        if (stored == MQ_F16) {
+            fragment_a rest;
+            split_halves(a[h], rest);
+#pragma unroll
+            for (int n = 0; n < NT; n++) multiply_bf16(sums.y[h][n], rest, b[n]);
+        }
+#pragma unroll
+        for (int n = 0; n < NT; n++) multiply_bf16(sums.y[h][n], a[h], b[n]);
+    }
+}
+
+// ---- Output ----
+
+// y [4] + bias for output channels first .. first + 3 of a token
+__device__ __forceinline__ void store_channels(const multiply_args &args, int64_t token,
+                                               int64_t first, float (&y)[4]) {
+    const int64_t n = args.lin.n, at = token * n + first;
+    if (args.lin.bias)
+#pragma unroll
+        for (int c = 0; c < 4; c++)
+            if (first + c < n) y[c] += load(args.lin.bias_dtype, args.lin.bias, first + c);
+    if (n % 4 == 0 && first + 4 <= n) {
+        if (args.dtype == MQ_F32) {
+            float *to = static_cast<float *>(args.out) + at;
+            *reinterpret_cast<float4 *>(to) = {y[0], y[1], y[2], y[3]};
+        } else {
+            uint32_t halves[4];
+#pragma unroll
+            for (int c = 0; c < 4; c++) halves[c] = narrow(args.dtype, y[c]);
+            uint16_t *to = static_cast<uint16_t *>(args.out) + at;
+            *reinterpret_cast<uint2 *>(to) = {halves[0] | halves[1] << 16,
+                                              halves[2] | halves[3] << 16};
+        }
+        return;
+    }
+#pragma unroll
+    for (int c = 0; c < 4; c++)
+        if (first + c < n) store(args.dtype, args.out, at + c, y[c]);
+}
+
+}  // namespace mq
+
+#endif

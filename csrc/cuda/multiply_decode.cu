@@ -1,0 +1,192 @@
+// Few tokens: a block computes 32 output channels of 8, 16 or 32 tokens. Its warps share the input
+// channels among them and read weights straight into registers, many at a time, since nothing else
+// takes as long; their sums are added in the warps' order.
+#include "multiply.cuh"
+
+namespace mq {
+namespace {
+
+// The group of a slot.
+__device__ __forceinline__ int64_t group_of(const slots &of, int64_t slot) {
+    int64_t group = of.whole ? slot * 8 / of.group_quads : slot * 8 / (of.group_quads + 8);
+    group = smaller(group, of.groups - 1);
+    while (group > 0 && of.first(group) > slot) group--;
+    while (group + 1 < of.groups && of.first(group + 1) <= slot) group++;
+    return group;
+}
+
+template <int NT>
+struct worker {
+    const multiply_args &args;
+    int64_t token, panel;  // the block's first token; the lane's panel
+    bool in_n;             // whether the panel exists
+    pair_sums<NT> sums;
+
+    __device__ __forceinline__ explicit worker(const multiply_args &args_)
+        : args(args_),
+          token(static_cast<int64_t>(blockIdx.y) * NT * 8),
+          panel(static_cast<int64_t>(blockIdx.x) * 2 + lane_panel()),
+          in_n(panel < args_.shape.panels) {}
+
+    // 8 bytes of the record of each token of the lane
+    __device__ __forceinline__ void load_right(const unsigned char *records, int64_t record,
+                                               bool valid, fragment_b (&b)[NT]) const {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            const int64_t at = token + 8 * n + lane() / 4;
+            uint2 bytes = {0, 0};
+            if (valid && at < args.from.m)
+                bytes = *reinterpret_cast<const uint2 *>(
+                    records + (record * args.from.stride + at) * 32 + lane_t() * 8);
+            b[n] = {{bytes.x, bytes.y}};
+        }
+    }
+
+    // Terms of chunks begin .. end
+    __device__ __forceinline__ void add_chunks(int64_t begin, int64_t end) {
+        const bool is_int8 = args.lin.salient_dtype == MQ_I8;
+        const int row_bytes = size_of(args.lin.salient_dtype) * 16;
+        const unsigned char *weights = static_cast<const unsigned char *>(args.lin.salient) +
+                                       panel * args.lin.k_salient * row_bytes;
+        for (int64_t record = begin; record < end; record++) {
+            const int64_t channel = record / args.from.terms * 16 + 4 * lane_t();
+            salient_words words;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const unsigned char *row = weights + (channel + i) * row_bytes;
+                words.w[i] = {0, 0};
+                if (!in_n || channel + i >= args.lin.k_salient) continue;
+                if (is_int8)
+                    words.w[i].x = *reinterpret_cast<const uint32_t *>(row + lane_channel());
+                else
+                    words.w[i] = *reinterpret_cast<const uint2 *>(row + lane_channel() * 2);
+            }
+            fragment_b b[NT];
+            load_right(args.from.salient, record, true, b);
+            add_salient(sums, words, b, args.lin.salient_dtype, args.from.is_f16);
+        }
+        if (is_int8 && in_n)
+            sums.scale_channels(*reinterpret_cast<const uint2 *>(
+                args.lin.salient_scales + panel * MQ_PANEL + lane_channel()));
+    }
+
+    struct group_scales {
+        uint2 sw;
+        float2 sa[NT];
+    };
+
+    __device__ __forceinline__ void load_scales(int64_t group, group_scales &to) const {
+        to.sw = {0, 0};
+        if (in_n && group < args.shape.groups)
+            to.sw = *reinterpret_cast<const uint2 *>(
+                args.lin.scales + (panel * args.shape.groups + group) * MQ_PANEL + lane_channel());
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            const int64_t at = token + 8 * n + 2 * lane_t();
+            to.sa[n] = {0, 0};
+            if (group >= args.shape.groups || at >= args.from.m) continue;
+            const float *scales = args.from.scales + group * args.from.stride + at;
+            to.sa[n].x = scales[0];
+            if (at + 1 < args.from.m) to.sa[n].y = scales[1];
+        }
+    }
+
+    // Slots begin .. end; groups that other warps have parts of count with the part here
+    __device__ __forceinline__ void add_slots(int64_t begin, int64_t end) {
+        constexpr int kAhead = NT > 2 ? 4 : 8;  // 512 bytes a warp each
+        if (begin >= end) return;
+        const slots &slot = args.slot;
+        const bool is_long = args.shape.group_quads > kMagicQuads;
+        const unsigned char *weights =
+            args.lin.qweight + panel * args.shape.blocks * MQ_BLOCK_BYTES + lane_channel() * 4;
+        int64_t asked = group_of(slot, begin), group = asked;
+        int64_t asked_end = slot.end(asked), group_end = asked_end;
+        group_scales scales, next_scales;  // the next ones are asked for a group ahead
+        load_scales(group, scales);
+        load_scales(group + 1, next_scales);
+        sums.start_group();
+        for (int64_t first = begin; first < end; first += kAhead) {
+            uint4 words[kAhead];
+            fragment_b b[kAhead][NT];
+#pragma unroll
+            for (int i = 0; i < kAhead; i++) {
+                const int64_t s = first + i;
+                if (s == asked_end && s < end) asked_end = slot.end(++asked);
+                const int64_t block = slot.step(s, asked) * 4 + lane_t();
+                words[i] = {0, 0, 0, 0};
+                if (in_n && s < end && block < args.shape.blocks)
+                    words[i] = load_once(weights + block * MQ_BLOCK_BYTES);
+                load_right(args.from.codes, s, s < end, b[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < kAhead; i++) {
+                const int64_t s = first + i;
+                if (s >= end) break;
+                fragment_a a[2];
+                unpack(words[i], a);
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+#pragma unroll
+                    for (int n = 0; n < NT; n++)
+                        multiply_s8(sums.dots[h][n], a[h], b[i][n], sums.dots[h][n]);
+                if (s + 1 < group_end && s + 1 < end) continue;
+                sums.add_group(scales.sw, kUnpackedUnit, scales.sa, is_long);
+                sums.start_group();
+                if (s + 1 == end) break;
+                group_end = slot.end(++group);
+                scales = next_scales;
+                load_scales(group + 1, next_scales);
+            }
+        }
+    }
+};
+
+template <int NT>
+__global__ void __launch_bounds__(kThreads) decode(const __grid_constant__ multiply_args args) {
+    __shared__ float4 parts[kWarps][NT * 8][2 * MQ_PANEL / 4];  // [warp][token][4 channels]
+    worker<NT> work(args);
+    work.sums.clear();
+    const int64_t chunks = args.from.chunks * args.from.terms, slots = args.slot.total;
+    work.add_chunks(chunks * warp() / kWarps, chunks * (warp() + 1) / kWarps);
+    work.add_slots(slots * warp() / kWarps, slots * (warp() + 1) / kWarps);
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+            parts[warp()][8 * n + 2 * lane_t() + j][lane() / 4] = {
+                work.sums.y[0][n][j], work.sums.y[0][n][2 + j], work.sums.y[1][n][j],
+                work.sums.y[1][n][2 + j]};
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < NT * 8 * 8; i += kThreads) {
+        float y[4] = {0, 0, 0, 0};
+        for (int w = 0; w < kWarps; w++) {
+            const float4 part = parts[w][i / 8][i % 8];
+            y[0] += part.x, y[1] += part.y, y[2] += part.z, y[3] += part.w;
+        }
+        const int64_t token = work.token + i / 8;
+        const int64_t first = static_cast<int64_t>(blockIdx.x) * 2 * MQ_PANEL + i % 8 * 4;
+        if (token < args.from.m && first < args.lin.n) store_channels(args, token, first, y);
+    }
+}
+
+template <int NT>
+int run(const multiply_args &args, void *stream) {
+    const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(args.shape.panels, 2)),
+                    static_cast<unsigned>(ceil_div<int64_t>(args.from.m, NT * 8)));
+    return launch(decode<NT>, grid, 0, stream, args);
+}
+
+}  // namespace
+}  // namespace mq
+
+int mq_multiply_decode_8(const mq::multiply_args &args, int, void *stream) {
+    return mq::run<1>(args, stream);
+}
+
+int mq_multiply_decode_16(const mq::multiply_args &args, int, void *stream) {
+    return mq::run<2>(args, stream);
+}
+
+int mq_multiply_decode_32(const mq::multiply_args &args, int, void *stream) {
+    return mq::run<4>(args, stream);
+}

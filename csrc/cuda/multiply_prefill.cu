@@ -1,0 +1,348 @@
+// Many tokens: a block computes 128 output channels of 128 tokens, a warp 64 of 32. Operands come
+// through a ring of stages in shared memory, filled by cp.async ahead of their use.
+#include "multiply.cuh"
+
+namespace mq {
+namespace {
+
+constexpr int kTokens = 128, kPanels = 8;    // of a block
+constexpr int kWarpTokens = 32, kPairs = 2;  // of a warp: 4 panels
+constexpr int kTiles = kWarpTokens / 8;
+constexpr int kTokenWarps = kTokens / kWarpTokens;
+constexpr int kSlots = 4;                       // of a stage
+constexpr int kChunks = 2;                      // or so many terms of chunks of salient channels
+constexpr int kStages = MQ_ARCH >= 80 ? 3 : 2;  // Turing has 64 KiB of shared memory
+
+struct stage {
+    // [slot or chunk][token][32 or 16 bytes]
+    unsigned char tokens[kSlots * kTokens * 32];
+    // [panel][slot][block][4 channels][16 bytes], or [panel][chunk][16 rows][16 channels]
+    unsigned char weights[kPanels * kSlots * 256];
+    uint16_t weight_scales[kSlots][kPanels][MQ_PANEL];  // of the group that ends with the slot
+    float token_scales[kSlots][kTokens];
+};
+static_assert(sizeof(stage::weights) == kPanels * kChunks * 512, "a chunk's panel has 512 bytes");
+
+__device__ __forceinline__ void copy_if(bool valid, void *to, const void *from) {
+    copy_async(to, from, valid ? 16 : 0);
+}
+
+// Walks over slots in order, and knows the group of each.
+struct cursor {
+    const slots *of;
+    int64_t slot, group, end;
+
+    __device__ __forceinline__ explicit cursor(const slots *of_)
+        : of(of_), slot(0), group(0), end(of_->groups ? of_->end(0) : 0) {}
+    __device__ __forceinline__ bool is_valid() const { return slot < of->total; }
+    __device__ __forceinline__ bool is_last() const { return slot + 1 == end; }
+    __device__ __forceinline__ void next() {
+        slot++;
+        if (slot < end || !is_valid()) return;
+        group++;
+        end = of->end(group);
+    }
+};
+
+struct block_place {
+    int64_t token, panel;  // the first ones
+};
+
+// 16-byte units are stored where lanes that read together find them in different banks: the units
+// of a weight block, and the rows of salient weights.
+__device__ __forceinline__ int weight_unit(int block, int unit) {
+    return block * 4 + (unit ^ (block & 2));
+}
+__device__ __forceinline__ int salient_row(int row) { return row ^ (row >> 2 & 3); }
+
+__device__ __forceinline__ void load_slots(const multiply_args &args, const block_place &at,
+                                           cursor &walk, stage &to) {
+    const int record_units = args.from.record / 16, thread = static_cast<int>(threadIdx.x);
+    for (int s = 0; s < kSlots; s++, walk.next()) {
+        const bool valid = walk.is_valid();
+        const int64_t slot = walk.slot;
+        // kTokens * record_units is kThreads, or half of it
+        if (thread < kTokens * record_units) {
+            const bool in_m = at.token + thread / record_units < args.from.m;
+            const int64_t from = (slot * args.from.stride + at.token) * args.from.record;
+            copy_if(valid && in_m, to.tokens + (s * kTokens * record_units + thread) * 16,
+                    args.from.codes + from + thread * 16);
+        }
+        if (thread < kPanels * 16) {
+            const int panel = thread / 16, block = thread / 4 % 4, unit = thread % 4;
+            const int64_t b = args.slot.step(slot, walk.group) * 4 + block;
+            const int64_t from = ((at.panel + panel) * args.shape.blocks + b) * MQ_BLOCK_BYTES;
+            copy_if(valid && b < args.shape.blocks && at.panel + panel < args.shape.panels,
+                    to.weights + (panel * kSlots + s) * 256 + weight_unit(block, unit) * 16,
+                    args.lin.qweight + from + unit * 16);
+        } else if (valid && walk.is_last() && thread < kPanels * 16 + kPanels * 2) {
+            const int panel = thread % 16 / 2, half = thread % 2;
+            const int64_t from =
+                ((at.panel + panel) * args.shape.groups + walk.group) * MQ_PANEL + half * 8;
+            copy_if(at.panel + panel < args.shape.panels, &to.weight_scales[s][panel][half * 8],
+                    args.lin.scales + from);
+        } else if (valid && walk.is_last() && thread >= kThreads - kTokens / 4) {
+            const int token = (thread - (kThreads - kTokens / 4)) * 4;
+            const int64_t left = args.from.m - at.token - token;
+            copy_async(&to.token_scales[s][token],
+                       args.from.scales + walk.group * args.from.stride + at.token + token,
+                       left >= 4  ? 16
+                       : left > 0 ? static_cast<int>(left) * 4
+                                  : 0);
+        }
+    }
+}
+
+// Terms of chunks from `first` on.
+__device__ __forceinline__ void load_chunks(const multiply_args &args, const block_place &at,
+                                            int64_t first, stage &to) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int row_units = size_of(args.lin.salient_dtype);
+    for (int s = 0; s < kChunks; s++) {
+        const int64_t record = first + s, chunk = record / args.from.terms;
+        const bool valid = chunk < args.from.chunks;
+        const int64_t from = (record * args.from.stride + at.token) * 32;
+        copy_if(valid && at.token + thread / 2 < args.from.m,
+                to.tokens + (s * kTokens * 2 + thread) * 16,
+                args.from.salient + from + thread * 16);
+        if (thread < kPanels * 16 * row_units) {
+            const int panel = thread / (16 * row_units);
+            const int row = thread / row_units % 16, unit = thread % row_units;
+            const int64_t channel = chunk * 16 + row;
+            const int64_t at_row = (at.panel + panel) * args.lin.k_salient + channel;
+            copy_if(valid && channel < args.lin.k_salient && at.panel + panel < args.shape.panels,
+                    to.weights + (panel * kChunks + s) * 512 +
+                        (salient_row(row) * row_units + unit) * 16,
+                    static_cast<const unsigned char *>(args.lin.salient) +
+                        (at_row * row_units + unit) * 16);
+        }
+    }
+}
+
+struct warp_place {
+    int panel, token;  // the first ones, in the block
+};
+
+__device__ __forceinline__ void add_chunks(const multiply_args &args, const warp_place &at,
+                                           const stage &from, pair_sums<kTiles> (&sums)[kPairs]) {
+    const bool is_int8 = args.lin.salient_dtype == MQ_I8;
+    const int row_bytes = size_of(args.lin.salient_dtype) * 16;
+    for (int s = 0; s < kChunks; s++) {
+        fragment_b b[kTiles];
+#pragma unroll
+        for (int n = 0; n < kTiles; n++) {
+            const int token = at.token + 8 * n + lane() / 4;
+            const uint2 halves = *reinterpret_cast<const uint2 *>(
+                from.tokens + (s * kTokens + token) * 32 + lane_t() * 8);
+            b[n] = {{halves.x, halves.y}};
+        }
+#pragma unroll
+        for (int p = 0; p < kPairs; p++) {
+            const unsigned char *panel =
+                from.weights + ((at.panel + 2 * p + lane_panel()) * kChunks + s) * 512;
+            salient_words words;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const unsigned char *row = panel + salient_row(4 * lane_t() + i) * row_bytes;
+                if (is_int8)
+                    words.w[i] = {*reinterpret_cast<const uint32_t *>(row + lane_channel()), 0};
+                else
+                    words.w[i] = *reinterpret_cast<const uint2 *>(row + lane_channel() * 2);
+            }
+            add_salient(sums[p], words, b, args.lin.salient_dtype, args.from.is_f16);
+        }
+    }
+}
+
+__device__ __forceinline__ uint4 step_weights(const stage &from, int panel, int s) {
+    return *reinterpret_cast<const uint4 *>(from.weights + (panel * kSlots + s) * 256 +
+                                            weight_unit(lane_t(), lane_channel() / 4) * 16);
+}
+
+__device__ __forceinline__ void add_group(const warp_place &at, const stage &from, int s,
+                                          float unit, bool is_long,
+                                          pair_sums<kTiles> (&sums)[kPairs]) {
+    float2 sa[kTiles];
+#pragma unroll
+    for (int n = 0; n < kTiles; n++)
+        sa[n] = *reinterpret_cast<const float2 *>(
+            &from.token_scales[s][at.token + 8 * n + 2 * lane_t()]);
+#pragma unroll
+    for (int p = 0; p < kPairs; p++) {
+        const uint2 sw = *reinterpret_cast<const uint2 *>(
+            &from.weight_scales[s][at.panel + 2 * p + lane_panel()][lane_channel()]);
+        sums[p].add_group(sw, unit, sa, is_long);
+    }
+}
+
+// Sums of bytes, a slot at a time.
+struct by_bytes {
+    static constexpr int kTogether = 1;
+    static constexpr float kUnit = kUnpackedUnit;
+
+    static __device__ __forceinline__ void add(const warp_place &at, const stage &from, int s,
+                                               pair_sums<kTiles> (&sums)[kPairs]) {
+        fragment_b b[kTiles];
+#pragma unroll
+        for (int n = 0; n < kTiles; n++) {
+            const int token = at.token + 8 * n + lane() / 4;
+            const uint2 codes = *reinterpret_cast<const uint2 *>(
+                from.tokens + (s * kTokens + token) * 32 + lane_t() * 8);
+            b[n] = {{codes.x, codes.y}};
+        }
+#pragma unroll
+        for (int p = 0; p < kPairs; p++) {
+            fragment_a a[2];
+            unpack(step_weights(from, at.panel + 2 * p + lane_panel(), s), a);
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int n = 0; n < kTiles; n++)
+                    multiply_s8(sums[p].dots[h][n], a[h], b[n], sums[p].dots[h][n]);
+        }
+    }
+};
+
+#ifdef MQ_HAS_S4
+// Sums of nibbles, two slots at a time: groups are whole pairs of steps, or the last slot of all has a
+// neighbour of zeros.
+struct by_nibbles {
+    static constexpr int kTogether = 2;
+    static constexpr float kUnit = 1;
+
+    static __device__ __forceinline__ void add(const warp_place &at, const stage &from, int s,
+                                               pair_sums<kTiles> (&sums)[kPairs]) {
+        fragment_b b[kTiles];
+#pragma unroll
+        for (int n = 0; n < kTiles; n++) {
+            const int token = at.token + 8 * n + lane() / 4;
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                b[n].r[h] = *reinterpret_cast<const uint32_t *>(
+                    from.tokens + ((s + h) * kTokens + token) * 16 + lane_t() * 4);
+        }
+#pragma unroll
+        for (int p = 0; p < kPairs; p++) {
+            const int panel = at.panel + 2 * p + lane_panel();
+            fragment_a a[2];
+            join(step_weights(from, panel, s), step_weights(from, panel, s + 1), a);
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int n = 0; n < kTiles; n++)
+                    multiply_s4(sums[p].dots[h][n], a[h], b[n], sums[p].dots[h][n]);
+        }
+    }
+};
+#endif
+
+template <typename Sums>
+__device__ __forceinline__ void prefill(const multiply_args &args) {
+    stage *ring = reinterpret_cast<stage *>(dynamic_shared());
+    const block_place block = {static_cast<int64_t>(blockIdx.x) * kTokens,
+                               static_cast<int64_t>(blockIdx.y) * kPanels};
+    const warp_place at = {warp() / kTokenWarps * 2 * kPairs, warp() % kTokenWarps * kWarpTokens};
+    const bool is_long = args.shape.group_quads > kMagicQuads;
+    const int64_t salient_stages = ceil_div<int64_t>(args.from.chunks * args.from.terms, kChunks);
+    const int64_t stages = salient_stages + ceil_div<int64_t>(args.slot.total, kSlots);
+    cursor loading(&args.slot), adding(&args.slot);
+
+    const auto load = [&](int64_t i) {
+        if (i < salient_stages)
+            load_chunks(args, block, i * kChunks, ring[i % kStages]);
+        else if (i < stages)
+            load_slots(args, block, loading, ring[i % kStages]);
+        commit_copies();  // of nothing at the end, so that the count stays
+    };
+    // Makes stage i readable, and asks for the one that takes the place of stage i - 1.
+    const auto advance = [&](int64_t i) -> const stage & {
+        wait_copies<kStages - 2>();
+        __syncthreads();
+        load(i + kStages - 1);
+        return ring[i % kStages];
+    };
+
+    pair_sums<kTiles> sums[kPairs];
+#pragma unroll
+    for (int p = 0; p < kPairs; p++) sums[p].clear();
+    for (int i = 0; i < kStages - 1; i++) load(i);
+    for (int64_t i = 0; i < salient_stages; i++) add_chunks(args, at, advance(i), sums);
+    if (args.lin.salient_dtype == MQ_I8) {
+#pragma unroll
+        for (int p = 0; p < kPairs; p++) {
+            const int64_t panel = block.panel + at.panel + 2 * p + lane_panel();
+            if (panel < args.shape.panels)
+                sums[p].scale_channels(*reinterpret_cast<const uint2 *>(
+                    args.lin.salient_scales + panel * MQ_PANEL + lane_channel()));
+        }
+    }
+#pragma unroll
+    for (int p = 0; p < kPairs; p++) sums[p].start_group();
+    for (int64_t i = salient_stages; i < stages; i++) {
+        const stage &from = advance(i);
+#pragma unroll
+        for (int s = 0; s < kSlots; s += Sums::kTogether) {
+            if (!adding.is_valid()) break;
+            Sums::add(at, from, s, sums);
+            for (int more = 1; more < Sums::kTogether; more++)
+                if (!adding.is_last()) adding.next();
+            if (adding.is_last()) {
+                const int last = static_cast<int>(adding.slot % kSlots);
+                add_group(at, from, last, Sums::kUnit, is_long, sums);
+#pragma unroll
+                for (int p = 0; p < kPairs; p++) sums[p].start_group();
+            }
+            adding.next();
+        }
+    }
+    wait_copies<0>();
+
+#pragma unroll
+    for (int p = 0; p < kPairs; p++) {
+        const int64_t panel = block.panel + at.panel + 2 * p + lane_panel();
+#pragma unroll
+        for (int n = 0; n < kTiles; n++) {
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const int64_t token = block.token + at.token + 8 * n + 2 * lane_t() + j;
+                float y[4];
+#pragma unroll
+                for (int c = 0; c < 4; c++) y[c] = sums[p].y[c / 2][n][c % 2 * 2 + j];
+                if (token < args.from.m)
+                    store_channels(args, token, panel * MQ_PANEL + lane_channel(), y);
+            }
+        }
+    }
+}
+
+__global__ void __launch_bounds__(kThreads) prefill_s8(const __grid_constant__ multiply_args args) {
+    prefill<by_bytes>(args);
+}
+
+__global__ void __launch_bounds__(kThreads) prefill_s4(const __grid_constant__ multiply_args args) {
+#ifdef MQ_HAS_S4
+    prefill<by_nibbles>(args);
+#else
+    (void)args;  // never launched: the table of kernels knows
+#endif
+}
+
+dim3 grid_of(const multiply_args &args) {
+    return dim3(static_cast<unsigned>(ceil_div<int64_t>(args.from.m, kTokens)),
+                static_cast<unsigned>(ceil_div<int64_t>(args.shape.panels, kPanels)));
+}
+
+// The device's code says how many stages it has; the host asks for what the newer ones need, but for
+// Turing.
+size_t shared_of(int arch) { return (arch < 80 ? 2 : 3) * sizeof(stage); }
+
+}  // namespace
+}  // namespace mq
+
+int mq_multiply_prefill_s8(const mq::multiply_args &args, int arch, void *stream) {
+    return mq::launch(mq::prefill_s8, mq::grid_of(args), mq::shared_of(arch), stream, args);
+}
+
+int mq_multiply_prefill_s4(const mq::multiply_args &args, int arch, void *stream) {
+    return mq::launch(mq::prefill_s4, mq::grid_of(args), mq::shared_of(arch), stream, args);
+}

@@ -1,0 +1,277 @@
+// Every instruction that CUDA C has no name for, and nowhere else: each as PTX, and beside it as what
+// it means, so that the kernels also compile as C++ for the CPU (tests/cuda/emulator.h), where the
+// tests run them. MQ_ARCH is the architecture compiled for.
+#ifndef MQ_CUDA_PTX_CUH
+#define MQ_CUDA_PTX_CUH
+
+#include <stdint.h>
+
+#ifdef __CUDACC__
+#ifdef __CUDA_ARCH__
+#define MQ_ARCH (__CUDA_ARCH__ / 10)
+#else
+#define MQ_ARCH 80 /* the pass for the host only parses */
+#endif
+#endif
+
+namespace mq {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// ---- Memory ----
+
+__device__ __forceinline__ unsigned char *dynamic_shared() {
+#ifdef __CUDACC__
+    extern __shared__ __align__(128) unsigned char shared_bytes[];
+    return shared_bytes;
+#else
+    return emulator::shared_bytes;
+#endif
+}
+
+// 16 bytes that are read once: not kept in L1.
+__device__ __forceinline__ uint4 load_once(const void *from) {
+#ifdef __CUDACC__
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
+    return v;
+#else
+    return *static_cast<const uint4 *>(from);
+#endif
+}
+
+// The first `bytes` of 16 bytes from global to shared memory, then zeros; there after wait_copies.
+__device__ __forceinline__ void copy_async(void *to, const void *from, int bytes) {
+#if !defined(__CUDACC__)
+    emulator::copy_later(to, from, bytes, 16 - bytes);
+#elif MQ_ARCH >= 80
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "r"(bytes)
+                 : "memory");
+#else
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)  // whole words only
+        words[i] = 4 * i < bytes ? static_cast<const uint32_t *>(from)[i] : 0;
+    *static_cast<uint4 *>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+#endif
+}
+
+__device__ __forceinline__ void commit_copies() {
+#if !defined(__CUDACC__)
+    emulator::commit_copies();
+#elif MQ_ARCH >= 80
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Until at most PENDING of this thread's committed groups are under way.
+template <int PENDING>
+__device__ __forceinline__ void wait_copies() {
+#if !defined(__CUDACC__)
+    emulator::wait_for_copies(PENDING);
+#elif MQ_ARCH >= 80
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+// ---- 16-bit numbers ----
+
+__device__ __forceinline__ float f16_to_f32(uint16_t bits) {
+#ifdef __CUDACC__
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+#else
+    const uint32_t sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
+    if (magnitude >= 0x7c00u)
+        return __uint_as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+    const float x = __uint_as_float((magnitude << 13) + (112u << 23));
+    if (magnitude >= 0x400u) return sign ? -x : x;
+    return (sign ? -0x1p-24f : 0x1p-24f) * static_cast<float>(magnitude);
+#endif
+}
+
+// To nearest, ties to even; NaN stays NaN.
+__device__ __forceinline__ uint16_t f32_to_f16(float x) {
+#ifdef __CUDACC__
+    uint16_t bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+#else
+    const uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
+    const uint32_t sign = bits >> 16 & 0x8000u;
+    uint32_t out = 0x7c00u;
+    if (magnitude > 0x7f800000u)
+        out = 0x7e00u;
+    else if (magnitude < 0x38800000u)
+        out = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u;
+    else if (magnitude < 0x477ff000u)
+        out = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+    return static_cast<uint16_t>(sign | out);
+#endif
+}
+
+// ---- Matrix products of a warp: d = a b + c ----
+//
+// a [16][k] by rows, b [k][8] by columns, c and d [16][8]. Lane 4 r + t holds d[r][2t], d[r][2t + 1],
+// d[r + 8][2t], d[r + 8][2t + 1]. Its register a[2 h + i] is row r + 8 i, its b[h] column r; each holds
+// the t-th of four equal pieces of half h of k: 4 bytes, 8 nibbles or 2 halves, the first one lowest.
+// So a product may take k in any order, as long as a and b agree.
+
+struct fragment_a {
+    uint32_t r[4];
+};
+struct fragment_b {
+    uint32_t r[2];
+};
+
+#ifndef __CUDACC__
+// What lane gets: PIECES numbers in each register, value(register, index) of them.
+template <typename D, typename Value>
+void multiply_on_host(D (&d)[4], const fragment_a &a, const fragment_b &b, const D (&c)[4],
+                      int pieces, const Value &value) {
+    struct operands {
+        fragment_a a;
+        fragment_b b;
+    };
+    const auto all = emulator::exchange(operands{a, b});
+    const unsigned row = emulator::lane() / 4, t = emulator::lane() % 4;
+    D out[4];
+    for (unsigned e = 0; e < 4; e++) {
+        auto sum = value(0, 0, false) * value(0, 0, true);  // 0, of the type of the sums
+        for (unsigned from = 0; from < 4; from++) {
+            const operands left = all[4 * row + from];
+            const operands right = all[4 * (2 * t + e % 2) + from];
+            for (unsigned h = 0; h < 2; h++)
+                for (int i = 0; i < pieces; i++)
+                    sum += value(left.a.r[2 * h + e / 2], i, false) * value(right.b.r[h], i, true);
+        }
+        out[e] = static_cast<D>(sum + static_cast<decltype(sum)>(c[e]));
+    }
+    for (int e = 0; e < 4; e++) d[e] = out[e];
+}
+#endif
+
+// k = 32 signed bytes. Turing has it in four parts.
+__device__ __forceinline__ void multiply_s8(int (&d)[4], const fragment_a &a, const fragment_b &b,
+                                            const int (&c)[4]) {
+#if !defined(__CUDACC__)
+    const auto value = [](uint32_t word, int i, bool) {
+        return static_cast<int>(static_cast<int8_t>(word >> 8 * i));
+    };
+    multiply_on_host(d, a, b, c, 4, value);
+#elif MQ_ARCH >= 80
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%10, %11, %12, %13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]), "r"(c[0]),
+          "r"(c[1]), "r"(c[2]), "r"(c[3]));
+#else
+    int e[4] = {c[0], c[1], c[2], c[3]};
+#pragma unroll
+    for (int part = 0; part < 4; part++)  // part = 2 h + i
+        asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+            : "+r"(e[part % 2 * 2]), "+r"(e[part % 2 * 2 + 1])
+            : "r"(a.r[part]), "r"(b.r[part / 2]));
+#pragma unroll
+    for (int i = 0; i < 4; i++) d[i] = e[i];
+#endif
+}
+
+// k = 64 signed nibbles, on Turing in four parts. From Hopper on the instruction is a call into a
+// routine many times slower than multiply_s8: it is not compiled there.
+#if MQ_ARCH < 90
+#define MQ_HAS_S4 1
+__device__ __forceinline__ void multiply_s4(int (&d)[4], const fragment_a &a, const fragment_b &b,
+                                            const int (&c)[4]) {
+#if !defined(__CUDACC__)
+    const auto value = [](uint32_t word, int i, bool) {
+        return static_cast<int>((word >> 4 * i & 15) ^ 8) - 8;
+    };
+    multiply_on_host(d, a, b, c, 8, value);
+#elif MQ_ARCH >= 80
+    asm("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%10, %11, %12, %13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]), "r"(c[0]),
+          "r"(c[1]), "r"(c[2]), "r"(c[3]));
+#else
+    int e[4] = {c[0], c[1], c[2], c[3]};
+#pragma unroll
+    for (int part = 0; part < 4; part++)
+        asm("mma.sync.aligned.m8n8k32.row.col.s32.s4.s4.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+            : "+r"(e[part % 2 * 2]), "+r"(e[part % 2 * 2 + 1])
+            : "r"(a.r[part]), "r"(b.r[part / 2]));
+#pragma unroll
+    for (int i = 0; i < 4; i++) d[i] = e[i];
+#endif
+}
+#endif
+
+// k = 16 halves of fp16, fp32 sums; d += a b. On Turing in two parts.
+__device__ __forceinline__ void multiply_f16(float (&d)[4], const fragment_a &a,
+                                             const fragment_b &b) {
+#if !defined(__CUDACC__)
+    const auto value = [](uint32_t word, int i, bool) {
+        return static_cast<double>(f16_to_f32(static_cast<uint16_t>(word >> 16 * i)));
+    };
+    multiply_on_host(d, a, b, d, 2, value);
+#elif MQ_ARCH >= 80
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]));
+#else
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a.r[2 * h]), "r"(a.r[2 * h + 1]), "r"(b.r[h]));
+#endif
+}
+
+// The same for bf16, which Turing's tensor cores do not know: there every lane asks the others.
+__device__ __forceinline__ void multiply_bf16(float (&d)[4], const fragment_a &a,
+                                              const fragment_b &b) {
+#if MQ_ARCH < 80
+    const int row = (threadIdx.x & 31) / 4, t = threadIdx.x & 3;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+#pragma unroll
+        for (int from = 0; from < 4; from++) {
+            uint32_t left[2], right[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                left[i] = __shfl_sync(kAllLanes, a.r[2 * h + i], 4 * row + from);
+                right[i] = __shfl_sync(kAllLanes, b.r[h], 4 * (2 * t + i) + from);
+            }
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const uint32_t x = left[e / 2], y = right[e % 2];
+                d[e] = fmaf(__uint_as_float(x << 16), __uint_as_float(y << 16), d[e]);
+                d[e] =
+                    fmaf(__uint_as_float(x & 0xffff0000u), __uint_as_float(y & 0xffff0000u), d[e]);
+            }
+        }
+    }
+#elif defined(__CUDACC__)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]));
+#else
+    const auto value = [](uint32_t word, int i, bool) {
+        return static_cast<double>(__uint_as_float(i ? word & 0xffff0000u : word << 16));
+    };
+    multiply_on_host(d, a, b, d, 2, value);
+#endif
+}
+
+}  // namespace mq
+
+#endif

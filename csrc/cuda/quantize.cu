@@ -1,0 +1,258 @@
+// The first step of the linear, in one pass over the tokens: gather by perm, split off the salient
+// channels, rotate, quantize, and lay the codes out as the multiplying kernels want them.
+#include "common.cuh"
+
+namespace mq {
+namespace {
+
+constexpr int kMostRows = 4;                // tokens of a block; they share what is read of perm
+constexpr int64_t kManyTokens = 2048;       // blocks of several tokens still fill any GPU
+constexpr int64_t kStagedBytes = 48 << 10;  // of shared memory, for the tokens' values
+
+struct quantize_args {
+    mq_linear lin;
+    mq_shape shape;
+    slots slot;
+    tokens to;
+    mq_dtype dtype;
+    const unsigned char *x;
+    int rows;     // of a block
+    bool staged;  // the block's tokens are copied to shared memory first
+};
+
+// A token's values, and its place among the records.
+struct token {
+    const void *values;
+    int64_t at;
+};
+
+__device__ __forceinline__ float value_of(const quantize_args &args, const token &of,
+                                          int64_t channel) {
+    if (channel < 0 || channel >= args.lin.k) return __uint_as_float(0x7fc00000u);
+    return load(args.dtype, of.values, channel);
+}
+
+__device__ __forceinline__ int64_t channel_at(const quantize_args &args, int64_t i) {
+    return args.lin.perm ? args.lin.perm[i] : i;
+}
+
+// Shared memory is filled 16 bytes at a time; rows start at multiples of 16 bytes there.
+__device__ __forceinline__ int64_t staged_stride(const quantize_args &args) {
+    return ceil_div<int64_t>(args.lin.k * size_of(args.dtype), 16) * 16;
+}
+
+__device__ __forceinline__ void stage(const quantize_args &args, int64_t first, int rows) {
+    const int64_t bytes = args.lin.k * size_of(args.dtype), stride = staged_stride(args);
+    unsigned char *to = dynamic_shared();
+    const unsigned char *from = args.x + first * bytes;
+    if (bytes % 16 == 0) {
+        for (int64_t i = threadIdx.x * 16; i < rows * bytes; i += kThreads * 16)
+            *reinterpret_cast<uint4 *>(to + i) = load_once(from + i);
+    } else {
+        for (int r = 0; r < rows; r++)
+            for (int64_t i = threadIdx.x * 2; i < bytes; i += kThreads * 2)
+                *reinterpret_cast<uint16_t *>(to + r * stride + i) =
+                    *reinterpret_cast<const uint16_t *>(from + r * bytes + i);
+    }
+    __syncthreads();
+}
+
+// Zeros where no code will be written: all slots where groups share steps, else the last one.
+__device__ __forceinline__ void clear_codes(const quantize_args &args, int64_t first, int rows) {
+    const int64_t from = args.slot.whole ? args.slot.total - 1 : 0;
+    const int words = args.to.record / 4;
+    for (int64_t i = threadIdx.x; i < (args.slot.total - from) * rows * words; i += kThreads) {
+        const int64_t slot = from + i / (rows * words), word = i % (rows * words);
+        const int64_t record = slot * args.to.stride + first + word / words;
+        reinterpret_cast<uint32_t *>(args.to.codes)[record * words + word % words] = 0;
+    }
+    __syncthreads();
+}
+
+__device__ __forceinline__ uint16_t *salient_at(const quantize_args &args, int64_t token, int64_t s,
+                                                int term) {
+    const int64_t record = (s / 16 * args.to.terms + term) * args.to.stride + token;
+    return reinterpret_cast<uint16_t *>(args.to.salient) + record * 16 + s % 16;
+}
+
+__device__ __forceinline__ void split_salient(const quantize_args &args, const token &of) {
+    const int64_t k4 = args.lin.k - args.lin.k_salient;
+    int non_finite = 0;
+    for (int64_t s = threadIdx.x; s < args.to.chunks * 16; s += kThreads) {
+        float rest = s < args.lin.k_salient ? value_of(args, of, channel_at(args, k4 + s)) : 0;
+        non_finite |= (__float_as_uint(rest) & kInfinityBits) == kInfinityBits;
+        for (int term = 0; term < args.to.terms; term++) {
+            // cut off, not rounded: what is left is exact, and nothing overflows
+            const uint32_t bits = __float_as_uint(rest) & 0xffff0000u;
+            *salient_at(args, of.at, s, term) =
+                args.to.is_f16 ? f32_to_f16(rest) : static_cast<uint16_t>(bits >> 16);
+            rest -= __uint_as_float(bits);
+        }
+    }
+    // An Inf would leave some outputs Inf, and the sign of a zero weight would decide others
+    if (__syncthreads_or(non_finite) && threadIdx.x == 0)
+        *salient_at(args, of.at, 0, 0) = args.to.is_f16 ? 0x7e00 : 0x7fc0;
+}
+
+// Which channels a part holds: i .. of a group.
+struct place {
+    int64_t group, i, n;  // n: channels of the group from i on
+};
+
+__device__ __forceinline__ place place_of(const quantize_args &args, int64_t group, int64_t i) {
+    const int64_t k4 = args.lin.k - args.lin.k_salient, first = group * args.lin.group_size;
+    if (group >= args.shape.groups) return {group, i, 0};
+    return {group, i, smaller(args.lin.group_size, k4 - first) - i};
+}
+
+__device__ __forceinline__ void load_channels(const quantize_args &args, const place &at,
+                                              const part &values, int (&channels)[part::kValues]) {
+    const int64_t first = at.group * args.lin.group_size + at.i;
+#pragma unroll
+    for (int v = 0; v < part::kValues; v++) {
+        const int e = values.element(v);
+        channels[v] =
+            values.used(v) && e < values.n ? static_cast<int>(channel_at(args, first + e)) : 0;
+    }
+}
+
+__device__ __forceinline__ void load_values(const quantize_args &args, const token &of,
+                                            const int (&channels)[part::kValues], part &values) {
+#pragma unroll
+    for (int v = 0; v < part::kValues; v++)
+        values.v[v] =
+            values.used(v) && values.element(v) < values.n ? value_of(args, of, channels[v]) : 0;
+    values.rotate(args.lin.rotation);
+}
+
+__device__ __forceinline__ void store_codes(const quantize_args &args, const token &of,
+                                            const place &at, const part &values,
+                                            const quantization &to) {
+    const bool nibbles = args.to.record == 16;
+    if (at.i == 0 && values.n > 0 && values.lane_in_part == 0)
+        args.to.scales[at.group * args.to.stride + of.at] = to.scale;
+#pragma unroll
+    for (int v = 0; v < part::kValues; v += MQ_QUAD) {
+        if (!values.used(v)) continue;
+        const int e = values.element(v);
+        uint32_t codes = 0;
+#pragma unroll
+        for (int c = 0; c < MQ_QUAD; c++) {
+            const int code = e + c < values.n ? code_of(values.v[v + c], to) : 0;
+            codes |= static_cast<uint32_t>(code & 255) << 8 * c;
+        }
+        // of nibbles, the even quad's lane stores both; groups are whole steps then
+        const uint32_t next = nibbles ? __shfl_xor_sync(kAllLanes, codes, 1) : 0;
+        if (e >= values.n || (nibbles && values.lane_in_part % 2)) continue;
+        const int64_t quad = at.group * args.shape.group_quads + (at.i + e) / MQ_QUAD;
+        const int64_t slot = quad / 8 + (args.slot.whole ? 0 : at.group);
+        unsigned char *record = args.to.codes + (slot * args.to.stride + of.at) * args.to.record;
+        if (nibbles)
+            reinterpret_cast<uint32_t *>(record)[quad % 8 / 2] =
+                (codes & 0x0f0f0f0fu) | (next & 0x0f0f0f0fu) << 4;
+        else
+            reinterpret_cast<uint32_t *>(record)[quad % 8] = codes;
+    }
+}
+
+__device__ __forceinline__ quantization quantization_for(const quantize_args &args,
+                                                         const extent &of) {
+    return quantization_of(args.lin.act_bits, args.lin.act_format, args.lin.clip, of);
+}
+
+__device__ __forceinline__ token token_of(const quantize_args &args, int64_t first, int r) {
+    if (args.staged) return {dynamic_shared() + r * staged_stride(args), first + r};
+    return {args.x + (first + r) * args.lin.k * size_of(args.dtype), first + r};
+}
+
+// Every group, of up to 512 channels, has a scale of its own: lanes work for themselves.
+__global__ void __launch_bounds__(kThreads) quantize_groups(quantize_args args) {
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * args.rows;
+    const int rows = static_cast<int>(smaller<int64_t>(args.rows, args.to.m - first));
+    if (args.staged) stage(args, first, rows);
+    if (args.shape.groups) clear_codes(args, first, rows);
+    for (int r = 0; r < rows; r++)
+        if (args.lin.k_salient) split_salient(args, token_of(args, first, r));
+
+    part values(smaller(args.lin.group_size, args.lin.k));
+    const int per_block = kThreads / values.lanes;
+    int channels[part::kValues];
+    for (int64_t start = 0; start < args.shape.groups; start += per_block) {
+        const place at = place_of(args, start + threadIdx.x / values.lanes, 0);
+        values.n = static_cast<int>(at.n);
+        load_channels(args, at, values, channels);
+        for (int r = 0; r < rows; r++) {
+            const token of = token_of(args, first, r);
+            load_values(args, of, channels, values);
+            extent largest = values.extent_of();
+            reduce(largest, values.lanes);
+            store_codes(args, of, at, values, quantization_for(args, largest));
+        }
+    }
+}
+
+// A scale for all of a token, or for groups of more than 512 channels: the block works together.
+__global__ void __launch_bounds__(kThreads) quantize_tokens(quantize_args args) {
+    const int64_t first = blockIdx.x, size = smaller(args.lin.group_size, args.lin.k);
+    if (args.staged) stage(args, first, 1);
+    clear_codes(args, first, 1);
+    const token of = token_of(args, first, 0);
+    if (args.lin.k_salient) split_salient(args, of);
+
+    part values(size);
+    const int per_block = kThreads / values.lanes;
+    const int64_t parts = ceil_div<int64_t>(size, part::kMost);  // of a group
+    const int64_t together = args.lin.per_token ? args.shape.groups : 1;
+    int channels[part::kValues];
+    const auto load_part = [&](int64_t job) {
+        const place at = place_of(args, job / parts, job % parts * part::kMost);
+        values.n = static_cast<int>(smaller<int64_t>(at.n, part::kMost));
+        load_channels(args, at, values, channels);
+        load_values(args, of, channels, values);
+        return at;
+    };
+    for (int64_t group = 0; group < args.shape.groups; group += together) {
+        const int64_t begin = group * parts, end = (group + together) * parts;
+        // the last jobs of a block may belong to a next group: they hold no values
+        const auto job_at = [&](int64_t start) {
+            const int64_t job = start + threadIdx.x / values.lanes;
+            return job < end ? job : args.shape.groups * parts;
+        };
+        extent largest;
+        for (int64_t start = begin; start < end; start += per_block) {
+            load_part(job_at(start));
+            largest.add(values.extent_of());
+        }
+        reduce_block(largest);
+        const quantization to = quantization_for(args, largest);
+        for (int64_t start = begin; start < end; start += per_block) {
+            const place at = load_part(job_at(start));
+            store_codes(args, of, at, values, to);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace mq
+
+using namespace mq;
+
+int mq_quantize(const mq_linear &lin, const tokens &to, mq_dtype dtype, const void *x,
+                void *stream) {
+    quantize_args args = {};
+    args.lin = lin;
+    args.shape = shape_of(lin);
+    args.slot = slots_of(args.shape);
+    args.to = to;
+    args.dtype = dtype;
+    args.x = static_cast<const unsigned char *>(x);
+    const bool alone = lin.per_token || args.shape.group_quads > part::kMost / MQ_QUAD;
+    args.rows = alone || to.m < kManyTokens ? 1 : kMostRows;
+    const int64_t row_bytes = ceil_div<int64_t>(lin.k * size_of(dtype), 16) * 16;
+    while (args.rows > 1 && args.rows * row_bytes > kStagedBytes) args.rows /= 2;
+    args.staged = args.rows * row_bytes <= kStagedBytes;
+    const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(to.m, args.rows)));
+    const size_t shared = args.staged ? static_cast<size_t>(args.rows * row_bytes) : 0;
+    if (alone && args.shape.groups) return launch(quantize_tokens, grid, shared, stream, args);
+    return launch(quantize_groups, grid, shared, stream, args);
+}

@@ -1,0 +1,447 @@
+// Runs the CUDA kernels on the CPU (emulator.h) on random small problems and compares them with the
+// scalar C kernels: integers, and sums that are taken in the same order, bit for bit; other sums within
+// 1e-5 of the sum of their terms' magnitudes. Arrays have no byte to spare, memory that a kernel must
+// write starts as NaNs, and threads run in both orders. Built with ASan and UBSan by
+// tests/test_cuda_emulated.py.
+// Usage: check_cuda SEED CASES. Prints "N cases: architecture A" and how often each kernel ran; any
+// fault aborts.
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/common.cuh"
+
+using namespace mq;
+
+#define CHECK(condition)                                                    \
+    do {                                                                    \
+        if (!(condition)) {                                                 \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+            abort();                                                        \
+        }                                                                   \
+    } while (0)
+
+namespace {
+
+int64_t below(int64_t bound) { return bound > 0 ? rand() % bound : 0; }
+
+template <size_t N>
+int64_t one_of(const int64_t (&values)[N]) {
+    return values[below(static_cast<int64_t>(N))];
+}
+
+// Bytes at an address that is a multiple of 16, with nothing behind them; 0xff at first.
+struct bytes {
+    explicit bytes(int64_t size) : n(static_cast<size_t>(size)), at(malloc(n ? n : 1), free) {
+        CHECK(size >= 0);
+        memset(at.get(), 0xff, n);
+    }
+    template <typename T>
+    T *as() const {
+        return static_cast<T *>(at.get());
+    }
+    bool operator==(const bytes &other) const {
+        return n == other.n && memcmp(at.get(), other.at.get(), n) == 0;
+    }
+    size_t n;
+    std::unique_ptr<void, void (*)(void *)> at;
+};
+
+bytes random_values(mq_dtype dtype, int64_t count, bool special, float spread = 1) {
+    bytes values(count * size_of(dtype));
+    const float odd[] = {0, -0.0f, 1e-45f, 1e-38f, INFINITY, NAN, -1.5f, -INFINITY};
+    for (int64_t i = 0; i < count; i++) {
+        float value = (static_cast<float>(rand()) / static_cast<float>(RAND_MAX) - 0.4f) * spread *
+                      powf(4, static_cast<float>(below(4)) - 2);
+        if (special && below(20) == 0) value = odd[below(8)];
+        store(dtype, values.as<void>(), i, value);
+    }
+    return values;
+}
+
+bool same_value(mq_dtype dtype, const void *a, const void *b, int64_t i) {
+    const float x = load(dtype, a, i), y = load(dtype, b, i);
+    return (std::isnan(x) && std::isnan(y)) || __float_as_uint(x) == __float_as_uint(y);
+}
+
+void check_values(mq_dtype dtype, const bytes &a, const bytes &b) {
+    CHECK(a.n == b.n);
+    for (int64_t i = 0; i < static_cast<int64_t>(a.n) / size_of(dtype); i++)
+        CHECK(same_value(dtype, a.as<void>(), b.as<void>(), i));
+}
+
+void turn_order() {
+    emulator::order = emulator::order == emulator::FORWARD ? emulator::BACKWARD : emulator::FORWARD;
+}
+
+// ---- Everything but the linear ----
+
+void check_groups() {
+    const mq_dtype dtype = static_cast<mq_dtype>(below(3));
+    const int64_t rows = below(4), cols = below(8) ? below(300) : below(2600);
+    const mq_group_format format = {1 + (below(2) ? below(40) : below(2600)),
+                                    static_cast<int>(2 + below(7)),
+                                    static_cast<mq_act_format>(below(2)), below(2) ? 1.0f : 0.8f};
+    mq_group_format zero_point = format;
+    zero_point.act_format = MQ_ACT_ZERO_POINT;
+    zero_point.num_bits = std::min(format.num_bits, 7);
+    const int64_t groups = ceil_div(cols, format.group_size), packed = ceil_div<int64_t>(cols, 2);
+    const int64_t rotation = below(3) ? 1 << below(10) : 0;
+    const bytes x = random_values(dtype, rows * cols, true);
+    std::vector<bytes> q, scales, out, fake, other, rotated, nibbles, codes;
+    for (int i = 0; i < 2; i++) {
+        q.emplace_back(rows * cols), scales.emplace_back(rows * groups * 4);
+        for (auto *list : {&out, &fake, &other, &rotated})
+            list->emplace_back(rows * cols * size_of(dtype));
+        nibbles.emplace_back(rows * packed), codes.emplace_back(rows * cols);
+    }
+    const void *from = x.as<void>();
+    CHECK(!mq_group_quantize(&format, dtype, from, rows, cols, cols, q[0].as<int8_t>(),
+                             scales[0].as<float>()));
+    CHECK(!mq_group_dequantize(&format, q[0].as<int8_t>(), scales[0].as<float>(), rows, cols, dtype,
+                               out[0].as<void>()));
+    CHECK(!mq_group_fake_quantize(&format, dtype, from, rows, cols, cols, fake[0].as<void>()));
+    CHECK(!mq_group_fake_quantize(&zero_point, dtype, from, rows, cols, cols, other[0].as<void>()));
+    CHECK(!mq_group_hadamard(format.group_size, rotation, dtype, from, rows, cols, cols,
+                             rotated[0].as<void>()));
+    CHECK(!mq_pack_nibbles(q[0].as<int8_t>(), rows, cols, nibbles[0].as<uint8_t>()));
+    CHECK(!mq_unpack_nibbles(nibbles[0].as<uint8_t>(), rows, cols, rotation % 2,
+                             codes[0].as<int8_t>()));
+    turn_order();
+    CHECK(!mq_cuda_group_quantize(&format, dtype, from, rows, cols, q[1].as<int8_t>(),
+                                  scales[1].as<float>(), nullptr));
+    CHECK(!mq_cuda_group_dequantize(&format, q[1].as<int8_t>(), scales[1].as<float>(), rows, cols,
+                                    dtype, out[1].as<void>(), nullptr));
+    CHECK(!mq_cuda_group_fake_quantize(&format, dtype, from, rows, cols, fake[1].as<void>(),
+                                       nullptr));
+    CHECK(!mq_cuda_group_fake_quantize(&zero_point, dtype, from, rows, cols, other[1].as<void>(),
+                                       nullptr));
+    CHECK(!mq_cuda_group_hadamard(format.group_size, rotation, dtype, from, rows, cols,
+                                  rotated[1].as<void>(), nullptr));
+    CHECK(!mq_cuda_pack_nibbles(q[1].as<int8_t>(), rows, cols, nibbles[1].as<uint8_t>(), nullptr));
+    CHECK(!mq_cuda_unpack_nibbles(nibbles[1].as<uint8_t>(), rows, cols, rotation % 2,
+                                  codes[1].as<int8_t>(), nullptr));
+    CHECK(q[0] == q[1] && nibbles[0] == nibbles[1] && codes[0] == codes[1]);
+    check_values(MQ_F32, scales[0], scales[1]);
+    for (auto *list : {&out, &fake, &other, &rotated}) check_values(dtype, (*list)[0], (*list)[1]);
+}
+
+void check_stats() {
+    const mq_dtype dtype = static_cast<mq_dtype>(below(3));
+    const int64_t rows = below(6), cols = below(8) ? below(80) : below(700), before = below(100);
+    const bytes x = random_values(dtype, rows * cols, true);
+    std::vector<std::vector<bytes>> fields(2);
+    std::vector<mq_channel_stats> stats;
+    for (int i = 0; i < 2; i++) {
+        for (int64_t size : {4, 4, 8, 8, 8}) fields[i].emplace_back(size * cols);
+        stats.push_back({fields[i][0].as<float>(), fields[i][1].as<float>(),
+                         fields[i][2].as<double>(), fields[i][3].as<double>(),
+                         fields[i][4].as<int64_t>()});
+        for (int64_t c = 0; c < cols; c++) {
+            stats[i].abs_max[c] = 0, stats[i].minimum[c] = INFINITY;
+            stats[i].abs_sum[c] = stats[i].sq_sum[c] = 0, stats[i].argmax[c] = 0;
+        }
+    }
+    int64_t count = before;
+    CHECK(!mq_channel_stats_update(dtype, x.as<void>(), rows, cols, 0, cols, count, &stats[0]));
+    turn_order();
+    CHECK(
+        !mq_cuda_channel_stats_update(dtype, x.as<void>(), rows, cols, &count, &stats[1], nullptr));
+    CHECK(count == before + rows);
+    check_values(MQ_F32, fields[0][0], fields[1][0]);
+    check_values(MQ_F32, fields[0][1], fields[1][1]);
+    CHECK(fields[0][4] == fields[1][4]);
+    for (int64_t c = 0; c < cols; c++)
+        for (auto sum : {&mq_channel_stats::abs_sum, &mq_channel_stats::sq_sum}) {
+            const double a = (stats[0].*sum)[c], b = (stats[1].*sum)[c];
+            CHECK((std::isnan(a) && std::isnan(b)) || memcmp(&a, &b, 8) == 0);
+        }
+    for (int key = 0; key < 4; key++) {
+        const mq_sort_key by = static_cast<mq_sort_key>(key);
+        const bytes keys(8 * cols), same(8 * cols), order(8 * cols), scratch(8 * cols),
+            same_order(8 * cols);
+        CHECK(!mq_sort_keys(by, cols, count, &stats[0], keys.as<double>()));
+        CHECK(!mq_cuda_sort_keys(by, cols, &count, &stats[0], same.as<double>(), nullptr));
+        for (int64_t c = 0; c < cols; c++) {
+            const double a = keys.as<double>()[c], b = same.as<double>()[c];
+            CHECK((std::isnan(a) && std::isnan(b)) || memcmp(&a, &b, 8) == 0);
+        }
+        CHECK(!mq_argsort(keys.as<double>(), cols, key % 2, order.as<int64_t>(),
+                          scratch.as<int64_t>()));
+        CHECK(
+            !mq_cuda_argsort(keys.as<double>(), cols, key % 2, same_order.as<int64_t>(), nullptr));
+        CHECK(order == same_order);
+    }
+}
+
+void check_columns() {
+    const int64_t rows = below(20), cols = below(50), col0 = below(30), g = 1 + below(20);
+    const int64_t groups = (col0 + cols) / g + 1;
+    const bytes u = random_values(MQ_F32, cols * cols, false);
+    bytes scales = random_values(MQ_F32, rows * groups, false);
+    for (int64_t i = 0; i < rows * groups; i++)
+        scales.as<float>()[i] = below(8) ? fabsf(scales.as<float>()[i]) : 0;
+    const bytes w = random_values(MQ_F32, rows * cols, false), errors(rows * cols * 4),
+                same_errors(rows * cols * 4), same(rows * cols * 4);
+    memcpy(same.as<void>(), w.as<void>(), w.n);
+    CHECK(!mq_gptq_block(7, rows, cols, col0, g, groups, scales.as<float>(), u.as<float>(),
+                         w.as<float>(), errors.as<float>()));
+    turn_order();
+    CHECK(!mq_cuda_gptq_block(7, rows, cols, col0, g, groups, scales.as<float>(), u.as<float>(),
+                              same.as<float>(), same_errors.as<float>(), nullptr));
+    check_values(MQ_F32, w, same);
+    check_values(MQ_F32, errors, same_errors);
+    // w is on its grid now; any matrix and gradient will do
+    CHECK(!mq_descend_block(7, rows, cols, col0, g, groups, scales.as<float>(), u.as<float>(),
+                            errors.as<float>(), w.as<float>()));
+    CHECK(!mq_cuda_descend_block(7, rows, cols, col0, g, groups, scales.as<float>(), u.as<float>(),
+                                 same_errors.as<float>(), same.as<float>(), nullptr));
+    check_values(MQ_F32, w, same);
+    check_values(MQ_F32, errors, same_errors);
+}
+
+// ---- The linear ----
+
+struct problem {
+    mq_linear lin;
+    mq_shape shape;
+    mq_dtype dtype;
+    int64_t m;
+    bytes perm, w, x, bias, qweight, scales, salient, salient_scales;
+};
+
+problem random_problem() {
+    const int64_t ms[] = {1, 2, 8, 9, 15, 16, 17, 33, 65, 130};
+    const int64_t ns[] = {1, 4, 16, 31, 33, 64, 97, 130};
+    const int64_t ks[] = {1, 2, 3, 13, 32, 64, 100, 128, 200, 256, 300, 512, 640, 2300};
+    const int64_t gs[] = {1, 3, 4, 8, 12, 16, 20, 32, 33, 48, 64, 100, 128, 192, 256, 1024, 4096};
+    mq_linear lin = {};
+    lin.n = one_of(ns);
+    lin.k = one_of(ks);
+    lin.group_size = one_of(gs);
+    const int64_t saliences[] = {0, 0, 1, lin.k / 20, lin.k / 10, 16, lin.k / 2, lin.k};
+    lin.k_salient = std::min(one_of(saliences), lin.k);
+    lin.salient_dtype = static_cast<mq_dtype>(MQ_F16 + below(3));
+    lin.rotation = below(3) ? 0 : 1 << below(10);
+    lin.act_bits = static_cast<int>(2 + below(3));
+    lin.act_format = below(2) ? MQ_ACT_SYMMETRIC : static_cast<mq_act_format>(below(3));
+    lin.per_token = below(4) == 0;
+    lin.clip = below(2) ? 1.0f : 0.7f;
+    const int64_t m = one_of(ms);
+    const mq_dtype dtype = static_cast<mq_dtype>(below(3));
+    mq_shape shape;
+    CHECK(!mq_shape_of(lin.n, lin.k, lin.k_salient, lin.group_size, &shape));
+    // now and then magnitudes that only fp32 and bf16 hold
+    const float spread = below(10) || dtype == MQ_F16 || lin.k_salient ? 1
+                         : below(2)                                    ? 1e34f
+                                                                       : 1e-30f;
+    problem p = {lin,
+                 shape,
+                 dtype,
+                 m,
+                 bytes(lin.k * 4),
+                 random_values(MQ_F32, lin.n * lin.k, false, spread),
+                 random_values(dtype, m * lin.k, below(3) == 0, spread > 1 ? 1e-6f : 1),
+                 random_values(dtype, lin.n, false),
+                 bytes(shape.panels * shape.blocks * MQ_BLOCK_BYTES),
+                 bytes(shape.panels * shape.groups * 32),
+                 bytes(shape.panels * lin.k_salient * 16 * size_of(lin.salient_dtype)),
+                 bytes(lin.salient_dtype == MQ_I8 ? shape.panels * 32 : 0)};
+    int32_t *perm = p.perm.as<int32_t>();
+    for (int32_t i = 0; i < lin.k; i++) perm[i] = i;
+    for (int64_t i = lin.k - 1; i > 0; i--) std::swap(perm[i], perm[below(i + 1)]);
+    p.lin.perm = below(8) ? perm : nullptr;
+    p.lin.bias = below(2) ? p.bias.as<void>() : nullptr;
+    p.lin.bias_dtype = dtype;
+    p.lin.qweight = p.qweight.as<uint8_t>();
+    p.lin.scales = p.scales.as<uint16_t>();
+    p.lin.salient = p.salient.as<void>();
+    p.lin.salient_scales = p.salient_scales.as<uint16_t>();
+    CHECK(!mq_pack_weight(&p.lin, 7, MQ_F32, p.w.as<void>(), lin.k, nullptr, 0, shape.panels,
+                          p.qweight.as<uint8_t>(), p.scales.as<uint16_t>(), p.salient.as<void>(),
+                          p.salient_scales.as<uint16_t>()));
+    return p;
+}
+
+void check_weights(const problem &p) {
+    bytes qweight(static_cast<int64_t>(p.qweight.n)), scales(static_cast<int64_t>(p.scales.n)),
+        salient(static_cast<int64_t>(p.salient.n)),
+        salient_scales(static_cast<int64_t>(p.salient_scales.n)), seen(p.lin.k * 4);
+    memset(seen.as<void>(), 0, seen.n);
+    int status = 0;
+    uint16_t *row_scales = p.lin.salient_dtype == MQ_I8 ? salient_scales.as<uint16_t>() : nullptr;
+    const auto pack = [&](const mq_linear &lin, bool check) {
+        CHECK(!mq_cuda_pack_weight(&lin, 7, MQ_F32, p.w.as<void>(), nullptr, qweight.as<uint8_t>(),
+                                   scales.as<uint16_t>(), salient.as<void>(), row_scales,
+                                   check && lin.perm ? seen.as<int>() : nullptr, &status, nullptr));
+    };
+    pack(p.lin, true);
+    CHECK(status == 0);
+    CHECK(qweight == p.qweight && scales == p.scales && salient == p.salient &&
+          salient_scales == p.salient_scales);
+    std::vector<bytes> unpacked;
+    for (int i = 0; i < 2; i++) unpacked.emplace_back(p.lin.n * p.lin.k * 4);
+    CHECK(!mq_unpack_weight(&p.lin, 0, p.shape.panels, unpacked[0].as<float>()));
+    CHECK(!mq_cuda_unpack_weight(&p.lin, unpacked[1].as<float>(), nullptr));
+    check_values(MQ_F32, unpacked[0], unpacked[1]);
+    // what only the device knows
+    float *w = p.w.as<float>();
+    const int64_t at = below(p.lin.n * p.lin.k);
+    const float kept = w[at];
+    w[at] = below(2) ? NAN : INFINITY;
+    pack(p.lin, false);
+    CHECK(status == MQ_CUDA_BAD_WEIGHT);
+    w[at] = kept;
+    if (!p.lin.perm || p.lin.k < 2) return;
+    for (const int32_t wrong : {-1, static_cast<int32_t>(p.lin.k), p.lin.perm[1]}) {
+        int32_t *perm = p.perm.as<int32_t>();
+        const int32_t first = perm[0];
+        perm[0] = wrong;
+        status = 0;
+        memset(seen.as<void>(), 0, seen.n);
+        pack(p.lin, true);
+        CHECK(status & MQ_CUDA_BAD_PERM);
+        perm[0] = first;
+    }
+}
+
+// The codes and scales of a workspace against group quantization of the gathered and rotated rows.
+void check_codes(const problem &p, int kernel, const bytes &workspace) {
+    const mq_linear &lin = p.lin;
+    const int64_t k4 = lin.k - lin.k_salient;
+    if (lin.act_format == MQ_ACT_ZERO_POINT || k4 == 0) return;
+    const bool nibbles = std::string(mq_cuda_kernel_at(kernel)->name) == "prefill_s4";
+    const tokens at = tokens_in(workspace.as<void>(), lin, nibbles, p.dtype, p.m, nullptr);
+    const slots slot = slots_of(p.shape);
+    const int64_t g = lin.per_token ? k4 : lin.group_size;
+    const mq_group_format format = {g, lin.act_bits, lin.act_format, lin.clip};
+    const int64_t groups = ceil_div(k4, g);
+    std::vector<float> row(k4), rotated(k4), scales(groups);
+    std::vector<int8_t> q(k4);
+    for (int64_t t = 0; t < p.m; t++) {
+        for (int64_t i = 0; i < k4; i++)
+            row[i] = load(p.dtype, p.x.as<void>(), t * lin.k + (lin.perm ? lin.perm[i] : i));
+        CHECK(!mq_group_hadamard(lin.group_size, lin.rotation, MQ_F32, row.data(), 1, k4, k4,
+                                 rotated.data()));
+        CHECK(!mq_group_quantize(&format, MQ_F32, rotated.data(), 1, k4, k4, q.data(),
+                                 scales.data()));
+        for (int64_t i = 0; i < k4; i++) {
+            const int64_t group = i / lin.group_size, channel = i % lin.group_size;
+            const int64_t quad = group * p.shape.group_quads + channel / 4;
+            const int64_t s = quad / 8 + (slot.whole ? 0 : group);
+            const unsigned char *record = at.codes + (s * at.stride + t) * at.record;
+            const int byte = record[quad % 8 / (nibbles ? 2 : 1) * 4 + channel % 4];
+            CHECK(q[i] ==
+                  (nibbles ? ((byte >> (quad % 2 * 4) & 15) ^ 8) - 8 : static_cast<int8_t>(byte)));
+            const float got = at.scales[group * at.stride + t], want = scales[i / g];
+            CHECK(got == want || (std::isnan(got) && std::isnan(want)));
+        }
+    }
+}
+
+std::vector<float> reference(const problem &p) {
+    mq_linear lin = p.lin;
+    lin.isa = MQ_ISA_SCALAR;
+    size_t size;
+    CHECK(!mq_linear_workspace_size(&lin, p.m, &size));
+    const bytes y(p.m * lin.n * size_of(p.dtype));
+    void *workspace = aligned_alloc(64, (size + 63) / 64 * 64);
+    CHECK(!mq_linear_quantize(&lin, p.dtype, p.x.as<void>(), lin.k, p.m, 0, p.m, workspace));
+    CHECK(!mq_linear_multiply(&lin, p.m, 0, p.m, 0, p.shape.panels, workspace, p.dtype,
+                              y.as<void>(), lin.n));
+    free(workspace);
+    std::vector<float> values;
+    for (int64_t i = 0; i < p.m * lin.n; i++) values.push_back(load(p.dtype, y.as<void>(), i));
+    return values;
+}
+
+// Sums of the magnitudes of each output's terms.
+std::vector<double> magnitudes(const problem &p) {
+    const int64_t n = p.lin.n, k = p.lin.k;
+    const bytes w(n * k * 4);
+    CHECK(!mq_unpack_weight(&p.lin, 0, p.shape.panels, w.as<float>()));
+    std::vector<double> sums;
+    for (int64_t t = 0; t < p.m; t++)
+        for (int64_t o = 0; o < n; o++) {
+            double sum = p.lin.bias ? fabs(static_cast<double>(load(p.dtype, p.lin.bias, o))) : 0;
+            for (int64_t i = 0; i < k; i++)
+                sum += fabs(static_cast<double>(load(p.dtype, p.x.as<void>(), t * k + i)) *
+                            static_cast<double>(w.as<float>()[o * k + i]));
+            sums.push_back(sum);
+        }
+    return sums;
+}
+
+std::map<std::string, int> runs;
+
+void check_kernel(const problem &p, int kernel, const std::vector<float> &want,
+                  const std::vector<double> &sizes) {
+    const std::string name = mq_cuda_kernel_at(kernel)->name;
+    std::vector<bytes> y;
+    for (int i = 0; i < 2; i++) {
+        const bytes workspace(
+            static_cast<int64_t>(mq_cuda_linear_workspace(&p.lin, kernel, p.dtype, p.m)));
+        y.emplace_back(p.m * p.lin.n * size_of(p.dtype));
+        CHECK(!mq_cuda_linear_quantize(&p.lin, kernel, p.dtype, p.x.as<void>(), p.m,
+                                       workspace.as<void>(), nullptr));
+        check_codes(p, kernel, workspace);
+        CHECK(!mq_cuda_linear_multiply(&p.lin, kernel, p.dtype, MQ_ARCH, workspace.as<void>(), p.m,
+                                       y[i].as<void>(), nullptr));
+        turn_order();
+    }
+    check_values(p.dtype, y[0], y[1]);
+    const bool same_order = p.lin.k_salient == 0 && name.substr(0, 7) == "prefill";
+    const double half_step = p.dtype == MQ_F32 ? 0 : p.dtype == MQ_F16 ? 0x1p-10 : 0x1p-7;
+    for (size_t i = 0; i < want.size(); i++) {
+        const float a = load(p.dtype, y[0].as<void>(), static_cast<int64_t>(i)), b = want[i];
+        if ((std::isnan(a) && std::isnan(b)) || a == b) continue;
+        const double allowed = 1e-5 * sizes[i] + half_step * fabs(static_cast<double>(b)) +
+                               (p.dtype == MQ_F16 ? 0x1p-24 : 1e-38);
+        if (!same_order && fabs(static_cast<double>(a) - static_cast<double>(b)) <= allowed)
+            continue;
+        fprintf(
+            stderr,
+            "%s: y[%zu] is %.9g, not %.9g (+- %g): m %ld n %ld k %ld salient %ld (dtype %d) g %ld "
+            "x dtype %d rotation %d format %d per token %d bits %d\n",
+            name.c_str(), i, static_cast<double>(a), static_cast<double>(b), allowed, p.m, p.lin.n,
+            p.lin.k, p.lin.k_salient, p.lin.salient_dtype, p.lin.group_size, p.dtype,
+            p.lin.rotation, p.lin.act_format, p.lin.per_token, p.lin.act_bits);
+        abort();
+    }
+    runs[name]++;
+}
+
+void check_linear() {
+    const problem p = random_problem();
+    check_weights(p);
+    const std::vector<float> want = reference(p);
+    const std::vector<double> sizes = magnitudes(p);
+    const int chosen = mq_cuda_kernel_for(&p.lin, MQ_ARCH, p.m);
+    CHECK(chosen >= 0);
+    check_kernel(p, chosen, want, sizes);
+    const int other = static_cast<int>(below(mq_cuda_kernel_count()));
+    if (mq_cuda_kernel_serves(other, &p.lin, MQ_ARCH)) check_kernel(p, other, want, sizes);
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+    CHECK(argc == 3);
+    srand(static_cast<unsigned>(atoi(argv[1])));
+    const int cases = atoi(argv[2]);
+    for (int i = 0; i < cases; i++) {
+        check_groups();
+        check_stats();
+        check_columns();
+        check_linear();
+    }
+    printf("%d cases: architecture %d\n", cases, MQ_ARCH);
+    for (const auto &run : runs) printf("%s %d\n", run.first.c_str(), run.second);
+    return 0;
+}

@@ -1,0 +1,207 @@
+#include "emulator.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <memory>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace emulator {
+
+schedule order = FORWARD;
+place here;
+unsigned char *shared_bytes;
+
+namespace {
+
+constexpr size_t kStack = 64 << 10;
+
+struct copy {
+    void *to;
+    const void *from;
+    size_t bytes, zeros;
+};
+
+struct fiber {
+    ucontext_t context;
+    void *stack = nullptr;
+    dim3 thread;
+    bool done = false;
+    const int64_t *counter = nullptr;  // waits until *counter >= target
+    int64_t target = 0;
+    int64_t exchanges = 0, barriers = 0;
+    std::vector<std::vector<copy>> copies{1};  // committed groups, then the open one
+};
+
+struct warp {
+    int64_t arrived[2] = {0, 0};
+    alignas(16) unsigned char values[2][32 * 64];
+    size_t sizes[2];
+};
+
+std::vector<std::unique_ptr<fiber>> fibers;
+std::vector<warp> warps;
+int64_t block_arrived;
+int64_t any_set[2];
+fiber *running;
+ucontext_t main_context;
+const std::function<void()> *kernel;
+
+[[noreturn]] void fail(const char *what) {
+    fprintf(stderr, "emulator: %s in block %u,%u thread %u\n", what, here.block.x, here.block.y,
+            here.thread.x);
+    abort();
+}
+
+const void *main_bottom;
+size_t main_size;
+
+// Leaves the running context for a fiber, or for main where `to` is null.
+void change_to(ucontext_t *from, fiber *to) {
+    running = to;
+    if (to) here.thread = to->thread;
+#if defined(__SANITIZE_ADDRESS__)
+    void *fake = nullptr;
+    __sanitizer_start_switch_fiber(&fake, to ? to->stack : main_bottom, to ? kStack : main_size);
+#endif
+    swapcontext(from, to ? &to->context : &main_context);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+}
+
+bool can_run(const fiber &f) { return !f.done && (!f.counter || *f.counter >= f.target); }
+
+// The next fiber in order after the running one; null if all are done.
+fiber *next_fiber() {
+    const size_t n = fibers.size();
+    size_t at = running ? running->thread.x : 0;
+    bool all_done = true;
+    for (size_t step = 1; step <= n; step++) {
+        const size_t i = order == FORWARD ? (at + step) % n : (at + n - step) % n;
+        if (can_run(*fibers[i])) return fibers[i].get();
+        all_done &= fibers[i]->done;
+    }
+    if (!all_done) fail("threads wait for each other and none can go on,");
+    return nullptr;
+}
+
+void wait_until(const int64_t *counter, int64_t target) {
+    fiber *me = running;
+    me->counter = counter;
+    me->target = target;
+    if (*counter < target) change_to(&me->context, next_fiber());
+    me->counter = nullptr;
+}
+
+// A fiber lives through many blocks: it runs a thread of one, and waits for the next.
+void fiber_main() {
+#if defined(__SANITIZE_ADDRESS__)
+    const void *bottom;
+    size_t size;
+    __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
+    if (!main_bottom) main_bottom = bottom, main_size = size;  // the first is entered from main
+#endif
+    for (;;) {
+        (*kernel)();
+        fiber *me = running;
+        if (me->copies.size() > 1 || !me->copies[0].empty()) fail("a cp.async nobody waited for");
+        me->done = true;
+        change_to(&me->context, next_fiber());
+    }
+}
+
+void add_fiber() {
+    fibers.push_back(std::make_unique<fiber>());
+    fiber &f = *fibers.back();
+    f.thread = dim3(static_cast<unsigned>(fibers.size() - 1));
+    f.stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack;
+    f.context.uc_stack.ss_size = kStack;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, fiber_main, 0);
+}
+
+}  // namespace
+
+void run(dim3 grid, dim3 block, size_t shared, const std::function<void()> &body) {
+    if (block.y != 1 || block.z != 1 || block.x % 32) fail("a block that is no row of warps");
+    if (!fibers.empty() && fibers.size() != block.x) fail("blocks of different sizes");
+    while (fibers.size() < block.x) add_fiber();
+    kernel = &body;
+    here.block_size = block;
+    here.grid_size = grid;
+    for (unsigned z = 0; z < grid.z; z++)
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x; x++) {
+                here.block = dim3(x, y, z);
+                const std::unique_ptr<unsigned char, void (*)(void *)> bytes(
+                    static_cast<unsigned char *>(aligned_alloc(128, (shared + 127) / 128 * 128)),
+                    [](void *p) { free(p); });
+                memset(bytes.get(), 0xff, shared);
+                shared_bytes = bytes.get();
+                warps.assign(block.x / 32, warp());
+                block_arrived = any_set[0] = any_set[1] = 0;
+                for (const auto &f : fibers) {
+                    f->done = false;
+                    f->exchanges = f->barriers = 0;
+                    f->copies.resize(1);
+                }
+                running = nullptr;
+                change_to(&main_context, fibers[order == FORWARD ? 0 : block.x - 1].get());
+            }
+}
+
+void barrier() {
+    const int64_t target = ++running->barriers * static_cast<int64_t>(fibers.size());
+    block_arrived++;
+    wait_until(&block_arrived, target);
+}
+
+int barrier_or(int value) {
+    int64_t *set = &any_set[running->barriers % 2];
+    if (value) *set = running->barriers + 1;
+    const int64_t mine = running->barriers + 1;
+    barrier();
+    return *set == mine;
+}
+
+const unsigned char *exchange(const void *value, size_t size) {
+    warp &w = warps[running->thread.x / 32];
+    const int parity = static_cast<int>(running->exchanges % 2);
+    const int64_t target = (running->exchanges++ / 2 + 1) * 32;
+    if (w.arrived[parity] % 32 == 0)
+        w.sizes[parity] = size;
+    else if (w.sizes[parity] != size)
+        fail("lanes of a warp in different exchanges");
+    memcpy(w.values[parity] + 64 * (running->thread.x & 31), value, size);
+    w.arrived[parity]++;
+    wait_until(&w.arrived[parity], target);
+    return w.values[parity];
+}
+
+void copy_later(void *to, const void *from, size_t bytes, size_t zeros) {
+    running->copies.back().push_back({to, from, bytes, zeros});
+}
+
+void commit_copies() { running->copies.emplace_back(); }
+
+void wait_for_copies(int pending) {
+    auto &groups = running->copies;
+    while (groups.size() > static_cast<size_t>(pending) + 1) {
+        for (const copy &c : groups.front()) {
+            if (c.bytes) memcpy(c.to, c.from, c.bytes);
+            memset(static_cast<char *>(c.to) + c.bytes, 0, c.zeros);
+        }
+        groups.erase(groups.begin());
+    }
+}
+
+}  // namespace emulator

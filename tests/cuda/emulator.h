@@ -1,0 +1,146 @@
+// A CUDA block on the CPU, for the tests: -include this file to compile csrc/cuda/*.cu as C++.
+//
+// Blocks run one after another; the threads of a block are fibers that run until they must wait for
+// others, at a barrier or where a warp exchanges values. What a thread may not rely on is made as bad
+// as it can be: cp.async moves its bytes at the wait and not before, shared memory starts as NaNs, and
+// emulator::schedule turns the order of threads around. A wait that cannot end aborts.
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <functional>
+
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
+namespace emulator {
+
+enum schedule { FORWARD, BACKWARD };
+
+struct place {
+    dim3 thread, block, block_size, grid_size;
+};
+
+extern schedule order;
+extern place here;                   // of the running thread
+extern unsigned char *shared_bytes;  // the block's dynamic shared memory
+
+// Runs body once per thread of every block.
+void run(dim3 grid, dim3 block, size_t shared, const std::function<void()> &body);
+
+void barrier();
+int barrier_or(int value);
+// Every lane of a warp gives `size` bytes, at most 64, and gets those of all lanes, 64 apart.
+const unsigned char *exchange(const void *value, size_t size);
+void copy_later(void *to, const void *from, size_t bytes, size_t zeros);
+void commit_copies();
+void wait_for_copies(int pending);
+
+template <typename T>
+struct lanes {
+    const unsigned char *bytes;
+    T operator[](unsigned lane) const {
+        T value;
+        memcpy(&value, bytes + 64 * (lane & 31), sizeof value);
+        return value;
+    }
+};
+
+template <typename T>
+lanes<T> exchange(const T &value) {
+    static_assert(sizeof(T) <= 64);
+    return {exchange(&value, sizeof value)};
+}
+
+inline unsigned lane() { return here.thread.x & 31; }
+
+}  // namespace emulator
+
+#define __global__
+#define __host__
+#define __device__
+#define __forceinline__ inline
+#define __restrict__
+#define __shared__ static
+#define __launch_bounds__(...)
+#define threadIdx emulator::here.thread
+#define blockIdx emulator::here.block
+#define blockDim emulator::here.block_size
+#define gridDim emulator::here.grid_size
+
+inline void __syncthreads() { emulator::barrier(); }
+inline int __syncthreads_or(int value) { return emulator::barrier_or(value); }
+inline void __syncwarp() { emulator::exchange(0); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+    return emulator::exchange(value)[emulator::lane() ^ static_cast<unsigned>(mask)];
+}
+template <typename T>
+T __shfl_sync(unsigned, T value, int source) {
+    return emulator::exchange(value)[static_cast<unsigned>(source)];
+}
+
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+    const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+    unsigned out = 0;
+    for (int i = 0; i < 4; i++)
+        out |= static_cast<unsigned>(bytes >> (8 * (selector >> 4 * i & 7)) & 0xff) << 8 * i;
+    return out;
+}
+inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
+inline unsigned __float_as_uint(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
+inline unsigned atomicXor(unsigned *at, unsigned value) {
+    const unsigned before = *at;
+    *at ^= value;
+    return before;
+}
+inline int atomicOr(int *at, int value) {
+    const int before = *at;
+    *at |= value;
+    return before;
+}
+
+// What the launchers need of the runtime.
+#define __grid_constant__
+typedef int cudaError_t;
+typedef void *cudaStream_t;
+enum { cudaSuccess = 0, cudaMemcpyDeviceToHost };
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char *cudaGetErrorString(cudaError_t) { return "emulated"; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t) {
+    if (bytes) memset(to, value, bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, int, cudaStream_t) {
+    if (bytes) memcpy(to, from, bytes);
+    return cudaSuccess;
+}
