@@ -1,0 +1,176 @@
+"""Speed of a whole model in transformers' plain `generate`, and time and memory of packing it.
+
+    python benchmarks/model.py [--model smollm2-135m] [--threads 1 2] [--prompt 512] [--new 64] [--json F]
+
+The contenders (the model in fp32, in bf16, and as W4A4 beside fp32 embeddings, attention and head) take
+turns, and medians are reported. A streamer takes the times: prefill is all until the first new token,
+decode the tokens after it, greedy and one at a time. Packing runs `quantize` with statistics that are
+there already; its memory is the peak of what the process holds above what it held before. Benchmarks
+need a quiet machine.
+"""
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import time
+from contextlib import suppress
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+from linear import chip
+
+from smoothquant import MixedQuantConfig, collect_stats, ops, quantize
+from smoothquant.bundled import load_model, wikitext
+from smoothquant.calibration import token_blocks
+from smoothquant.linear import QuantizedLinear
+from smoothquant.quantize import module_copy
+
+
+class TokenTimes:
+    """A streamer that keeps the time at which each new token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, ids: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def held_bytes(field: str) -> int:
+    """VmRSS or VmHWM, the peak of it, of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def peak_of(work) -> tuple[float, float]:
+    """Seconds that work() takes and bytes that it holds at most above those held before."""
+    with suppress(OSError):  # kernels without it: the peak since the process began
+        Path("/proc/self/clear_refs").write_text("5")
+    before, start = held_bytes("VmRSS"), time.perf_counter()
+    work()
+    return time.perf_counter() - start, held_bytes("VmHWM") - before
+
+
+def generate(model, prompt: torch.Tensor, new: int) -> tuple[float, float]:
+    """Seconds to the first of `new` tokens, seconds per token after it."""
+    streamer = TokenTimes()
+    start = time.perf_counter()
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        min_new_tokens=new,
+        max_new_tokens=new,
+        do_sample=False,
+        streamer=streamer,
+        pad_token_id=0,
+    )
+    first, last = streamer.times[1], streamer.times[-1]  # times[0]: the prompt itself
+    return first - start, (last - first) / (new - 1)
+
+
+def packing(model, config: MixedQuantConfig, stats, threads: int) -> tuple[torch.nn.Module, dict]:
+    """A quantized copy of the model, and the row of the table about it."""
+    torch.set_num_threads(threads)
+    packed = module_copy(model)  # shares all tensors: the float ones stay
+    seconds, peak = peak_of(lambda: quantize(packed, config, stats, progress=False))
+    linears = [m for m in packed.modules() if isinstance(m, QuantizedLinear)]
+    held = sum(b.nbytes for m in linears for b in m.buffers())
+    weights = sum(m.in_features * m.out_features for m in linears)
+    row = {
+        "threads": threads,
+        "weights": weights,
+        "seconds": seconds,
+        "packed_bytes": held,
+        "largest_float_bytes": max(4 * m.in_features * m.out_features for m in linears),
+        "peak_above_packed_bytes": peak - held,
+    }
+    return packed, row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m", help="bundled name, folder or id")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, os.cpu_count()])
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
+    parser.add_argument("--new", type=int, default=64, help="tokens to generate")
+    parser.add_argument("--turns", type=int, default=5, help="of each contender")
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--salient-prop", type=float, default=0.05)
+    parser.add_argument("--recipe", default="rtn", choices=["rtn", "fast"])
+    parser.add_argument("--compile", action="store_true", help="torch.compile each model, too")
+    parser.add_argument("--json", help="also write the rows to this file")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+
+    model, tokenizer = load_model(args.model, dtype=torch.float32)
+    config = MixedQuantConfig(
+        recipe=args.recipe, group_size=args.group_size, salient_prop=args.salient_prop
+    )
+    blocks = token_blocks(wikitext("validation"), tokenizer, 4, 512)
+    stats = collect_stats(model, blocks, progress=False)
+    prompt = token_blocks(wikitext("test"), tokenizer, 1, args.prompt)[0]
+
+    print(f"{chip()}; {ops.isa()}; torch {torch.__version__}; {date.today()}")
+    print("\n| threads | million weights | packing, s | packed, MiB | peak above packed, MiB |")
+    print("|---|---|---|---|---|")
+    packs = []
+    for threads in args.threads:
+        packed, row = packing(model, config, stats, threads)
+        packs.append(row)
+        print(
+            f"| {threads} | {row['weights'] / 1e6:.1f} | {row['seconds']:.2f} "
+            f"| {row['packed_bytes'] / 2**20:.1f} | {row['peak_above_packed_bytes'] / 2**20:.1f} |",
+            flush=True,
+        )
+
+    name = f"W4A4 g{args.group_size} p{args.salient_prop:g}"
+    contenders = {"fp32": model, "bf16": copy.deepcopy(model).to(torch.bfloat16), name: packed}
+    if args.compile:
+        for key, contender in list(contenders.items()):
+            compiled = module_copy(contender)
+            compiled.forward = torch.compile(compiled.forward, dynamic=True)
+            contenders[f"{key}, compiled"] = compiled
+    print("\n| threads | contender | prefill, tokens/s | x fp32 | decode, tokens/s | x fp32 |")
+    print("|---|---|---|---|---|---|")
+    rows = []
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        times = {key: [] for key in contenders}
+        for turn in range(-1, args.turns):  # the first does not count
+            for key, contender in contenders.items():
+                took = generate(contender, prompt, args.new if turn >= 0 else 4)
+                if turn >= 0:
+                    times[key].append(took)
+        medians = {key: [statistics.median(t) for t in zip(*took)] for key, took in times.items()}
+        for key, (prefill, decode) in medians.items():
+            row = {
+                "threads": threads,
+                "contender": key,
+                "prefill_tokens_per_second": args.prompt / prefill,
+                "prefill_ratio": medians["fp32"][0] / prefill,
+                "decode_tokens_per_second": 1 / decode,
+                "decode_ratio": medians["fp32"][1] / decode,
+            }
+            rows.append(row)
+            print(
+                f"| {threads} | {key} | {row['prefill_tokens_per_second']:.0f} "
+                f"| {row['prefill_ratio']:.2f} | {row['decode_tokens_per_second']:.1f} "
+                f"| {row['decode_ratio']:.2f} |",
+                flush=True,
+            )
+    if args.json:
+        record = {"chip": chip(), "isa": ops.isa(), "torch": torch.__version__}
+        record |= {"transformers": transformers.__version__, "date": str(date.today())}
+        with open(args.json, "w") as file:
+            json.dump(record | {"arguments": vars(args), "packing": packs, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
