@@ -22,9 +22,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 namespace stable = torch::stable;
 
-// A split costs tens of microseconds at best: at least this much work for each thread.
+// A split costs ten to twenty microseconds at best: at least this much work for each thread.
 constexpr int64_t kGrainValues = 1 << 16;
-constexpr int64_t kGrainProducts = 1 << 22;
+constexpr int64_t kGrainProducts = 1 << 19;
 constexpr int64_t kRowsPerTask = 240;
 
 template <typename... Parts>
