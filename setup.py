@@ -1,4 +1,4 @@
-"""Builds smoothquant._C: C kernels, CUDA kernels when nvcc is there, and the C++ shim over them.
+"""Builds smoothquant._C: C kernels and the C++ shim over them, CUDA kernels once it has them.
 
 A build_ext of the project's own, because setuptools and torch compile .c files as C++ or need a
 CUDA build of torch. Environment:

@@ -1,12 +1,12 @@
 """Speed of a whole model in transformers' plain `generate`, and time and memory of packing it.
 
-    python benchmarks/model.py [--model smollm2-135m] [--threads 1 2] [--prompt 512] [--new 64] [--json F]
+    python benchmarks/model.py [--model smollm2-135m] [--threads 1 2] [--prompt 512] [--new 64]
 
-The contenders (the model in fp32, in bf16, and as W4A4 beside fp32 embeddings, attention and head) take
-turns, and medians are reported. A streamer takes the times: prefill is all until the first new token,
-decode the tokens after it, greedy and one at a time. Packing runs `quantize` with statistics that are
-there already; its memory is the peak of what the process holds above what it held before. Benchmarks
-need a quiet machine.
+The contenders (the model in fp32, in bf16, and as W4A4 beside fp32 embeddings, attention and head)
+take turns, and medians are reported. A streamer takes the times: prefill is all until the first new
+token, decode the tokens after it, greedy and one at a time. Packing runs `quantize` with statistics
+that are there already; its memory is the peak of what the process holds above what it held before.
+Benchmarks need a quiet machine.
 """
 
 import argparse
@@ -148,7 +148,10 @@ def main() -> None:
                 took = generate(contender, prompt, args.new if turn >= 0 else 4)
                 if turn >= 0:
                     times[key].append(took)
-        medians = {key: [statistics.median(t) for t in zip(*took)] for key, took in times.items()}
+        medians = {
+            key: [statistics.median(t) for t in zip(*took, strict=True)]
+            for key, took in times.items()
+        }
         for key, (prefill, decode) in medians.items():
             row = {
                 "threads": threads,
@@ -169,7 +172,9 @@ def main() -> None:
         record = {"chip": chip(), "isa": ops.isa(), "torch": torch.__version__}
         record |= {"transformers": transformers.__version__, "date": str(date.today())}
         with open(args.json, "w") as file:
-            json.dump(record | {"arguments": vars(args), "packing": packs, "rows": rows}, file, indent=1)
+            json.dump(
+                record | {"arguments": vars(args), "packing": packs, "rows": rows}, file, indent=1
+            )
 
 
 if __name__ == "__main__":

@@ -5,12 +5,15 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from spoil import LAYER, edit, edit_manifest, put, set_tensor
+from tqdm.auto import tqdm
 
 from smoothquant import CheckpointError, collect_stats, load_quantized, save_quantized
 from smoothquant.bundled import load_bundled, load_model
@@ -167,7 +170,10 @@ def test_only_a_quantized_model_is_overwritten(make_model, tmp_path, monkeypatch
     assert (tmp_path / "photos" / "a.jpg").read_text() == "mine"
 
 
-def test_a_killed_save_leaves_only_whole_folders(make_model, token_ids, tmp_path):
+def test_a_killed_save_leaves_only_whole_folders(make_model, token_ids, tmp_path, monkeypatch):
+    # tqdm's own lock is shared among processes: a child killed in possession of it would stop the
+    # parent's next progress bar for ever.
+    monkeypatch.setattr(tqdm, "_lock", threading.RLock(), raising=False)
     model = quantized(make_model("opt"))
     want, rng = logits(model, token_ids), random.Random(0)
     for trial in range(10):
@@ -250,26 +256,6 @@ def pristine_int8(tmp_path_factory):
 def folder(pristine, tmp_path):
     """A copy to spoil."""
     return shutil.copytree(pristine, tmp_path / "copy")
-
-
-LAYER = "model.layers.1.mlp.down_proj"
-
-
-def set_tensor(key, change):
-    def spoil(folder):
-        tensors = load_file(folder / TENSORS)
-        tensors[key] = change(tensors[key].clone())
-        save_file(tensors, folder / TENSORS)
-
-    return spoil
-
-
-def put(index, value):
-    def change(tensor):
-        tensor.view(-1)[index] = value
-        return tensor
-
-    return change
 
 
 TENSOR_FAULTS = [
@@ -358,22 +344,6 @@ def test_missing_and_surplus_tensors_are_named(rename, message, folder):
         load_quantized(folder)
 
 
-def edit_manifest(*keys, value):
-    return edit(CONFIG, "quantization_config", *keys, value=value)
-
-
-def edit(file, *keys, value):
-    def spoil(folder):
-        content = json.loads((folder / file).read_text())
-        target = content
-        for key in keys[:-1]:
-            target = target[key]
-        target[keys[-1]] = value
-        (folder / file).write_text(json.dumps(content))
-
-    return spoil
-
-
 @pytest.mark.parametrize(
     "spoil, message",
     [
@@ -382,7 +352,10 @@ def edit(file, *keys, value):
         (edit_manifest("format_version", value=3.0), "format_version of it must be int"),
         (edit_manifest("extra", value=1), "it must have the fields quant_method, format_version"),
         (edit_manifest("quant_method", value="gptq"), "quant_method is 'gptq'"),
-        (edit(CONFIG, "quantization_config", value=None), "it must have the fields quant_method"),
+        (
+            edit(CONFIG, "quantization_config", value=None),
+            "it must have the fields quant_method",
+        ),
         (edit_manifest("config", "group_size", value=0), "config: group_size must be in "),
         (
             edit_manifest("config", "group_size", value="8"),
@@ -390,7 +363,10 @@ def edit(file, *keys, value):
         ),
         (edit_manifest("config", "group_size", value=8), "tensor .*.scales must have shape"),
         (edit_manifest("config", "surprise", value=1), "config: unknown MixedQuantConfig field"),
-        (edit(CONFIG, "architectures", value=["Trainer"]), "'Trainer' is no transformers model"),
+        (
+            edit(CONFIG, "architectures", value=["Trainer"]),
+            "'Trainer' is no transformers model",
+        ),
         (edit(CONFIG, "architectures", value=["../x"]), "'../x' is no transformers model"),
         (edit(CONFIG, "architectures", value=[]), "None is no transformers model"),
         (edit(CONFIG, "architectures", value=[[]]), "is no transformers model"),
@@ -441,7 +417,10 @@ def edit(file, *keys, value):
             "model.rotary_emb.inv_freq must be float32",
         ),
         (edit_manifest("shared", f"{LAYER}.bias", value="lm_head.weight"), "not have tensor"),
-        (edit("config.json", "num_hidden_layers", value=10**9), "config.json: .*1000000000 layers"),
+        (
+            edit("config.json", "num_hidden_layers", value=10**9),
+            "config.json: .*1000000000 layers",
+        ),
         (edit("config.json", "num_hidden_layers", value=1), "has no linear model.layers.1"),
         (edit("config.json", "hidden_size", value=52), "tensor .* must have shape"),
         (edit("config.json", "hidden_act", value="nothing"), "config.json: "),

@@ -1,24 +1,18 @@
 """The C kernels alone, with guard pages and sanitizers: as this processor runs them, those of x86
 by SIMDe on any processor, and those of Arm by an emulator."""
 
-import os
-import shlex
 import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from programs import CC, FLAGS, SANITIZERS, run, run_all
 
 from smoothquant import ops
 
 ROOT = Path(__file__).resolve().parent.parent
 C_SOURCES = sorted(str(path) for path in (ROOT / "csrc" / "cpu").glob("*.c"))
 CHECK = str(ROOT / "tests" / "csrc" / "check_kernels.c")
-CC = shlex.split(os.environ.get("CC", "cc"))
-FLAGS = ["-std=c11", "-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 X86_ISAS = "scalar avx2 avxvnni avx512vnni"
 ARM_CC, ARM_EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 ARM_ISAS = {
@@ -28,22 +22,12 @@ ARM_ISAS = {
 }
 
 
-def run(*command: str) -> str:
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def build_check(folder: Path, *flags: str, cc: list[str] = CC) -> str:
-    def compiled(source: str) -> str:
-        target = str(folder / f"{Path(source).stem}.o")
-        run(*cc, *FLAGS, *flags, "-c", source, "-o", target)
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, [*C_SOURCES, CHECK]))
+    objects = {source: str(folder / f"{Path(source).stem}.o") for source in [*C_SOURCES, CHECK]}
+    common = [*cc, "-std=c11", *FLAGS, *flags, "-c"]
+    run_all([*common, source, "-o", target] for source, target in objects.items())
     program = str(folder / "check_kernels")
-    run(*cc, *flags, *objects, "-o", program, "-lm")
+    run(*cc, *flags, *objects.values(), "-o", program, "-lm")
     return program
 
 

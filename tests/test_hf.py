@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from spoil import LAYER, edit, edit_manifest, put, set_tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 from smoothquant import (
@@ -19,6 +20,7 @@ from smoothquant import (
     save_quantized,
 )
 from smoothquant.bundled import load_bundled, wikitext
+from smoothquant.checkpoint import INDEX
 from smoothquant.linear import QuantizedLinear
 
 CONFIG = MixedQuantConfig(group_size=20, salient_prop=0.1)
@@ -307,44 +309,8 @@ def pristine(tmp_path_factory):
     return folder
 
 
-LAYER = "model.layers.1.mlp.down_proj"
-
-
-def set_tensor(name, change):
-    def spoil(folder):
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
-        file = folder / index["weight_map"][name]
-        tensors = load_file(file)
-        tensors[name] = change(tensors[name].clone())
-        if tensors[name] is None:
-            del tensors[name]
-        save_file(tensors, file, metadata={"format": "pt"})
-
-    return spoil
-
-
-def put(index, value):
-    def change(tensor):
-        tensor.view(-1)[index] = value
-        return tensor
-
-    return change
-
-
-def set_field(*keys, value, file="config.json"):
-    def spoil(folder):
-        content = json.loads((folder / file).read_text())
-        target = content
-        for key in keys[:-1]:
-            target = target[key]
-        target[keys[-1]] = value
-        (folder / file).write_text(json.dumps(content))
-
-    return spoil
-
-
 def phantom(folder):
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     content = json.loads(index.read_text())
     content["weight_map"]["phantom"] = content["weight_map"][f"{LAYER}.perm"]
     index.write_text(json.dumps(content))
@@ -354,10 +320,6 @@ def cut(folder):
     largest = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     with open(largest, "r+b") as file:
         file.truncate(largest.stat().st_size - 7)
-
-
-def of_manifest(*keys, value):
-    return set_field("quantization_config", *keys, value=value)
 
 
 BOTH = (lambda folder: AutoModelForCausalLM.from_pretrained(folder), load_quantized)
@@ -376,14 +338,17 @@ BOTH = (lambda folder: AutoModelForCausalLM.from_pretrained(folder), load_quanti
         (set_tensor(f"{LAYER}.bias", lambda t: t.half()), "bias must not be float16"),
         (set_tensor("lm_head.weight", lambda t: t[:5].contiguous()), "lm_head.weight must have"),
         (cut, "model-0000.*safetensors: "),
-        (of_manifest("format_version", value=99), "format_version 99 is not 3"),
-        (of_manifest("linears", value={}), "linears is empty"),
-        (of_manifest("linears", LAYER, value={"num_salient": 89}), f"linear {LAYER}: num_salient"),
-        (of_manifest("linears", LAYER, value={"num_salient": 1}), f"tensor {LAYER}"),
-        (of_manifest("linears", "../x", value={"num_salient": 1}), "has no linear ../x"),
-        (of_manifest("config", "group_size", value=0), "group_size must be in"),
-        (of_manifest("config", "surprise", value=0), "unknown MixedQuantConfig field"),
-        (of_manifest("dtypes", "extra", value="float16"), "dtypes must not name extra"),
+        (edit_manifest("format_version", value=99), "format_version 99 is not 3"),
+        (edit_manifest("linears", value={}), "linears is empty"),
+        (
+            edit_manifest("linears", LAYER, value={"num_salient": 89}),
+            f"linear {LAYER}: num_salient",
+        ),
+        (edit_manifest("linears", LAYER, value={"num_salient": 1}), f"tensor {LAYER}"),
+        (edit_manifest("linears", "../x", value={"num_salient": 1}), "has no linear ../x"),
+        (edit_manifest("config", "group_size", value=0), "group_size must be in"),
+        (edit_manifest("config", "surprise", value=0), "unknown MixedQuantConfig field"),
+        (edit_manifest("dtypes", "extra", value="float16"), "dtypes must not name extra"),
     ],
 )
 def test_broken_folders_are_refused_by_both_ways_in(load, spoil, message, pristine, tmp_path):
@@ -397,17 +362,15 @@ def test_broken_folders_are_refused_by_both_ways_in(load, spoil, message, pristi
     "spoil, message",
     [
         (
-            set_field("weight_map", f"{LAYER}.perm", value="../x.safetensors",
-                      file="model.safetensors.index.json"),
+            edit(INDEX, "weight_map", f"{LAYER}.perm", value="../x.safetensors"),
             "is in '../x.safetensors', no file of the folder",
         ),
         (
-            set_field("weight_map", f"{LAYER}.perm", value="absent.safetensors",
-                      file="model.safetensors.index.json"),
+            edit(INDEX, "weight_map", f"{LAYER}.perm", value="absent.safetensors"),
             "absent.safetensors",
         ),
         (
-            set_field("weight_map", value={}, file="model.safetensors.index.json"),
+            edit(INDEX, "weight_map", value={}),
             "weight_map must name a file",
         ),
         (
@@ -428,12 +391,12 @@ def test_tensors_outside_of_the_folder_are_refused(pristine, tmp_path):
     folder = shutil.copytree(pristine, tmp_path / "q")
     first = sorted(folder.glob("*.safetensors"))[0]
     first.rename(tmp_path / "x.safetensors")
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index = json.loads((folder / INDEX).read_text())
     index["weight_map"] = {
         name: "../x.safetensors" if file == first.name else file
         for name, file in index["weight_map"].items()
     }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / INDEX).write_text(json.dumps(index))
     for load in BOTH:
         with pytest.raises(CheckpointError):
             load(folder)

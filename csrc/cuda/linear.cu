@@ -52,10 +52,8 @@ extern "C" int mq_cuda_arch(int *arch) {
 #ifdef __CUDACC__
     int device, major, minor;
     int error = cudaGetDevice(&device);
-    if (!error)
-        error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (!error)
-        error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (error) return error;
     *arch = 10 * major + minor;
     cudaFuncAttributes unused;

@@ -35,6 +35,16 @@ constexpr float kMagic = 12582912.0f;
 // Quads whose sum, times 16 (see unpack), stays below 2^22: |code * code| <= 8 * 15.
 constexpr int64_t kMagicQuads = 512;
 
+template <int NT, typename T>
+__device__ __forceinline__ void fill(T (&values)[2][NT][4], T value) {
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) values[h][n][e] = value;
+}
+
 // A pair of panels times 8 * NT tokens. Element [h][n][2 i + j] is channel 2 h + i of the lane's four
 // and token 8 n + 2 t + j.
 template <int NT>
@@ -42,23 +52,8 @@ struct pair_sums {
     float y[2][NT][4];
     int dots[2][NT][4];
 
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-#pragma unroll
-            for (int n = 0; n < NT; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) y[h][n][e] = 0;
-    }
-
-    __device__ __forceinline__ void start_group() {
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-#pragma unroll
-            for (int n = 0; n < NT; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) dots[h][n][e] = kMagicBits;
-    }
+    __device__ __forceinline__ void clear() { fill(y, 0.0f); }
+    __device__ __forceinline__ void start_group() { fill(dots, kMagicBits); }
 
     // y = fma(dots * sw, sa, y). sw: of the lane's channels, bf16; unit: what a dot counts by; sa:
     // of tokens 8 n + 2 t and + 1.

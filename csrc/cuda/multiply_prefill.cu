@@ -123,19 +123,25 @@ struct warp_place {
     int panel, token;  // the first ones, in the block
 };
 
+// 8 bytes of record s of each token of the lane
+__device__ __forceinline__ void load_right(const warp_place &at, const stage &from, int s,
+                                           fragment_b (&b)[kTiles]) {
+#pragma unroll
+    for (int n = 0; n < kTiles; n++) {
+        const int token = at.token + 8 * n + lane() / 4;
+        const uint2 bytes = *reinterpret_cast<const uint2 *>(
+            from.tokens + (s * kTokens + token) * 32 + lane_t() * 8);
+        b[n] = {{bytes.x, bytes.y}};
+    }
+}
+
 __device__ __forceinline__ void add_chunks(const multiply_args &args, const warp_place &at,
                                            const stage &from, pair_sums<kTiles> (&sums)[kPairs]) {
     const bool is_int8 = args.lin.salient_dtype == MQ_I8;
     const int row_bytes = size_of(args.lin.salient_dtype) * 16;
     for (int s = 0; s < kChunks; s++) {
         fragment_b b[kTiles];
-#pragma unroll
-        for (int n = 0; n < kTiles; n++) {
-            const int token = at.token + 8 * n + lane() / 4;
-            const uint2 halves = *reinterpret_cast<const uint2 *>(
-                from.tokens + (s * kTokens + token) * 32 + lane_t() * 8);
-            b[n] = {{halves.x, halves.y}};
-        }
+        load_right(at, from, s, b);
 #pragma unroll
         for (int p = 0; p < kPairs; p++) {
             const unsigned char *panel =
@@ -183,13 +189,7 @@ struct by_bytes {
     static __device__ __forceinline__ void add(const warp_place &at, const stage &from, int s,
                                                pair_sums<kTiles> (&sums)[kPairs]) {
         fragment_b b[kTiles];
-#pragma unroll
-        for (int n = 0; n < kTiles; n++) {
-            const int token = at.token + 8 * n + lane() / 4;
-            const uint2 codes = *reinterpret_cast<const uint2 *>(
-                from.tokens + (s * kTokens + token) * 32 + lane_t() * 8);
-            b[n] = {{codes.x, codes.y}};
-        }
+        load_right(at, from, s, b);
 #pragma unroll
         for (int p = 0; p < kPairs; p++) {
             fragment_a a[2];

@@ -48,6 +48,11 @@ struct pack_args {
     int *status;
 };
 
+// A scale as it is stored: bf16, 0 below the smallest normal number.
+__device__ __forceinline__ uint16_t stored_scale(float scale) {
+    return scale < kSmallestNormal ? 0 : f32_to_bf16(scale);
+}
+
 // A channel of a row, 0 where perm is bad.
 __device__ __forceinline__ float weight_at(const pack_args &args, int64_t row, int64_t i) {
     const int64_t channel = channel_of(args.lin, i);
@@ -82,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) pack_groups(pack_args args) {
         const bool bad_scale = !(scale >= 0) || scale >= 0x1.ffp127f;  // Inf in bf16
         if (of.n > 0 && !finite) atomicOr(args.status, MQ_CUDA_BAD_WEIGHT);
         if (of.n > 0 && finite && bad_scale) atomicOr(args.status, MQ_CUDA_BAD_SCALE);
-        const uint16_t stored = scale < kSmallestNormal ? 0 : f32_to_bf16(scale);
+        const uint16_t stored = stored_scale(scale);
         if (of.n > 0 && values.lane_in_part == 0)
             args.scales[(of.row / MQ_PANEL * args.shape.groups + of.group) * MQ_PANEL +
                         of.row % MQ_PANEL] = stored;
@@ -129,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) pack_salient(pack_args args) {
         to.low = -127, to.high = 127;
         if (lin.salient_dtype == MQ_I8) {
             const float scale = __uint_as_float(largest.both()) / 127.0f;
-            const uint16_t stored = scale < kSmallestNormal ? 0 : f32_to_bf16(scale);
+            const uint16_t stored = stored_scale(scale);
             if (lane() == 0) args.salient_scales[row] = stored;
             to.inverse = inverse_of(bf16_to_f32(stored));
         }
@@ -311,7 +316,6 @@ extern "C" int mq_cuda_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t
 extern "C" int mq_cuda_descend_block(int q_max, int64_t rows, int64_t cols, int64_t col0,
                                      int64_t group_size, int64_t groups, const float *scales,
                                      const float *h, float *gradient, float *w, void *stream) {
-    const column_args args = {q_max,  rows, cols, col0, group_size,
-                              groups, scales, h, w, gradient};
+    const column_args args = {q_max, rows, cols, col0, group_size, groups, scales, h, w, gradient};
     return launch(columns<true>, blocks_of_warps(rows), 0, stream, args);
 }

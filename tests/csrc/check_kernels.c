@@ -11,14 +11,7 @@
 #include <unistd.h>
 
 #include "../../csrc/mixedquant.h"
-
-#define CHECK(condition)                                                    \
-    do {                                                                    \
-        if (!(condition)) {                                                 \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-            abort();                                                        \
-        }                                                                   \
-    } while (0)
+#include "check.h"
 
 typedef struct guarded {
     void *map, *data;

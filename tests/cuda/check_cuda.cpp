@@ -16,16 +16,9 @@
 #include <vector>
 
 #include "../../csrc/cuda/common.cuh"
+#include "../csrc/check.h"
 
 using namespace mq;
-
-#define CHECK(condition)                                                    \
-    do {                                                                    \
-        if (!(condition)) {                                                 \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-            abort();                                                        \
-        }                                                                   \
-    } while (0)
 
 namespace {
 

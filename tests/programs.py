@@ -1,0 +1,25 @@
+"""Programs that tests compile and run."""
+
+import os
+import shlex
+import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+CC = shlex.split(os.environ.get("CC", "cc"))
+CXX = shlex.split(os.environ.get("CXX", "c++"))
+FLAGS = ["-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]  # of C and C++
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def run(*command: str) -> str:
+    """What a command prints; it must succeed."""
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def run_all(commands: Iterable[list[str]]) -> list[str]:
+    """What each prints, as many running at a time as there are processors."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda command: run(*command), commands))
