@@ -48,6 +48,7 @@ from .store import Store, file_sha256
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEAD_INPUTS = "head_inputs"  # the tensor that a baseline leaves for comparisons
+KEPT_LOGITS_BYTES = 1 << 30  # of a baseline, from cell to cell; more are computed anew
 PACKAGES = ("smoothquant", "torch", "transformers")
 
 # Files of a model folder that take part in its numbers.
@@ -96,6 +97,7 @@ class Bench:
         self._evaluators: dict[str, Evaluator] = {}
         self._stats: dict[str, Mapping] = {}
         self._blocks: dict[str, list[Tensor]] = {}
+        self._references: dict[str, list[Tensor]] = {}
 
     @property
     def name(self) -> str:
@@ -174,17 +176,25 @@ class Bench:
             self._blocks[name] = calibration_blocks(self.loaded()[1], calibration)
         return self._blocks[name]
 
-    def reference(self, cell: Cell) -> nn.Module | HeadLogits:
-        """What a quantized model is compared with: the stored head inputs of the finished baseline
-        of the same windows, or the model itself where it left none."""
+    def reference(self, cell: Cell) -> nn.Module | HeadLogits | list[Tensor]:
+        """What a quantized model is compared with: logits from the stored head inputs of the
+        finished baseline of the same windows, or the model itself where it left none."""
         model, _ = self.loaded()
         evaluation = {key: value for key, value in cell.evaluation.items() if key != "against"}
-        path = self.store.artifact(_companion(cell, "baseline", evaluation=evaluation))
+        baseline = _companion(cell, "baseline", evaluation=evaluation)
+        path = self.store.artifact(baseline)
         if not path.is_file():
             return model
+        if baseline.key in self._references:
+            return self._references[baseline.key]
         # read a window at a time
         inputs = safetensors.safe_open(path, framework="pt").get_slice(HEAD_INPUTS)
-        return HeadLogits(model.get_output_embeddings(), inputs)
+        head = model.get_output_embeddings()
+        logits = HeadLogits(head, inputs)
+        windows, tokens, _ = inputs.get_shape()
+        if windows * tokens * head.weight[:, 0].nbytes > KEPT_LOGITS_BYTES:
+            return logits
+        return self._references.setdefault(baseline.key, [logits[i] for i in range(windows)])
 
 
 def _companion(cell: Cell, task: str, **parts: Any) -> Cell:

@@ -14,6 +14,7 @@ from . import ops
 from .config import MixedQuantConfig, check_integer, published_config
 from .gptq import descend, gptq
 from .rounding import round_to_grid, stored_scale, weight_group_scales
+from .shared_input import shared_input
 from .sorting import ChannelPlan, ChannelStats, choose_channels, num_salient_channels
 
 SALIENT_Q_MAX = 127  # largest code of an int8 salient weight
@@ -391,23 +392,25 @@ class W4A4Linear(QuantizedLinear):
             module.weight, module.bias, config, plan, quantize_output=quantize_output
         )
 
-    @torch.no_grad()
     def _forward(self, x: Tensor) -> Tensor:
+        config, buffers = self.config, self._buffers  # found sooner than as attributes of a module
+        perm = buffers["perm"]
+        choices = (
+            self.group_size,
+            config.rotation,
+            config.num_bits,
+            config.act_format,
+            config.act_quant == "per_token",
+            config.act_clip,
+        )
         y = ops.w4a4_linear(
             x,
-            self.qweight,
-            self.scales,
-            self.salient_weight,
-            self.salient_scales,
-            self.perm,
-            self.bias,
+            *(buffers[name] for name in ops.PACKED),
+            perm,
+            buffers["bias"],
             self.out_features,
-            self.group_size,
-            self.config.rotation,
-            self.config.num_bits,
-            self.config.act_format,
-            self.config.act_quant == "per_token",
-            self.config.act_clip,
+            *choices,
+            shared_input(self, x, perm, self.num_salient, *choices),
         )
         return self._quantize_output(y)
 
@@ -509,7 +512,6 @@ class FakeW4A4Linear(QuantizedLinear):
         if not torch.isfinite(self.simulated_weight).all():
             raise ValueError(f"a rotated weight is beyond the range of {dtype}")
 
-    @torch.no_grad()
     def _forward(self, x: Tensor) -> Tensor:
         x = quantized_input(x, self.perm, self.num_salient, self.group_size, self.config)
         return self._quantize_output(F.linear(x, self.simulated_weight, self.bias))

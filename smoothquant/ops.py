@@ -30,6 +30,7 @@ _ops = torch.ops.mixedquant
 PANEL = 16
 QUAD = 4
 BLOCK_BYTES = 64
+SEGMENT_QUADS = 128
 PACKED = ("qweight", "scales", "salient_weight", "salient_scales")  # of a packed weight
 
 
@@ -296,6 +297,7 @@ def w4a4_linear(
     act_format: str = "symmetric",
     per_token: bool = False,
     clip: float = 1.0,
+    quantized_input: Tensor | None = None,
 ) -> Tensor:
     """The fused W4A4 linear: x's INT4 channels are quantized per token and group, multiplied with
     the packed INT4 weight in integers, and the salient channels are added in fp32.
@@ -320,6 +322,9 @@ def w4a4_linear(
         rotation: as given to :func:`pack_weight`.
         num_bits: 2-4 bits of the activations.
         clip: in (0, 1].
+        quantized_input: x as :func:`quantize_input` gives it for the same choices, for layers that
+            read one x; of x itself shape and dtype are left to say. A ValueError where it was made
+            for another number of tokens or channels, group size or instruction set.
 
     Returns:
         [..., N] in x's dtype.
@@ -339,6 +344,31 @@ def w4a4_linear(
         act_format,
         per_token,
         clip,
+        quantized_input,
+    )
+
+
+def quantize_input(
+    x: Tensor,
+    perm: Tensor,
+    num_salient: int,
+    group_size: int,
+    rotation: int = 0,
+    num_bits: int = 4,
+    act_format: str = "symmetric",
+    per_token: bool = False,
+    clip: float = 1.0,
+) -> Tensor:
+    """The first half of :func:`w4a4_linear`: x quantized, to be multiplied with several weights.
+
+    Arguments are those of `w4a4_linear`, with the number of salient channels given directly.
+
+    Returns:
+        uint8, one dimension, for `quantized_input` of `w4a4_linear`. How x lies in it depends on
+        the instruction set and is no file format.
+    """
+    return _ops.quantize_input(
+        x, perm, num_salient, group_size, rotation, num_bits, act_format, per_token, clip
     )
 
 
@@ -354,6 +384,20 @@ def _on_one_device(op: str, **tensors: Tensor | None) -> None:
 
 def _groups(cols: int, group_size: int) -> int:
     return -(-cols // group_size)
+
+
+def _quads(k4: int, group_size: int) -> tuple[int, int, int]:
+    """Groups of k4 channels, quads of a whole group, quads of the last one."""
+    groups = _groups(k4, group_size)
+    last = k4 - (groups - 1) * group_size
+    return groups, -(-min(group_size, k4) // QUAD), -(-last // QUAD)
+
+
+def _check_channels(op: str, x: Tensor, perm: Tensor) -> None:
+    if x.shape[-1] != perm.shape[0]:
+        raise ValueError(
+            f"mixedquant::{op}: x must end in {perm.shape[0]} channels; got shape {list(x.shape)}"
+        )
 
 
 @torch.library.register_fake("mixedquant::channel_stats_update")
@@ -421,12 +465,9 @@ def packed_shapes(
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Shapes of (qweight, scales, salient_weight, salient_scales) for a linear
     [out_features, in_features]; the last one only beside an int8 salient_weight."""
-    k4 = in_features - num_salient
-    panels, groups = -(-out_features // PANEL), _groups(k4, group_size)
-    quads = 0
-    if groups:
-        quads = (groups - 1) * -(-min(group_size, k4) // QUAD)
-        quads += -(-(k4 - (groups - 1) * group_size) // QUAD)
+    panels = -(-out_features // PANEL)
+    groups, group_quads, last_quads = _quads(in_features - num_salient, group_size)
+    quads = (groups - 1) * group_quads + last_quads if groups else 0
     return (
         (panels, -(-quads // 2), BLOCK_BYTES),
         (panels, groups, PANEL),
@@ -477,12 +518,25 @@ def _(
     act_format,
     per_token,
     clip,
+    quantized_input,
 ):
     packed = dict(zip(PACKED, (qweight, scales, salient_weight, salient_scales), strict=True))
-    _on_one_device("w4a4_linear", x=x, **packed, perm=perm, bias=bias)
-    if x.shape[-1] != perm.shape[0]:
-        raise ValueError(
-            f"mixedquant::w4a4_linear: x must end in {perm.shape[0]} channels; "
-            f"got shape {list(x.shape)}"
-        )
+    others = {"perm": perm, "bias": bias, "quantized_input": quantized_input}
+    _on_one_device("w4a4_linear", x=x, **packed, **others)
+    _check_channels("w4a4_linear", x, perm)
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("mixedquant::quantize_input")
+def _(x, perm, num_salient, group_size, rotation, num_bits, act_format, per_token, clip):
+    _on_one_device("quantize_input", x=x, perm=perm)
+    _check_channels("quantize_input", x, perm)
+    k = perm.shape[0]
+    groups, group_quads, last_quads = _quads(k - num_salient, group_size)
+    per_token_bytes = 4 * num_salient
+    for count, quads in ((groups - 1, group_quads), (1, last_quads)):
+        if groups:
+            per_token_bytes += 4 * count * (quads + 1 + -(-quads // SEGMENT_QUADS))
+    tokens = x.numel() // k if k else x.shape[:-1].numel()
+    # what the instruction set with the largest tiles needs, and the label of csrc/torch/library.cpp
+    return x.new_empty((tokens + 16) * per_token_bytes + 256 + 64, dtype=torch.uint8)

@@ -446,6 +446,9 @@ def test_linear_equals_the_reference_for_any_shape(
     for name in ISAS:
         with forced_isa(name):
             assert_same_bits(ops.w4a4_linear(x, *args, *choices), expected)
+            quantized = ops.quantize_input(x, args[4], num_salient, group_size, rotation, *options)
+            shared = torch.empty_like(x), *args, *choices, quantized
+            assert_same_bits(ops.w4a4_linear(*shared), expected)
 
 
 @settings(max_examples=5000, deadline=None)
@@ -547,6 +550,7 @@ def op_arguments(salient_dtype=torch.bfloat16) -> dict[str, tuple]:
     packed = ops.pack_weight(torch.randn(20, 24), perm, 3, 8, salient_dtype=salient_dtype)
     q, scales = ops.group_quantize(x, 8)
     fields = (stats.count, stats.abs_max, stats.abs_sum, stats.sq_sum, stats.argmax)
+    choices = (4, 4, "zero_point", False, 1.0)
     return {
         "channel_stats_update": (x, *stats.to_dict().values()),
         "sort_keys": (*fields, "rms"),
@@ -569,7 +573,8 @@ def op_arguments(salient_dtype=torch.bfloat16) -> dict[str, tuple]:
         "unpack_nibbles": (ops.pack_nibbles(q), 24, False),
         "pack_weight": (torch.randn(20, 24), perm, 3, 8, 4, 4, None, salient_dtype),
         "unpack_weight": (*packed, perm, 20, 8, 4),
-        "w4a4_linear": (x, *packed, perm, torch.randn(20), 20, 8, 4, 4, "zero_point", False, 1.0),
+        "w4a4_linear": (x, *packed, perm, torch.randn(20), 20, 8, *choices, None),
+        "quantize_input": (x, perm, 3, 8, *choices),
     }
 
 
@@ -594,7 +599,8 @@ def test_opcheck(name, salient_dtype):
 
 @pytest.mark.parametrize("salient_dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize(
-    "name", ["group_fake_quantize", "w4a4_linear", "group_quantize", "pack_weight"]
+    "name",
+    ["group_fake_quantize", "w4a4_linear", "quantize_input", "group_quantize", "pack_weight"],
 )
 def test_ops_compile_and_export(name, salient_dtype):
     args = op_arguments(salient_dtype)[name]
@@ -710,6 +716,10 @@ def test_bad_arguments_are_value_errors(case):
         ({"num_bits": 5}, r"num_bits must be in \[2, 4\]; got 5"),
         ({"clip": 0.0}, r"clip must be in \(0, 1\]; got 0"),
         ({"clip": math.nan}, r"clip must be in \(0, 1\]; got nan"),
+        (
+            {"quantized_input": torch.zeros(9).byte()},
+            r"quantized_input must have shape .* got \[9\]",
+        ),
     ],
 )
 def test_bad_linear_arguments_are_value_errors(change, message):
@@ -717,6 +727,23 @@ def test_bad_linear_arguments_are_value_errors(change, message):
     args = dict(zip(names, op_arguments()["w4a4_linear"], strict=True))
     with pytest.raises(ValueError, match=message):
         ops.w4a4_linear(**(args | change))
+
+
+def test_an_input_quantized_for_something_else_is_refused():
+    x, perm = torch.randn(24, 64), torch.arange(64).int()
+    args = (*ops.pack_weight(torch.randn(16, 64), perm, 0, 16), perm, None, 16)
+    quantized = ops.quantize_input(x, perm, 0, 16)
+    assert_same_bits(
+        ops.w4a4_linear(x, *args, 16, quantized_input=quantized), ops.w4a4_linear(x, *args, 16)
+    )
+    label = quantized.clone()
+    label[-64:-56] = 99
+    for other, why in ((label, "made for another"), (quantized[:-1], "must have shape")):
+        with pytest.raises(ValueError, match=f"w4a4_linear: quantized_input (was )?{why}"):
+            ops.w4a4_linear(x, *args, 16, quantized_input=other)
+    for name in ISAS[:-1]:
+        with forced_isa(name), pytest.raises(ValueError, match="instruction set"):
+            ops.w4a4_linear(x, *args, 16, quantized_input=quantized)
 
 
 def test_isa_errors():

@@ -6,7 +6,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <cstring>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -72,8 +74,9 @@ ScalarType require_float(const char *op, const char *name, ScalarType dtype) {
 }
 
 void require_cpu(const char *op, const char *name, const Tensor &t) {
-    require(t.is_cpu(), op, name, " must be on the CPU, as the other arguments are; got shape ",
-            shape_text(t), " elsewhere");
+    if (!t.is_cpu())
+        fail(op, name, " must be on the CPU, as the other arguments are; got shape ", shape_text(t),
+             " elsewhere");
 }
 
 // A CPU tensor of this dtype and shape (-1: any size), contiguous.
@@ -507,8 +510,8 @@ mq_linear packed_layer(const char *op, Tensor &qweight, Tensor &scales, Tensor &
                        std::optional<Tensor> &salient_scales, Tensor &perm, int64_t n,
                        int64_t group_size, int64_t rotation, mq_shape *shape) {
     perm = expect(op, "perm", perm, ScalarType::Int, {-1});
-    require(salient.dim() == 3, op, "salient_weight must have three dimensions; got shape ",
-            shape_text(salient));
+    if (salient.dim() != 3)
+        fail(op, "salient_weight must have three dimensions; got shape ", shape_text(salient));
     mq_linear lin = layer(op, n, perm.size(0), salient.size(1), group_size, rotation, perm, shape);
     lin.salient_dtype = salient_dtype_of(op, salient.scalar_type());
     qweight = expect(op, "qweight", qweight, ScalarType::Byte,
@@ -547,22 +550,106 @@ Tensor unpack_weight(Tensor qweight, Tensor scales, Tensor salient,
     return w;
 }
 
+// The choices of x's quantization.
+void set_activations(const char *op, mq_linear *lin, int64_t num_bits,
+                     const std::string &act_format, bool per_token, double clip) {
+    lin->act_bits = check_bits(op, num_bits);
+    lin->act_format = act_format_of(op, act_format);
+    lin->per_token = per_token;
+    lin->clip = static_cast<float>(clip);
+    require(lin->clip > 0 && lin->clip <= 1, op, "clip must be in (0, 1]; got ", clip);
+}
+
+Matrix tokens_of(const char *op, const mq_linear &lin, const Tensor &x) {
+    Matrix m = matrix(op, "x", x);
+    if (m.cols != lin.k) fail(op, "x must end in ", lin.k, " channels; got shape ", shape_text(x));
+    return m;
+}
+
+int64_t tile_rows_of(const char *op, const mq_linear &lin, int64_t rows) {
+    int64_t tile_rows;
+    check(op, mq_linear_tile_rows(&lin, rows, &tile_rows));
+    return tile_rows;
+}
+
+// Step 1 of the linear, for all tokens.
+void quantize_tokens(const char *op, const mq_linear &lin, mq_dtype dtype, const Matrix &m,
+                     int64_t tile_rows, void *space) {
+    const int64_t tiles = (m.rows + tile_rows - 1) / tile_rows;
+    parallel(op, tiles, kGrainValues / std::max<int64_t>(tile_rows * lin.k, 1),
+             [&](int64_t begin, int64_t end) {
+                 return mq_linear_quantize(&lin, dtype, m.tensor.const_data_ptr(), lin.k, m.rows,
+                                           begin * tile_rows, std::min(end * tile_rows, m.rows),
+                                           space);
+             });
+}
+
+// A quantized input is step 1's workspace and, at its end, what it was made for.
+using InputLabel = std::array<int64_t, 8>;
+
+InputLabel label_of(const mq_linear &lin, int64_t rows) {
+    return {lin.isa, rows, lin.k, lin.k_salient, std::min(lin.group_size, lin.k - lin.k_salient),
+            0,       0,    0};
+}
+
+// Bytes that serve every instruction set, so that a size does not depend on the machine. The formula
+// stands in smoothquant/ops.py once more.
+int64_t quantized_input_bytes(const char *op, const mq_linear &lin, const mq_shape &shape,
+                              int64_t rows) {
+    size_t needed;
+    check(op, mq_linear_workspace_size(&lin, rows, &needed));
+    const int64_t row_bytes = 4 * (shape.quads + shape.groups + shape.segments + lin.k_salient);
+    const int64_t bytes = (rows + 16) * row_bytes + 256;
+    if (static_cast<int64_t>(needed) > bytes) throw std::logic_error("quantized_input_bytes");
+    return bytes + static_cast<int64_t>(sizeof(InputLabel));
+}
+
+Tensor quantize_input(Tensor x, Tensor perm, int64_t num_salient, int64_t group_size,
+                      int64_t rotation, int64_t num_bits, std::string act_format, bool per_token,
+                      double clip) {
+    const char *op = "quantize_input";
+    const mq_dtype dtype = dtype_of(op, "x", x);
+    perm = expect(op, "perm", perm, ScalarType::Int, {-1});
+    mq_shape shape;
+    mq_linear lin = layer(op, 0, perm.size(0), num_salient, group_size, rotation, perm, &shape);
+    const Matrix m = tokens_of(op, lin, x);
+    set_activations(op, &lin, num_bits, act_format, per_token, clip);
+    Tensor quantized =
+        allocate(x, {quantized_input_bytes(op, lin, shape, m.rows)}, ScalarType::Byte);
+    auto *space = static_cast<char *>(quantized.mutable_data_ptr());
+    std::memset(space, 0,
+                static_cast<size_t>(quantized.numel()));  // gaps too: equal x, equal bytes
+    if (m.rows) quantize_tokens(op, lin, dtype, m, tile_rows_of(op, lin, m.rows), space);
+    const InputLabel label = label_of(lin, m.rows);
+    std::memcpy(space + quantized.numel() - sizeof label, label.data(), sizeof label);
+    return quantized;
+}
+
+// The workspace in a quantized input, which is checked as far as its label goes.
+const void *quantized_workspace(const char *op, const mq_linear &lin, const mq_shape &shape,
+                                int64_t rows, const Tensor &quantized) {
+    expect_out(op, "quantized_input", quantized, ScalarType::Byte,
+               {quantized_input_bytes(op, lin, shape, rows)});
+    const auto *space = static_cast<const char *>(quantized.const_data_ptr());
+    InputLabel label;
+    std::memcpy(label.data(), space + quantized.numel() - sizeof label, sizeof label);
+    require(label == label_of(lin, rows), op,
+            "quantized_input was made for another layer, number of tokens or instruction set");
+    return space;
+}
+
 Tensor w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient,
                    std::optional<Tensor> salient_scales, Tensor perm, std::optional<Tensor> bias,
                    int64_t out_features, int64_t group_size, int64_t rotation, int64_t num_bits,
-                   std::string act_format, bool per_token, double clip) {
+                   std::string act_format, bool per_token, double clip,
+                   std::optional<Tensor> quantized_input) {
     const char *op = "w4a4_linear";
     const mq_dtype dtype = dtype_of(op, "x", x);
-    const Matrix m = matrix(op, "x", x);
     mq_shape shape;
     mq_linear lin = packed_layer(op, qweight, scales, salient, salient_scales, perm, out_features,
                                  group_size, rotation, &shape);
-    require(m.cols == lin.k, op, "x must end in ", lin.k, " channels; got shape ", shape_text(x));
-    lin.act_bits = check_bits(op, num_bits);
-    lin.act_format = act_format_of(op, act_format);
-    lin.per_token = per_token;
-    lin.clip = static_cast<float>(clip);
-    require(lin.clip > 0 && lin.clip <= 1, op, "clip must be in (0, 1]; got ", clip);
+    const Matrix m = tokens_of(op, lin, x);
+    set_activations(op, &lin, num_bits, act_format, per_token, clip);
     if (bias) {
         lin.bias_dtype = dtype_of(op, "bias", *bias);
         bias = expect(op, "bias", *bias, bias->scalar_type(), {out_features});
@@ -571,20 +658,19 @@ Tensor w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient,
 
     Tensor y = allocate(x, shape_with_last(x, out_features), x.scalar_type());
     if (m.rows == 0 || out_features == 0) return y;
-    size_t workspace_bytes;
-    int64_t tile_rows;
-    check(op, mq_linear_workspace_size(&lin, m.rows, &workspace_bytes));
-    check(op, mq_linear_tile_rows(&lin, m.rows, &tile_rows));
-    Tensor workspace = allocate(x, {static_cast<int64_t>(workspace_bytes)}, ScalarType::Byte);
-    void *space = workspace.mutable_data_ptr();
-
+    const int64_t tile_rows = tile_rows_of(op, lin, m.rows);
     const int64_t tiles = (m.rows + tile_rows - 1) / tile_rows;
-    parallel(op, tiles, kGrainValues / std::max<int64_t>(tile_rows * lin.k, 1),
-             [&](int64_t begin, int64_t end) {
-                 return mq_linear_quantize(&lin, dtype, m.tensor.const_data_ptr(), lin.k, m.rows,
-                                           begin * tile_rows, std::min(end * tile_rows, m.rows),
-                                           space);
-             });
+    std::optional<Tensor> own;
+    const void *space;
+    if (quantized_input) {
+        space = quantized_workspace(op, lin, shape, m.rows, *quantized_input);
+    } else {
+        size_t bytes;
+        check(op, mq_linear_workspace_size(&lin, m.rows, &bytes));
+        own = allocate(x, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+        quantize_tokens(op, lin, dtype, m, tile_rows, own->mutable_data_ptr());
+        space = own->const_data_ptr();
+    }
 
     // A task is a few tiles x the panels that are multiplied together; neighbours share the tiles,
     // whose codes then stay in the cache while weights stream by.
@@ -648,7 +734,11 @@ STABLE_TORCH_LIBRARY(mixedquant, m) {
     m.def(
         "w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient_weight, "
         "Tensor? salient_scales, Tensor perm, Tensor? bias, int out_features, int group_size, "
-        "int rotation, int num_bits, str act_format, bool per_token, float clip) -> Tensor");
+        "int rotation, int num_bits, str act_format, bool per_token, float clip, "
+        "Tensor? quantized_input) -> Tensor");
+    m.def(
+        "quantize_input(Tensor x, Tensor perm, int num_salient, int group_size, int rotation, "
+        "int num_bits, str act_format, bool per_token, float clip) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mixedquant, CPU, m) {
@@ -666,4 +756,5 @@ STABLE_TORCH_LIBRARY_IMPL(mixedquant, CPU, m) {
     m.impl("descend_block", TORCH_BOX(&descend_block));
     m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
     m.impl("w4a4_linear", TORCH_BOX(&w4a4_linear));
+    m.impl("quantize_input", TORCH_BOX(&quantize_input));
 }
