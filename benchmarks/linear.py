@@ -1,11 +1,17 @@
-"""Speed of the W4A4 linear against torch's own linears, as ratios of one interleaved run.
+"""Speed of the W4A4 linear against other linears, as ratios of one interleaved run.
 
     python benchmarks/linear.py [--threads 1 2] [--shapes 4096x4096] [--tokens 1 64 512] [--json F]
+    python benchmarks/linear.py --matrix --json docs/benchmark_linear.json  # of docs/results.md
+    python benchmarks/linear.py --gate                                # after a change of a kernel
 
 Every figure includes the quantization of the activations. The contenders take turns, and medians
 are reported; weights of M <= 16 rotate over more than 200 MB, so that they come from memory.
+With --peers (benchmarks/peers.py) several libraries' threads are at work, which go on spinning for
+a while after a call: each timed call then follows a pause and a call that does not count.
 "of limit" is the time that the chip would need at the peak of the instruction in use and of its
-memory, both measured at the start, over the time that was needed. Benchmarks need a quiet machine.
+memory, both measured at the start, over the time that was needed; "error" is that of the outputs
+against fp32, relative, for normally distributed weights and activations. --gate fails where a
+kernel's share of the limit is below FLOORS, on any machine. Benchmarks need a quiet machine.
 """
 
 import argparse
@@ -17,8 +23,10 @@ import platform
 import shlex
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,11 +35,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peers import PEERS
 
 from smoothquant import ops
+from smoothquant.linear import W4A4Linear
 
 COLD_BYTES = 200e6
 MEMORY_BYTES = 256 << 20
+FLOORS = {1: 0.35, 64: 0.45}  # by tokens: least share of the limit, g = 128, one thread
+MATRIX_SHAPES = ["4096x4096", "4096x11008", "11008x4096", "576x1536", "1536x576"]
+MATRIX_TOKENS = [1, 4, 16, 64, 512]
 
 
 def chip() -> str:
@@ -87,53 +100,101 @@ class Contender:
     offset: int = 0  # in the rotation, where several contenders share layers
 
 
-def dense(n: int, k: int, dtype: torch.dtype):
-    w = torch.randn(n, k).to(dtype)
-    return [w], lambda w: lambda x: F.linear(x.to(dtype), w)
-
-
-def packed(n: int, k: int, group_size: int, num_salient: int, salient_dtype: torch.dtype):
-    w = torch.randn(n, k)
-    perm = torch.randperm(k).int()
-    weights = ops.pack_weight(w, perm, num_salient, group_size, salient_dtype=salient_dtype)
-    return weights, lambda *w: lambda x: ops.w4a4_linear(x, *w, perm, None, n, group_size)
-
-
-def copies(weights: list[torch.Tensor | None], layer_of, cold: bool) -> tuple[list, float]:
+def copies(weights: list[torch.Tensor | None], layer_of, count: int) -> tuple[list, float]:
     size = sum(w.nbytes for w in weights if w is not None)
-    count = int(COLD_BYTES / size) + 1 if cold else 1
     return [layer_of(*(w if w is None else w.clone() for w in weights)) for _ in range(count)], size
 
 
-def contenders(n: int, k: int, args, cold: bool) -> list[Contender]:
+def cold_copies(size: float, cold: bool) -> int:
+    return int(COLD_BYTES / size) + 1 if cold else 1
+
+
+def dense(w: torch.Tensor, args, cold: bool) -> list[Contender]:
     result = []
     for name, dtype, limit in (
         ("torch fp32", torch.float32, "fma"),
         *([("torch bf16", torch.bfloat16, "bf16")] if args.bf16 else []),
     ):
-        layers, size = copies(*dense(n, k, dtype), cold)
-        result.append(Contender(name, layers, args.isas[0], size, {limit: n * k}))
-    for group_size in args.group_sizes:
-        for prop, salient in itertools.product(args.salient_props, args.salient_dtypes):
-            num_salient = int(prop * k)
-            weights = packed(n, k, group_size, num_salient, getattr(torch, salient))
-            layers, size = copies(*weights, cold)
-            for i, isa in enumerate(args.isas):
-                name = f"W4A4 g{group_size} p{prop:g}{' int8' * (salient == 'int8')} {isa}"
-                macs = {isa: n * (k - num_salient), "fma": n * num_salient}
-                offset = i * len(layers) // len(args.isas)
-                result.append(Contender(name, layers, isa, size, macs, offset))
+        cast = w.to(dtype)
+        layers, size = copies(
+            [cast],
+            lambda w: lambda x: F.linear(x.to(w.dtype), w),
+            cold_copies(cast.nbytes, cold),
+        )
+        result.append(Contender(name, layers, args.isas[0], size, {limit: w.numel()}))
     return result
 
 
-def measure(group: list[Contender], x: torch.Tensor, seconds: float) -> dict[str, float]:
-    """Median seconds of each contender; they take turns until `seconds` each have passed."""
+def packed(w: torch.Tensor, args, cold: bool) -> list[Contender]:
+    n, k = w.shape
+    perm = torch.randperm(k).int()
+    result = []
+    for group_size, prop, salient in itertools.product(
+        args.group_sizes, args.salient_props, args.salient_dtypes
+    ):
+        num_salient = int(prop * k)
+        weights = ops.pack_weight(
+            w, perm, num_salient, group_size, salient_dtype=getattr(torch, salient)
+        )
+        layers, size = copies(
+            weights,
+            lambda *w, g=group_size: lambda x: ops.w4a4_linear(x, *w, perm, None, n, g),
+            cold_copies(sum(t.nbytes for t in weights if t is not None), cold),
+        )
+        for i, isa in enumerate(args.isas):
+            name = f"W4A4 g{group_size} p{prop:g}{' int8' * (salient == 'int8')} {isa}"
+            macs = {isa: n * (k - num_salient), "fma": n * num_salient}
+            offset = i * len(layers) // len(args.isas)
+            result.append(Contender(name, layers, isa, size, macs, offset))
+    return result
+
+
+def others(w: torch.Tensor, args, cold: bool, m: int, threads: int) -> list[Contender]:
+    result = []
+    for name, (make, limit) in PEERS.items():
+        bytes_per_weight = 1 if make.__name__ == "w8a8" else 0.56
+        try:
+            layers, size = make(w, cold_copies(bytes_per_weight * w.numel(), cold), m, threads)
+        except (ImportError, RuntimeError) as error:
+            UNAVAILABLE.setdefault(name, f"{error}")
+            continue
+        isa = args.isas[-1]
+        result.append(Contender(name, layers, isa, size, {limit or isa: w.numel()}))
+    return result
+
+
+UNAVAILABLE: dict[str, str] = {}  # peers that were asked for, and why they are not here
+
+
+def errors(group: list[Contender], w: torch.Tensor, x: torch.Tensor) -> dict[str, float]:
+    expected, result = F.linear(x, w), {}
+    for contender in group:
+        ops.set_isa(contender.isa)
+        layer = contender.layers[0]
+        y = getattr(layer, "result", layer)(x).float()
+        result[contender.name] = ((y - expected).norm() / expected.norm()).item()
+        if not result[contender.name] < 0.3:
+            raise SystemExit(f"{contender.name} is wrong: relative error {result[contender.name]}")
+    return result
+
+
+def measure(
+    group: list[Contender], x: torch.Tensor, seconds: float, settle: bool
+) -> dict[str, float]:
+    """Median seconds of each contender; they take turns until `seconds` each have passed.
+
+    settle: wait until other libraries' threads are at rest, and wake the contender's own.
+    """
     times = {contender.name: [] for contender in group}
     turn = -1  # one that does not count
     while turn < 5 or min(map(sum, times.values())) < seconds:
         for contender in group:
             ops.set_isa(contender.isa)
-            layer = contender.layers[(turn + contender.offset) % len(contender.layers)]
+            at = turn * (1 + settle) + contender.offset
+            if settle:
+                time.sleep(0.005)
+                contender.layers[(at + 1) % len(contender.layers)](x)
+            layer = contender.layers[at % len(contender.layers)]
             start = time.perf_counter()
             layer(x)
             if turn >= 0:
@@ -162,29 +223,69 @@ def main() -> None:
     )
     parser.add_argument("--isas", nargs="+", default=[ops.isa()], choices=ops.supported_isas())
     parser.add_argument("--bf16", action="store_true", help="also against torch's bf16 linear")
+    parser.add_argument("--peers", action="store_true", help="also against benchmarks/peers.py")
+    parser.add_argument(
+        "--matrix", action="store_true", help="five shapes, five numbers of tokens, all peers"
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="per contender")
     parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--gate", action="store_true", help="fail where a kernel is too slow")
     args = parser.parse_args()
+    if args.matrix:
+        args.shapes, args.tokens = MATRIX_SHAPES, MATRIX_TOKENS
+        args.group_sizes, args.salient_props = [128, 32], [0.0, 0.05]
+        args.bf16 = args.peers = True
+
+    if args.gate:
+        args.shapes, args.tokens, args.threads = ["4096x4096"], list(FLOORS), [1]
+        args.group_sizes, args.salient_props = [128], [0.0]
+        args.isas = [name for name in ops.supported_isas() if name != "scalar"]
 
     print(f"{chip()}; torch {torch.__version__}; {date.today()}")
     limits = measure_limits(args.threads)
     for threads, values in limits.items():
         peaks = ", ".join(f"{k} {v:.0f}" for k, v in values.items() if k != "memory")
         print(f"Limits of {threads} threads: {values['memory']:.1f} GB/s; GMAC/s: {peaks}")
-    print("\n| KxN | M | threads | contender | median ms | GMAC/s | x torch fp32 | of limit |")
-    print("|---|---|---|---|---|---|---|---|")
+    record = {"chip": chip(), "torch": torch.__version__, "date": str(date.today())}
+    record |= {"limits": limits, "rows": speeds(args, limits)}
+    for name, reason in UNAVAILABLE.items():
+        print(f"not measured: {name} ({reason})")
+    if args.matrix:
+        record |= {"quantizer": quantizer(args), "call_microseconds": call_microseconds()}
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(record, file, indent=1)
+    if args.gate:
+        slow = [
+            f"{row['contender']}, M = {row['m']}: {row['of_limit']:.0%} of its limit, "
+            f"at least {FLOORS[row['m']]:.0%} wanted"
+            for row in record["rows"]
+            if row["contender"].startswith("W4A4") and row["of_limit"] < FLOORS[row["m"]]
+        ]
+        sys.exit("\n".join(slow) or None)
+
+
+def speeds(args, limits: dict[int, dict[str, float]]) -> list[dict]:
+    """The table of linears; prints each row when it is there."""
+    print(
+        "\n| KxN | M | threads | contender | median ms | GMAC/s | x torch fp32 | of limit | error |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     rows = []
     for shape in args.shapes:
         k, n = map(int, shape.split("x"))
         for m in args.tokens:
             cold = m <= 16
-            group = contenders(n, k, args, cold)
-            x = torch.randn(m, k)
+            w, x = torch.randn(n, k), torch.randn(m, k)
+            own = [*dense(w, args, cold), *packed(w, args, cold)]
             for threads in args.threads:
                 torch.set_num_threads(threads)
-                medians = measure(group, x, args.seconds)
+                group = own + (others(w, args, cold, m, threads) if args.peers else [])
+                wrong = errors(group, w, x)
+                medians = measure(group, x, args.seconds, args.peers)
                 for contender in group:
                     median = medians[contender.name]
+                    least = least_seconds(contender, m, cold, limits[threads])
                     row = {
                         "k": k,
                         "n": n,
@@ -194,18 +295,75 @@ def main() -> None:
                         "milliseconds": 1e3 * median,
                         "gmacs": m * n * k / median / 1e9,
                         "ratio": medians["torch fp32"] / median,
-                        "of_limit": least_seconds(contender, m, cold, limits[threads]) / median,
+                        "of_limit": least / median,
+                        "weight_bytes": contender.weight_bytes,
+                        "error": wrong[contender.name],
                     }
                     rows.append(row)
                     print(
                         f"| {shape} | {m} | {threads} | {contender.name} | {1e3 * median:.3f} "
-                        f"| {row['gmacs']:.1f} | {row['ratio']:.2f} | {row['of_limit']:.0%} |",
+                        f"| {row['gmacs']:.1f} | {row['ratio']:.2f} | {row['of_limit']:.0%} "
+                        f"| {row['error']:.4f} |",
                         flush=True,
                     )
-    if args.json:
-        record = {"chip": chip(), "torch": torch.__version__, "date": str(date.today())}
-        with open(args.json, "w") as file:
-            json.dump(record | {"limits": limits, "rows": rows}, file, indent=1)
+    return rows
+
+
+def quantizer(args) -> list[dict]:
+    """Speed of quantizing 512 x 4096 fp32 activations, in 1e9 bytes read per second."""
+    m, k = 512, 4096
+    x = torch.randn(m, k)
+    perms = {"in place": torch.arange(k).int(), "gathered": torch.randperm(k).int()}
+    print("\n| quantizer | g | Hadamard | format | threads | GB/s |\n|---|---|---|---|---|---|")
+    rows = []
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        choices = [
+            (reading, group_size, rotation, act_format)
+            for reading in perms
+            for group_size, rotation, act_format in (
+                (128, 0, "symmetric"),
+                (32, 0, "symmetric"),
+                (128, 128, "symmetric"),
+                (128, 128, "zero_point"),
+            )
+        ]
+        group = [
+            Contender(
+                " | ".join(map(str, choice)),
+                [lambda x, c=choice: ops.quantize_input(x, perms[c[0]], 0, *c[1:3], 4, c[3])],
+                args.isas[-1],
+                0,
+                {},
+            )
+            for choice in choices
+        ]
+        for name, median in measure(group, x, args.seconds, False).items():
+            speed = x.nbytes / median / 1e9
+            rows.append({"choice": name, "threads": threads, "gigabytes_per_second": speed})
+            print(f"| {name} | {threads} | {speed:.1f} |", flush=True)
+    return rows
+
+
+def call_microseconds() -> dict[str, float]:
+    """What a call of a layer too small to have any work takes; the best of some repeats."""
+    torch.set_num_threads(1)
+    dense = torch.nn.Linear(16, 16, bias=False)
+    layer = W4A4Linear.from_float(dense, group_size=16)
+    x = torch.randn(1, 16)
+    with torch.no_grad():
+        op = (x, *(getattr(layer, name) for name in ops.PACKED), layer.perm, None, 16, 16)
+        calls = {
+            "nn.Linear": lambda: dense(x),
+            "W4A4Linear": lambda: layer(x),
+            "its op alone": lambda: ops.w4a4_linear(*op),
+        }
+        result = {
+            name: 1e6 * min(timeit.repeat(call, number=2000, repeat=15)) / 2000
+            for name, call in calls.items()
+        }
+    print("\nA call without work:", ", ".join(f"{k} {v:.1f} us" for k, v in result.items()))
+    return result
 
 
 if __name__ == "__main__":

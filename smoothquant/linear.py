@@ -17,6 +17,7 @@ from .rounding import round_to_grid, stored_scale, weight_group_scales
 from .shared_input import shared_input
 from .sorting import ChannelPlan, ChannelStats, choose_channels, num_salient_channels
 
+ROWS_VALUES = 1 << 18  # of a weight, that are brought into packed order at a time
 SALIENT_Q_MAX = 127  # largest code of an int8 salient weight
 
 
@@ -29,10 +30,17 @@ def weight_in_packed_order(
 ) -> tuple[Tensor, Tensor]:
     """A weight [N, K] ready to be rounded, and its stored scales: fp32 [N, K] in perm's order with
     the INT4 part rotated (and already on its grid after GPTQ), fp32 [N, G]."""
-    k4 = weight.shape[1] - plan.num_salient
-    permuted = weight.detach()[:, plan.perm.long()].float()
-    permuted[:, :k4] = ops.group_hadamard(permuted[:, :k4], group_size, config.rotation)
-    scales = weight_group_scales(permuted[:, :k4], config, group_size)
+    n, k = weight.shape
+    k4, perm = k - plan.num_salient, plan.perm.long()
+    permuted = torch.empty(n, k)
+    # a few rows at a time: what is held beside the result stays small
+    step = max(1, n if config.weight_quant == "per_tensor" else ROWS_VALUES // max(1, k))
+    scales = []
+    for rows, source in zip(permuted.split(step), weight.detach().split(step), strict=True):
+        rows.copy_(source[:, perm])
+        rows[:, :k4] = ops.group_hadamard(rows[:, :k4], group_size, config.rotation)
+        scales.append(weight_group_scales(rows[:, :k4], config, group_size))
+    scales = torch.cat(scales)
     if factor is not None:
         grid = (k4, group_size, config.num_bits)
         rounded = gptq(permuted, factor, scales, *grid)
@@ -54,8 +62,15 @@ def check_weight(weight: Tensor, bias: Tensor | None, plan: ChannelPlan) -> None
     if plan.perm.dtype != torch.int32 or not is_permutation(plan.perm, k):
         raise ValueError(f"plan.perm must be an int32 permutation of {k} channels")
     check_integer("plan.num_salient", plan.num_salient, 0, k)
-    if not torch.isfinite(weight).all():
+    if not largest_magnitude(weight).isfinite():
         raise ValueError(f"weight of shape ({n}, {k}) holds NaN or Inf")
+
+
+def largest_magnitude(tensor: Tensor) -> Tensor:
+    """max|t|, 0-d; NaN where there is one, 0 of nothing. Unlike isfinite, it takes no memory."""
+    if tensor.numel() == 0:
+        return tensor.new_zeros(())
+    return torch.stack(torch.aminmax(tensor.detach())).abs().max()
 
 
 def is_permutation(perm: Tensor, k: int) -> bool:

@@ -15,6 +15,7 @@ from .families import ATTENTION_INPUTS, LayerInput, known_inputs, layer_inputs, 
 from .linear import (
     QuantizedLinear,
     W4A4Linear,
+    largest_magnitude,
     linear_class,
     refuse_quantized,
     salient_dtype_for,
@@ -289,10 +290,10 @@ def _check_weight(name: str, weight: Tensor, bias: Tensor | None) -> None:
                 f"{what} of {name} must be float32, float16 or bfloat16 with values; "
                 f"got {tensor.dtype} on {tensor.device}"
             )
-        if not torch.isfinite(tensor).all():
+        if not largest_magnitude(tensor).isfinite():
             raise ValueError(f"{what} of {name} holds NaN or Inf")
     stored = salient_dtype_for(weight.dtype)
-    if weight.numel() and weight.abs().max().to(stored).isinf():
+    if largest_magnitude(weight).to(stored).isinf():
         raise ValueError(f"weight of {name} holds values beyond the range of {stored}")
 
 

@@ -1,0 +1,218 @@
+"""Other 8-bit and 4-bit linears for the processor, each through its own library, for linear.py.
+
+Every function takes a weight [N, K], the number of copies to rotate over, the tokens of a call and
+the threads, and returns (layers, bytes of one copy's weights): a layer takes x [M, K] and gives
+[M, N]. It raises ImportError or RuntimeError where its library is not there or cannot do it.
+
+- w8a8: torch's dynamically quantized linear, in the engine that torch takes for x86.
+- int4pack: torch's `_weight_int4pack_mm_for_cpu`, bf16 activations, g = 128.
+- onnxruntime: MatMulNBits at accuracy_level 4 (int8 activations), g = 128. Its threads do not spin,
+  since each copy is a session with threads of its own.
+- ggml: llama.cpp's Q4_0 (g = 32, int8 activations), in the repacked layout that it chooses itself.
+  Its input lies in its own tensor before the clock starts.
+"""
+
+import ctypes
+import glob
+import os
+from collections.abc import Callable
+
+import torch
+
+Layer = Callable[[torch.Tensor], torch.Tensor]
+
+
+def w8a8(w: torch.Tensor, copies: int, m: int, threads: int) -> tuple[list[Layer], float]:
+    quantized = torch.ops.quantized
+    scales = w.abs().amax(1).double() / 127
+    codes = torch.quantize_per_channel(w, scales, torch.zeros(len(w)).long(), 0, torch.qint8)
+    packed = [quantized.linear_prepack(codes, None) for _ in range(copies)]
+    return [lambda x, p=p: quantized.linear_dynamic(x, p, False) for p in packed], w.numel()
+
+
+def four_bits(w: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes 0 ... 15 around 8, int32 [N, K], and scales [N, K / group_size]."""
+    if w.shape[1] % group_size:
+        raise RuntimeError(f"{w.shape[1]} channels are no multiple of {group_size}")
+    groups = w.unflatten(1, (-1, group_size))
+    scales = groups.abs().amax(-1, keepdim=True) / 7
+    codes = (groups / scales).round().clamp(-7, 7) + 8
+    return codes.flatten(1).int(), scales.squeeze(-1)
+
+
+def int4pack(w: torch.Tensor, copies: int, m: int, threads: int) -> tuple[list[Layer], float]:
+    codes, scales = four_bits(w, 128)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    table = torch.stack([scales.T, torch.zeros_like(scales.T)], -1).bfloat16().contiguous()
+    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+    pairs = [(packed.clone(), table.clone()) for _ in range(copies)]
+    layers = [lambda x, p=p, t=t: multiply(x.bfloat16(), p, 128, t) for p, t in pairs]
+    return layers, packed.nbytes + table.nbytes
+
+
+def onnxruntime(w: torch.Tensor, copies: int, m: int, threads: int) -> tuple[list[Layer], float]:
+    import onnx
+    import onnxruntime as ort
+
+    n, k = w.shape
+    codes, scales = four_bits(w, 128)
+    pairs = codes.to(torch.uint8).view(n, -1, 64, 2)
+    packed = pairs[..., 0] | pairs[..., 1] << 4
+    attributes = {"K": k, "N": n, "bits": 4, "block_size": 128, "accuracy_level": 4}
+    node = onnx.helper.make_node(
+        "MatMulNBits", ["x", "w", "scales"], ["y"], domain="com.microsoft", **attributes
+    )
+    kind = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [node],
+        "linear",
+        [onnx.helper.make_tensor_value_info("x", kind, [None, k])],
+        [onnx.helper.make_tensor_value_info("y", kind, [None, n])],
+        [
+            onnx.numpy_helper.from_array(packed.numpy(), "w"),
+            onnx.numpy_helper.from_array(scales.numpy().reshape(-1), "scales"),
+        ],
+    )
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    sessions = [
+        ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        for _ in range(copies)
+    ]
+    layers = [
+        lambda x, s=session: torch.from_numpy(s.run(None, {"x": x.numpy()})[0])
+        for session in sessions
+    ]
+    return layers, packed.nbytes + scales.nbytes
+
+
+class Ggml:
+    """llama.cpp's tensor library, out of the installed package llama_cpp."""
+
+    F32, Q4_0 = 0, 2
+
+    def __init__(self) -> None:
+        import importlib.util
+
+        spec = importlib.util.find_spec("llama_cpp")
+        if spec is None:
+            raise ImportError("llama-cpp-python is not installed")
+        folder = os.path.join(os.path.dirname(spec.origin), "lib")
+        self.libraries = [
+            ctypes.CDLL(glob.glob(f"{folder}/lib{name}.*")[0], mode=ctypes.RTLD_GLOBAL)
+            for name in ("ggml-base", "ggml-cpu", "ggml")
+        ]
+        self.backend = self("ggml_backend_cpu_init")
+        registry = self("ggml_backend_cpu_reg")
+        device = self("ggml_backend_reg_dev_get", registry, ctypes.c_size_t(0))
+        address = self(
+            "ggml_backend_reg_get_proc_address", registry, b"ggml_backend_dev_get_extra_bufts"
+        )
+        extra = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)(device)
+        names = {}
+        index = 0
+        while extra and extra[index]:
+            name = self("ggml_backend_buft_name", ctypes.c_void_p(extra[index]), to=ctypes.c_char_p)
+            names[name] = extra[index]
+            index += 1
+        if b"CPU_REPACK" not in names:
+            raise RuntimeError(f"ggml has no repacked weights here, only {sorted(names)}")
+        self.repacked = names[b"CPU_REPACK"]
+        self.plain = self("ggml_backend_cpu_buffer_type")
+
+    def __call__(self, name: str, *args, to=ctypes.c_void_p):
+        library = next(library for library in self.libraries if hasattr(library, name))
+        function = getattr(library, name)
+        function.restype = to
+        result = function(*[ctypes.c_void_p(a) if type(a) is int else a for a in args])
+        return ctypes.c_void_p(result) if to is ctypes.c_void_p else result
+
+    def context(self) -> ctypes.c_void_p:
+        class Parameters(ctypes.Structure):
+            _fields_ = [
+                ("size", ctypes.c_size_t),
+                ("buffer", ctypes.c_void_p),
+                ("no_alloc", ctypes.c_bool),
+            ]
+
+        return self("ggml_init", Parameters(1 << 22, None, True))
+
+    def tensor(self, context, kind: int, columns: int, rows: int, buffer_type) -> ctypes.c_void_p:
+        sizes = ctypes.c_int64(columns), ctypes.c_int64(rows)
+        made = self("ggml_new_tensor_2d", context, ctypes.c_int(kind), *sizes)
+        self("ggml_backend_alloc_ctx_tensors_from_buft", context, buffer_type)
+        return made
+
+    def layers(self, w: torch.Tensor, copies: int, m: int, threads: int):
+        n, k = w.shape
+        zero = ctypes.c_size_t(0)
+        size = n * k // 32 * 18
+        codes = torch.empty(size, dtype=torch.uint8)
+        start, rows, columns = map(ctypes.c_int64, (0, n, k))
+        kind = ctypes.c_int(self.Q4_0)
+        self(
+            "ggml_quantize_chunk", kind, w.data_ptr(), codes.data_ptr(), start, rows, columns, None
+        )
+        self("ggml_backend_cpu_set_n_threads", self.backend, ctypes.c_int(threads))
+        inputs = self.tensor(self.context(), self.F32, k, m, self.plain)
+
+        def layer():
+            weight = self.tensor(self.context(), self.Q4_0, k, n, self.repacked)
+            amount = ctypes.c_size_t(size)
+            self("ggml_backend_tensor_set", weight, codes.data_ptr(), zero, amount)
+            context = self.context()
+            product = self("ggml_mul_mat", context, weight, inputs)
+            self("ggml_backend_alloc_ctx_tensors_from_buft", context, self.plain)
+            graph = self("ggml_new_graph", context)
+            self("ggml_build_forward_expand", graph, product)
+            y = torch.empty(m, n)
+            written: list[torch.Tensor] = []
+
+            def run(x: torch.Tensor) -> torch.Tensor:
+                if not written:
+                    nbytes = ctypes.c_size_t(x.nbytes)
+                    self("ggml_backend_tensor_set", inputs, x.data_ptr(), zero, nbytes)
+                    written.append(x)
+                status = compute(self.backend, graph)
+                if status:
+                    raise RuntimeError(f"ggml_backend_graph_compute gave {status}")
+                return y
+
+            def result(x: torch.Tensor) -> torch.Tensor:
+                run(x)
+                nbytes = ctypes.c_size_t(y.nbytes)
+                self("ggml_backend_tensor_get", product, y.data_ptr(), zero, nbytes)
+                return y
+
+            run.result = result
+            return run
+
+        compute = next(
+            library.ggml_backend_graph_compute
+            for library in self.libraries
+            if hasattr(library, "ggml_backend_graph_compute")
+        )
+        compute.restype = ctypes.c_int
+        return [layer() for _ in range(copies)], size
+
+
+_ggml: list[Ggml] = []
+
+
+def ggml(w: torch.Tensor, copies: int, m: int, threads: int) -> tuple[list[Layer], float]:
+    if not _ggml:
+        _ggml.append(Ggml())
+    return _ggml[0].layers(w, copies, m, threads)
+
+
+# name of the row -> how to make its layers, and the limit of benchmarks/limits.c that it multiplies
+# at (None: the instruction set in use)
+PEERS: dict[str, tuple[Callable, str | None]] = {
+    "torch W8A8 dynamic": (w8a8, None),
+    "torch int4pack bf16 g128": (int4pack, "bf16"),
+    "onnxruntime MatMulNBits g128": (onnxruntime, None),
+    "llama.cpp Q4_0 g32": (ggml, None),
+}
