@@ -1,12 +1,12 @@
 """Speed of a whole model in transformers' plain `generate`, and time and memory of packing it.
 
-    python benchmarks/model.py [--model smollm2-135m] [--threads 1 2] [--prompt 512] [--new 64]
+    python benchmarks/model.py [--model smollm2-135m] [--threads 1 2] [--prompt 512] [--profile]
 
-The contenders (the model in fp32, in bf16, and as W4A4 beside fp32 embeddings, attention and head)
-take turns, and medians are reported. A streamer takes the times: prefill is all until the first new
-token, decode the tokens after it, greedy and one at a time. Packing runs `quantize` with statistics
-that are there already; its memory is the peak of what the process holds above what it held before.
-Benchmarks need a quiet machine.
+The contenders (the model in fp32, in bf16, and as W4A4 beside embeddings, attention and head in
+either) take turns, and medians are reported. A streamer takes the times: prefill is all until the
+first new token, decode the tokens after it, greedy and one at a time. Packing runs `quantize` with
+statistics that are there already; its memory is the peak of what the process holds above what it
+held before. Benchmarks need a quiet machine.
 """
 
 import argparse
@@ -94,6 +94,21 @@ def packing(model, config: MixedQuantConfig, stats, threads: int) -> tuple[torch
     return packed, row
 
 
+def profile(model, prompt: torch.Tensor, new: int) -> list[dict]:
+    """Shares of time by operator, of a prefill and of a decoding of `new` tokens."""
+    rows = []
+    for phase, tokens in (("prefill", 1), ("decode", new)):
+        inputs = prompt if phase == "prefill" else prompt[:, :1]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            generate(model, inputs, max(2, tokens))
+        events = sorted(found.key_averages(), key=lambda e: -e.self_cpu_time_total)
+        total = sum(event.self_cpu_time_total for event in events)
+        for event in events[:10]:
+            share, calls = event.self_cpu_time_total / total, event.count
+            rows.append({"phase": phase, "operator": event.key, "share": share, "calls": calls})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="bundled name, folder or id")
@@ -105,6 +120,7 @@ def main() -> None:
     parser.add_argument("--salient-prop", type=float, default=0.05)
     parser.add_argument("--recipe", default="rtn", choices=["rtn", "fast"])
     parser.add_argument("--compile", action="store_true", help="torch.compile each model, too")
+    parser.add_argument("--profile", action="store_true", help="where the W4A4 model's time goes")
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -131,7 +147,12 @@ def main() -> None:
         )
 
     name = f"W4A4 g{args.group_size} p{args.salient_prop:g}"
-    contenders = {"fp32": model, "bf16": copy.deepcopy(model).to(torch.bfloat16), name: packed}
+    contenders = {
+        "fp32": model,
+        "bf16": copy.deepcopy(model).to(torch.bfloat16),
+        f"{name}, rest fp32": packed,
+        f"{name}, rest bf16": copy.deepcopy(packed).to(torch.bfloat16),
+    }
     if args.compile:
         for key, contender in list(contenders.items()):
             compiled = module_copy(contender)
@@ -168,13 +189,20 @@ def main() -> None:
                 f"| {row['decode_ratio']:.2f} |",
                 flush=True,
             )
+    profiles = []
+    if args.profile:
+        torch.set_num_threads(args.threads[0])
+        profiles = profile(packed, prompt, args.new)
+        print(f"\n| phase | operator, {args.threads[0]} threads | share of time | calls |")
+        print("|---|---|---|---|")
+        for row in profiles:
+            print("| {phase} | {operator} | {share:.1%} | {calls} |".format(**row))
     if args.json:
         record = {"chip": chip(), "isa": ops.isa(), "torch": torch.__version__}
         record |= {"transformers": transformers.__version__, "date": str(date.today())}
         with open(args.json, "w") as file:
-            json.dump(
-                record | {"arguments": vars(args), "packing": packs, "rows": rows}, file, indent=1
-            )
+            record |= {"arguments": vars(args), "packing": packs, "rows": rows}
+            json.dump(record | {"profile": profiles}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""The tables and the roofline figure of docs/results.md, from what linear.py measured.
+
+    python benchmarks/report.py docs/benchmark_linear.json docs/benchmark_linear.png
+
+Prints Markdown. The figure: speed over the multiply-accumulates that come to a byte of weights, for
+the first shape, with the measured limits of the chip as lines.
+"""
+
+import itertools
+import json
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# Okabe and Ito's colours, told apart by colour-blind readers; markers for print
+COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#999999"]
+MARKERS = "osv^DPX*"
+
+
+def tables(record: dict) -> str:
+    rows = record["rows"]
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    lines = []
+    for threads in dict.fromkeys(row["threads"] for row in rows):
+        lines += ["", f"Threads: {threads}. Milliseconds of torch fp32, then times its speed.", ""]
+        lines.append("| K x N | M | " + " | ".join(names) + " |")
+        lines.append("|" + "---|" * (2 + len(names)))
+        of_threads = [row for row in rows if row["threads"] == threads]
+        for (k, n, m), group in itertools.groupby(
+            of_threads, key=lambda row: (row["k"], row["n"], row["m"])
+        ):
+            by_name = {row["contender"]: row for row in group}
+            cells = [
+                "-"
+                if name not in by_name
+                else f"{by_name[name]['milliseconds']:.2f} ms"
+                if name == "torch fp32"
+                else f"{by_name[name]['ratio']:.2f}"
+                for name in names
+            ]
+            lines.append(f"| {k} x {n} | {m} | " + " | ".join(cells) + " |")
+    if "quantizer" in record:
+        lines += ["", "| quantizer | g | Hadamard | format | threads | GB/s |"]
+        lines.append("|---|---|---|---|---|---|")
+        for row in record["quantizer"]:
+            speed = f"{row['gigabytes_per_second']:.1f}"
+            lines.append(f"| {row['choice']} | {row['threads']} | {speed} |")
+    return "\n".join(lines)
+
+
+def roofline(record: dict, path: str) -> None:
+    rows = record["rows"]
+    k, n = rows[0]["k"], rows[0]["n"]
+    rows = [row for row in rows if (row["k"], row["n"]) == (k, n)]
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    limits = record["limits"]
+    figure, panels = plt.subplots(
+        1, len(limits), figsize=(6 * len(limits), 5), sharey=True, squeeze=False
+    )
+    for panel, (threads, peaks) in zip(panels[0], limits.items(), strict=True):
+        memory = peaks["memory"]
+        arithmetic = {name: value for name, value in peaks.items() if name != "memory"}
+        highest = max(arithmetic.values())
+        panel.plot([0.1, highest / memory], [0.1 * memory, highest], color="0.6", lw=1)
+        panel.annotate(
+            f"memory {memory:.0f} GB/s",
+            (0.3, 0.3 * memory * 1.15),
+            color="0.4",
+            rotation=35,
+            fontsize=8,
+        )
+        for index, (name, value) in enumerate(arithmetic.items()):
+            panel.plot([value / memory, 3e3], [value, value], color="0.6", lw=1, ls="--")
+            at = 3e3 / 8 ** (index % 2), value  # neighbours would overlap
+            label = f"{name} {value:.0f}"
+            panel.annotate(label, at, color="0.4", fontsize=8, ha="right", va="bottom")
+        for index, name in enumerate(names):
+            points = [
+                (row["m"] * row["k"] * row["n"] / row["weight_bytes"], row["gmacs"])
+                for row in rows
+                if row["contender"] == name and str(row["threads"]) == threads
+            ]
+            style = MARKERS[index % len(MARKERS)], COLOURS[index % len(COLOURS)]
+            filled = {} if index < len(MARKERS) else {"mfc": "white"}
+            panel.plot(
+                *zip(*points, strict=True),
+                marker=style[0],
+                color=style[1],
+                ms=5,
+                lw=1,
+                label=name,
+                **filled,
+            )
+        panel.set(
+            xscale="log",
+            yscale="log",
+            title=f"{k} x {n}, {threads} thread{'s' * (threads != '1')}",
+            xlabel="multiply-accumulates per byte of weights",
+        )
+        panel.grid(alpha=0.2)
+    panels[0][0].set_ylabel("1e9 multiply-accumulates per second")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=8)
+    figure.suptitle(f"{record['chip']}; torch {record['torch']}; {record['date']}", fontsize=9)
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    with open(sys.argv[1]) as file:
+        record = json.load(file)
+    print(tables(record))
+    roofline(record, sys.argv[2])
+
+
+if __name__ == "__main__":
+    main()
