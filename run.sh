@@ -34,6 +34,7 @@ Options of a sweep:
   --seed N                  of the draw of these blocks
   --dtype D                 float32 bfloat16 float16, of what is not quantized
   --output FOLDER           where finished cells are kept (default: results)
+  --cells FILE ...          take finished cells from published ones (figures/*_cells.jsonl)
   --figures FOLDER          where figures and tables go (default: figures)
   --threads N               processor threads (default: all cores)
 

@@ -105,13 +105,19 @@ class Ggml:
             ctypes.CDLL(glob.glob(f"{folder}/lib{name}.*")[0], mode=ctypes.RTLD_GLOBAL)
             for name in ("ggml-base", "ggml-cpu", "ggml")
         ]
+        # kept here: the library calls it as long as it lives
+        self.silence = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(
+            lambda level, text, data: None
+        )
+        self("ggml_log_set", self.silence, ctypes.c_void_p(None))
         self.backend = self("ggml_backend_cpu_init")
         registry = self("ggml_backend_cpu_reg")
         device = self("ggml_backend_reg_dev_get", registry, ctypes.c_size_t(0))
         address = self(
             "ggml_backend_reg_get_proc_address", registry, b"ggml_backend_dev_get_extra_bufts"
         )
-        extra = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)(device)
+        listed = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)
+        extra = listed(address.value)(device)
         names = {}
         index = 0
         while extra and extra[index]:
@@ -121,6 +127,8 @@ class Ggml:
         if b"CPU_REPACK" not in names:
             raise RuntimeError(f"ggml has no repacked weights here, only {sorted(names)}")
         self.repacked = names[b"CPU_REPACK"]
+        self.contexts: list[ctypes.c_void_p] = []
+        self.buffers: list[ctypes.c_void_p] = []
         self.plain = self("ggml_backend_cpu_buffer_type")
 
     def __call__(self, name: str, *args, to=ctypes.c_void_p):
@@ -138,15 +146,28 @@ class Ggml:
                 ("no_alloc", ctypes.c_bool),
             ]
 
-        return self("ggml_init", Parameters(1 << 22, None, True))
+        self.contexts.append(self("ggml_init", Parameters(1 << 20, None, True)))
+        return self.contexts[-1]
+
+    def allocate(self, context, buffer_type) -> None:
+        buffer = self("ggml_backend_alloc_ctx_tensors_from_buft", context, buffer_type)
+        self.buffers.append(buffer)
+
+    def free(self) -> None:
+        for buffer in self.buffers:
+            self("ggml_backend_buffer_free", buffer, to=None)
+        for context in self.contexts:
+            self("ggml_free", context, to=None)
+        self.buffers, self.contexts = [], []
 
     def tensor(self, context, kind: int, columns: int, rows: int, buffer_type) -> ctypes.c_void_p:
         sizes = ctypes.c_int64(columns), ctypes.c_int64(rows)
         made = self("ggml_new_tensor_2d", context, ctypes.c_int(kind), *sizes)
-        self("ggml_backend_alloc_ctx_tensors_from_buft", context, buffer_type)
+        self.allocate(context, buffer_type)
         return made
 
     def layers(self, w: torch.Tensor, copies: int, m: int, threads: int):
+        self.free()  # the layers of the last call have been measured
         n, k = w.shape
         zero = ctypes.c_size_t(0)
         size = n * k // 32 * 18
@@ -165,7 +186,7 @@ class Ggml:
             self("ggml_backend_tensor_set", weight, codes.data_ptr(), zero, amount)
             context = self.context()
             product = self("ggml_mul_mat", context, weight, inputs)
-            self("ggml_backend_alloc_ctx_tensors_from_buft", context, self.plain)
+            self.allocate(context, self.plain)
             graph = self("ggml_new_graph", context)
             self("ggml_build_forward_expand", graph, product)
             y = torch.empty(m, n)

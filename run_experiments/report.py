@@ -169,7 +169,8 @@ def _markdown(head: list[str], body: list[list[str]]) -> str:
 def write(
     store: Store, cells: Sequence[Cell], model_name: str, folder: str | Path, command: str
 ) -> tuple[str, list[Path]]:
-    """Write the figures, their data and `<model>_results.md` from the store.
+    """Write the figures, their data, `<model>_results.md` and `<model>_cells.jsonl`, which holds
+    each result with its specification for `Store.adopt`, from the store.
 
     Args:
         store, cells: where the results lie and which ones belong to this sweep.
@@ -178,7 +179,7 @@ def write(
         command: the command that made the results, for the record.
 
     Returns:
-        (the table as Markdown, the paths of the figures, then of the results file).
+        (the table as Markdown, the paths of the figures, then of the results and the cells).
     """
     rows = stored_rows(store, cells)
     text = table(rows)
@@ -199,7 +200,9 @@ def write(
             )
     results = folder / f"{stem}_results.md"
     write_atomically(results, page)
-    return text, [*paths, results]
+    published = folder / f"{stem}_cells.jsonl"
+    store.publish(cells, published)
+    return text, [*paths, results, published]
 
 
 def plot_results(

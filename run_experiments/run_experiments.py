@@ -332,6 +332,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", default="results", metavar="FOLDER", help="finished cells (default: results)"
     )
+    parser.add_argument(
+        "--cells",
+        nargs="+",
+        metavar="FILE",
+        help="take finished cells from what earlier runs published: figures/*_cells.jsonl",
+    )
     parser.add_argument("--figures", default="figures", metavar="FOLDER", help="default: figures")
     parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
     args = parser.parse_args(argv)
@@ -381,6 +387,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         preset = _chosen_preset(args)
         store = Store(args.output)
+        for path in args.cells or []:
+            print(f"{store.adopt(path)} cells taken from {path}")
         print(f"Model {preset.model}, {torch.get_num_threads()} threads, preset {args.preset}")
         plan = sweep(preset, store)
         text, paths = report.write(store, plan, preset.model, args.figures, command)

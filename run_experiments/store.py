@@ -7,12 +7,14 @@ import json
 import os
 import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .grid import Cell, canonical_json
 
 FORMAT_VERSION = 1
+ALONE = ("quantized", "layers")  # tasks whose records are all that they leave
 
 
 class Store:
@@ -91,6 +93,45 @@ class Store:
         # What a killed writer of this cell left behind is of no use now.
         for leftover in self.folder.glob(f".{path.name}.*.tmp"):
             leftover.unlink(missing_ok=True)
+
+    def publish(self, cells: Iterable[Cell], path: Path) -> None:
+        """Write the records of the finished ones among `cells` that stand by themselves (no
+        calibrations or baselines, which leave tensors too) to one file, a line of JSON each."""
+        lines = [
+            json.dumps(json.loads(self.path(cell).read_text(encoding="utf-8")), sort_keys=True)
+            for cell in cells
+            if cell.task in ALONE and self.get(cell) is not None
+        ]
+        write_atomically(path, "".join(line + "\n" for line in lines))
+
+    def adopt(self, path: str | os.PathLike) -> int:
+        """Take over the records of a file that `publish` wrote; returns how many were not here yet.
+
+        Raises:
+            ValueError: no such file, or a line of it is no sound record; nothing is taken then.
+        """
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cells: cannot read {str(path)!r}: {error}") from error
+        records = []
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                cell = Cell.from_json(json.dumps(record["spec"]))
+                fault = _fault(line, cell)
+            except (ValueError, TypeError, KeyError) as error:
+                fault = repr(error)
+            if fault or cell.task not in ALONE:
+                raise ValueError(
+                    f"cells: line {number} of {str(path)!r} is no record of a finished cell"
+                    f"{f' ({fault})' if fault else ''}"
+                )
+            records.append((cell, record["result"]))
+        new = [(cell, result) for cell, result in records if self.get(cell) is None]
+        for cell, result in new:
+            self.put(cell, result)
+        return len(new)
 
     def _move_aside(self, path: Path, fault: str) -> None:
         aside = path.with_name(path.name + ".damaged")

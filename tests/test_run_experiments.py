@@ -421,6 +421,42 @@ def test_more_cells_reuse_calibration_and_baseline(finished, tmp_path, capsys):
     assert "5 cells, 2 of them in" in capsys.readouterr().out
 
 
+def test_published_cells_are_taken_over(finished, tmp_path, capsys):
+    output, figures = finished
+    published = figures / "tiny-opt_cells.jsonl"
+    arguments = ["--preset", "tiny", "--output", str(tmp_path / "results")]
+    arguments += ["--cells", str(published), "--figures", str(tmp_path / "figures")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    # only what leaves tensors is computed again
+    assert "6 cells taken from" in printed and "8 cells, 6 of them in" in printed
+    assert without_run(tmp_path / "results") == without_run(output)
+    assert (tmp_path / "figures" / published.name).read_bytes() == published.read_bytes()
+    assert Store(tmp_path / "results").adopt(published) == 0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda line: line[:-5], "line 2 of .*no record"),
+        (lambda line: line.replace('"perplexity": ', '"perplexity": 1'), "checksum"),
+        (lambda line: line.replace('"quantized"', '"calibration"'), "line 2 of .*no record"),
+        (lambda line: "[]", "line 2 of .*no record"),
+    ],
+)
+def test_unsound_published_cells_are_refused(finished, tmp_path, change, message, capsys):
+    lines = (finished[1] / "tiny-opt_cells.jsonl").read_text().splitlines()
+    lines[1] = change(lines[1])
+    path = tmp_path / "cells.jsonl"
+    path.write_text("\n".join(lines))
+    arguments = ["--preset", "tiny", "--output", str(tmp_path / "results"), "--cells", str(path)]
+    assert main(arguments) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert list((tmp_path / "results").iterdir()) == []
+    with pytest.raises(ValueError, match="cells: cannot read .*nothing"):
+        Store(tmp_path / "results").adopt(tmp_path / "nothing")
+
+
 def test_damaged_statistics_are_collected_again(finished, tmp_path, capsys):
     output, _ = finished
     store = Store(tmp_path / "results")
@@ -570,7 +606,7 @@ def test_figures_and_their_data(finished):
     plots = ("kl_vs_bits", "ppl_vs_bits", "ppl_vs_group_size", "size_vs_group_size")
     assert names == sorted(
         [f"tiny-opt_{plot}.{kind}" for plot in plots for kind in ("png", "csv")]
-        + ["tiny-opt_results.md"]
+        + ["tiny-opt_results.md", "tiny-opt_cells.jsonl"]
     )
     for path in figures.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000

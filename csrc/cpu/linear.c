@@ -62,6 +62,15 @@ static const float *load_groups(const mq_channels *from, int64_t group_size, int
     return buffer;
 }
 
+/* One token's quads to their places in a tile of h tokens */
+static void scatter_quads(const int8_t *from, int64_t quads, int8_t *to, int64_t h) {
+    int64_t quad = 0;
+    for (; quad + 8 <= quads; quad += 8)
+        for (int i = 0; i < 8; i++)
+            memcpy(to + (quad + i) * h * MQ_QUAD, from + (quad + i) * MQ_QUAD, MQ_QUAD);
+    for (; quad < quads; quad++) memcpy(to + quad * h * MQ_QUAD, from + quad * MQ_QUAD, MQ_QUAD);
+}
+
 static void quantize_groups(const token *t) {
     const mq_shape *shape = t->shape;
     const mq_linear *lin = t->lin;
@@ -95,8 +104,8 @@ static void quantize_groups(const token *t) {
             scales[(k0 / g + j) * h] = run_scales[j];
             *starts = run_starts[j];
         }
-        for (int64_t quad = 0; quad < quads; quad++, codes += h * MQ_QUAD)
-            memcpy(codes, run_codes + quad * MQ_QUAD, MQ_QUAD);
+        scatter_quads(run_codes, quads, codes, h);
+        codes += quads * h * MQ_QUAD;
     }
 }
 
