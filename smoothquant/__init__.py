@@ -9,6 +9,7 @@ from . import ops as ops  # loads the compiled kernels, so that torch.ops.mixedq
 from .calibration import collect_stats
 from .checkpoint import load_quantized, save_quantized
 from .config import MixedQuantConfig
+from .convert import convert
 from .errors import CheckpointError
 from .fake_quant import quantize_model
 from .folding import fold_permutations
@@ -27,6 +28,7 @@ __all__ = [
     "W4A4Linear",
     "__version__",
     "collect_stats",
+    "convert",
     "fold_permutations",
     "load_quantized",
     "quantization_report",

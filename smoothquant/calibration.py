@@ -145,7 +145,11 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
 
 @torch.no_grad()
 def collect_stats(
-    model: nn.Module, batches: Iterable[Tensor], *, progress: bool = True
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    *,
+    by_layer: bool = False,
+    progress: bool = True,
 ) -> dict[str, ChannelStats]:
     """Run `batches` through a float model and collect the statistics of its layer inputs.
 
@@ -158,10 +162,12 @@ def collect_stats(
         model: a transformers causal language model (or anything `families.layer_inputs` can walk
             that takes token ids), not quantized.
         batches: int64 [B, T] tensors of token ids, without padding.
+        by_layer: run all batches through one decoder layer after the other, not through the model
+            one after the other: for weights that do not stay in memory.
         progress: show a progress bar.
 
     Returns:
-        name of a linear -> ChannelStats of its input.
+        name of a linear -> ChannelStats of its input, the same either way.
 
     Raises:
         ValueError: a quantized model, a batch of another shape, an activation that is not finite,
@@ -172,7 +178,6 @@ def collect_stats(
     stats = _idle_experts(model, inputs)
     runner = without_head(model, [item.name for item in inputs])
     device = next(model.parameters()).device
-    num_batches = 0
 
     def add(names: tuple[str, ...], x: Tensor) -> None:
         if names[0] not in stats:
@@ -183,18 +188,31 @@ def collect_stats(
                 f"the input of layer {names[0]} is not finite: NaN or Inf while calibrating"
             )
 
-    with evaluating(model), hooked(model, input_hooks(inputs, add)):
-        for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
+    def checked() -> Iterator[Tensor]:
+        number = -1
+        for number, batch in enumerate(batches):
             shape = tuple(getattr(batch, "shape", ()))
             if len(shape) != 2:
                 raise ValueError(
-                    f"batches must hold int64 [B, T] tensors; item {num_batches} is "
+                    f"batches must hold int64 [B, T] tensors; item {number} is "
                     f"{type(batch).__name__} of shape {shape}"
                 )
-            runner(batch.to(device), **no_cache(model))
-            num_batches += 1
-    if num_batches == 0:
-        raise ValueError("batches must hold at least one batch; got none")
+            yield batch
+        if number < 0:
+            raise ValueError("batches must hold at least one batch; got none")
+
+    hooks = input_hooks(inputs, add)
+    shown = {"desc": "calibrating", "disable": not progress}
+    if by_layer:
+        from .blocks import blocks
+
+        for block in tqdm(blocks(model, list(hooks), list(checked())), unit="layer", **shown):
+            block.run({name: hook for name, hook in hooks.items() if block.holds(name)})
+    else:
+        with evaluating(model), hooked(model, hooks):
+            length = len(batches) if isinstance(batches, Sequence) else None
+            for batch in tqdm(checked(), total=length, unit="batch", **shown):
+                runner(batch.to(device), **no_cache(model))
     unreached = [item.name for item in inputs if item.name not in stats]
     if unreached:
         raise ValueError(f"no token reached layer {unreached[0]} ({len(unreached)} layers in all)")

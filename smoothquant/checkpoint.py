@@ -93,7 +93,7 @@ def check_target(folder: str | os.PathLike, *, overwrite: bool = False) -> Path:
 def is_quantized_folder(folder: str | os.PathLike) -> bool:
     """Whether a folder's config.json says that it holds a model of this package."""
     try:
-        fields = _read_json(Path(folder) / CONFIG).get("quantization_config")
+        fields = read_json(Path(folder) / CONFIG).get("quantization_config")
     except CheckpointError:
         return False
     return isinstance(fields, dict) and fields.get("quant_method") == MixedQuantConfig.quant_method
@@ -118,10 +118,10 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
     if not folder.is_dir():
         raise ValueError(f"folder must be a folder of a quantized model; got {folder}")
     path = folder / CONFIG
-    fields = _read_json(path)
+    fields = read_json(path)
     manifest = Manifest.from_dict(fields.get("quantization_config"), path)
-    headers = _stored_tensors(folder)
-    model = _float_model(folder, fields.get("architectures"), len(headers))
+    headers = stored_tensors(folder)
+    model = float_model(folder, fields.get("architectures"), len(headers))
     insert_linears(model, manifest, path)
     unsaved = unsaved_buffers(model)
     dtypes = check_headers(model, manifest, headers, folder / TENSORS)
@@ -144,7 +144,7 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
     return model.eval()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -154,12 +154,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _stored_tensors(folder: Path) -> dict[str, Header]:
+def stored_tensors(folder: Path) -> dict[str, Header]:
     """What the folder's one safetensors file holds, or all those that its index names."""
     index = folder / INDEX
     if not index.exists():
         return read_headers([folder / TENSORS])
-    placed = _read_json(index).get("weight_map")
+    placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise CheckpointError(f"{index}: weight_map must name a file for each tensor")
     for name, file in placed.items():
@@ -189,7 +189,7 @@ def _read(headers: Mapping[str, Header]) -> dict[str, Tensor]:
     return tensors
 
 
-def _float_model(folder: Path, architectures: Any, num_tensors: int) -> nn.Module:
+def float_model(folder: Path, architectures: Any, num_tensors: int) -> nn.Module:
     """The model that was quantized, its parameters without memory."""
     import transformers
 

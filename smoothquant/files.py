@@ -42,11 +42,20 @@ def atomic_folder(folder: str | os.PathLike, *, overwrite: bool = False) -> Iter
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial, replaced = _sibling(folder), _sibling(folder)
+    partial = _sibling(folder)
     partial.mkdir()
     try:
         yield partial
-        mode = partial.stat().st_mode & 0o666
+        publish_folder(partial, folder, overwrite=overwrite)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish_folder(partial: Path, folder: Path, *, overwrite: bool = False) -> None:
+    """Flush a folder to the disk and rename it to `folder`, as `atomic_folder` does."""
+    replaced = _sibling(folder)
+    mode = partial.stat().st_mode & 0o666
+    try:
         for path in partial.rglob("*"):
             if path.is_file():
                 path.chmod(mode)
@@ -63,7 +72,6 @@ def atomic_folder(folder: str | os.PathLike, *, overwrite: bool = False) -> Iter
             replaced.rename(folder)
         raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -92,7 +92,7 @@ def quantize(
     _check_arguments(model, config, stats)
     if config.calibration is not None and stats is None and batches is None:
         batches = calibration_batches(model, tokenizer, config)
-    _check_batches(config, batches)
+    check_batches(config, batches)
     if stats is None and batches is not None:
         stats = collect_stats(model, batches, progress=progress)
     items, groups = checked_groups(model, config, stats)
@@ -224,7 +224,8 @@ def _check_arguments(model, config, stats) -> None:
     refuse_quantized(model)
 
 
-def _check_batches(config: MixedQuantConfig, batches) -> None:
+def check_batches(config: MixedQuantConfig, batches) -> None:
+    """Raise ValueError unless these are the token ids that the config needs."""
     if batches is None and not config.needs_tokens:
         return
     if not isinstance(batches, Sequence) or not batches:

@@ -1,0 +1,390 @@
+"""A checkpoint of any size quantized with the memory of a decoder layer.
+
+The float weights are mapped from their files, never read as a whole: the system brings in what a
+layer needs and drops it again. The model runs one decoder layer at a time (`smoothquant.blocks`);
+a packed layer is written to a file at once and mapped from there. Memory holds the hidden states
+of the calibration tokens and the layer at work.
+
+While it runs, the folder ``.<name of the target>.partial`` stands beside the target, with a file
+for each finished layer. The same call goes on from there after whatever stopped it, and comes to
+the same bytes; at the end the result takes the target's place, which is whole or not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import mmap
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .calibration import calibration_batches, collect_stats, load_stats, save_stats
+from .checkpoint import CONFIG, INDEX, check_target, float_model, read_json, stored_tensors
+from .config import MixedQuantConfig
+from .errors import CheckpointError
+from .families import decoder_layers
+from .files import atomic_file, publish_folder
+from .manifest import DTYPES, STORED_DTYPES, Header, Manifest, assign, insert_linears
+from .model_size import distinct_tensors
+from .pipeline import Group, ready_groups
+from .quantize import (
+    LinearRecord,
+    check_batches,
+    check_weights,
+    checked_groups,
+    finish,
+    pack,
+    warn_of_missing_stats,
+)
+from .sorting import ChannelStats
+
+logger = logging.getLogger("smoothquant")
+
+# Of a model's folder, what goes along unchanged.
+COMPANIONS = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "generation_config.json",
+)  # fmt: skip
+
+
+class Mapped:
+    """Tensors of safetensors files in the files' own pages: read-only, and no memory of the
+    process's own."""
+
+    def __init__(self) -> None:
+        self._maps: list[mmap.mmap] = []
+
+    def read(self, path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors of a file that `manifest.read_headers` has found sound."""
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(size))
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._maps.append(pages)
+        tensors = {}
+        for name in names:
+            dtype = DTYPES[STORED_DTYPES[entries[name]["dtype"]]]
+            begin, end = entries[name]["data_offsets"]
+            flat = torch.empty(0, dtype=dtype)
+            if end > begin:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "The given buffer is not writable")
+                    count = (end - begin) // dtype.itemsize
+                    flat = torch.frombuffer(
+                        pages, dtype=dtype, count=count, offset=8 + size + begin
+                    )
+            tensors[name] = flat.view(entries[name]["shape"])
+        return tensors
+
+    def release(self) -> None:
+        """Let the system have all pages back; what is used again is read again."""
+        for pages in self._maps:
+            if hasattr(mmap, "MADV_DONTNEED"):
+                pages.madvise(mmap.MADV_DONTNEED)
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    config: MixedQuantConfig,
+    stats: Mapping[str, ChannelStats] | None = None,
+    batches: Sequence[Tensor] | None = None,
+    *,
+    tokenizer=None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> list[LinearRecord]:
+    """Quantize a folder with a float model into a folder that `load_quantized` reads.
+
+    The result is that of `smoothquant.quantize` on the loaded model, in the dtype it is stored in,
+    and `save_quantized`, bit for bit; its tensors lie in a file for each decoder layer.
+
+    Args:
+        source: a folder with config.json and model.safetensors, or shards of it and their index.
+        target: as for `save_quantized`.
+        config, stats, batches: as for `quantize`. Statistics that are not given are collected
+            from the batches, one decoder layer at a time.
+        tokenizer: the model's, for ``config.calibration``; None: the one in `source`.
+        overwrite: replace a folder that holds a quantized model.
+        progress: show progress bars.
+
+    Returns:
+        A record for every parameter, as `quantization_report` has them.
+
+    Raises:
+        ValueError: no such folder; a model whose decoder layers are not known, or whose files hold
+            other tensors than the model has (transformers converts those while it loads them); as
+            `quantize` and `save_quantized`.
+        CheckpointError: a file of the source is broken.
+    """
+    source, target = Path(source), check_target(target, overwrite=overwrite)
+    if not isinstance(config, MixedQuantConfig):
+        raise TypeError(f"config must be a MixedQuantConfig; got {type(config).__name__}")
+    if not (source / CONFIG).is_file():
+        raise ValueError(f"source must be a folder with a model and its config.json; got {source}")
+    headers = stored_tensors(source)
+    mapped = Mapped()
+    model = _mapped_model(source, headers, mapped)
+    layers = decoder_layers(model)
+    if not layers:
+        raise ValueError(
+            f"source: the decoder layers of {type(model).__name__} are not in the table of "
+            "families; load it and call smoothquant.quantize"
+        )
+    if config.calibration is not None and stats is None and batches is None:
+        batches = calibration_batches(model, tokenizer or _tokenizer(source), config)
+    check_batches(config, batches)
+    work = target.with_name(f".{target.name}.partial")
+    _begin(work, _identity(headers, config, stats, batches))
+    print(f"Finished layers are kept in {work} until all are done.", flush=True)
+    if stats is None and batches is not None:
+        stats = _statistics(work / "stats.safetensors", model, batches, progress)
+        mapped.release()
+    items, groups = checked_groups(model, config, stats)
+    warn_of_missing_stats(config, stats, groups)
+    conversion = _Conversion(model, config, layers, work / "folder", mapped)
+    records = conversion.run(groups, batches, progress)
+    records = finish(model, config, items, records)
+    conversion.write_rest(source)
+    publish_folder(work / "folder", target, overwrite=overwrite)
+    shutil.rmtree(work, ignore_errors=True)
+    return records
+
+
+class _Conversion:
+    """The layers of a model, packed one after the other into files of a folder."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: MixedQuantConfig,
+        layers: list[str],
+        folder: Path,
+        mapped: Mapped,
+    ) -> None:
+        self.model, self.config, self.layers = model, config, layers
+        self.folder, self.mapped = folder, mapped
+        model.mixedquant_config = config  # what a manifest names the layers' own choices against
+
+    def path(self, index: int) -> Path:
+        """The file of a layer; behind the last one's, that of all other tensors."""
+        return self.folder / f"model-{index + 1:05}-of-{len(self.layers) + 1:05}.safetensors"
+
+    def _about(self, index: int) -> Path:
+        """What a finished layer is made of, for a run that goes on."""
+        return self.folder.parent / f"layer-{index + 1:05}.json"
+
+    def run(
+        self, groups: list[Group], batches: Sequence[Tensor] | None, progress: bool
+    ) -> list[LinearRecord]:
+        """Pack all groups that are not in a finished layer; the records of all."""
+        of_layer: dict[int, list[Group]] = {index: [] for index in range(len(self.layers))}
+        for group in groups:
+            of_layer[self._layer_of(group.name)].append(group)
+        records: dict[int, list[LinearRecord]] = {}
+        for index in of_layer:
+            if self.path(index).exists():
+                records[index] = self._take_up(index)
+        waiting = {i: of for i, of in of_layer.items() if i not in records}
+        # a layer is calibrated on those before it; without tokens each stands by itself
+        lots = list(waiting.values())
+        if self.config.needs_tokens and lots:
+            lots = [sum(lots, [])]
+        done = sum(map(len, records.values()))
+        total = sum(len(group.names) for group in groups)
+        with tqdm(
+            total=total, initial=done, desc="quantizing", unit="linear", disable=not progress
+        ) as bar:
+            for lot in lots:
+                for group in lot:
+                    check_weights(self.model, group)
+                ready = ready_groups(self.model, lot, self.config, batches)
+                for record in pack(self.model, self.config, ready):
+                    index = self._layer_of(record.name)
+                    found = records.setdefault(index, [])
+                    found.append(record)
+                    bar.update()
+                    if len(found) == sum(len(group.names) for group in of_layer[index]):
+                        self._put_down(index, found)
+        return [record for index in sorted(records) for record in records[index]]
+
+    def _layer_of(self, name: str) -> int:
+        for index, layer in enumerate(self.layers):
+            if name.startswith(layer + "."):
+                return index
+        raise ValueError(f"source: {name} is in no decoder layer; call smoothquant.quantize")
+
+    def _tensors(self, index: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """A layer's distinct tensors and its aliases, by full name."""
+        prefix = self.layers[index] + "."
+        tensors, aliases = distinct_tensors(self.model)
+        return (
+            {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)},
+            {name: owner for name, owner in aliases.items() if name.startswith(prefix)},
+        )
+
+    def _put_down(self, index: int, records: list[LinearRecord]) -> None:
+        """Write a packed layer and have it mapped from its file from now on."""
+        prefix = self.layers[index] + "."
+        linears = Manifest.of_model(self.model).to_dict()["linears"]
+        about = {
+            "linears": {name: e for name, e in linears.items() if name.startswith(prefix)},
+            "records": [dataclasses.asdict(record) for record in records],
+        }
+        # beside the tensors, not in them: safetensors writes metadata in no fixed order
+        with atomic_file(self._about(index)) as partial:
+            partial.write_text(json.dumps(about), encoding="utf-8")
+        _write(self._tensors(index)[0], self.path(index))
+        self._map(index)
+        self.mapped.release()
+
+    def _take_up(self, index: int) -> list[LinearRecord]:
+        """Put a layer of an earlier run in the place of its float one."""
+        path = self._about(index)
+        about = read_json(path)
+        fields = Manifest(self.config, next(self.model.parameters()).dtype).to_dict()
+        fields["linears"] = about["linears"]
+        insert_linears(self.model, Manifest.from_dict(fields, path), path)
+        self._map(index)
+        return [
+            LinearRecord(**{**record, "shape": tuple(record["shape"])})
+            for record in about["records"]
+        ]
+
+    def _map(self, index: int) -> None:
+        tensors, aliases = self._tensors(index)
+        found = self.mapped.read(self.path(index), tensors)
+        found |= {name: found[owner] for name, owner in aliases.items() if owner in found}
+        for name, tensor in found.items():
+            _assign(self.model, name, tensor)
+
+    def write_rest(self, source: Path) -> None:
+        """Write all that is in no layer, the index, and what stands beside the tensors."""
+        inside = tuple(layer + "." for layer in self.layers)
+        tensors = distinct_tensors(self.model)[0]
+        last = self.path(len(self.layers))
+        rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(inside)}
+        _write(rest, last)
+        places = {
+            name: (last if name in rest else self.path(self._layer_of(name))).name
+            for name in tensors
+        }
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        self.model.config.architectures = [type(self.model).__name__]
+        self.model.config.dtype = next(self.model.parameters()).dtype
+        self.model.config.save_pretrained(self.folder)
+        for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
+            shutil.copy(path, self.folder / path.name)
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with atomic_file(path) as partial:
+        save_file(tensors, partial, {"format": "pt"})
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """As `manifest.assign`; a parameter stays one."""
+    block, _, leaf = name.rpartition(".")
+    if leaf in model.get_submodule(block)._parameters:
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    assign(model, name, tensor)
+
+
+def _mapped_model(source: Path, headers: Mapping[str, Header], mapped: Mapped) -> nn.Module:
+    """The float model of a folder, its parameters mapped from the files."""
+    fields = read_json(source / CONFIG)
+    if "quantization_config" in fields:
+        method = fields["quantization_config"]
+        raise ValueError(f"source must hold a float model; {source} is quantized: {method!r:.80}")
+    model = float_model(source, fields.get("architectures"), len(headers))
+    expected = model.state_dict(keep_vars=True)
+    prefix = f"{model.base_model_prefix}."
+    named = {name if name in expected else prefix + name: name for name in headers}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    lacking = sorted(set(expected) - set(named) - tied)
+    if lacking:
+        raise ValueError(
+            f"source: the files of {source} have no tensor {lacking[0]} ({len(lacking)} such): "
+            "where transformers makes them while it loads a model, quantize that model instead"
+        )
+    by_path: dict[Path, dict[str, str]] = {}
+    for name, stored in named.items():
+        if name in expected:
+            by_path.setdefault(headers[stored].path, {})[stored] = name
+    for path, names in by_path.items():
+        for stored, tensor in mapped.read(path, names).items():
+            name = names[stored]
+            if tensor.shape != expected[name].shape:
+                raise CheckpointError(
+                    f"{path}: tensor {stored} must have shape {tuple(expected[name].shape)}; "
+                    f"got {tuple(tensor.shape)}"
+                )
+            _assign(model, name, tensor)
+    model.tie_weights()
+    return model.eval()
+
+
+def _statistics(
+    path: Path, model: nn.Module, batches: Sequence[Tensor], progress: bool
+) -> dict[str, ChannelStats]:
+    if not path.exists():
+        save_stats(collect_stats(model, batches, by_layer=True, progress=progress), path)
+    return load_stats(path)
+
+
+def _tokenizer(source: Path):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"config.calibration needs a tokenizer in {source}: {error}") from error
+
+
+def _identity(headers, config, stats, batches) -> dict[str, Any]:
+    """What a started conversion must agree in to be gone on with."""
+    digest = hashlib.sha256()
+    for batch in batches or ():
+        digest.update(json.dumps(batch.tolist()).encode())
+    for name, entry in sorted((stats or {}).items()):
+        digest.update(name.encode())
+        for tensor in entry.to_dict().values():
+            digest.update(tensor.numpy().tobytes())
+    paths = sorted({header.path for header in headers.values()})
+    from . import __version__  # which is not there yet while the package is imported
+
+    return {
+        "version": __version__,
+        "config": config.to_dict(),
+        "calibration": digest.hexdigest(),
+        "source": {str(p.resolve()): [p.stat().st_size, p.stat().st_mtime_ns] for p in paths},
+    }
+
+
+def _begin(work: Path, identity: dict[str, Any]) -> None:
+    """Make the working folder, or find that of the same conversion; another's is removed."""
+    path = work / "conversion.json"
+    text = json.dumps(identity, sort_keys=True, indent=1, default=str) + "\n"
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        logger.warning("going on with the conversion in %s", work)
+        return
+    if work.exists():
+        logger.warning("starting anew: %s is of another conversion", work)
+        shutil.rmtree(work)
+    (work / "folder").mkdir(parents=True)
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -1,0 +1,228 @@
+"""Conversion from folder to folder: what quantize gives, whatever stops it on the way."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from smoothquant import CheckpointError, MixedQuantConfig, collect_stats, convert, load_quantized
+from smoothquant import convert as convert_function
+from smoothquant.checkpoint import INDEX, TENSORS
+from smoothquant.convert import Mapped
+from smoothquant.quantize import quantize
+
+SHARE = {"group_size": 16, "salient_prop": 0.1}
+CONFIGS = {
+    "weights alone": SHARE,
+    "smoothed": {"group_size": 16, "smooth_alpha": 0.5},
+    "allocated": {**SHARE, "salient_allocation": "output"},
+    "gptq": {**SHARE, "weight_rounding": "gptq", "act_format": "auto"},
+    "best": {**SHARE, "recipe": "best"},
+}
+
+
+@pytest.fixture
+def source(make_model, tmp_path):
+    def save(architecture="llama-bias", **kwargs):
+        folder = tmp_path / f"source-{architecture}"
+        make_model(architecture).save_pretrained(folder, **kwargs)
+        return folder
+
+    return save
+
+
+def batches_of(count=6, length=24):
+    torch.manual_seed(1)
+    return [torch.randint(3, 96, (1, length)) for _ in range(count)]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+@pytest.mark.parametrize(
+    "architecture, name",
+    [("llama-bias", name) for name in CONFIGS] + [("opt", "gptq"), ("llama", "gptq")],
+)
+def test_converted_is_quantized(architecture, name, source, make_model, token_ids, tmp_path):
+    config = MixedQuantConfig(**CONFIGS[name])
+    batches = None if name == "weights alone" else batches_of()
+    model = make_model(architecture)
+    stats = None if batches is None else collect_stats(model, batches, progress=False)
+    expected = quantize(model, config, stats, batches, progress=False)
+    target = tmp_path / "target"
+    records = convert(source(architecture), target, config, batches=batches, progress=False)
+    assert [vars(record) for record in records] == [vars(record) for record in expected]
+    loaded = load_quantized(target)
+    wanted, found = model.state_dict(), loaded.state_dict()
+    assert list(found) == list(wanted)
+    for key, tensor in wanted.items():
+        assert torch.equal(found[key], tensor), key
+    with torch.no_grad():
+        assert torch.equal(loaded(token_ids).logits, model(token_ids).logits)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_shards_and_dtypes_are_kept(source, make_model, tmp_path):
+    folder = source("llama-bias", max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    for path in folder.glob("*.safetensors"):
+        save_file({n: t.bfloat16() for n, t in load_file(path).items()}, path, {"format": "pt"})
+    convert(folder, tmp_path / "target", MixedQuantConfig(group_size=16), progress=False)
+    model = make_model("llama-bias").bfloat16()
+    quantize(model, MixedQuantConfig(group_size=16), progress=False)
+    loaded = load_quantized(tmp_path / "target")
+    assert loaded.dtype == torch.bfloat16
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+    places = json.loads((tmp_path / "target" / INDEX).read_text())["weight_map"]
+    # a file for each layer, one for the rest
+    assert len(set(places.values())) == model.config.num_hidden_layers + 1
+
+
+@pytest.mark.parametrize("name", ["smoothed", "gptq"])
+def test_a_stopped_conversion_goes_on_to_the_same_bytes(name, source, tmp_path, monkeypatch):
+    config, folder = MixedQuantConfig(**CONFIGS[name]), source()
+    convert(folder, tmp_path / "undisturbed", config, batches=batches_of(), progress=False)
+    module = sys.modules[convert_function.__module__]
+    work, target = tmp_path / ".target.partial", tmp_path / "target"
+    written, original = [], module._write
+
+    def stop(tensors, path):
+        if len(written) == stopping:
+            raise KeyboardInterrupt
+        original(tensors, path)
+        written.append(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write", stop)
+        for stopping in range(3):  # in the first layer, the second, what is in none
+            with pytest.raises(KeyboardInterrupt):
+                convert(folder, target, config, batches=batches_of(), progress=False)
+            assert not target.exists()
+            assert len(list((work / "folder").iterdir())) == stopping
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "pack", None)  # nothing is left to pack
+        convert(folder, target, config, batches=batches_of(), progress=False)
+    assert contents(target) == contents(tmp_path / "undisturbed")
+
+
+def test_another_conversion_starts_anew(source, tmp_path, monkeypatch, caplog):
+    folder, target = source(), tmp_path / "target"
+    module = sys.modules[convert_function.__module__]
+    for group_size in (8, 16):
+        with monkeypatch.context() as patch:
+            patch.setattr(module._Conversion, "write_rest", None)
+            with pytest.raises(TypeError):
+                convert(folder, target, MixedQuantConfig(group_size=group_size), progress=False)
+    assert "starting anew" in caplog.text
+    convert(folder, target, MixedQuantConfig(group_size=16), progress=False)
+    assert "going on" in caplog.text
+    assert load_quantized(target).mixedquant_config.group_size == 16
+
+
+KILLED = """
+import sys, torch
+from smoothquant import MixedQuantConfig, convert
+torch.manual_seed(1)
+batches = [torch.randint(3, 96, (1, 24)) for _ in range(6)]
+config = MixedQuantConfig(
+    group_size=16, salient_prop=0.1, weight_rounding="gptq", act_format="auto"
+)
+print("ready", flush=True)
+convert(sys.argv[1], sys.argv[2], config, batches=batches, progress=False)
+"""
+
+
+def test_killed_conversions_come_to_the_same_bytes(source, tmp_path):
+    folder, target, rng = source(), tmp_path / "target", random.Random(0)
+    config = MixedQuantConfig(**CONFIGS["gptq"])
+    convert(folder, tmp_path / "undisturbed", config, batches=batches_of(), progress=False)
+    command = [sys.executable, "-c", KILLED, str(folder), str(target)]
+    for _ in range(3):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+            assert child.stdout.readline() == b"ready\n"
+            time.sleep(0.5 * rng.random())
+            os.kill(child.pid, signal.SIGKILL)
+        if target.exists():
+            break
+        load = tmp_path / ".target.partial" / "folder"
+        for path in load.glob("model-*.safetensors") if load.exists() else ():
+            load_file(path)  # what is there is whole
+    if not target.exists():
+        subprocess.run(command, check=True, capture_output=True)
+    assert contents(target) == contents(tmp_path / "undisturbed")
+
+
+def test_statistics_by_layer_are_those_by_batch(architecture, make_model):
+    model = make_model(architecture)
+    by_batch = collect_stats(model, batches_of(), progress=False)
+    by_layer = collect_stats(model, batches_of(), by_layer=True, progress=False)
+    assert set(by_layer) == set(by_batch)
+    for name, entry in by_batch.items():
+        for field, tensor in entry.to_dict().items():
+            assert torch.equal(by_layer[name].to_dict()[field], tensor), (name, field)
+
+
+def test_targets_are_not_lost(source, tmp_path):
+    folder, target = source(), tmp_path / "target"
+    config = MixedQuantConfig(group_size=16)
+    target.mkdir()
+    (target / "mine").write_text("mine")
+    with pytest.raises(ValueError, match="folder exists already"):
+        convert(folder, target, config, progress=False)
+    assert (target / "mine").read_text() == "mine"
+    (target / "mine").unlink()
+    convert(folder, target, config, progress=False)
+    with pytest.raises(ValueError, match="folder exists already"):
+        convert(folder, target, config, progress=False)
+    convert(folder, target, MixedQuantConfig(group_size=8), overwrite=True, progress=False)
+    assert load_quantized(target).mixedquant_config.group_size == 8
+
+
+def test_bad_sources_are_named(source, tmp_path):
+    config, target = MixedQuantConfig(group_size=16), tmp_path / "target"
+    with pytest.raises(ValueError, match="source must be a folder .*nothing"):
+        convert(tmp_path / "nothing", target, config)
+    with pytest.raises(TypeError, match="config must be a MixedQuantConfig; got int"):
+        convert(source(), target, 4)
+    with pytest.raises(ValueError, match="needs batches"):
+        convert(source(), target, MixedQuantConfig(weight_rounding="gptq"))
+    # transformers fuses the experts of this one while it loads it
+    with pytest.raises(ValueError, match="source: the files of .* have no tensor .*experts"):
+        convert(source("mixtral"), target, config)
+    folder = source("opt")
+    convert(folder, tmp_path / "quantized", config, progress=False)
+    with pytest.raises(ValueError, match="must hold a float model"):
+        convert(tmp_path / "quantized", target, config)
+    tensors = load_file(folder / TENSORS)
+    name = "model.decoder.layers.0.fc1.weight"
+    save_file({**tensors, name: torch.zeros(3, 4)}, folder / TENSORS, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{name} must have shape \(88, 48\); got \(3, 4\)"):
+        convert(folder, target, config)
+    save_file({**tensors, name: torch.full((88, 48), torch.nan)}, folder / TENSORS)
+    with pytest.raises(ValueError, match="weight of model.decoder.layers.0.fc1 holds NaN"):
+        convert(folder, target, config, progress=False)
+    (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=TENSORS):
+        convert(folder, target, config)
+    assert not target.exists()
+
+
+def test_mapped_tensors_are_those_of_the_file(tmp_path):
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(4).bfloat16(), "c": torch.zeros(0, 2)}
+    tensors["d"] = torch.arange(7, dtype=torch.uint8)
+    save_file(tensors, tmp_path / "t.safetensors")
+    mapped = Mapped()
+    found = mapped.read(tmp_path / "t.safetensors", tensors)
+    mapped.release()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
