@@ -175,8 +175,8 @@ def quantize(
 
     if no_calibration and (stats or calibration):
         raise typer.BadParameter("--no-calibration excludes --calibration and --stats")
-    config = MixedQuantConfig(
-        **{
+    config = MixedQuantConfig.from_dict(
+        {
             "recipe": recipe.value,
             "group_size": group_size,
             "salient_prop": salient_prop,
