@@ -158,8 +158,9 @@ def finish(
 
 @torch.no_grad()
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Turn a quantized model back into a plain one, in place: in each layer's place an nn.Linear of
-    the weight that its codes stand for, in the place of W4A4Experts the model's own fused experts.
+    """Turn a quantized model back into a plain one, in place: in each layer's place a linear of the
+    weight that its codes stand for, in the place of W4A4Experts the model's own fused experts.
+    Linears are of the class that a transformers model has for them, else nn.Linear.
 
     Activations are quantized no more (nor is what ``quantize_output`` names). What was folded into
     norms and rows of other layers stays: the model computes what its weights say.
@@ -172,7 +173,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     Raises:
         ValueError: the model is not quantized, its experts are of an unknown class, or a weight is
             beyond the dtype's range. TypeError: dtype is none of a model's. Nothing has been
-            changed then, but for the last.
+            changed then.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     if not layers:
@@ -183,46 +184,50 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     elif dtype not in WEIGHT_DTYPES:
         raise TypeError(f"dtype must be float32, float16 or bfloat16; got {dtype}")
     blocks = {n: m for n, m in model.named_modules() if isinstance(m, W4A4Experts)}
-    for name, fused in _float_experts(model, blocks).items():
+    originals = _float_modules(model)
+    unknown = [name for name in blocks if name not in originals]
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]} of {type(model).__name__} has no float module to go back to"
+        )
+    if dtype == torch.float16:  # what is out of its range is found before anything is changed
+        for name, layer in layers.items():
+            _float_weight(name, layer, dtype)
+    for name, block in blocks.items():
+        fused = originals[name]
         for part in PARTS:
-            weights = [
-                _float_weight(f"{name}.{expert}.{part}", layers, dtype)
-                for expert in range(blocks[name].num_experts)
-            ]
+            names = [f"{name}.{expert}.{part}" for expert in range(block.num_experts)]
+            weights = [_float_weight(each, layers.pop(each), dtype) for each in names]
             setattr(fused, part, nn.Parameter(torch.stack(weights)))
         replace_module(model, name, fused)
-    for name in [name for name in layers if not name.startswith(tuple(f"{b}." for b in blocks))]:
-        layer = layers[name]
-        linear = nn.Linear(
-            layer.in_features, layer.out_features, layer.bias is not None, device="meta"
-        )
-        linear.weight = nn.Parameter(_float_weight(name, layers, dtype))
-        if layer.bias is not None:
-            linear.bias = nn.Parameter(layer.bias.to(dtype))
+    while layers:
+        name, layer = layers.popitem()
+        shape, linear = (layer.out_features, layer.in_features), originals.get(name)
+        if not isinstance(linear, nn.Linear) or linear.weight.shape != shape:
+            linear = nn.Linear(*reversed(shape), bias=layer.bias is not None, device="meta")
+        linear.weight = nn.Parameter(_float_weight(name, layer, dtype))
+        linear.bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype))
         replace_module(model, name, linear)
-        del layers[name], layer
+        del layer
     for name in ("mixedquant_config", "mixedquant_report"):
         vars(model).pop(name, None)
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
 
 
-def _float_weight(name: str, layers: Mapping[str, QuantizedLinear], dtype: torch.dtype) -> Tensor:
-    weight = layers[name].dequantize().to(dtype)
+def _float_weight(name: str, layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
+    weight = layer.dequantize().to(dtype)
     if not largest_magnitude(weight).isfinite():
         raise ValueError(f"weight of {name} is beyond the range of {dtype}")
     return weight
 
 
-def _float_experts(model: nn.Module, blocks: Mapping[str, W4A4Experts]) -> dict[str, nn.Module]:
-    """The fused experts modules that quantized ones took the place of, without memory."""
-    if not blocks:
-        return {}
+def _float_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a transformers model as it was built, without memory; none of another."""
     if not hasattr(getattr(model, "config", None), "save_pretrained"):
-        raise ValueError(f"experts of {type(model).__name__}, no model of transformers")
+        return {}
     with torch.device("meta"):
-        original = type(model)(model.config)
-    return {name: original.get_submodule(name) for name in blocks}
+        return dict(type(model)(model.config).named_modules())
 
 
 def quantization_report(model: nn.Module) -> list[LinearRecord]:

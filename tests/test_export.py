@@ -122,11 +122,9 @@ def test_folded_permutations_are_expressible(make_model, tmp_path):
     fold_permutations(model)
     down = model.model.layers[0].mlp.down_proj
     assert torch.equal(down.perm, torch.arange(88, dtype=torch.int32))
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        for layer in model.model.layers:
-            setattr(layer.self_attn, name, torch.nn.Linear(1, 1))  # not to be looked at
-    for layer in model.model.layers:
-        layer.mlp.gate_proj = layer.mlp.up_proj = torch.nn.Linear(1, 1)
+    for name in [name for name, _ in model.named_modules()]:
+        if name.endswith("_proj") and not name.endswith("down_proj"):
+            model.set_submodule(name, torch.nn.Linear(1, 1))  # not to be looked at
     export_compressed_tensors(model, tmp_path / "ct")
     tensors = load_file(tmp_path / "ct" / "model.safetensors")
     assert "model.layers.1.mlp.down_proj.weight_packed" in tensors
