@@ -26,6 +26,7 @@ def load_public() -> None:
     from . import public
 
     globals().update((name, getattr(public, name)) for name in public.__all__)
+    globals()["__all__"] = [*public.__all__, "__version__"]
     register()  # AutoModelForCausalLM.from_pretrained(..., quantization_config=MixedQuantConfig())
 
 
