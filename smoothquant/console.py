@@ -26,7 +26,7 @@ def faults_as_exit_codes() -> Iterator[None]:
     """A fault inside becomes one line on stderr and exit code 1, Ctrl-C 130."""
     try:
         yield
-    except (typer.Exit, typer.BadParameter):
+    except (typer.Exit, typer.BadParameter, BrokenPipeError):  # typer knows what to do
         raise
     except KeyboardInterrupt:
         typer.echo("\nsmoothquant: interrupted", err=True)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
 from smoothquant import checkpoint, load_quantized, load_stats
-from smoothquant.bundled import load_bundled, load_model
+from smoothquant.bundled import load_bundled, load_model, wikitext
 from smoothquant.calibration import get_act_scales, save_act_scales
 from smoothquant.cli import app
 from smoothquant.linear import QuantizedLinear
@@ -114,9 +114,16 @@ def test_the_program_quantizes_and_checks(tmp_path):
 
 
 def test_ctrl_c_answers_130_and_leaves_nothing(tmp_path):
-    words = ["quantize", "tiny-opt", str(tmp_path / "q"), "--recipe", "best"]
+    target, texts = tmp_path / "made" / "q", tmp_path / "some.txt"
+    texts.write_text("\n".join(wikitext("validation")[:400]))
+    words = ["quantize", "tiny-opt", str(target), "--recipe", "best", "--calibration", str(texts)]
+    words += ["--calibration-tokens", "8192"]
     with subprocess.Popen(
-        [sys.executable, "-m", "smoothquant", *words], stderr=subprocess.PIPE, bufsize=0
+        [sys.executable, "-m", "smoothquant", *words],
+        stderr=subprocess.PIPE,
+        bufsize=0,
+        # a shell has its background jobs ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         said = b""
         while b"calibrating" not in said:  # the bar
@@ -127,7 +134,13 @@ def test_ctrl_c_answers_130_and_leaves_nothing(tmp_path):
         said += process.stderr.read()
     assert process.returncode == 130, said
     assert said.endswith(b"\nsmoothquant: interrupted\n")
-    assert not any(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [texts]
+
+
+def test_a_reader_that_leaves_is_no_fault(folder):
+    command = f"{sys.executable} -m smoothquant inspect {folder} | head -n 1"
+    found = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert found.stdout.startswith("folder") and "error" not in found.stderr
 
 
 def test_shells_complete_commands():
