@@ -28,19 +28,7 @@ from smoothquant.bundled import load_model, wikitext
 from smoothquant.calibration import token_blocks
 from smoothquant.linear import QuantizedLinear
 from smoothquant.quantize import module_copy
-
-
-class TokenTimes:
-    """A streamer that keeps the time at which each new token came."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, ids: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
+from smoothquant.speed import generate_times
 
 
 def held_bytes(field: str) -> int:
@@ -56,23 +44,6 @@ def peak_of(work) -> tuple[float, float]:
     before, start = held_bytes("VmRSS"), time.perf_counter()
     work()
     return time.perf_counter() - start, held_bytes("VmHWM") - before
-
-
-def generate(model, prompt: torch.Tensor, new: int) -> tuple[float, float]:
-    """Seconds to the first of `new` tokens, seconds per token after it."""
-    streamer = TokenTimes()
-    start = time.perf_counter()
-    model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        min_new_tokens=new,
-        max_new_tokens=new,
-        do_sample=False,
-        streamer=streamer,
-        pad_token_id=0,
-    )
-    first, last = streamer.times[1], streamer.times[-1]  # times[0]: the prompt itself
-    return first - start, (last - first) / (new - 1)
 
 
 def packing(model, config: MixedQuantConfig, stats, threads: int) -> tuple[torch.nn.Module, dict]:
@@ -100,7 +71,7 @@ def profile(model, prompt: torch.Tensor, new: int) -> list[dict]:
     for phase, tokens in (("prefill", 1), ("decode", new)):
         inputs = prompt if phase == "prefill" else prompt[:, :1]
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
-            generate(model, inputs, max(2, tokens))
+            generate_times(model, inputs, max(2, tokens))
         events = sorted(found.key_averages(), key=lambda e: -e.self_cpu_time_total)
         total = sum(event.self_cpu_time_total for event in events)
         for event in events[:10]:
@@ -166,7 +137,7 @@ def main() -> None:
         times = {key: [] for key in contenders}
         for turn in range(-1, args.turns):  # the first does not count
             for key, contender in contenders.items():
-                took = generate(contender, prompt, args.new if turn >= 0 else 4)
+                took = generate_times(contender, prompt, args.new if turn >= 0 else 4)
                 if turn >= 0:
                     times[key].append(took)
         medians = {

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import shlex
@@ -44,6 +43,7 @@ from run_experiments.report import plot_results
 from run_experiments.store import Store
 from smoothquant import ppl_eval
 from smoothquant.bundled import wikitext
+from smoothquant.config import parse_field
 from smoothquant.errors import CheckpointError
 
 __all__ = [
@@ -217,15 +217,7 @@ def sweep(preset: Preset, store: Store, *, progress: bool = True) -> list[Cell]:
     Raises:
         ValueError, TypeError: a setting is wrong. Settings are checked before the first cell.
     """
-    _check(preset)
-    bench = runner.Bench(preset.model, preset.dtype, store, progress=progress)
-    plan = cells(
-        preset,
-        model=bench.identity(),
-        versions=runner.package_versions(),
-        calibration_data=runner.wikitext_identity("validation"),
-        evaluation_data=runner.wikitext_identity("test"),
-    )
+    bench, plan = _planned(preset, store, progress)
     waiting = [cell for cell in plan if store.get(cell) is None]
     done = len(plan) - len(waiting)
     if not waiting:
@@ -253,6 +245,36 @@ def sweep(preset: Preset, store: Store, *, progress: bool = True) -> list[Cell]:
             bar.update()
         bar.set_description("done")
     return plan
+
+
+def finished(preset: Preset, store: Store) -> list[Cell]:
+    """All cells of a preset whose results are in the store already; nothing is computed.
+
+    Raises:
+        ValueError: there are none, or a setting is wrong. TypeError: a setting is wrong.
+    """
+    _, plan = _planned(preset, store, False)
+    found = [cell for cell in plan if store.get(cell) is not None]
+    if not any(cell.task in ("baseline", "quantized") for cell in found):
+        raise ValueError(
+            f"output: no result of this sweep is in {store.folder}: run it without --plot first"
+        )
+    print(f"{len(found)} of {len(plan)} cells are in {store.folder}; no others are computed.")
+    return found
+
+
+def _planned(preset: Preset, store: Store, progress: bool) -> tuple[runner.Bench, list[Cell]]:
+    """What computes a preset's cells, and the cells."""
+    _check(preset)
+    bench = runner.Bench(preset.model, preset.dtype, store, progress=progress)
+    plan = cells(
+        preset,
+        model=bench.identity(),
+        versions=runner.package_versions(),
+        calibration_data=runner.wikitext_identity("validation"),
+        evaluation_data=runner.wikitext_identity("test"),
+    )
+    return bench, plan
 
 
 def _check(preset: Preset) -> None:
@@ -339,6 +361,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="take finished cells from what earlier runs published: figures/*_cells.jsonl",
     )
     parser.add_argument("--figures", default="figures", metavar="FOLDER", help="default: figures")
+    parser.add_argument(
+        "--plot", action="store_true", help="only draw the cells that are finished, compute none"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
     args = parser.parse_args(argv)
     if args.threads is not None and args.threads < 1:
@@ -351,13 +376,10 @@ def _windows(text: str) -> float | int:
 
 
 def _field(text: str) -> tuple[str, Any]:
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=VALUE")
     try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value  # a word
+        return parse_field(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _chosen_preset(args: argparse.Namespace) -> Preset:
@@ -383,14 +405,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     started = time.perf_counter()
-    command = shlex.join(["python", "-m", "run_experiments", *argv])
+    made_by = [word for word in argv if word != "--plot"]
+    command = shlex.join(["python", "-m", "run_experiments", *made_by])
     try:
         preset = _chosen_preset(args)
         store = Store(args.output)
         for path in args.cells or []:
             print(f"{store.adopt(path)} cells taken from {path}")
         print(f"Model {preset.model}, {torch.get_num_threads()} threads, preset {args.preset}")
-        plan = sweep(preset, store)
+        plan = finished(preset, store) if args.plot else sweep(preset, store)
         text, paths = report.write(store, plan, preset.model, args.figures, command)
     except KeyboardInterrupt:
         print(

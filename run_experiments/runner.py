@@ -7,7 +7,6 @@ import datetime
 import json
 import math
 import os
-import platform
 import struct
 import sys
 import tempfile
@@ -36,6 +35,7 @@ from smoothquant.bundled import (
 from smoothquant.calibration import collect_stats, draw_blocks, load_stats, save_stats
 from smoothquant.checkpoint import save_quantized
 from smoothquant.config import MixedQuantConfig
+from smoothquant.doctor import chip_name
 from smoothquant.files import atomic_file
 from smoothquant.layer_report import by_kind, layer_report
 from smoothquant.model_size import Byte, distinct_tensors, get_model_size
@@ -427,14 +427,3 @@ def _payload(path: Path) -> int:
     with open(path, "rb") as file:
         (header,) = struct.unpack("<Q", file.read(8))
     return path.stat().st_size - 8 - header
-
-
-def chip_name() -> str:
-    """The processor's name, as the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "Model")):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

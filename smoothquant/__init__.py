@@ -5,35 +5,38 @@ quantize(model, MixedQuantConfig(), stats)             # packed INT4 weights, in
 save_quantized(model, folder); model = load_quantized(folder)
 """
 
-from . import ops as ops  # loads the compiled kernels, so that torch.ops.mixedquant is there
-from .calibration import collect_stats
-from .checkpoint import load_quantized, save_quantized
-from .config import MixedQuantConfig
-from .convert import convert
-from .errors import CheckpointError
-from .fake_quant import quantize_model
-from .folding import fold_permutations
-from .linear import W4A4Linear
-from .quantize import quantization_report, quantize
+import sys
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
 from .registration import register
-from .smooth import smooth_lm
+
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-register()  # AutoModelForCausalLM.from_pretrained(..., quantization_config=MixedQuantConfig())
 
-__all__ = [
-    "CheckpointError",
-    "MixedQuantConfig",
-    "W4A4Linear",
-    "__version__",
-    "collect_stats",
-    "convert",
-    "fold_permutations",
-    "load_quantized",
-    "quantization_report",
-    "quantize",
-    "quantize_model",
-    "save_quantized",
-    "smooth_lm",
-]
+def load_public() -> None:
+    """Make the public names attributes of the package, and register with transformers.
+
+    That is what `import smoothquant` does, but in a process of the command line, whose --help and
+    completions do not wait for torch: there each command calls it first.
+    """
+    from . import public
+
+    globals().update((name, getattr(public, name)) for name in public.__all__)
+    globals()["__all__"] = [*public.__all__, "__version__"]
+    register()  # AutoModelForCausalLM.from_pretrained(..., quantization_config=MixedQuantConfig())
+
+
+def _is_command_line() -> bool:
+    """Whether this process is `smoothquant ...` or `python -m smoothquant ...`."""
+    name = sys.argv[0] if sys.argv else ""
+    if name == "-m":  # while Python looks for the module
+        return sys.orig_argv[-len(sys.argv)] == __name__
+    return PurePath(name).stem == __name__
+
+
+if not _is_command_line():
+    load_public()

@@ -34,6 +34,9 @@ from .texts import read_texts
 STATS_FORMAT = "mixedquant-stats"
 STATS_VERSION = 1
 
+# What activation scales may be stored as.
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 # The draw of texts is the same in every run; the published one used this number too.
 SHUFFLE_SEED = 42
 
@@ -340,12 +343,19 @@ def save_stats(stats: Mapping[str, ChannelStats], path: str | os.PathLike) -> No
 
 
 def load_stats(path: str | os.PathLike) -> dict[str, ChannelStats]:
-    """Read statistics that `save_stats` wrote.
+    """Read statistics that `save_stats` wrote, or published activation scales.
+
+    Args:
+        path: a file of `save_stats`, or what `load_act_scales` takes: a published
+            ``act_scales/*.pt`` of max|x| per channel. Of these, mean, rms and max name the same
+            channels (`ChannelStats.from_max`), and no code in the file is run.
 
     Raises:
         CheckpointError: the file is missing, damaged or something else; the message names the file
             and what is wrong in it.
     """
+    if Path(path).suffix in (".pt", ".pth"):
+        return {name: ChannelStats.from_max(s) for name, s in load_act_scales(path).items()}
     tensors, metadata = _read_safetensors(path)
     if metadata.get("format") != STATS_FORMAT:
         raise CheckpointError(f"{path}: not a file of calibration statistics")
@@ -549,12 +559,23 @@ def load_act_scales(path: str | os.PathLike) -> dict[str, Tensor]:
         try:
             scales = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch, zipfile and the unpickler each raise their own
-            raise CheckpointError(f"{path}: not a readable file of tensors: {error}") from error
+            # torch's words may advise to run the code in it
+            said = "" if "weights_only" in str(error) else f": {error}"
+            raise CheckpointError(
+                f"{path}: not a readable file of tensors and nothing else{said}"
+            ) from error
     if not isinstance(scales, dict):
         raise CheckpointError(f"{path}: expected a dict of tensors, found {type(scales).__name__}")
     for name, scale in scales.items():
-        if not isinstance(scale, Tensor) or scale.ndim != 1:
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path}: expected names of layers, found {name!r:.80}")
+        # a view of few values may claim to be a vector of more than memory holds
+        plain = isinstance(scale, Tensor) and scale.layout == torch.strided
+        if not plain or scale.ndim != 1 or not scale.is_contiguous():
             raise CheckpointError(f"{path}: {name} is no vector of one scale per channel")
+        if scale.dtype not in SCALE_DTYPES or scale.device.type != "cpu":
+            raise CheckpointError(f"{path}: {name} is {scale.dtype} on {scale.device}, no floats")
+        scales[name] = scale = scale.detach().float()
         if not torch.isfinite(scale).all() or (scale < 0).any():
             raise CheckpointError(f"{path}: {name} holds a negative or non-finite scale")
-    return {name: scale.float() for name, scale in scales.items()}
+    return scales

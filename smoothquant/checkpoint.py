@@ -15,9 +15,10 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -68,24 +69,33 @@ def save_quantized(
         )
     attach(model)  # what cannot be saved is refused before anything is written
     folder = check_target(folder, overwrite=overwrite)
+    write_folder(model, folder, tokenizer, overwrite=overwrite)
+
+
+def write_folder(model, folder: Path, tokenizer=None, *, overwrite: bool = False) -> None:
+    """`save_pretrained` of a transformers model, and a tokenizer if there is one, whole or not at
+    all; folder: as `check_target` gave it."""
     with atomic_folder(folder, overwrite=overwrite) as partial:
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
 
 
-def check_target(folder: str | os.PathLike, *, overwrite: bool = False) -> Path:
+def check_target(
+    folder: str | os.PathLike, *, overwrite: bool = False, of_any_model: bool = False
+) -> Path:
     """The absolute path that `save_quantized` would write to, links and dots resolved.
 
     Raises ValueError if it is taken: by anything but an empty folder, or, with overwrite, by
-    anything but a folder that holds a quantized model.
+    anything but a folder that holds a quantized model (of_any_model: any model).
     """
     path = Path(folder).resolve()
     free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-    if not (free or (overwrite and is_quantized_folder(path))):
+    replaceable = (path / CONFIG).is_file() if of_any_model else is_quantized_folder(path)
+    if not (free or (overwrite and replaceable)):
         raise ValueError(
-            f"folder exists already: {path} (overwrite=True replaces a folder with a quantized "
-            "model)"
+            f"folder exists already: {path} (overwriting replaces a folder with a "
+            f"{'' if of_any_model else 'quantized '}model)"
         )
     return path
 
@@ -114,17 +124,7 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
     """
     from .hf import attach
 
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"folder must be a folder of a quantized model; got {folder}")
-    path = folder / CONFIG
-    fields = read_json(path)
-    manifest = Manifest.from_dict(fields.get("quantization_config"), path)
-    headers = stored_tensors(folder)
-    model = float_model(folder, fields.get("architectures"), len(headers))
-    insert_linears(model, manifest, path)
-    unsaved = unsaved_buffers(model)
-    dtypes = check_headers(model, manifest, headers, folder / TENSORS)
+    model, manifest, headers, dtypes = open_quantized(folder)
     tensors = _read(headers)
     tensors |= {name: tensors[owner] for name, owner in manifest.shared.items()}
     for name, module in model.named_modules():
@@ -132,7 +132,7 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
             own = {key: tensors[f"{name}.{key}"] for key in module.state_dict()}
             perm = f"{name}.perm"
             check_linear(headers[manifest.shared.get(perm, perm)].path, name, module, own)
-    for name, buffer in unsaved.items():
+    for name, buffer in unsaved_buffers(model).items():
         assign(model, name, buffer.to(dtypes[name]))
     model.load_state_dict(tensors, assign=True)
     model.mixedquant_config = manifest.config
@@ -142,6 +142,36 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
             assign(model, name, parameters[owner])
     attach(model)
     return model.eval()
+
+
+class Opened(NamedTuple):
+    """A folder of a quantized model whose files fit each other, none of its tensors read yet.
+
+    model: with its quantized layers, parameters without memory. headers: of the tensors in the
+    files. dtypes: of these and of the buffers that are built.
+    """
+
+    model: nn.Module
+    manifest: Manifest
+    headers: dict[str, Header]
+    dtypes: dict[str, torch.dtype]
+
+
+def open_quantized(folder: str | os.PathLike) -> Opened:
+    """All of `load_quantized` that needs no tensor's values; the same errors."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"folder must be a folder of a quantized model; got {folder}")
+    path = folder / CONFIG
+    fields = read_json(path)
+    if "quantization_config" not in fields:
+        raise CheckpointError(f"{path}: no quantization_config: this is no quantized model")
+    manifest = Manifest.from_dict(fields["quantization_config"], path)
+    headers = stored_tensors(folder)
+    model = float_model(folder, fields.get("architectures"), len(headers))
+    insert_linears(model, manifest, path)
+    dtypes = check_headers(model, manifest, headers, folder / TENSORS)
+    return Opened(model, manifest, headers, dtypes)
 
 
 def read_json(path: Path) -> dict[str, Any]:

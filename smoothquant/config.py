@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import numbers
 import os
 import warnings
@@ -240,6 +241,17 @@ class MixedQuantConfig:
         if unknown:
             raise ValueError(f"unknown MixedQuantConfig field(s): {', '.join(unknown)}")
         return cls(**fields)
+
+
+def parse_field(text: str) -> tuple[str, Any]:
+    """(name, value) of a word "name=value"; what is no JSON is a word. ValueError without a "="."""
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError(f"{text!r} is not FIELD=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _checked_calibration(calibration: Any) -> str | tuple[str, ...] | None:

@@ -142,7 +142,8 @@ def convert(
             f"source: the decoder layers of {type(model).__name__} are not in the table of "
             "families; load it and call smoothquant.quantize"
         )
-    if config.calibration is not None and stats is None and batches is None:
+    lacks_tokens = batches is None and (stats is None or config.needs_tokens)
+    if config.calibration is not None and lacks_tokens:
         batches = calibration_batches(model, tokenizer or _tokenizer(source), config)
     check_batches(config, batches)
     work = target.with_name(f".{target.name}.partial")

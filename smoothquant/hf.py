@@ -47,6 +47,7 @@ from .quantize import (
     LinearRecord,
     check_weights,
     checked_groups,
+    dequantize,
     finish,
     pack,
     quantize,
@@ -264,6 +265,10 @@ class MixedQuantQuantizer(HfQuantizer):
             return None, {}
         attach(model)
         return distinct_tensors(model)[0], {}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        dequantize(model, dtype)
+        return model
 
     def is_serializable(self) -> bool:
         return True

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .calibration import calibration_batches, collect_stats
+from .calibration import calibration_batches, collect_stats, load_stats
 from .config import MixedQuantConfig
 from .families import ATTENTION_INPUTS, LayerInput, known_inputs, layer_inputs, output_heads
 from .linear import (
@@ -54,7 +55,7 @@ class LinearRecord:
 def quantize(
     model: nn.Module,
     config: MixedQuantConfig,
-    stats: Mapping[str, ChannelStats] | None = None,
+    stats: Mapping[str, ChannelStats] | str | os.PathLike | None = None,
     batches: Sequence[Tensor] | None = None,
     *,
     tokenizer=None,
@@ -71,8 +72,8 @@ def quantize(
         model: a float model (float32, float16 or bfloat16); see `smoothquant.families`.
         config: all choices.
         stats: {name of a linear: statistics of its input}, as `smoothquant.collect_stats` gives
-            it; None takes them from batches, and without batches the weights alone choose salient
-            channels and order.
+            it, or a file that `smoothquant.load_stats` reads; None takes them from batches, and
+            without batches the weights alone choose salient channels and order.
         batches: int64 [B, T] tensors of token ids, without padding, for
             ``weight_rounding="gptq"`` (tens of thousands of tokens), ``act_clip="search"`` and
             ``act_format="auto"`` (thousands). The model runs over them one decoder layer at a time,
@@ -86,9 +87,11 @@ def quantize(
 
     Raises:
         ValueError: a missing or unfit entry of stats, a weight that is not finite, a model that is
-            quantized already. TypeError: an argument or weight of a wrong type. Nothing has been
-            changed then.
+            quantized already. TypeError: an argument or weight of a wrong type. CheckpointError: a
+            broken file of statistics. Nothing has been changed then.
     """
+    if isinstance(stats, (str, os.PathLike)):
+        stats = load_stats(stats)
     _check_arguments(model, config, stats)
     if config.calibration is not None and stats is None and batches is None:
         batches = calibration_batches(model, tokenizer, config)
@@ -151,6 +154,80 @@ def finish(
 
         attach(model)
     return model.mixedquant_report
+
+
+@torch.no_grad()
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Turn a quantized model back into a plain one, in place: in each layer's place a linear of the
+    weight that its codes stand for, in the place of W4A4Experts the model's own fused experts.
+    Linears are of the class that a transformers model has for them, else nn.Linear.
+
+    Activations are quantized no more (nor is what ``quantize_output`` names). What was folded into
+    norms and rows of other layers stays: the model computes what its weights say.
+
+    Args:
+        model: quantized, by either backend; one with fused experts must be of transformers.
+        dtype: of the weights; None for that of the model's first parameter. float16 and bfloat16
+            round them.
+
+    Raises:
+        ValueError: the model is not quantized, its experts are of an unknown class, or a weight is
+            beyond the dtype's range. TypeError: dtype is none of a model's. Nothing has been
+            changed then.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    if not layers:
+        raise ValueError(f"model must be a quantized one; got {type(model).__name__}")
+    if dtype is None:
+        dtype = next((p.dtype for p in model.parameters() if p.dtype in WEIGHT_DTYPES), None)
+        dtype = dtype or torch.float32
+    elif dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"dtype must be float32, float16 or bfloat16; got {dtype}")
+    blocks = {n: m for n, m in model.named_modules() if isinstance(m, W4A4Experts)}
+    originals = _float_modules(model)
+    unknown = [name for name in blocks if name not in originals]
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]} of {type(model).__name__} has no float module to go back to"
+        )
+    if dtype == torch.float16:  # what is out of its range is found before anything is changed
+        for name, layer in layers.items():
+            _float_weight(name, layer, dtype)
+    for name, block in blocks.items():
+        fused = originals[name]
+        for part in PARTS:
+            names = [f"{name}.{expert}.{part}" for expert in range(block.num_experts)]
+            weights = [_float_weight(each, layers.pop(each), dtype) for each in names]
+            setattr(fused, part, nn.Parameter(torch.stack(weights)))
+        replace_module(model, name, fused)
+    while layers:
+        name, layer = layers.popitem()
+        shape, linear = (layer.out_features, layer.in_features), originals.get(name)
+        if not isinstance(linear, nn.Linear) or linear.weight.shape != shape:
+            linear = nn.Linear(*reversed(shape), bias=layer.bias is not None, device="meta")
+        linear.weight = nn.Parameter(_float_weight(name, layer, dtype))
+        linear.bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype))
+        replace_module(model, name, linear)
+        del layer
+    for name in ("mixedquant_config", "mixedquant_report"):
+        vars(model).pop(name, None)
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+
+
+def _float_weight(name: str, layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
+    weight = layer.dequantize().to(dtype)
+    if not largest_magnitude(weight).isfinite():
+        raise ValueError(f"weight of {name} is beyond the range of {dtype}")
+    return weight
+
+
+def _float_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a transformers model as it was built, without memory; none of another."""
+    if not hasattr(getattr(model, "config", None), "save_pretrained"):
+        return {}
+    with torch.device("meta"):
+        return dict(type(model)(model.config).named_modules())
 
 
 def quantization_report(model: nn.Module) -> list[LinearRecord]:

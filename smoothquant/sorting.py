@@ -77,6 +77,17 @@ class ChannelStats:
         stats.mean_only = True
         return stats
 
+    @classmethod
+    def from_max(cls, abs_max: Tensor) -> ChannelStats:
+        """Statistics of which only max|x| per channel, [K], is known: those of one row of these
+        values, of either sign, so that mean, max and rms all name the same channels."""
+        stats = cls.from_mean(abs_max)
+        stats.mean_only = False
+        stats.abs_max.copy_(abs_max)
+        stats.minimum.copy_(-stats.abs_max)
+        stats.sq_sum.copy_(stats.abs_sum.square())
+        return stats
+
     def update(self, x: Tensor) -> None:
         """Add the rows of x: [..., K], float32, float16 or bfloat16."""
         if x.ndim < 1 or x.shape[-1] != self.num_channels:

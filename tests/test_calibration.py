@@ -1,5 +1,6 @@
 """Calibration: any source of texts gives the same statistics, and they equal plain torch's."""
 
+import copy
 import importlib.util
 import json
 import random
@@ -407,6 +408,55 @@ def test_broken_act_scales(tmp_path):
             load_act_scales(path)
     with pytest.raises(CheckpointError, match="nowhere"):
         load_act_scales(tmp_path / "nowhere.pt")
+
+
+HOSTILE_SCALES = {
+    "more values than memory": {"a": torch.ones(1).expand(2**40)},
+    "no memory at all": {"a": torch.empty(2**45, device="meta")},
+    "sparse": {"a": torch.ones(3).to_sparse()},
+    "complex": {"a": torch.ones(3, dtype=torch.complex64)},
+    "integers": {"a": torch.ones(3, dtype=torch.int64)},
+    "float8": {"a": torch.ones(3).to(torch.float8_e4m3fn)},
+    "beyond float32": {"a": torch.full((3,), 1e300, dtype=torch.float64)},
+    "NaN": {"a": torch.full((3,), float("nan"))},
+    "a number for a name": {3: torch.ones(3)},
+    "dicts in dicts": {"a": {"b": torch.ones(3)}},
+    "no dimension": {"a": torch.ones(())},
+    "a module": torch.nn.Linear(2, 2),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE_SCALES)
+@pytest.mark.parametrize("load", [load_act_scales, load_stats])
+def test_hostile_scales_are_refused(what, load, tmp_path):
+    torch.save(HOSTILE_SCALES[what], tmp_path / "scales.pt")
+    with pytest.raises(CheckpointError, match="scales.pt: ") as refused:
+        load(tmp_path / "scales.pt")
+    assert "weights_only" not in str(refused.value)  # no advice to run what is in it
+
+
+def test_published_scales_are_statistics(tiny_opt, tmp_path):
+    model, tokenizer = tiny_opt
+    scales = get_act_scales(model, tokenizer, ROWS, num_samples=8, seq_len=24)
+    save_act_scales(scales, tmp_path / "scales.pt")
+    stats = load_stats(tmp_path / "scales.pt")
+    for name, scale in scales.items():
+        entry = stats[name]
+        assert torch.equal(entry.abs_max, scale) and torch.equal(entry.minimum, -scale)
+        for other in (entry.mean, entry.rms):
+            assert torch.equal(other.float(), scale)
+        assert entry.count == 1 and not entry.mean_only and entry.is_finite()
+    twins = [copy.deepcopy(model) for _ in range(2)]
+    config = MixedQuantConfig(salient_prop=0.1, smooth_alpha=0.5)
+    quantize(twins[0], config, stats, progress=False)
+    quantize(twins[1], config, tmp_path / "scales.pt", progress=False)
+    for name, tensor in twins[0].state_dict().items():
+        assert torch.equal(tensor, twins[1].state_dict()[name])
+    layer = twins[0].model.decoder.layers[0].fc2  # not made by a norm: not smoothed
+    largest = scales["model.decoder.layers.0.fc2"].topk(layer.num_salient).indices
+    assert set(layer.perm[-layer.num_salient :].tolist()) == set(largest.tolist())
+    with pytest.raises(CheckpointError, match="nowhere.pt"):
+        quantize(copy.deepcopy(model), config, "nowhere.pt")
 
 
 class Canary:

@@ -1,0 +1,5 @@
+"""`python -m smoothquant`."""
+
+from .cli import main
+
+main()
