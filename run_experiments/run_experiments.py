@@ -257,7 +257,7 @@ def finished(preset: Preset, store: Store) -> list[Cell]:
     found = [cell for cell in plan if store.get(cell) is not None]
     if not any(cell.task in ("baseline", "quantized") for cell in found):
         raise ValueError(
-            f"output: no result of this sweep is in {store.folder}: run it without --plot first"
+            f"output: no result of this sweep is in {store.folder}: run the sweep first"
         )
     print(f"{len(found)} of {len(plan)} cells are in {store.folder}; no others are computed.")
     return found
@@ -361,9 +361,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="take finished cells from what earlier runs published: figures/*_cells.jsonl",
     )
     parser.add_argument("--figures", default="figures", metavar="FOLDER", help="default: figures")
-    parser.add_argument(
-        "--plot", action="store_true", help="only draw the cells that are finished, compute none"
-    )
+    # what `smoothquant plot` adds: draw the finished cells, compute none
+    parser.add_argument("--plot", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
     args = parser.parse_args(argv)
     if args.threads is not None and args.threads < 1:
