@@ -87,8 +87,8 @@ def _load_cuda() -> bool:
         torch.ops.load_library(built.with_name(built.name.replace("_C", "_cuda", 1)))
     except OSError as error:
         raise RuntimeError(
-            f"MixedQuant's CUDA kernels (for {archs}) could not be loaded; build them anew for "
-            f"this PyTorch, or leave them out with MIXEDQUANT_CUDA=0 at the build ({error})"
+            f"MixedQuant's CUDA kernels (for {archs}) could not be loaded; build them anew, "
+            f"or without them by MIXEDQUANT_CUDA=0 ({error.__cause__ or error})"
         ) from error
     return True
 
