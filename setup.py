@@ -1,14 +1,17 @@
-"""Builds smoothquant._C: C kernels and the C++ shim over them, CUDA kernels once it has them.
+"""Builds smoothquant._C, the C kernels and the C++ shim over them, and smoothquant/_cuda*.so, the
+same for CUDA: a library that Python loads where there is a GPU.
 
 A build_ext of the project's own, because setuptools and torch compile .c files as C++ or need a
 CUDA build of torch. Environment:
     CC, CXX                  compilers (default: cc, c++)
-    MIXEDQUANT_CUDA          0: never build CUDA kernels; 1: fail without nvcc (default: if found)
-    MIXEDQUANT_CUDA_ARCHS    architectures for nvcc, e.g. "80,90a"
+    MIXEDQUANT_CUDA          0: never build CUDA kernels; 1: with any torch, and fail without nvcc
+                             (default: for a torch with CUDA, where nvcc is found)
+    MIXEDQUANT_CUDA_ARCHS    architectures for nvcc (default: "75,80,86,89,90,100,120")
     MIXEDQUANT_CFLAGS        further flags for C and C++, e.g. sanitizers
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -28,7 +31,11 @@ TORCH_FIRST = (
 COMMON_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 C_FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-Wconversion", *COMMON_FLAGS]
 CXX_FLAGS = ["-std=c++20", "-O2", *COMMON_FLAGS]
-CUDA_ARCHS = "75,80,86,89,90a"
+# -fmad=false: kernels write a fused multiply-add as one, as C does
+NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Werror=all-warnings"]
+NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+CUDA_ARCHS = "75,80,86,89,90,100,120"
+CUDA_LIBRARY = "smoothquant._cuda"
 
 
 def stop(sentence: str) -> None:
@@ -57,12 +64,36 @@ def compiler(variable: str, default: str) -> list[str]:
     return command
 
 
-def cuda_compiler() -> str | None:
+def cuda_compiler(torch) -> str | None:
+    """nvcc, where CUDA kernels shall be built."""
     wanted = os.environ.get("MIXEDQUANT_CUDA", "")
-    nvcc = None if wanted == "0" else shutil.which("nvcc")
+    if wanted == "0" or (wanted != "1" and torch.version.cuda is None):
+        return None
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=toolkit)
     if wanted == "1" and nvcc is None:
-        stop("MIXEDQUANT_CUDA=1, but nvcc was not found on PATH")
+        stop(f"MIXEDQUANT_CUDA=1, but nvcc was found neither on PATH nor in {toolkit}")
     return nvcc
+
+
+def cuda_archs() -> list[str]:
+    """As nvcc names them, e.g. ["80", "90a"]."""
+    text = os.environ.get("MIXEDQUANT_CUDA_ARCHS", CUDA_ARCHS)
+    archs = [arch.strip() for arch in text.split(",")]
+    if not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in archs):
+        stop(f'MIXEDQUANT_CUDA_ARCHS must be like "80,90a"; got {text!r}')
+    return archs
+
+
+def code_flags(archs: list[str]) -> list[str]:
+    """nvcc's flags for machine code of each architecture, and PTX, which newer GPUs compile for
+    themselves, of the oldest from Hopper on: that of older ones multiplies nibbles, by an
+    instruction that newer ones know only as a slow routine."""
+    general = [int(arch) for arch in archs if arch.isdigit() and int(arch) >= 90]
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return flags + [
+        f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in sorted(general)[:1]
+    ]
 
 
 def cuda_library_flags(nvcc: str) -> list[str]:
@@ -77,51 +108,60 @@ def cuda_library_flags(nvcc: str) -> list[str]:
     return ["-lcudart_static", "-lpthread", "-ldl", "-lrt"]
 
 
+def torch_cuda_flags(torch, cc: list[str], folder: Path) -> list[str]:
+    """To link with libtorch_cuda; for a torch without it, with a stand-in of the one function that
+    is called there. The library then asks for libtorch_cuda.so when it is loaded."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
+    if not library.is_file():
+        library = folder / library.name
+        command = [*cc, "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-x", "c", "-"]
+        source = "void aoti_torch_get_current_cuda_stream(void) {}"
+        subprocess.run([*command, "-o", str(library)], input=source, text=True, check=True)
+    return [f"-L{library.parent}", "-ltorch_cuda"]
+
+
 class BuildExtension(build_ext):
+    def run(self) -> None:
+        self.torch = installed_torch()
+        self.nvcc = cuda_compiler(self.torch)
+        if not self.nvcc:
+            self.extensions = [ext for ext in self.extensions if ext.name != CUDA_LIBRARY]
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
-        torch = installed_torch()
         try:
             import pybind11
         except ImportError:
             stop('the build needs pybind11; run "pip install setuptools wheel pybind11"')
         cc, cxx = compiler("CC", "cc"), compiler("CXX", "c++")
         extra = shlex.split(os.environ.get("MIXEDQUANT_CFLAGS", ""))
-        include = Path(torch.__file__).parent / "include"
-        nvcc = cuda_compiler()
-        if not any(source.endswith(".cu") for source in ext.sources):
-            nvcc = None
-        archs = os.environ.get("MIXEDQUANT_CUDA_ARCHS", CUDA_ARCHS) if nvcc else ""
+        torch_folder = Path(self.torch.__file__).parent
+        archs = cuda_archs() if self.nvcc else []
         compiler_name = subprocess.run([*cc, "--version"], capture_output=True, text=True).stdout
         defines = {
             "TORCH_TARGET_VERSION": "0x020a000000000000",
             "MQ_BUILD_COMPILER": f'"{(compiler_name.splitlines() or ["unknown"])[0]}"',
-            "MQ_BUILD_TORCH": f'"{torch.__version__}"',
-            "MQ_BUILD_CUDA_ARCHS": f'"{archs}"',
+            "MQ_BUILD_TORCH": f'"{self.torch.__version__}"',
+            "MQ_BUILD_CUDA_ARCHS": f'"{",".join(archs)}"',
         }
         cxx_command = [
             *cxx,
             *CXX_FLAGS,
             *(f"-D{name}={value}" for name, value in defines.items()),
-            *(f"-isystem{path}" for path in (include, pybind11.get_include())),
+            *(f"-isystem{path}" for path in (torch_folder / "include", pybind11.get_include())),
             *(f"-isystem{path}" for path in self.include_dirs),
         ]
-        commands = {".c": [*cc, *C_FLAGS], ".cpp": cxx_command}
-        if nvcc:
-            gencode = [
-                f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs.split(",") if arch
-            ]
-            commands[".cu"] = [nvcc, "-O3", "-std=c++17", "-Xcompiler=-fPIC", *gencode]
+        commands = {".c": [*cc, *C_FLAGS, *extra], ".cpp": [*cxx_command, *extra]}
+        if self.nvcc:
+            commands[".cu"] = [self.nvcc, *NVCC_FLAGS, *code_flags(archs)]
 
         objects, jobs = [], []
         for source in ext.sources:
             suffix = Path(source).suffix
-            if suffix not in commands:
-                continue
             target = Path(self.build_temp) / Path(source).with_suffix(f"{suffix}.o")
             target.parent.mkdir(parents=True, exist_ok=True)
             objects.append(str(target))
-            flags = extra if suffix != ".cu" else []
-            jobs.append([*commands[suffix], *flags, "-c", str(ROOT / source), "-o", str(target)])
+            jobs.append([*commands[suffix], "-c", str(ROOT / source), "-o", str(target)])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(self.compile_one, jobs))
 
@@ -129,8 +169,12 @@ class BuildExtension(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         link = [*cxx, "-shared", *extra, *objects, "-o", str(output), "-lm"]
         # torch is imported before this module, so its libraries are found without a path to them
-        link += [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
-        self.compile_one(link + (cuda_library_flags(nvcc) if nvcc else []))
+        link += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+        if ext.name == CUDA_LIBRARY:
+            link += torch_cuda_flags(self.torch, cc, Path(self.build_temp))
+            # else torch's own CUDA runtime, of another version, could take its functions' places
+            link += [*cuda_library_flags(self.nvcc), "-Wl,--exclude-libs,ALL", "-Wl,-z,defs"]
+        self.compile_one(link)
 
     def compile_one(self, command: list[str]) -> None:
         result = subprocess.run(command, capture_output=True, text=True)
@@ -140,23 +184,20 @@ class BuildExtension(build_ext):
             stop(f"the build failed at: {' '.join(command)}")
 
 
-def sources() -> list[str]:
-    found = [
-        path.relative_to(ROOT).as_posix()
-        # csrc/cuda joins when the shim registers its operations
-        for folder, suffix in (("cpu", "c"), ("torch", "cpp"))
-        for path in (ROOT / "csrc" / folder).glob(f"*.{suffix}")
-    ]
-    return sorted(found)
+def extension(name: str, *patterns: str) -> Extension:
+    def found(pattern: str) -> list[str]:
+        return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(f"csrc/{pattern}"))
+
+    headers = [*found("**/*.h"), *found("**/*.cuh")]
+    return Extension(
+        name, [path for pattern in patterns for path in found(pattern)], depends=headers
+    )
 
 
 setup(
     ext_modules=[
-        Extension(
-            "smoothquant._C",
-            sources(),
-            depends=[path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.h")],
-        )
+        extension("smoothquant._C", "cpu/*.c", "torch/library.cpp", "torch/module.cpp"),
+        extension(CUDA_LIBRARY, "cuda/*.cu", "cpu/shape.c", "torch/cuda.cpp"),
     ],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -3,12 +3,15 @@
 Every op is a pure function of its arguments (but ``channel_stats_update``, which says what it
 writes), works under ``torch.compile(fullgraph=True)`` and ``torch.export``, and gives the same bits
 on every instruction set; ``smoothquant.reference`` specifies each in plain torch. Wrong arguments
-raise ValueError naming the op, the argument and the value.
+raise ValueError naming the op, the argument and the value. On CUDA tensors they run where
+:func:`has_cuda` says so, with the same bits but for the sums of ``w4a4_linear``; nothing there
+waits for the GPU but ``pack_weight``, and a bad index in ``perm`` makes NaN in place of an error.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,6 +61,39 @@ def set_isa(name: str) -> None:
     """
     _C.set_isa(name)
 
+
+def build_info() -> dict[str, str]:
+    """What the kernels were built with and for: "compiler", "torch", and "cuda_archs", the GPU
+    architectures as nvcc names them ("75,80,..."), "" for a build without CUDA."""
+    return _C.build_info()
+
+
+def has_cuda() -> bool:
+    """Whether the ops run on CUDA tensors here: this build has the kernels, torch an Nvidia GPU."""
+    return _HAS_CUDA
+
+
+def _load_cuda() -> bool:
+    """Register the CUDA kernels, a library of their own beside `_C`; whether there is use for it.
+
+    Raises:
+        RuntimeError: it cannot be loaded.
+    """
+    archs = build_info()["cuda_archs"]
+    if not (archs and torch.version.cuda and torch.cuda.is_available()):
+        return False
+    built = Path(_C.__file__)
+    try:
+        torch.ops.load_library(built.with_name(built.name.replace("_C", "_cuda", 1)))
+    except OSError as error:
+        raise RuntimeError(
+            f"MixedQuant's CUDA kernels (for {archs}) could not be loaded; build them anew, "
+            f"or without them by MIXEDQUANT_CUDA=0 ({error.__cause__ or error})"
+        ) from error
+    return True
+
+
+_HAS_CUDA = _load_cuda()
 
 if os.environ.get("MIXEDQUANT_ISA"):
     try:
@@ -324,10 +360,12 @@ def w4a4_linear(
         clip: in (0, 1].
         quantized_input: x as :func:`quantize_input` gives it for the same choices, for layers that
             read one x; of x itself shape and dtype are left to say. A ValueError where it was made
-            for another number of tokens or channels, group size or instruction set.
+            for another number of tokens or channels, group size or instruction set, and on CUDA,
+            where every layer quantizes its input itself.
 
     Returns:
-        [..., N] in x's dtype.
+        [..., N] in x's dtype. On CUDA the products with salient channels, and up to 64 tokens those
+        of groups too, are added in another order than on the CPU, the same in every call.
     """
     return _ops.w4a4_linear(
         x,

@@ -5,10 +5,15 @@ import shlex
 import subprocess
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 CC = shlex.split(os.environ.get("CC", "cc"))
 CXX = shlex.split(os.environ.get("CXX", "c++"))
 FLAGS = ["-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]  # of C and C++
+# Of CUDA C, compiled for the CPU
+EMULATED = ["-std=c++17", *FLAGS, "-O1", "-Wno-unknown-pragmas"]
+EMULATED += ["-include", str(ROOT / "tests" / "cuda" / "emulator.h"), "-x", "c++"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import pytest
-from programs import CC, CXX, FLAGS, SANITIZERS, run, run_all
+from programs import CC, CXX, EMULATED, FLAGS, ROOT, SANITIZERS, run, run_all
 
-ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-CHECK = sorted((ROOT / "tests" / "cuda").glob("*.cpp"))
+CHECK = [ROOT / "tests" / "cuda" / name for name in ("check_cuda.cpp", "emulator.cpp")]
 SCALAR = sorted((ROOT / "csrc" / "cpu").glob("*.c"))
 # One of each way through the sources: Turing's small products, INT4 products, INT8 products only
 ARCHS = (75, 80, 90)
@@ -19,8 +18,7 @@ def checks(tmp_path_factory) -> dict[int, str]:
     """{architecture: the program that checks its kernels}."""
     folder = tmp_path_factory.mktemp("emulated")
     flags = [*FLAGS, *SANITIZERS, "-O1", "-c"]
-    emulated = ["-std=c++17", *flags, "-Wno-unknown-pragmas"]
-    emulated += ["-include", str(ROOT / "tests" / "cuda" / "emulator.h"), "-x", "c++"]
+    emulated = [*SANITIZERS, *EMULATED, "-c"]
     jobs, programs = [], {}
 
     def compiled(command: list[str], source: Path, name: str) -> str:

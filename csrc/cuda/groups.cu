@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) short_groups(group_args args) {
 }
 
 // Longer ones: a block to each.
-__global__ void __launch_bounds__(kThreads) long_groups(group_args args) {
+__global__ void __launch_bounds__(kThreads, 2) long_groups(group_args args) {
     const int64_t g = args.format.group_size;
     for (int64_t job = blockIdx.x; job < args.rows * args.groups; job += gridDim.x) {
         const int64_t row = job / args.groups, j = job % args.groups;

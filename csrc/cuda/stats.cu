@@ -5,7 +5,7 @@ namespace mq {
 namespace {
 
 // A thread to a channel: sums are taken in row order, as everywhere.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     update(mq_dtype dtype, const void *x, int64_t rows, int64_t cols, const int64_t *count,
            mq_channel_stats stats) {
     MQ_GRID_STRIDE(c, cols) {

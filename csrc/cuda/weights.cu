@@ -66,7 +66,7 @@ __device__ __forceinline__ void load_part(const pack_args &args, const row_group
     values.rotate(args.lin.rotation);
 }
 
-__global__ void __launch_bounds__(kThreads) pack_groups(pack_args args) {
+__global__ void __launch_bounds__(kThreads, 2) pack_groups(pack_args args) {
     const mq_linear &lin = args.lin;
     const int64_t size = smaller(lin.group_size, lin.k - lin.k_salient);
     part values(size);
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads) pack_groups(pack_args args) {
 }
 
 // A warp to a row.
-__global__ void __launch_bounds__(kThreads) pack_salient(pack_args args) {
+__global__ void __launch_bounds__(kThreads, 4) pack_salient(pack_args args) {
     const mq_linear &lin = args.lin;
     const int64_t k4 = lin.k - lin.k_salient;
     for (int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp(); row < lin.n;
@@ -271,12 +271,14 @@ extern "C" int mq_cuda_pack_weight(const mq_linear *lin, int q_max, mq_dtype dty
     const size_t panels = static_cast<size_t>(shape.panels);
     const size_t salient_bytes =
         panels * static_cast<size_t>(lin->k_salient * MQ_PANEL * size_of(lin->salient_dtype));
-    int error = cudaMemsetAsync(qweight, 0x88,
-                                panels * static_cast<size_t>(shape.blocks * MQ_BLOCK_BYTES), on);
-    if (!error)
-        error = cudaMemsetAsync(scales, 0, panels * static_cast<size_t>(shape.groups) * 32, on);
-    if (!error) error = cudaMemsetAsync(salient, 0, salient_bytes, on);
-    if (!error && salient_scales) error = cudaMemsetAsync(salient_scales, 0, panels * 32, on);
+    int error = cudaSuccess;
+    const auto clear = [&](void *array, int byte, size_t bytes) {
+        if (!error && bytes) error = cudaMemsetAsync(array, byte, bytes, on);
+    };
+    clear(qweight, 0x88, panels * static_cast<size_t>(shape.blocks * MQ_BLOCK_BYTES));
+    clear(scales, 0, panels * static_cast<size_t>(shape.groups) * 32);
+    clear(salient, 0, salient_bytes);
+    if (salient_scales) clear(salient_scales, 0, panels * 32);
     if (!error && seen)
         error = launch(check_perm, blocks_for(lin->k), 0, stream, lin->perm, lin->k, seen, status);
     const pack_args args = {*lin,

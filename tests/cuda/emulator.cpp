@@ -59,8 +59,10 @@ const std::function<void()> *kernel;
     abort();
 }
 
+#if defined(__SANITIZE_ADDRESS__)
 const void *main_bottom;
 size_t main_size;
+#endif
 
 // Leaves the running context for a fiber, or for main where `to` is null.
 void change_to(ucontext_t *from, fiber *to) {

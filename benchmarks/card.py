@@ -1,0 +1,178 @@
+"""Speed of the W4A4 linear on a CUDA card, against cuBLAS and torch._int_mm.
+
+    python benchmarks/card.py --json docs/benchmark_cuda.json       # Llama-2-7B's shapes
+    python benchmarks/card.py --shapes 4096x4096 --tokens 1 4096 --group-sizes 128
+
+Every figure of W4A4 includes the quantization of the activations; torch._int_mm is the product of
+int8 matrices alone, without scales. A CUDA graph holds a call for each copy of the weights, and
+these are more than four times the card's L2 cache, so that each call reads them from memory. The
+contenders take turns, and medians are reported. benchmarks/card.sh builds and tests first.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smoothquant import ops
+
+CACHES = 4  # copies of a weight fill the L2 cache so many times
+MOST_ERROR = 0.3  # relative, of a W4A4 linear of normally distributed values
+INT_MM_TOKENS = 17  # torch._int_mm takes no fewer
+
+
+@dataclass
+class Contender:
+    """A linear of one weight, whose calls in a graph are for one copy of it each."""
+
+    name: str
+    weight_bytes: int
+    graph: torch.cuda.CUDAGraph
+    reads: object  # what the graph reads, kept alive
+    calls: int
+    error: float  # of the outputs against fp32, relative
+
+
+def card() -> str:
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name}, compute capability {properties.major}.{properties.minor}"
+
+
+def contender(
+    name: str, weights: tuple[Tensor | None, ...], call: Callable[..., Tensor], expected: Tensor
+) -> Contender:
+    """Captures call(*weights) for as many copies of the weights as keep them out of the cache."""
+    size = sum(w.nbytes for w in weights if w is not None)
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    count = max(8, math.ceil(CACHES * cache / size))
+    copies = [[None if w is None else w.clone() for w in weights] for _ in range(count)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        y = call(*copies[0]).float()
+    torch.cuda.current_stream().wait_stream(side)
+    error = ((y - expected).norm() / expected.norm()).item()
+    if not error < MOST_ERROR:
+        raise SystemExit(f"{name} is wrong: relative error {error}")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for copy in copies:
+            call(*copy)
+    return Contender(name, size, graph, (copies, call), count, error)
+
+
+def contenders(w: Tensor, x: Tensor, args: argparse.Namespace) -> list[Contender]:
+    """Of a weight [N, K] and tokens [M, K], fp32."""
+    n, k = w.shape
+    expected = F.linear(x, w)
+    result = []
+    for name, dtype in (("cuBLAS fp16", torch.float16), ("cuBLAS bf16", torch.bfloat16)):
+        own = x.to(dtype)
+        result.append(contender(name, (w.to(dtype),), lambda w, x=own: F.linear(x, w), expected))
+    if x.shape[0] >= INT_MM_TOKENS:
+        scales = w.abs().amax() / 127, x.abs().amax() / 127
+        w8, x8 = ((t / s).round().to(torch.int8) for t, s in zip((w, x), scales, strict=True))
+        in_units = expected / (scales[0] * scales[1])
+        result.append(contender("torch._int_mm", (w8,), lambda w: torch._int_mm(x8, w.T), in_units))
+    perm = torch.randperm(k, device="cuda").int()
+    own = x.to(torch.bfloat16)
+    for group_size, prop in itertools.product(args.group_sizes, args.salient_props):
+        packed = ops.pack_weight(w, perm, int(prop * k), group_size)
+        result.append(
+            contender(
+                f"W4A4 g{group_size} p{prop:g}",
+                (*packed, perm),
+                lambda *w, g=group_size: ops.w4a4_linear(own, *w, None, n, g),
+                expected,
+            )
+        )
+    return result
+
+
+def measure(group: list[Contender], seconds: float) -> dict[str, float]:
+    """Median seconds of a call of each; they take turns until `seconds` each have passed."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = {contender.name: [] for contender in group}
+    turn = -2  # two that do not count
+    while turn < 5 or min(map(sum, times.values())) < seconds:
+        for contender in group:
+            start.record()
+            contender.graph.replay()
+            end.record()
+            end.synchronize()
+            if turn >= 0:
+                times[contender.name].append(1e-3 * start.elapsed_time(end))
+        turn += 1
+    return {c.name: statistics.median(times[c.name]) / c.calls for c in group}
+
+
+def speeds(args: argparse.Namespace) -> list[dict]:
+    """The table of linears; prints each row when it is there."""
+    print("\n| KxN | M | contender | median us | TOP/s | weights GB/s | x cuBLAS fp16 | error |")
+    print("|---|---|---|---|---|---|---|---|")
+    rows = []
+    for shape, m in itertools.product(args.shapes, args.tokens):
+        k, n = map(int, shape.split("x"))
+        w, x = torch.randn(n, k, device="cuda"), torch.randn(m, k, device="cuda")
+        group = contenders(w, x, args)
+        medians = measure(group, args.seconds)
+        for contender in group:
+            median = medians[contender.name]
+            row = {
+                "k": k,
+                "n": n,
+                "m": m,
+                "contender": contender.name,
+                "microseconds": 1e6 * median,
+                "tops": 2e-12 * m * n * k / median,
+                "gigabytes_per_second": 1e-9 * contender.weight_bytes / median,
+                "ratio": medians["cuBLAS fp16"] / median,
+                "error": contender.error,
+            }
+            rows.append(row)
+            print(
+                f"| {shape} | {m} | {contender.name} | {row['microseconds']:.1f} "
+                f"| {row['tops']:.1f} | {row['gigabytes_per_second']:.0f} | {row['ratio']:.2f} "
+                f"| {contender.error:.4f} |",
+                flush=True,
+            )
+        del group
+        torch.cuda.empty_cache()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "4096x11008", "11008x4096"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[2**i for i in range(13)])
+    parser.add_argument("--group-sizes", nargs="+", type=int, default=[64, 128, 256])
+    parser.add_argument("--salient-props", nargs="+", type=float, default=[0.0, 0.05, 0.1])
+    parser.add_argument("--seconds", type=float, default=0.2, help="per contender")
+    parser.add_argument("--json", help="also write the rows to this file")
+    args = parser.parse_args()
+    if not ops.has_cuda():
+        sys.exit(
+            "nothing was measured: no CUDA card is here, or MixedQuant was built without CUDA "
+            f"(architectures built: {ops.build_info()['cuda_archs'] or 'none'})"
+        )
+    torch.manual_seed(0)
+    record = {"card": card(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    record |= {"archs": ops.build_info()["cuda_archs"], "date": str(date.today())}
+    print("; ".join(record.values()))
+    record["rows"] = speeds(args)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(record, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

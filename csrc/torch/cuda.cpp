@@ -1,0 +1,330 @@
+// The torch ops on CUDA: each unboxes, validates, allocates, puts one function's kernels on the current
+// stream of its tensors' device and maps its status. No arithmetic.
+//
+// A shared library of its own, smoothquant/_cuda*.so, which needs libtorch_cuda: it is loaded where
+// there is a GPU. Nothing here waits for the device but pack_weight, so a CUDA graph may capture the others.
+#define USE_CUDA  // torch's headers then declare what libtorch_cuda holds
+
+#include <array>
+#include <atomic>
+#include <tuple>
+
+#include "../cuda/mixedquant_cuda.h"
+#include "arguments.h"
+
+namespace {
+
+using namespace mixedquant;
+
+// The longest group whose products an int32 sum holds: 8 * 15 each, times 16 (see mixedquant_cuda.h).
+constexpr int64_t kLongestGroup = 1 << 20;
+
+Op on_device_of(const char *name, const char *argument, const Tensor &t) {
+    if (!t.is_cuda())
+        fail({name}, argument,
+             " must be on the CUDA device that other arguments are on; got shape ", shape_text(t),
+             " elsewhere");
+    return {name, t.get_device_index()};
+}
+
+[[noreturn]] void fail_on_device(const Op &op, int error) {
+    throw std::runtime_error(message_of(op, "CUDA: ", mq_cuda_message(error)));
+}
+
+void check_launch(const Op &op, int error) {
+    if (error) fail_on_device(op, error);
+}
+
+// The architecture of the current device, which is op's; asked of the driver once.
+int arch_of(const Op &op) {
+    static std::array<std::atomic<int>, 256> known{};
+    auto &arch = known.at(static_cast<size_t>(op.cuda_device));
+    if (!arch) {
+        int found = 0;
+        const int error = mq_cuda_arch(&found);
+        if (error && found)
+            throw std::runtime_error(message_of(
+                op, "this build has no kernels for the GPU cuda:", op.cuda_device,
+                " of compute capability ", found / 10, '.', found % 10,
+                "; they are built for " MQ_BUILD_CUDA_ARCHS " (", mq_cuda_message(error), ")"));
+        check_launch(op, error);
+        arch = found;
+    }
+    return arch;
+}
+
+// While it lives, op's device is the current one.
+struct Queue {
+    stable::accelerator::DeviceGuard device;
+    int arch;
+    void *stream = nullptr;
+
+    explicit Queue(const Op &op) : device(op.cuda_device), arch(arch_of(op)) {
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(op.cuda_device, &stream));
+    }
+};
+
+// ---- Channel statistics and sorting ----
+
+void channel_stats_update(Tensor x, Tensor count, Tensor abs_max, Tensor minimum, Tensor abs_sum,
+                          Tensor sq_sum, Tensor argmax) {
+    const Op op = on_device_of("channel_stats_update", "x", x);
+    const Queue queue(op);
+    const mq_dtype dtype = dtype_of(op, "x", x);
+    const Matrix m = matrix(op, "x", x);
+    const mq_channel_stats stats =
+        stats_to_update(op, m.cols, count, abs_max, minimum, abs_sum, sq_sum, argmax);
+    check_launch(
+        op, mq_cuda_channel_stats_update(dtype, m.tensor.const_data_ptr(), m.rows, m.cols,
+                                         count.mutable_data_ptr<int64_t>(), &stats, queue.stream));
+}
+
+// A negative count, which the CPU's op refuses, is not looked for: that would wait for the device.
+Tensor sort_keys(Tensor count, Tensor abs_max, Tensor abs_sum, Tensor sq_sum, Tensor argmax,
+                 std::string key) {
+    const Op op = on_device_of("sort_keys", "count", count);
+    const Queue queue(op);
+    const mq_sort_key by = sort_key_of(op, key);
+    const mq_channel_stats stats = stats_to_sort(op, count, abs_max, abs_sum, sq_sum, argmax);
+    const int64_t k = abs_max.size(0);
+    Tensor keys = allocate(abs_max, {k}, ScalarType::Double);
+    check_launch(op, mq_cuda_sort_keys(by, k, count.const_data_ptr<int64_t>(), &stats,
+                                       keys.mutable_data_ptr<double>(), queue.stream));
+    return keys;
+}
+
+Tensor argsort(Tensor keys, bool descending) {
+    const Op op = on_device_of("argsort", "keys", keys);
+    const Queue queue(op);
+    keys = expect(op, "keys", keys, ScalarType::Double, {-1});
+    const int64_t k = keys.size(0);
+    Tensor indices = allocate(keys, {k}, ScalarType::Long);
+    check_launch(op, mq_cuda_argsort(keys.const_data_ptr<double>(), k, descending,
+                                     indices.mutable_data_ptr<int64_t>(), queue.stream));
+    return indices;
+}
+
+// ---- Group quantization ----
+
+std::tuple<Tensor, Tensor> group_quantize(Tensor x, int64_t group_size, int64_t num_bits,
+                                          bool is_unsigned) {
+    const Op op = on_device_of("group_quantize", "x", x);
+    const Queue queue(op);
+    const mq_group_format format =
+        group_format(op, group_size, num_bits, is_unsigned ? MQ_ACT_UNSIGNED : MQ_ACT_SYMMETRIC);
+    const mq_dtype dtype = dtype_of(op, "x", x);
+    const Matrix m = matrix(op, "x", x);
+    Tensor q =
+        allocate(x, shape_with_last(x, m.cols), is_unsigned ? ScalarType::Byte : ScalarType::Char);
+    Tensor scales =
+        allocate(x, shape_with_last(x, groups_of(m.cols, group_size)), ScalarType::Float);
+    check_launch(op, mq_cuda_group_quantize(&format, dtype, m.tensor.const_data_ptr(), m.rows,
+                                            m.cols, static_cast<int8_t *>(q.mutable_data_ptr()),
+                                            scales.mutable_data_ptr<float>(), queue.stream));
+    return {q, scales};
+}
+
+Tensor group_dequantize(Tensor q, Tensor scales, int64_t group_size, ScalarType out_dtype) {
+    const Op op = on_device_of("group_dequantize", "q", q);
+    const Queue queue(op);
+    const mq_group_format format = group_format(op, group_size, 8, code_format(op, q));
+    require_float(op, "dtype", out_dtype);
+    const Matrix m = matrix(op, "q", q);
+    scales = expect(op, "scales", scales, ScalarType::Float,
+                    shape_with_last(q, groups_of(m.cols, group_size)));
+    Tensor out = allocate(q, shape_with_last(q, m.cols), out_dtype);
+    check_launch(op, mq_cuda_group_dequantize(
+                         &format, static_cast<const int8_t *>(m.tensor.const_data_ptr()),
+                         scales.const_data_ptr<float>(), m.rows, m.cols, dtype_of(op, "out", out),
+                         out.mutable_data_ptr(), queue.stream));
+    return out;
+}
+
+Tensor group_fake_quantize(Tensor x, int64_t group_size, int64_t num_bits, std::string act_format,
+                           double clip) {
+    const Op op = on_device_of("group_fake_quantize", "x", x);
+    const Queue queue(op);
+    const mq_group_format format =
+        group_format(op, group_size, num_bits, act_format_of(op, act_format), clip);
+    const mq_dtype dtype = dtype_of(op, "x", x);
+    const Matrix m = matrix(op, "x", x);
+    Tensor out = allocate(x, shape_with_last(x, m.cols), x.scalar_type());
+    check_launch(op, mq_cuda_group_fake_quantize(&format, dtype, m.tensor.const_data_ptr(), m.rows,
+                                                 m.cols, out.mutable_data_ptr(), queue.stream));
+    return out;
+}
+
+Tensor group_hadamard(Tensor x, int64_t group_size, int64_t rotation) {
+    const Op op = on_device_of("group_hadamard", "x", x);
+    const Queue queue(op);
+    require(group_size >= 1, op, "group_size must be at least 1; got ", group_size);
+    check_rotation(op, rotation);
+    const mq_dtype dtype = dtype_of(op, "x", x);
+    const Matrix m = matrix(op, "x", x);
+    Tensor out = allocate(x, shape_with_last(x, m.cols), x.scalar_type());
+    check_launch(op, mq_cuda_group_hadamard(group_size, rotation, dtype, m.tensor.const_data_ptr(),
+                                            m.rows, m.cols, out.mutable_data_ptr(), queue.stream));
+    return out;
+}
+
+Tensor pack_nibbles(Tensor q) {
+    const Op op = on_device_of("pack_nibbles", "q", q);
+    const Queue queue(op);
+    code_format(op, q);
+    const Matrix m = matrix(op, "q", q);
+    Tensor packed = allocate(q, shape_with_last(q, (m.cols + 1) / 2), ScalarType::Byte);
+    check_launch(
+        op, mq_cuda_pack_nibbles(static_cast<const int8_t *>(m.tensor.const_data_ptr()), m.rows,
+                                 m.cols, packed.mutable_data_ptr<uint8_t>(), queue.stream));
+    return packed;
+}
+
+Tensor unpack_nibbles(Tensor packed, int64_t cols, bool is_unsigned) {
+    const Op op = on_device_of("unpack_nibbles", "packed", packed);
+    const Queue queue(op);
+    const Matrix m = nibbles_of(op, packed, cols);
+    Tensor q = allocate(packed, shape_with_last(packed, cols),
+                        is_unsigned ? ScalarType::Byte : ScalarType::Char);
+    check_launch(
+        op, mq_cuda_unpack_nibbles(m.tensor.const_data_ptr<uint8_t>(), m.rows, cols, is_unsigned,
+                                   static_cast<int8_t *>(q.mutable_data_ptr()), queue.stream));
+    return q;
+}
+
+// ---- Weights ----
+
+std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> pack_weight(
+    Tensor w, Tensor perm, int64_t num_salient, int64_t group_size, int64_t rotation,
+    int64_t num_bits, std::optional<Tensor> group_scales, ScalarType salient_dtype) {
+    const Op op = on_device_of("pack_weight", "w", w);
+    const Queue queue(op);
+    Packing to = packing_of(op, w, perm, num_salient, group_size, rotation, num_bits, group_scales,
+                            salient_dtype);
+    // what the device finds wrong, and how often it has seen a channel in perm
+    Tensor notes = stable::new_zeros(w, {1 + to.lin.k}, ScalarType::Int);
+    int *status = notes.mutable_data_ptr<int>();
+    check_launch(op, mq_cuda_pack_weight(&to.lin, to.q_max, to.dtype, to.w.tensor.const_data_ptr(),
+                                         to.group_scales, to.qweight_out(), to.scales_out(),
+                                         to.salient.mutable_data_ptr(), to.salient_scales_out(),
+                                         status + 1, status, queue.stream));
+    int bad = 0;
+    check_launch(op, mq_cuda_read_int(status, &bad, queue.stream));
+    require(!(bad & MQ_CUDA_BAD_PERM), op, "perm must hold every channel in [0, ", to.lin.k,
+            ") once");
+    if (bad & MQ_CUDA_BAD_WEIGHT) check(op, MQ_NON_FINITE);
+    if (bad & MQ_CUDA_BAD_SCALE) check(op, MQ_INVALID_SCALE);
+    return {to.qweight, to.scales, to.salient, to.salient_scales};
+}
+
+Tensor unpack_weight(Tensor qweight, Tensor scales, Tensor salient,
+                     std::optional<Tensor> salient_scales, Tensor perm, int64_t out_features,
+                     int64_t group_size, int64_t rotation) {
+    const Op op = on_device_of("unpack_weight", "qweight", qweight);
+    const Queue queue(op);
+    mq_shape shape;
+    const mq_linear lin = packed_layer(op, qweight, scales, salient, salient_scales, perm,
+                                       out_features, group_size, rotation, &shape);
+    // an index that is no channel, or occurs twice, leaves another channel unwritten
+    Tensor w = stable::new_zeros(qweight, {out_features, lin.k}, ScalarType::Float);
+    check_launch(op, mq_cuda_unpack_weight(&lin, w.mutable_data_ptr<float>(), queue.stream));
+    return w;
+}
+
+Tensor gptq_block(Tensor w, Tensor u, Tensor scales, int64_t col0, int64_t group_size,
+                  int64_t num_bits) {
+    const Op op = on_device_of("gptq_block", "w", w);
+    const Queue queue(op);
+    const Columns c = check_columns(op, w, scales, col0, group_size, num_bits);
+    u = expect(op, "u", u, ScalarType::Float, {c.cols, c.cols});
+    scales = expect(op, "scales", scales, ScalarType::Float, {c.rows, c.groups});
+    Tensor errors = allocate(w, {c.rows, c.cols}, ScalarType::Float);
+    check_launch(op, mq_cuda_gptq_block(c.q_max, c.rows, c.cols, col0, group_size, c.groups,
+                                        scales.const_data_ptr<float>(), u.const_data_ptr<float>(),
+                                        w.mutable_data_ptr<float>(),
+                                        errors.mutable_data_ptr<float>(), queue.stream));
+    return errors;
+}
+
+void descend_block(Tensor w, Tensor gradient, Tensor h, Tensor scales, int64_t col0,
+                   int64_t group_size, int64_t num_bits) {
+    const Op op = on_device_of("descend_block", "w", w);
+    const Queue queue(op);
+    const Columns c = check_columns(op, w, scales, col0, group_size, num_bits);
+    expect_out(op, "gradient", gradient, ScalarType::Float, {c.rows, c.cols});
+    h = expect(op, "h", h, ScalarType::Float, {c.cols, c.cols});
+    scales = expect(op, "scales", scales, ScalarType::Float, {c.rows, c.groups});
+    check_launch(
+        op, mq_cuda_descend_block(c.q_max, c.rows, c.cols, col0, group_size, c.groups,
+                                  scales.const_data_ptr<float>(), h.const_data_ptr<float>(),
+                                  gradient.mutable_data_ptr<float>(), w.mutable_data_ptr<float>(),
+                                  queue.stream));
+}
+
+// ---- The W4A4 linear ----
+
+// Which kernel multiplies depends on the number of tokens, and with it how they lie in memory; to say so
+// in the tensor, or read it there, would wait for the device.
+[[noreturn]] void fail_to_share(const Op &op) {
+    fail(op, "layers on CUDA quantize their input themselves: quantized_input must be None there");
+}
+
+Tensor quantize_input(Tensor x, Tensor, int64_t, int64_t, int64_t, int64_t, std::string, bool,
+                      double) {
+    fail_to_share(on_device_of("quantize_input", "x", x));
+}
+
+Tensor w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient,
+                   std::optional<Tensor> salient_scales, Tensor perm, std::optional<Tensor> bias,
+                   int64_t out_features, int64_t group_size, int64_t rotation, int64_t num_bits,
+                   std::string act_format, bool per_token, double clip,
+                   std::optional<Tensor> quantized_input) {
+    const Op op = on_device_of("w4a4_linear", "x", x);
+    if (quantized_input) fail_to_share(op);
+    const Queue queue(op);
+    const mq_dtype dtype = dtype_of(op, "x", x);
+    mq_shape shape;
+    mq_linear lin = packed_layer(op, qweight, scales, salient, salient_scales, perm, out_features,
+                                 group_size, rotation, &shape);
+    const Matrix m = tokens_of(op, lin, x);
+    set_activations(op, &lin, num_bits, act_format, per_token, clip);
+    set_bias(op, &lin, bias);
+    require(lin.group_size <= kLongestGroup || lin.k - lin.k_salient <= kLongestGroup, op,
+            "group_size may be up to ", kLongestGroup, " on CUDA; got ", group_size);
+
+    Tensor y = allocate(x, shape_with_last(x, out_features), x.scalar_type());
+    if (m.rows == 0 || out_features == 0) return y;
+    const int kernel = mq_cuda_kernel_for(&lin, queue.arch, m.rows);
+    if (kernel < 0)
+        throw std::runtime_error(message_of(
+            op, "no kernel of this build multiplies this layer on architecture ", queue.arch));
+    const size_t bytes = mq_cuda_linear_workspace(&lin, kernel, dtype, m.rows);
+    // given back to torch's allocator before the kernels have run: its memory is the stream's
+    Tensor workspace = allocate(x, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+    void *space = workspace.mutable_data_ptr();
+    check_launch(op, mq_cuda_linear_quantize(&lin, kernel, dtype, m.tensor.const_data_ptr(), m.rows,
+                                             space, queue.stream));
+    check_launch(op, mq_cuda_linear_multiply(&lin, kernel, dtype, queue.arch, space, m.rows,
+                                             y.mutable_data_ptr(), queue.stream));
+    return y;
+}
+
+}  // namespace
+
+// The schemas are library.cpp's, which is loaded first.
+STABLE_TORCH_LIBRARY_IMPL(mixedquant, CUDA, m) {
+    m.impl("channel_stats_update", TORCH_BOX(&channel_stats_update));
+    m.impl("sort_keys", TORCH_BOX(&sort_keys));
+    m.impl("argsort", TORCH_BOX(&argsort));
+    m.impl("group_quantize", TORCH_BOX(&group_quantize));
+    m.impl("group_dequantize", TORCH_BOX(&group_dequantize));
+    m.impl("group_fake_quantize", TORCH_BOX(&group_fake_quantize));
+    m.impl("group_hadamard", TORCH_BOX(&group_hadamard));
+    m.impl("pack_nibbles", TORCH_BOX(&pack_nibbles));
+    m.impl("unpack_nibbles", TORCH_BOX(&unpack_nibbles));
+    m.impl("pack_weight", TORCH_BOX(&pack_weight));
+    m.impl("gptq_block", TORCH_BOX(&gptq_block));
+    m.impl("descend_block", TORCH_BOX(&descend_block));
+    m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
+    m.impl("w4a4_linear", TORCH_BOX(&w4a4_linear));
+    m.impl("quantize_input", TORCH_BOX(&quantize_input));
+}

@@ -1,0 +1,479 @@
+"""The ops on CUDA tensors, against the CPU's: bit for bit, but for sums of floats in another order.
+
+On a card where there is one. Everywhere, the same tests on an emulated one: shim and kernels, made
+for the CPU (tests/cuda/device.cpp), where CPU tensors pass for CUDA ones. What only a card has
+(streams, graphs, memory) is tested there alone, and skipped visibly elsewhere.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bits import assert_same_bits
+from programs import CC, CXX, EMULATED, ROOT, run, run_all
+
+from smoothquant import MixedQuantConfig, ops
+from smoothquant.linear import W4A4Linear
+from smoothquant.sorting import ChannelStats, choose_channels
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NO_CARD = "no CUDA card here, or a build without CUDA: this was not run on a GPU"
+on_card = pytest.mark.skipif(not ops.has_cuda(), reason=NO_CARD)
+EMULATED_ARCH = 80
+
+
+def build_emulated(folder: Path) -> str:
+    """The library of CUDA ops with emulated kernels."""
+    torch_folder = Path(torch.__file__).parent
+    shim = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror"]
+    shim += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem{torch_folder / 'include'}"]
+    shim += [f'-DMQ_BUILD_CUDA_ARCHS="{EMULATED_ARCH}"']
+    commands = {
+        ROOT / "tests" / "cuda" / "device.cpp": [*CXX, *shim],
+        ROOT / "csrc" / "torch" / "cuda.cpp": [*CXX, *shim],
+        ROOT / "csrc" / "cpu" / "shape.c": [*CC, "-std=c11"],
+    }
+    for source in [*(ROOT / "csrc" / "cuda").glob("*.cu"), ROOT / "tests/cuda/emulator.cpp"]:
+        commands[source] = [*CXX, f"-DMQ_ARCH={EMULATED_ARCH}", *EMULATED]
+    compile_only = ["-fPIC", "-fvisibility=hidden", "-c"]
+    objects = {source: str(folder / f"{source.name}.o") for source in commands}
+    run_all(
+        [*command, *compile_only, str(source), "-o", objects[source]]
+        for source, command in commands.items()
+    )
+    library = str(folder / "emulated.so")
+    # -Bsymbolic: device.cpp's functions, not libtorch's of the same names
+    link = [*CXX, "-shared", "-Wl,-Bsymbolic", *objects.values(), "-o", library]
+    run(*link, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-Wl,-z,defs")
+    return library
+
+
+class Card:
+    """Calls an op with the CPU's tensors moved to the GPU."""
+
+    def call(self, name: str, args: tuple) -> tuple[object, list]:
+        """What it returns, and its arguments afterwards; all on the CPU."""
+        on_gpu = [arg.cuda() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        result = getattr(torch.ops.mixedquant, name)(*on_gpu)
+        torch.cuda.synchronize()
+        back = [arg.cpu() if isinstance(arg, torch.Tensor) else arg for arg in on_gpu]
+        return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, result), back
+
+
+class EmulatedCard:
+    """Calls an op's CUDA function with the CPU's tensors themselves."""
+
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+    def call(self, name: str, args: tuple) -> tuple[object, list]:
+        own = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        return getattr(torch.ops.mixedquant, name).default.redispatch(self.cuda, *own), own
+
+
+@pytest.fixture(scope="module")
+def emulated_card(tmp_path_factory):
+    torch.ops.load_library(build_emulated(tmp_path_factory.mktemp("emulated")))
+    return EmulatedCard()
+
+
+@pytest.fixture(params=["card" if ops.has_cuda() else "emulated"])
+def card(request):
+    return Card() if request.param == "card" else request.getfixturevalue("emulated_card")
+
+
+def assert_same_as_on_cpu(card, name: str, *args: object) -> None:
+    """Results and what is written to arguments, in bits."""
+    own = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    expected = getattr(torch.ops.mixedquant, name)(*own)
+    actual, after = card.call(name, args)
+    tree = torch.utils._pytree
+    for one, other in zip(
+        tree.tree_leaves((actual, after)), tree.tree_leaves((expected, own)), strict=True
+    ):
+        if isinstance(other, torch.Tensor):
+            assert_same_bits(one, other)
+        else:
+            assert one == other
+
+
+def values(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Over some decades, with zeros and what is not finite."""
+    x = torch.randn(shape) * 10.0 ** torch.randint(-4, 4, shape[-1:])
+    special = torch.tensor([0.0, -0.0, 1e-40, math.inf, -math.inf, math.nan])
+    chosen = special[torch.randint(len(special), shape)]
+    return torch.where(torch.rand(shape) < 0.01, chosen, x).to(dtype)
+
+
+# rows, columns, group size
+SHAPES = [
+    (0, 5, 2),
+    (3, 0, 4),
+    (1, 1, 1),
+    (5, 131, 16),
+    (4, 300, 128),
+    (2, 1300, 1100),
+    (3, 70, 99),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, cols, group_size", SHAPES)
+def test_group_ops(card, dtype, rows, cols, group_size):
+    x = values(rows, cols, dtype=dtype)
+    for num_bits, is_unsigned in ((2, False), (4, False), (8, True)):
+        assert_same_as_on_cpu(card, "group_quantize", x, group_size, num_bits, is_unsigned)
+        q, scales = ops.group_quantize(x, group_size, num_bits, is_unsigned)
+        assert_same_as_on_cpu(card, "group_dequantize", q, scales, group_size, dtype)
+    for act_format, clip in (("symmetric", 1.0), ("unsigned", 0.9), ("zero_point", 0.5)):
+        assert_same_as_on_cpu(card, "group_fake_quantize", x, group_size, 4, act_format, clip)
+    for rotation in (0, 4, 512):
+        assert_same_as_on_cpu(card, "group_hadamard", x, group_size, rotation)
+
+
+@pytest.mark.parametrize("cols", [0, 1, 33, 64])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_nibbles(card, cols, dtype):
+    q = torch.randint(0, 16, (3, 2, cols), dtype=torch.uint8).to(dtype)
+    assert_same_as_on_cpu(card, "pack_nibbles", q)
+    assert_same_as_on_cpu(card, "unpack_nibbles", ops.pack_nibbles(q), cols, dtype == torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, cols", [(0, 3), (23, 1), (40, 300)])
+def test_statistics_keys_and_argsort(card, dtype, rows, cols):
+    stats = ChannelStats.empty(cols)
+    for _ in range(2):
+        x = values(rows, cols, dtype=dtype)
+        assert_same_as_on_cpu(card, "channel_stats_update", x, *stats.to_dict().values())
+        stats.update(x)
+    fields = (stats.count, stats.abs_max, stats.abs_sum, stats.sq_sum, stats.argmax)
+    for key in ("argmax", "max", "mean3std", "rms"):
+        assert_same_as_on_cpu(card, "sort_keys", *fields, key)
+        keys = torch.ops.mixedquant.sort_keys(*fields, key)
+        for descending in (False, True):
+            assert_same_as_on_cpu(card, "argsort", keys, descending)
+
+
+# n, k, salient channels, group size, rotation
+LAYERS = [
+    (0, 4, 1, 2, 0),
+    (3, 0, 0, 4, 0),
+    (1, 1, 1, 1, 0),
+    (17, 33, 3, 8, 4),
+    (40, 100, 100, 4, 0),
+    (33, 256, 0, 64, 64),
+    (150, 301, 17, 32, 0),
+    (35, 1300, 20, 1100, 512),
+]
+
+
+def layer_args(n, k, num_salient, group_size, rotation, dtype, salient_dtype):
+    """(weight, arguments of pack_weight behind it), (packed tensors and perm)."""
+    w, perm = torch.randn(n, k).to(dtype), torch.randperm(k).int()
+    packing = (perm, num_salient, group_size, rotation, 4, None, salient_dtype)
+    return (w, *packing), (*ops.pack_weight(w, *packing), perm)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("salient_dtype", [torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize("shape", LAYERS)
+def test_weights_are_packed_and_unpacked(card, dtype, salient_dtype, shape):
+    packing, packed = layer_args(*shape, dtype, salient_dtype)
+    assert_same_as_on_cpu(card, "pack_weight", *packing)
+    assert_same_as_on_cpu(card, "unpack_weight", *packed, shape[0], *shape[3:])
+    groups = packed[1].shape[1]
+    given = torch.rand(shape[0], groups)
+    assert_same_as_on_cpu(card, "pack_weight", *packing[:6], given, salient_dtype)
+
+
+@pytest.mark.parametrize("rows, cols, col0", [(0, 4, 0), (5, 1, 7), (30, 40, 24)])
+def test_column_loops(card, rows, cols, col0):
+    scales = torch.rand(rows, 20) * (torch.rand(rows, 20) > 0.1)
+    u = torch.triu(torch.rand(cols, cols)) + torch.eye(cols)
+    assert_same_as_on_cpu(card, "gptq_block", torch.randn(rows, cols), u, scales, col0, 4, 4)
+    of_column = scales[:, (col0 + torch.arange(cols)) // 4]
+    w = torch.randint(-7, 8, (rows, cols)) * of_column
+    h = torch.randn(cols, 2 * cols)
+    gradient, h = torch.randn(rows, cols), h @ h.T
+    assert_same_as_on_cpu(card, "descend_block", w, gradient, h, scales, col0, 4, 4)
+
+
+FORMATS = [
+    (4, "symmetric", False, 1.0),
+    (3, "symmetric", True, 0.9),
+    (4, "unsigned", False, 1.0),
+    (4, "zero_point", False, 0.8),
+]
+
+
+def assert_linear(card, x, packed, bias, shape, options):
+    """y = the CPU's, but for the order of sums in fp32; bits where that is the same."""
+    n, k, num_salient, group_size, rotation = shape
+    args = (x, *packed, bias, n, group_size, rotation, *options, None)
+    expected = torch.ops.mixedquant.w4a4_linear(*args)
+    actual, _ = card.call("w4a4_linear", args)
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    if num_salient == 0 and x.shape[0] > 64:  # the kernel for many tokens adds groups in order
+        assert_same_bits(actual, expected)
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual.isinf(), expected.isinf())
+    w = ops.unpack_weight(*packed, n, group_size, rotation)
+    terms = k - (k - num_salient) // max(1, min(group_size, k)) * (group_size - 1) + 8
+    largest = x.float().nan_to_num(0, 0, 0).abs().sum(1, keepdim=True) * max(1, rotation) ** 0.5
+    bound = terms * 2**-24 * largest * w.abs().amax(1) if k else torch.zeros(())
+    bound = bound + 2 * torch.finfo(x.dtype).eps * expected.abs().float()
+    wrong = (actual.float() - expected.float()).abs() > bound
+    wrong &= expected.isfinite()
+    assert not wrong.any(), (actual[wrong], expected[wrong])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("salient_dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("shape", LAYERS)
+def test_linear(card, dtype, salient_dtype, shape):
+    n, k = shape[:2]
+    _, packed = layer_args(*shape, dtype, salient_dtype)
+    biases = [None, torch.randn(n), torch.randn(n).to(dtype)]
+    for i, m in enumerate((0, 1, 9, 40, 130)):
+        x = torch.randn(m, k).to(dtype)
+        if m > 1 and k:
+            x[1] = 0
+            x[0, k // 2] = math.nan if i % 2 else math.inf
+        assert_linear(card, x, packed, biases[i % 3], shape, FORMATS[i % len(FORMATS)])
+
+
+def test_linear_of_any_strides_and_alignment(card):
+    shape = (40, 128, 16, 32, 0)
+    _, packed = layer_args(*shape, torch.float16, torch.float16)
+    storage = torch.randn(70 * 128 + 1).half()
+    odd = storage[1:].view(70, 128)
+    shifted = [torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape) for t in packed[:3]]
+    for to, tensor in zip(shifted, packed, strict=False):
+        to.copy_(tensor)
+    for x in (odd, odd[::2], torch.randn(128, 70).half().T):
+        expected, _ = card.call("w4a4_linear", (x.contiguous().clone(), *packed, None, *SHORT))
+        for tensors in (packed, (*shifted, *packed[3:])):
+            actual, _ = card.call("w4a4_linear", (x, *tensors, None, *SHORT))
+            assert_same_bits(actual, expected)
+    cube, _ = card.call("w4a4_linear", (odd.view(2, 35, 128), *packed, None, *SHORT))
+    flat, _ = card.call("w4a4_linear", (odd, *packed, None, *SHORT))
+    assert_same_bits(cube.view(70, 40), flat)
+
+
+SHORT = (40, 32, 0, *FORMATS[0], None)  # arguments of w4a4_linear behind the bias
+
+
+def test_mistakes_are_value_errors(card):
+    _, packed = layer_args(40, 128, 16, 32, 0, torch.float32, torch.bfloat16)
+    x, w = torch.randn(3, 128), torch.randn(4, 6)
+    perm = torch.arange(6).int()
+    twice = torch.tensor([0, 1, 2, 3, 4, 4]).int()
+    outside = torch.tensor([0, 1, 2, 3, 4, 6]).int()
+    packing = (0, 4, 0, 4, None, torch.bfloat16)
+    long = 2**20 + 1
+    huge = ops.pack_weight(torch.ones(1, long), torch.arange(long).int(), 0, long)
+    quantized = ops.quantize_input(x, packed[4], 16, 32)
+    cases = {
+        r"group_size must be at least 1; got 0": ("group_quantize", (x, 0, 4, False)),
+        r"num_bits must be in \[2, 8\]; got 9": ("group_quantize", (x, 4, 9, False)),
+        r"x must be float32.*got Double": ("group_hadamard", (x.double(), 4, 4)),
+        r"rotation must be.*got 3": ("group_hadamard", (x, 4, 3)),
+        r"act_format must be.*'log'": ("group_fake_quantize", (x, 4, 4, "log", 1.0)),
+        r"cols must be 256": ("unpack_nibbles", (x.byte(), 7, False)),
+        r"q must be int8": ("pack_nibbles", (x,)),
+        r"x must end in 128 channels; got shape \[3, 6\]": (
+            "w4a4_linear",
+            (torch.randn(3, 6), *packed, None, *SHORT),
+        ),
+        r"bias must have shape \[40\]; got \[39\]": (
+            "w4a4_linear",
+            (x, *packed, torch.zeros(39), *SHORT),
+        ),
+        r"quantized_input must be None": (
+            "w4a4_linear",
+            (x, *packed, None, *SHORT[:-1], quantized),
+        ),
+        r"quantize_input.*quantized_input must be None": (
+            "quantize_input",
+            (x, packed[4], 16, 32, 0, *FORMATS[0]),
+        ),
+        r"group_size may be up to 1048576 on CUDA; got 1048577": (
+            "w4a4_linear",
+            (torch.ones(1, long), *huge, torch.arange(long).int(), None, 1, long, *SHORT[2:]),
+        ),
+        r"perm must hold every channel in \[0, 6\) once": ("pack_weight", (w, twice, *packing)),
+        r"perm must hold every channel .* once": ("pack_weight", (w, outside, *packing)),
+        r"a weight is NaN or Inf": ("pack_weight", (w / 0, perm, *packing)),
+        r"a scale or clip ratio": (
+            "pack_weight",
+            (w, perm, *packing[:4], -torch.ones(4, 2), torch.bfloat16),
+        ),
+        r"scales must have 2 groups or more; got 1": (
+            "gptq_block",
+            (w, torch.eye(6), torch.ones(4, 1), 0, 3, 4),
+        ),
+        r"key must be.*'median'": (
+            "sort_keys",
+            (*(ChannelStats.empty(3).to_dict()[f] for f in SORTED), "median"),
+        ),
+    }
+    for message, (name, args) in cases.items():
+        with pytest.raises(ValueError, match=f"mixedquant::{name}: .*{message}|{message}"):
+            card.call(name, args)
+
+
+SORTED = ("count", "abs_max", "abs_sum", "sq_sum", "argmax")
+
+
+def test_a_bad_perm_in_a_linear_makes_nans(card):
+    shape = (40, 128, 16, 32, 0)
+    _, packed = layer_args(*shape, torch.float32, torch.bfloat16)
+    packed[4][5] = 200
+    y, _ = card.call("w4a4_linear", (torch.randn(70, 128), *packed, None, *SHORT))
+    assert y.isnan().all()
+
+
+def test_every_op_of_the_cpu_has_a_cuda_function(card):
+    schemas = torch._C._jit_get_all_schemas()
+    names = {s.name for s in schemas if s.name.startswith("mixedquant::")}
+    assert names
+    for name in names:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here: they would run")
+@pytest.mark.parametrize(
+    "command", [[sys.executable, "benchmarks/card.py"], ["benchmarks/card.sh"]]
+)
+def test_without_a_card_the_scripts_fail_and_say_so(command):
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "nothing was" in result.stderr and "CUDA card" in result.stderr
+    assert result.stdout == ""
+
+
+# ---- What only a card has ----
+
+
+@pytest.fixture
+def layer():
+    """A layer 96 -> 80 on the GPU, with some input on the CPU."""
+    weight, x = torch.randn(80, 96), torch.randn(20, 96)
+    stats = ChannelStats.empty(96)
+    stats.update(x)
+    plan = choose_channels(stats, salient_prop=0.1)
+    config = MixedQuantConfig(group_size=32, salient_prop=0.1)
+    return W4A4Linear.from_weight(weight, torch.randn(80), config, plan).cuda(), x
+
+
+@on_card
+def test_a_layer_moves_to_the_gpu_and_back(layer):
+    on_gpu, x = layer
+    y = on_gpu(x.cuda())
+    assert y.is_cuda
+    torch.testing.assert_close(y.cpu(), on_gpu.cpu()(x), rtol=1e-5, atol=1e-5)
+
+
+@on_card
+def test_opcheck():
+    from test_ops import op_arguments
+
+    for name, args in op_arguments().items():
+        if name == "quantize_input":
+            continue
+        on_gpu = tuple(arg.cuda() if isinstance(arg, torch.Tensor) else arg for arg in args)
+        torch.library.opcheck(getattr(torch.ops.mixedquant, name).default, on_gpu)
+
+
+@on_card
+def test_torch_compile(layer):
+    on_gpu, x = layer
+    x = x.cuda()
+    expected = on_gpu(x + 1)
+    compiled = torch.compile(lambda x: on_gpu(x + 1), fullgraph=True)
+    assert_same_bits(compiled(x).cpu(), expected.cpu())
+
+
+@on_card
+def test_a_cuda_graph_replays_on_new_input(layer):
+    on_gpu, x = layer
+    for m in (1, 20):
+        still = x[:m].cuda()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            on_gpu(still)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = on_gpu(still)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            still.copy_(torch.randn(m, 96))
+            graph.replay()
+            assert_same_bits(y.cpu(), on_gpu(still).cpu())
+
+
+@on_card
+def test_kernels_run_on_the_current_stream(layer):
+    """Behind a slow kernel of a side stream: on any other stream they would read old values."""
+    on_gpu, x = layer
+    x = x.cuda()
+    inputs, streams = [x.clone() for _ in range(2)], [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    outputs = []
+    for i, (own, stream) in enumerate(zip(inputs, streams, strict=True)):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(100_000_000)
+            own.mul_(i + 2)
+            outputs.append(on_gpu(own))
+    torch.cuda.synchronize()
+    for i, y in enumerate(outputs):
+        assert_same_bits(y.cpu(), on_gpu(x * (i + 2)).cpu())
+
+
+@on_card
+def test_the_current_device_stays(layer):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only: tensors of another device than the current one were not tested")
+    on_gpu, x = layer
+    expected = on_gpu(x.cuda()).cpu()
+    other = on_gpu.to("cuda:1")
+    with torch.cuda.device(0):
+        assert_same_bits(other(x.to("cuda:1")).cpu(), expected)
+        assert torch.cuda.current_device() == 0
+
+
+@on_card
+def test_tensors_elsewhere_are_refused(layer):
+    on_gpu, x = layer
+    with pytest.raises(ValueError, match="must be on cuda:0, as the other arguments are"):
+        q, scales = ops.group_quantize(x, 8)
+        ops.group_dequantize(q.cuda(), scales, 8)
+    with pytest.raises(ValueError, match="x must be on the CUDA device that other arguments"):
+        on_gpu(x)
+
+
+@on_card
+def test_offsets_beyond_two_to_the_31():
+    free, _ = torch.cuda.mem_get_info()
+    if free < 16 << 30:
+        pytest.skip(f"{free >> 30} GiB of GPU memory are free; offsets beyond 2^31 need 16")
+    rows, cols = (2**31 + 4096) // 64, 64
+    x = torch.zeros(rows, cols, dtype=torch.bfloat16, device="cuda")
+    x[-1] = torch.arange(cols)
+    y = ops.group_fake_quantize(x, 32)
+    assert_same_bits(y[-1:].cpu(), ops.group_fake_quantize(x[-1:].cpu(), 32))
+    assert not y[:-1].any()
+    del y
+    perm = torch.arange(cols, dtype=torch.int32)
+    packed = ops.pack_weight(torch.randn(1, cols), perm, 0, 32)
+    args = [t if t is None else t.cuda() for t in (*packed, perm, None)]
+    y = ops.w4a4_linear(x, *args, 1, 32)
+    last = ops.w4a4_linear(x[-1:].cpu().expand(65, -1), *packed, perm, None, 1, 32)[-1:]
+    assert_same_bits(y[-1:].cpu(), last)
