@@ -1,7 +1,7 @@
 """Speed of the W4A4 linear against other linears, as ratios of one interleaved run.
 
     python benchmarks/linear.py [--threads 1 2] [--shapes 4096x4096] [--tokens 1 64 512] [--json F]
-    python benchmarks/linear.py --matrix --json docs/benchmark_linear.json  # of docs/results.md
+    python benchmarks/linear.py --matrix --json docs/benchmark_peers.json  # of docs/results.md
     python benchmarks/linear.py --gate                                # after a change of a kernel
 
 Every figure includes the quantization of the activations. The contenders take turns, and medians

@@ -148,17 +148,24 @@ def convert(
     check_batches(config, batches)
     work = target.with_name(f".{target.name}.partial")
     _begin(work, _identity(headers, config, stats, batches))
-    print(f"Finished layers are kept in {work} until all are done.", flush=True)
-    if stats is None and batches is not None:
-        stats = _statistics(work / "stats.safetensors", model, batches, progress)
-        mapped.release()
-    items, groups = checked_groups(model, config, stats)
-    warn_of_missing_stats(config, stats, groups)
-    conversion = _Conversion(model, config, layers, work / "folder", mapped)
-    records = conversion.run(groups, batches, progress)
-    records = finish(model, config, items, records)
-    conversion.write_rest(source)
-    publish_folder(work / "folder", target, overwrite=overwrite)
+    folder = work / "folder"
+    if progress:
+        print(f"Finished layers are kept in {work} until all are done.", flush=True)
+    try:
+        if stats is None and batches is not None:
+            stats = _statistics(work / "stats.safetensors", model, batches, progress)
+            mapped.release()
+        items, groups = checked_groups(model, config, stats)
+        warn_of_missing_stats(config, stats, groups)
+        conversion = _Conversion(model, config, layers, folder, mapped)
+        records = conversion.run(groups, batches, progress)
+        records = finish(model, config, items, records)
+        conversion.write_rest(source)
+        publish_folder(folder, target, overwrite=overwrite)
+    except Exception:
+        if folder.exists() and not any(folder.iterdir()):  # nothing to go on from
+            shutil.rmtree(work, ignore_errors=True)
+        raise
     shutil.rmtree(work, ignore_errors=True)
     return records
 
@@ -382,6 +389,8 @@ def _begin(work: Path, identity: dict[str, Any]) -> None:
     text = json.dumps(identity, sort_keys=True, indent=1, default=str) + "\n"
     if path.exists() and path.read_text(encoding="utf-8") == text:
         logger.warning("going on with the conversion in %s", work)
+        for leftover in work.rglob(".*.tmp"):  # of a killed writer
+            leftover.unlink()
         return
     if work.exists():
         logger.warning("starting anew: %s is of another conversion", work)

@@ -109,6 +109,7 @@ def test_a_stopped_conversion_goes_on_to_the_same_bytes(name, source, tmp_path, 
                 convert(folder, target, config, batches=batches_of(), progress=False)
             assert not target.exists()
             assert len(list((work / "folder").iterdir())) == stopping
+    (work / "folder" / ".model.safetensors.0.tmp").write_bytes(b"half")  # of a killed writer
     with monkeypatch.context() as patch:
         patch.setattr(module, "pack", None)  # nothing is left to pack
         convert(folder, target, config, batches=batches_of(), progress=False)
@@ -214,7 +215,7 @@ def test_bad_sources_are_named(source, tmp_path):
     (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=TENSORS):
         convert(folder, target, config)
-    assert not target.exists()
+    assert not target.exists() and not (tmp_path / ".target.partial").exists()
 
 
 def test_mapped_tensors_are_those_of_the_file(tmp_path):
