@@ -151,8 +151,7 @@ def packed(w: torch.Tensor, args, cold: bool) -> list[Contender]:
 
 def others(w: torch.Tensor, args, cold: bool, m: int, threads: int) -> list[Contender]:
     result = []
-    for name, (make, limit) in PEERS.items():
-        bytes_per_weight = 1 if make.__name__ == "w8a8" else 0.56
+    for name, (make, bytes_per_weight, limit) in PEERS.items():
         try:
             layers, size = make(w, cold_copies(bytes_per_weight * w.numel(), cold), m, threads)
         except (ImportError, RuntimeError) as error:

@@ -229,11 +229,11 @@ def ggml(w: torch.Tensor, copies: int, m: int, threads: int) -> tuple[list[Layer
     return _ggml[0].layers(w, copies, m, threads)
 
 
-# name of the row -> how to make its layers, and the limit of benchmarks/limits.c that it multiplies
-# at (None: the instruction set in use)
-PEERS: dict[str, tuple[Callable, str | None]] = {
-    "torch W8A8 dynamic": (w8a8, None),
-    "torch int4pack bf16 g128": (int4pack, "bf16"),
-    "onnxruntime MatMulNBits g128": (onnxruntime, None),
-    "llama.cpp Q4_0 g32": (ggml, None),
+# name of the row -> how to make its layers, about how many bytes a weight takes there, and the
+# limit of benchmarks/limits.c that it multiplies at (None: the instruction set in use)
+PEERS: dict[str, tuple[Callable, float, str | None]] = {
+    "torch W8A8 dynamic": (w8a8, 1.0, None),
+    "torch int4pack bf16 g128": (int4pack, 0.56, "bf16"),
+    "onnxruntime MatMulNBits g128": (onnxruntime, 0.56, None),
+    "llama.cpp Q4_0 g32": (ggml, 0.56, None),
 }

@@ -1,6 +1,6 @@
 """The tables and the roofline figure of docs/results.md, from what linear.py measured.
 
-    python benchmarks/report.py docs/benchmark_peers.json docs/benchmark_peers.png > docs/benchmark_peers.md
+    cd docs && python ../benchmarks/report.py benchmark_peers.{json,png} > benchmark_peers.md
 
 Prints Markdown. The figure: speed over the multiply-accumulates that come to a byte of weights, for
 the first shape, with the measured limits of the chip as lines.

@@ -56,9 +56,9 @@ def environment() -> dict[str, Any]:
                 torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
             ],
         }
-        from . import _C, ops
+        from . import ops
 
-        build = _C.build_info()
+        build = ops.build_info()
         found["kernels"] = {
             "instruction_sets": ops.supported_isas(),
             "active": ops.isa(),

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smoothquant import CheckpointError, MixedQuantConfig, collect_stats, convert, load_quantized
-from smoothquant import convert as convert_function
 from smoothquant.checkpoint import INDEX, TENSORS
 from smoothquant.convert import Mapped
 from smoothquant.quantize import quantize
@@ -92,7 +91,7 @@ def test_shards_and_dtypes_are_kept(source, make_model, tmp_path):
 def test_a_stopped_conversion_goes_on_to_the_same_bytes(name, source, tmp_path, monkeypatch):
     config, folder = MixedQuantConfig(**CONFIGS[name]), source()
     convert(folder, tmp_path / "undisturbed", config, batches=batches_of(), progress=False)
-    module = sys.modules[convert_function.__module__]
+    module = sys.modules[convert.__module__]  # whose name the function has in the package
     work, target = tmp_path / ".target.partial", tmp_path / "target"
     written, original = [], module._write
 
@@ -118,7 +117,7 @@ def test_a_stopped_conversion_goes_on_to_the_same_bytes(name, source, tmp_path, 
 
 def test_another_conversion_starts_anew(source, tmp_path, monkeypatch, caplog):
     folder, target = source(), tmp_path / "target"
-    module = sys.modules[convert_function.__module__]
+    module = sys.modules[convert.__module__]  # whose name the function has in the package
     for group_size in (8, 16):
         with monkeypatch.context() as patch:
             patch.setattr(module._Conversion, "write_rest", None)
