@@ -11,8 +11,9 @@ waits for the GPU but ``pack_weight``, and a bad index in ``perm`` makes NaN in 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,11 +96,87 @@ def _load_cuda() -> bool:
 
 _HAS_CUDA = _load_cuda()
 
-if os.environ.get("MIXEDQUANT_ISA"):
+
+class CudaKernel(NamedTuple):
+    """A row of the table from which ``w4a4_linear`` takes its kernel on CUDA: the first that serves
+    the layer on the GPU and takes so many tokens. None: no limit."""
+
+    name: str
+    oldest: int
+    """Compute capability, of 7.5: 75. This one and newer ones."""
+    newest: int | None
+    """And this one and older ones."""
+    most_tokens: int | None
+    """Chosen for at most so many; forced, it takes any number."""
+    group_multiple: int
+    """`group_size` must be a multiple of it, unless all INT4 channels are one group."""
+    symmetric_only: bool
+    """`act_format` must be "symmetric"."""
+
+
+def cuda_kernels() -> list[CudaKernel]:
+    """The kernels that multiply on CUDA, in order of preference.
+
+    Raises:
+        RuntimeError: no CUDA kernels are loaded (see :func:`has_cuda`).
+    """
+    names, limits = _cuda_control("cuda_kernels")()
+    rows = []
+    for i, name in enumerate(names):
+        oldest, newest, most_tokens, group_multiple, symmetric_only = limits[5 * i : 5 * i + 5]
+        rows.append(
+            CudaKernel(
+                name,
+                oldest,
+                newest if newest < 2**31 - 1 else None,
+                most_tokens if most_tokens < 2**63 - 1 else None,
+                group_multiple,
+                bool(symmetric_only),
+            )
+        )
+    return rows
+
+
+def cuda_kernel() -> str | None:
+    """The kernel that is forced; None where the table chooses.
+
+    Raises:
+        RuntimeError: no CUDA kernels are loaded.
+    """
+    return _cuda_control("cuda_kernel")()
+
+
+def set_cuda_kernel(name: str | None) -> None:
+    """Force a kernel of :func:`cuda_kernels` for all layers and threads; None: the table chooses.
+
+    A layer that it cannot multiply raises ValueError when called. The environment variable
+    ``MIXEDQUANT_CUDA_KERNEL`` does the same at import.
+
+    Raises:
+        ValueError: unknown name. RuntimeError: no CUDA kernels are loaded.
+    """
+    _cuda_control("set_cuda_kernel")(name)
+
+
+def _cuda_control(name: str) -> Callable[..., Any]:
+    """An op of the CUDA library that says, or sets, which kernels are used."""
     try:
-        set_isa(os.environ["MIXEDQUANT_ISA"])
-    except (ValueError, RuntimeError) as error:
-        raise RuntimeError(f"environment variable MIXEDQUANT_ISA: {error}") from error
+        return getattr(_ops, name)
+    except AttributeError:
+        raise RuntimeError(
+            "no CUDA kernels are loaded: no Nvidia GPU is here, or this is a build without CUDA"
+        ) from None
+
+
+for _variable, _force in (
+    ("MIXEDQUANT_ISA", set_isa),
+    ("MIXEDQUANT_CUDA_KERNEL", set_cuda_kernel),
+):
+    if os.environ.get(_variable):
+        try:
+            _force(os.environ[_variable])
+        except (ValueError, RuntimeError) as error:
+            raise RuntimeError(f"environment variable {_variable}: {error}") from error
 
 
 def channel_stats_update(

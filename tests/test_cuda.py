@@ -329,6 +329,64 @@ def test_mistakes_are_value_errors(card):
 SORTED = ("count", "abs_max", "abs_sum", "sq_sum", "argmax")
 
 
+@pytest.fixture
+def force(card):
+    yield ops.set_cuda_kernel
+    ops.set_cuda_kernel(None)
+
+
+def test_the_table_of_kernels(card):
+    rows = ops.cuda_kernels()
+    assert [row.name for row in rows] == KERNEL_NAMES
+    assert rows[0] == ("decode_8", 75, None, 8, 1, False)
+    assert rows[-2] == ("prefill_s4", 75, 89, None, 64, True)
+    # few tokens first, and one for anything last
+    limits = [row.most_tokens or math.inf for row in rows]
+    assert limits == sorted(limits)
+    assert rows[-1][1:] == (75, None, None, 1, False)
+
+
+KERNEL_NAMES = ["decode_8", "decode_16", "decode_32", "prefill_s4", "prefill_s8"]
+
+
+def test_a_forced_kernel_multiplies(card, force):
+    """One that adds groups in order, as the CPU does, and one whose warps share the groups."""
+    shape = (40, 2048, 0, 16, 0)
+    _, packed = layer_args(*shape, torch.float32, torch.bfloat16)
+    args = (torch.randn(9, 2048), *packed, None, 40, 16, 0, *FORMATS[0], None)
+    expected = torch.ops.mixedquant.w4a4_linear(*args)
+    for name, in_order in (("prefill_s8", True), ("decode_8", False)):
+        force(name)
+        assert ops.cuda_kernel() == name
+        assert torch.equal(card.call("w4a4_linear", args)[0], expected) == in_order
+    chosen = card.call("w4a4_linear", args)[0]
+    force(None)
+    assert ops.cuda_kernel() is None
+    torch.testing.assert_close(card.call("w4a4_linear", args)[0], chosen)
+
+
+def test_kernels_that_cannot_be_forced(card, force):
+    with pytest.raises(ValueError, match="name must be None or one of decode_8, .*; got 'fast'"):
+        force("fast")
+    assert ops.cuda_kernel() is None
+    _, packed = layer_args(40, 128, 16, 32, 0, torch.float32, torch.bfloat16)
+    force("prefill_s4")
+    with pytest.raises(ValueError, match="forced kernel 'prefill_s4'.*multiple of 64.*size 32"):
+        card.call("w4a4_linear", (torch.randn(3, 128), *packed, None, *SHORT))
+
+
+def test_environment_variable_forces_a_kernel(run_python):
+    code = "from smoothquant import ops; print(ops.cuda_kernel())"
+    for name, known in (("prefill_s8", True), ("fast", False)):
+        result = run_python(code, check=False, MIXEDQUANT_CUDA_KERNEL=name)
+        if known and ops.has_cuda():
+            assert result.stdout.strip() == name
+            continue
+        reason = "name must be" if ops.has_cuda() else "no CUDA kernels are loaded"
+        assert "RuntimeError: environment variable MIXEDQUANT_CUDA_KERNEL: " in result.stderr
+        assert reason in result.stderr
+
+
 def test_a_bad_perm_in_a_linear_makes_nans(card):
     shape = (40, 128, 16, 32, 0)
     _, packed = layer_args(*shape, torch.float32, torch.bfloat16)
@@ -342,7 +400,8 @@ def test_every_op_of_the_cpu_has_a_cuda_function(card):
     names = {s.name for s in schemas if s.name.startswith("mixedquant::")}
     assert names
     for name in names:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
+        if not name.endswith(("cuda_kernel", "cuda_kernels")):  # control, without tensors
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here: they would run")

@@ -7,7 +7,10 @@
 
 #include <array>
 #include <atomic>
+#include <optional>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include "../cuda/mixedquant_cuda.h"
 #include "arguments.h"
@@ -260,6 +263,57 @@ void descend_block(Tensor w, Tensor gradient, Tensor h, Tensor scales, int64_t c
                                   queue.stream));
 }
 
+// ---- Which kernel multiplies ----
+
+std::atomic<int> forced_kernel{-1};  // its place in the table; -1: the table chooses
+
+// Names, and five limits of each in a row; see smoothquant.ops.CudaKernel.
+std::tuple<std::vector<std::string>, std::vector<int64_t>> cuda_kernels() {
+    std::vector<std::string> names;
+    std::vector<int64_t> limits;
+    for (int i = 0; i < mq_cuda_kernel_count(); i++) {
+        const mq_cuda_kernel &row = *mq_cuda_kernel_at(i);
+        names.emplace_back(row.name);
+        limits.insert(limits.end(), {row.oldest, row.newest, row.most_tokens, row.group_multiple,
+                                     row.symmetric_only});
+    }
+    return {names, limits};
+}
+
+std::optional<std::string> cuda_kernel() {
+    const mq_cuda_kernel *row = mq_cuda_kernel_at(forced_kernel);
+    return row ? std::optional<std::string>(row->name) : std::nullopt;
+}
+
+void set_cuda_kernel(std::optional<std::string> name) {
+    int found = -1;
+    std::string known;
+    for (int i = 0; i < mq_cuda_kernel_count(); i++) {
+        const std::string of_row = mq_cuda_kernel_at(i)->name;
+        if (of_row == name) found = i;
+        known += (i ? ", " : "") + of_row;
+    }
+    require(!name || found >= 0, {"set_cuda_kernel"}, "name must be None or one of ", known,
+            "; got '", name.value_or(""), "'");
+    forced_kernel = found;
+}
+
+int kernel_for(const Op &op, const mq_linear &lin, int arch, int64_t m,
+               const std::string &act_format) {
+    const int forced = forced_kernel;
+    const int kernel = forced < 0 ? mq_cuda_kernel_for(&lin, arch, m) : forced;
+    if (kernel < 0)
+        throw std::runtime_error(
+            message_of(op, "no kernel of this build multiplies this layer on architecture ", arch));
+    const mq_cuda_kernel &row = *mq_cuda_kernel_at(kernel);
+    require(mq_cuda_kernel_serves(kernel, &lin, arch), op, "the forced kernel '", row.name,
+            "' is for architectures ", row.oldest, " to ", row.newest,
+            ", group_size a multiple of ", row.group_multiple, " or all in one group, act_format ",
+            row.symmetric_only ? "'symmetric'" : "any", "; got architecture ", arch,
+            ", group_size ", lin.group_size, ", act_format '", act_format, "'");
+    return kernel;
+}
+
 // ---- The W4A4 linear ----
 
 // Which kernel multiplies depends on the number of tokens, and with it how they lie in memory; to say so
@@ -293,10 +347,7 @@ Tensor w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient,
 
     Tensor y = allocate(x, shape_with_last(x, out_features), x.scalar_type());
     if (m.rows == 0 || out_features == 0) return y;
-    const int kernel = mq_cuda_kernel_for(&lin, queue.arch, m.rows);
-    if (kernel < 0)
-        throw std::runtime_error(message_of(
-            op, "no kernel of this build multiplies this layer on architecture ", queue.arch));
+    const int kernel = kernel_for(op, lin, queue.arch, m.rows, act_format);
     const size_t bytes = mq_cuda_linear_workspace(&lin, kernel, dtype, m.rows);
     // given back to torch's allocator before the kernels have run: its memory is the stream's
     Tensor workspace = allocate(x, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
@@ -310,7 +361,20 @@ Tensor w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient,
 
 }  // namespace
 
-// The schemas are library.cpp's, which is loaded first.
+// Control of this library's kernels; no tensors, so no device to dispatch by.
+STABLE_TORCH_LIBRARY_FRAGMENT(mixedquant, m) {
+    m.def("cuda_kernels() -> (str[], int[])");
+    m.def("cuda_kernel() -> str?");
+    m.def("set_cuda_kernel(str? name) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mixedquant, CompositeExplicitAutograd, m) {
+    m.impl("cuda_kernels", TORCH_BOX(&cuda_kernels));
+    m.impl("cuda_kernel", TORCH_BOX(&cuda_kernel));
+    m.impl("set_cuda_kernel", TORCH_BOX(&set_cuda_kernel));
+}
+
+// The other schemas are library.cpp's, which is loaded first.
 STABLE_TORCH_LIBRARY_IMPL(mixedquant, CUDA, m) {
     m.impl("channel_stats_update", TORCH_BOX(&channel_stats_update));
     m.impl("sort_keys", TORCH_BOX(&sort_keys));
