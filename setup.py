@@ -6,7 +6,8 @@ CUDA build of torch. Environment:
     CC, CXX                  compilers (default: cc, c++)
     MIXEDQUANT_CUDA          0: never build CUDA kernels; 1: with any torch, and fail without nvcc
                              (default: for a torch with CUDA, where nvcc is found)
-    MIXEDQUANT_CUDA_ARCHS    architectures for nvcc (default: "75,80,86,89,90,100,120")
+    MIXEDQUANT_CUDA_ARCHS    architectures for nvcc (default: "75,80,86,89,90a,100,120");
+                             90a has kernels that 90 lacks
     MIXEDQUANT_CFLAGS        further flags for C and C++, e.g. sanitizers
 """
 
@@ -34,7 +35,7 @@ CXX_FLAGS = ["-std=c++20", "-O2", *COMMON_FLAGS]
 # -fmad=false: kernels write a fused multiply-add as one, as C does
 NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Werror=all-warnings"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
-CUDA_ARCHS = "75,80,86,89,90,100,120"
+CUDA_ARCHS = "75,80,86,89,90a,100,120"
 CUDA_LIBRARY = "smoothquant._cuda"
 
 
@@ -88,12 +89,12 @@ def cuda_archs() -> list[str]:
 def code_flags(archs: list[str]) -> list[str]:
     """nvcc's flags for machine code of each architecture, and PTX, which newer GPUs compile for
     themselves, of the oldest from Hopper on: that of older ones multiplies nibbles, by an
-    instruction that newer ones know only as a slow routine."""
+    instruction that newer ones know only as a slow routine. The host is told whether there is
+    code for sm_90a, which alone has products in the background (wgmma)."""
     general = [int(arch) for arch in archs if arch.isdigit() and int(arch) >= 90]
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return flags + [
-        f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in sorted(general)[:1]
-    ]
+    flags += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in sorted(general)[:1]]
+    return flags + ["-DMQ_BUILD_WGMMA"] * ("90a" in archs)
 
 
 def cuda_library_flags(nvcc: str) -> list[str]:

@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON="${PYTHON:-python3}"
 PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 # All architectures that are shipped, here and in tests/test_cuda_build.py
-export MIXEDQUANT_CUDA=1 MIXEDQUANT_CUDA_ARCHS="${MIXEDQUANT_CUDA_ARCHS:-75,80,86,89,90,100,120}"
+export MIXEDQUANT_CUDA=1 MIXEDQUANT_CUDA_ARCHS="${MIXEDQUANT_CUDA_ARCHS:-75,80,86,89,90a,100,120}"
 
 fail() {
     printf 'card.sh: %s\n' "$1" >&2

@@ -12,7 +12,7 @@ CC = shlex.split(os.environ.get("CC", "cc"))
 CXX = shlex.split(os.environ.get("CXX", "c++"))
 FLAGS = ["-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]  # of C and C++
 # Of CUDA C, compiled for the CPU
-EMULATED = ["-std=c++17", *FLAGS, "-O1", "-Wno-unknown-pragmas"]
+EMULATED = ["-std=c++17", *FLAGS, "-O1", "-Wno-unknown-pragmas", "-DMQ_BUILD_WGMMA"]
 EMULATED += ["-include", str(ROOT / "tests" / "cuda" / "emulator.h"), "-x", "c++"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
@@ -20,7 +20,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 def run(*command: str) -> str:
     """What a command prints; it must succeed."""
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 

@@ -42,7 +42,7 @@ def nvcc() -> str:
 @pytest.fixture(scope="module")
 def archs() -> list[str]:
     with mock.patch.dict(os.environ):
-        os.environ.setdefault("MIXEDQUANT_CUDA_ARCHS", "75,80,90")
+        os.environ.setdefault("MIXEDQUANT_CUDA_ARCHS", "75,80,90a")
         return SETUP["cuda_archs"]()
 
 
@@ -64,6 +64,8 @@ def compiled(nvcc, archs, tmp_path_factory) -> dict[tuple[str, str], tuple[Path,
 def test_kernels_compile_without_warnings_and_without_spills(compiled):
     for cell, (_, says) in compiled.items():
         assert "warning" not in says.lower(), (cell, says)
+        # of products in the background: that ptxas lets them run one after another, or adds waits
+        assert not re.search("serialized|injected", says), (cell, says)
         frames = re.findall(
             r"Function properties for (\S+)\s+(\d+) bytes stack frame, "
             r"(\d+) bytes spill stores, (\d+) bytes spill loads",
@@ -118,10 +120,15 @@ def test_products_are_the_tensor_cores(compiled, archs):
         of_bytes, of_nibbles, of_halves = TURING if number < 80 else AMPERE
         decode = instructions(compiled["multiply_decode", arch][0])
         prefill = instructions(compiled["multiply_prefill", arch][0])
-        assert len(decode) == 3 and len(prefill) == 2
-        for name, code in (decode | prefill).items():
-            products = {m[0] for text in code if (m := re.search(r"[IH]MMA[.\w]*", text))}
-            if "prefill_s4" not in name:
+        wgmma = instructions(compiled["multiply_wgmma", arch][0])
+        assert len(decode) == 3 and len(prefill) == 2 and len(wgmma) == 1
+        for name, code in (decode | prefill | wgmma).items():
+            products = {m[0] for text in code if (m := re.search(r"[IH]G?MMA[.\w]*", text))}
+            if "wgmma" in name and arch == "90a":
+                assert products == {"IGMMA.64x64x32.S8.S8"} | of_halves, name
+            elif "wgmma" in name:
+                assert not products, (arch, name)  # an empty kernel, never launched
+            elif "prefill_s4" not in name:
                 assert products == of_bytes | of_halves, (arch, name)
             elif number < 90:
                 assert products == of_nibbles | of_halves, (arch, name)
@@ -135,7 +142,7 @@ def test_kernels_of_the_linear_use_no_local_memory_and_no_routine_but_division(c
         if arch == "75":
             # no instruction for products of bf16: lanes ask each other for the factors
             allowed += "|__cuda_sm70_shflsync"
-        for source in ("multiply_decode", "multiply_prefill", "quantize"):
+        for source in ("multiply_decode", "multiply_prefill", "multiply_wgmma", "quantize"):
             for name, code in instructions(compiled[source, arch][0]).items():
                 assert not [text for text in code if re.search(r"\b(LDL|STL)\b", text)], name
                 if source == "quantize":  # reciprocals and roots have routines for odd values
@@ -170,12 +177,13 @@ def test_architectures_and_ptx(monkeypatch):
     """PTX of an architecture with products of nibbles would become a routine on newer cards."""
     monkeypatch.delenv("MIXEDQUANT_CUDA_ARCHS", raising=False)
     archs = SETUP["cuda_archs"]()
-    assert archs == ["75", "80", "86", "89", "90", "100", "120"]
+    assert archs == ["75", "80", "86", "89", "90a", "100", "120"]
     flags = SETUP["code_flags"](archs)
     assert [flag for flag in flags if "code=compute" in flag] == [
-        "-gencode=arch=compute_90,code=compute_90"
+        "-gencode=arch=compute_100,code=compute_100"
     ]
-    assert len(flags) == 8
+    assert len(flags) == 9 and flags[-1] == "-DMQ_BUILD_WGMMA"
+    assert "-DMQ_BUILD_WGMMA" not in SETUP["code_flags"](["80", "90"])
     for none in (["80"], ["75", "89", "90a"]):
         assert not [flag for flag in SETUP["code_flags"](none) if "code=compute" in flag]
     monkeypatch.setenv("MIXEDQUANT_CUDA_ARCHS", "80,sm_90")
@@ -189,7 +197,7 @@ def package(nvcc, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("build")
     environment = os.environ | {
         "MIXEDQUANT_CUDA": "1",
-        "MIXEDQUANT_CUDA_ARCHS": "90",
+        "MIXEDQUANT_CUDA_ARCHS": "90a",
         "MIXEDQUANT_CFLAGS": "-O1",
     }
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(folder)]
@@ -237,7 +245,7 @@ def test_without_cuda_the_package_works_and_the_library_cannot_be_loaded(package
     code = f"""
 import ctypes, torch
 from smoothquant import ops
-assert ops.build_info()["cuda_archs"] == "90" and not ops.has_cuda()
+assert ops.build_info()["cuda_archs"] == "90a" and not ops.has_cuda()
 assert ops.__file__.startswith({str(package)!r})
 q, scales = ops.group_quantize(torch.ones(2, 8), 4)
 assert "_cuda" not in open("/proc/self/maps").read()

@@ -131,29 +131,42 @@ inline slots slots_of(const mq_shape &shape) {
 
 // Quantized tokens in a workspace. A record is what one token has for one slot; records of a slot stand
 // beside each other, so a tile of tokens is contiguous.
-//   codes    [slots][stride][32 or 16 bytes]: code i of the slot is byte i; as nibbles, byte 4 j + i holds
-//            code i of quad 2 j (low) and of quad 2 j + 1 (high)
+//   codes    [slots][stride][32 or 16 bytes]: 8 quads in one of the orders below
 //   scales   [groups][stride], fp32
 //   salient  [chunks of 16 channels][terms][stride][16 halves]: the salient channels as sums of `terms`
 //            halves, fp16 or bf16, padded with zeros
 // stride: m rounded up to 8; nothing behind token m is read or written.
+enum quad_order {
+    IN_ORDER,    // code i of the slot is byte i
+    EVEN_FIRST,  // quads 0, 2, 4, 6, 1, 3, 5, 7
+    NIBBLES,     // byte 4 j + i holds code i of quad 2 j (low) and of quad 2 j + 1 (high)
+};
+
 struct tokens {
     int64_t m, stride;
     unsigned char *codes, *salient;
     float *scales;
     int64_t chunks;
-    int terms, record;
+    int terms, record;  // record: bytes of codes
     bool is_f16;
+    quad_order order;
+
+    // Where a quad stands in its record, in words
+    __host__ __device__ __forceinline__ int word_of(int64_t quad) const {
+        const int q = static_cast<int>(quad % 8);
+        return order == IN_ORDER ? q : order == NIBBLES ? q / 2 : q % 2 * 4 + q / 2;
+    }
 };
 
 // How x times a salient weight is multiplied exactly on tensor cores: both as sums of halves.
-inline tokens tokens_in(void *workspace, const mq_linear &lin, bool nibbles, mq_dtype dtype,
+inline tokens tokens_in(void *workspace, const mq_linear &lin, quad_order order, mq_dtype dtype,
                         int64_t m, size_t *bytes) {
     const mq_shape shape = shape_of(lin);
     tokens to{};
     to.m = m;
     to.stride = ceil_div<int64_t>(m, 8) * 8;
-    to.record = nibbles ? 16 : 32;
+    to.order = order;
+    to.record = order == NIBBLES ? 16 : 32;
     to.chunks = ceil_div<int64_t>(lin.k_salient, 16);
     // 11 and 24 significant bits are two and three times bf16's 8
     to.is_f16 = dtype == MQ_F16 && lin.salient_dtype != MQ_BF16;

@@ -10,6 +10,7 @@ int mq_multiply_decode_16(const multiply_args &args, int arch, void *stream);
 int mq_multiply_decode_32(const multiply_args &args, int arch, void *stream);
 int mq_multiply_prefill_s8(const multiply_args &args, int arch, void *stream);
 int mq_multiply_prefill_s4(const multiply_args &args, int arch, void *stream);
+int mq_multiply_prefill_wgmma(const multiply_args &args, int arch, void *stream);
 
 namespace {
 
@@ -22,17 +23,20 @@ constexpr int kAny = INT32_MAX;  // architecture
 
 struct row {
     mq_cuda_kernel kernel;
-    bool nibbles;  // what its workspace holds
+    quad_order order;  // of its workspace
     int (*multiply)(const multiply_args &args, int arch, void *stream);
 };
 
 // In order of preference.
 const row kTable[] = {
-    {{"decode_8", 75, kAny, 8, 1, 0}, false, mq_multiply_decode_8},
-    {{"decode_16", 75, kAny, 16, 1, 0}, false, mq_multiply_decode_16},
-    {{"decode_32", 75, kAny, 64, 1, 0}, false, mq_multiply_decode_32},
-    {{"prefill_s4", 75, 89, INT64_MAX, 64, 1}, true, mq_multiply_prefill_s4},
-    {{"prefill_s8", 75, kAny, INT64_MAX, 1, 0}, false, mq_multiply_prefill_s8},
+    {{"decode_8", 75, kAny, 8, 1, 0}, IN_ORDER, mq_multiply_decode_8},
+    {{"decode_16", 75, kAny, 16, 1, 0}, IN_ORDER, mq_multiply_decode_16},
+    {{"decode_32", 75, kAny, 64, 1, 0}, IN_ORDER, mq_multiply_decode_32},
+    {{"prefill_s4", 75, 89, INT64_MAX, 64, 1}, NIBBLES, mq_multiply_prefill_s4},
+#ifdef MQ_BUILD_WGMMA
+    {{"prefill_wgmma", 90, 90, INT64_MAX, 128, 0}, EVEN_FIRST, mq_multiply_prefill_wgmma},
+#endif
+    {{"prefill_s8", 75, kAny, INT64_MAX, 1, 0}, IN_ORDER, mq_multiply_prefill_s8},
 };
 constexpr int kKernels = sizeof kTable / sizeof *kTable;
 
@@ -88,13 +92,13 @@ extern "C" int mq_cuda_kernel_for(const mq_linear *lin, int arch, int64_t m) {
 extern "C" size_t mq_cuda_linear_workspace(const mq_linear *lin, int kernel, mq_dtype dtype,
                                            int64_t m) {
     size_t bytes = 0;
-    tokens_in(nullptr, *lin, kTable[kernel].nibbles, dtype, m, &bytes);
+    tokens_in(nullptr, *lin, kTable[kernel].order, dtype, m, &bytes);
     return bytes;
 }
 
 extern "C" int mq_cuda_linear_quantize(const mq_linear *lin, int kernel, mq_dtype dtype,
                                        const void *x, int64_t m, void *workspace, void *stream) {
-    const tokens to = tokens_in(workspace, *lin, kTable[kernel].nibbles, dtype, m, nullptr);
+    const tokens to = tokens_in(workspace, *lin, kTable[kernel].order, dtype, m, nullptr);
     return mq_quantize(*lin, to, dtype, x, stream);
 }
 
@@ -106,7 +110,7 @@ extern "C" int mq_cuda_linear_multiply(const mq_linear *lin, int kernel, mq_dtyp
     args.slot = slots_of(args.shape);
     // only read from here on
     args.from =
-        tokens_in(const_cast<void *>(workspace), *lin, kTable[kernel].nibbles, dtype, m, nullptr);
+        tokens_in(const_cast<void *>(workspace), *lin, kTable[kernel].order, dtype, m, nullptr);
     args.dtype = dtype;
     args.out = out;
     return kTable[kernel].multiply(args, arch, stream);

@@ -36,13 +36,11 @@ constexpr float kMagic = 12582912.0f;
 constexpr int64_t kMagicQuads = 512;
 
 template <int NT, typename T>
-__device__ __forceinline__ void fill(T (&values)[2][NT][4], T value) {
+__device__ __forceinline__ void fill(T (&values)[NT][4], T value) {
 #pragma unroll
-    for (int h = 0; h < 2; h++)
+    for (int n = 0; n < NT; n++)
 #pragma unroll
-        for (int n = 0; n < NT; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) values[h][n][e] = value;
+        for (int e = 0; e < 4; e++) values[n][e] = value;
 }
 
 // A pair of panels times 8 * NT tokens. Element [h][n][2 i + j] is channel 2 h + i of the lane's four
@@ -52,33 +50,37 @@ struct pair_sums {
     float y[2][NT][4];
     int dots[2][NT][4];
 
-    __device__ __forceinline__ void clear() { fill(y, 0.0f); }
-    __device__ __forceinline__ void start_group() { fill(dots, kMagicBits); }
+    __device__ __forceinline__ void clear() { fill(y[0], 0.0f), fill(y[1], 0.0f); }
+    __device__ __forceinline__ void start_group() { start_half(0), start_half(1); }
+    __device__ __forceinline__ void start_half(int h) { fill(dots[h], kMagicBits); }
 
     // y = fma(dots * sw, sa, y). sw: of the lane's channels, bf16; unit: what a dot counts by; sa:
     // of tokens 8 n + 2 t and + 1.
     __device__ __forceinline__ void add_group(uint2 sw, float unit, const float2 (&sa)[NT],
                                               bool is_long) {
-        const float scale[4] = {
-            unit * __uint_as_float(sw.x << 16), unit * __uint_as_float(sw.x & 0xffff0000u),
-            unit * __uint_as_float(sw.y << 16), unit * __uint_as_float(sw.y & 0xffff0000u)};
+        add_half(0, sw.x, unit, sa, is_long);
+        add_half(1, sw.y, unit, sa, is_long);
+    }
+
+    // The same for channels 2 h and 2 h + 1.
+    __device__ __forceinline__ void add_half(int h, uint32_t sw, float unit, const float2 (&sa)[NT],
+                                             bool is_long) {
+        const float scale[2] = {unit * __uint_as_float(sw << 16),
+                                unit * __uint_as_float(sw & 0xffff0000u)};
         // beyond, the products with kMagic could overflow
-        bool is_magic = !is_long;
-#pragma unroll
-        for (int c = 0; c < 4; c++) is_magic &= scale[c] < 0x1p100f;
-        if (is_magic) {
+        if (!is_long && scale[0] < 0x1p100f && scale[1] < 0x1p100f) {
             // scales have 8 significant bits, so the fused product is the exact dot * sw, rounded once
 #pragma unroll
-            for (int c = 0; c < 4; c++) {
-                const float less = -kMagic * scale[c];
-                add_channel(c, sa,
-                            [&](int dot) { return fmaf(__int_as_float(dot), scale[c], less); });
+            for (int i = 0; i < 2; i++) {
+                const float less = -kMagic * scale[i];
+                add_channel(h, i, sa,
+                            [&](int dot) { return fmaf(__int_as_float(dot), scale[i], less); });
             }
         } else {
 #pragma unroll
-            for (int c = 0; c < 4; c++)
-                add_channel(c, sa, [&](int dot) {
-                    return static_cast<float>(dot - kMagicBits) * scale[c];
+            for (int i = 0; i < 2; i++)
+                add_channel(h, i, sa, [&](int dot) {
+                    return static_cast<float>(dot - kMagicBits) * scale[i];
                 });
         }
     }
@@ -96,12 +98,12 @@ struct pair_sums {
 
    private:
     template <typename Scaled>
-    __device__ __forceinline__ void add_channel(int c, const float2 (&sa)[NT],
+    __device__ __forceinline__ void add_channel(int h, int i, const float2 (&sa)[NT],
                                                 const Scaled &scaled) {
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-            float *to = &y[c / 2][n][c % 2 * 2];
-            const int *dot = &dots[c / 2][n][c % 2 * 2];
+            float *to = &y[h][n][2 * i];
+            const int *dot = &dots[h][n][2 * i];
             to[0] = fmaf(scaled(dot[0]), sa[n].x, to[0]);
             to[1] = fmaf(scaled(dot[1]), sa[n].y, to[1]);
         }
@@ -240,6 +242,23 @@ __device__ __forceinline__ void store_channels(const multiply_args &args, int64_
 #pragma unroll
     for (int c = 0; c < 4; c++)
         if (first + c < n) store(args.dtype, args.out, at + c, y[c]);
+}
+
+// All sums, of the lane's panel and of tokens from `token` on
+template <int NT>
+__device__ __forceinline__ void store_sums(const multiply_args &args, int64_t token, int64_t panel,
+                                           const pair_sums<NT> &sums) {
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int64_t at = token + 8 * n + 2 * lane_t() + j;
+            float y[4];
+#pragma unroll
+            for (int c = 0; c < 4; c++) y[c] = sums.y[c / 2][n][c % 2 * 2 + j];
+            if (at < args.from.m) store_channels(args, at, panel * MQ_PANEL + lane_channel(), y);
+        }
+    }
 }
 
 }  // namespace mq

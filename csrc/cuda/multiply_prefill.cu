@@ -298,21 +298,9 @@ __device__ __forceinline__ void prefill(const multiply_args &args) {
     wait_copies<0>();
 
 #pragma unroll
-    for (int p = 0; p < kPairs; p++) {
-        const int64_t panel = block.panel + at.panel + 2 * p + lane_panel();
-#pragma unroll
-        for (int n = 0; n < kTiles; n++) {
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const int64_t token = block.token + at.token + 8 * n + 2 * lane_t() + j;
-                float y[4];
-#pragma unroll
-                for (int c = 0; c < 4; c++) y[c] = sums[p].y[c / 2][n][c % 2 * 2 + j];
-                if (token < args.from.m)
-                    store_channels(args, token, panel * MQ_PANEL + lane_channel(), y);
-            }
-        }
-    }
+    for (int p = 0; p < kPairs; p++)
+        store_sums(args, block.token + at.token, block.panel + at.panel + 2 * p + lane_panel(),
+                   sums[p]);
 }
 
 __global__ void __launch_bounds__(kThreads) prefill_s8(const __grid_constant__ multiply_args args) {

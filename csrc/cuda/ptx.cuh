@@ -22,7 +22,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ unsigned char *dynamic_shared() {
 #ifdef __CUDACC__
-    extern __shared__ __align__(128) unsigned char shared_bytes[];
+    extern __shared__ __align__(256) unsigned char shared_bytes[];
     return shared_bytes;
 #else
     return emulator::shared_bytes;
@@ -271,6 +271,106 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[4], const fragment_a &a
     multiply_on_host(d, a, b, d, 2, value);
 #endif
 }
+
+// ---- Matrix products of a warpgroup, in the background: Hopper alone has them ----
+//
+// d += a b for a [64][32] bytes, d [64][64] and b [32][64]: a warp's 16 rows of a and d are in
+// fragments as above, d[n] for columns 8 n .. + 7; b's columns are 64 rows of 32 bytes in shared
+// memory. From begin_products on until wait_products, d and a belong to the products.
+
+constexpr int kColumnTiles = 8;  // of a product: 8 columns each
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || (!defined(__CUDACC__) && MQ_ARCH == 90)
+#define MQ_HAS_WGMMA 1
+
+// Rows start at a multiple of 256 bytes. The unit of 16 bytes that stands at `unit` of a row, so
+// that those of 8 rows are in different banks: "32-byte swizzle".
+__device__ __forceinline__ int swizzled(int row, int unit) { return unit ^ (row >> 2 & 1); }
+
+// This thread's writes to shared memory, and its copies that came, become visible to products that
+// begin behind a barrier.
+__device__ __forceinline__ void show_to_products() {
+#ifdef __CUDACC__
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#else
+    emulator::show_to_products();
+#endif
+}
+
+#define MQ_FOUR(v) "+r"(v[0]), "+r"(v[1]), "+r"(v[2]), "+r"(v[3])
+#define MQ_SUMS(d)                                                                            \
+    MQ_FOUR(d[0]), MQ_FOUR(d[1]), MQ_FOUR(d[2]), MQ_FOUR(d[3]), MQ_FOUR(d[4]), MQ_FOUR(d[5]), \
+        MQ_FOUR(d[6]), MQ_FOUR(d[7])
+#define MQ_LEFT(a) MQ_FOUR(a[0].r), MQ_FOUR(a[1].r), MQ_FOUR(a[2].r), MQ_FOUR(a[3].r)
+
+__device__ __forceinline__ void begin_products(int (&d)[kColumnTiles][4], fragment_a (&a)[4]) {
+#ifdef __CUDACC__
+    // the operands: what wrote to them stays before, what reads them behind the wait
+    asm volatile("wgmma.fence.sync.aligned;" : MQ_SUMS(d), MQ_LEFT(a)::"memory");
+#else
+    (void)d, (void)a;
+    emulator::begin_products();
+#endif
+}
+
+__device__ __forceinline__ void multiply_later(int (&d)[kColumnTiles][4], const fragment_a &a,
+                                               const void *rows) {
+#ifdef __CUDACC__
+    const uint64_t address = __cvta_generic_to_shared(rows);
+#else
+    const uint64_t address = emulator::shared_address(rows);
+#endif
+    // 16 bytes are the unit; from 8 rows to the next 8; 3: the swizzle
+    const uint64_t b =
+        address >> 4 | uint64_t{1} << 16 | uint64_t{256 >> 4} << 32 | uint64_t{3} << 62;
+#ifdef __CUDACC__
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, "
+        "%10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, "
+        "%28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1;"
+        : MQ_SUMS(d)
+        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "l"(b));
+#else
+    const auto all = emulator::exchange(a);
+    const unsigned row = emulator::lane() / 4, t = emulator::lane() % 4;
+    int sums[kColumnTiles][4] = {};
+    for (unsigned n = 0; n < kColumnTiles; n++)
+        for (unsigned e = 0; e < 4; e++)
+            for (unsigned k = 0; k < 32; k++) {
+                const uint32_t left = all[4 * row + k % 16 / 4].r[k / 16 * 2 + e / 2];
+                sums[n][e] += static_cast<int8_t>(left >> 8 * (k % 4)) *
+                              static_cast<int8_t>(*emulator::byte_of(b, 8 * n + 2 * t + e % 2, k));
+            }
+    emulator::multiply_later(*d, *sums, a.r, b);
+#endif
+}
+
+__device__ __forceinline__ void commit_products() {
+#ifdef __CUDACC__
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
+    emulator::commit_products();
+#endif
+}
+
+// Until at most PENDING of the committed groups of products are under way, d and a not in them.
+template <int PENDING>
+__device__ __forceinline__ void wait_products(int (&d)[kColumnTiles][4], fragment_a (&a)[4]) {
+#ifdef __CUDACC__
+    asm volatile("wgmma.wait_group.sync.aligned %48;"
+                 : MQ_SUMS(d), MQ_LEFT(a)
+                 : "n"(PENDING)
+                 : "memory");
+#else
+    (void)d, (void)a;
+    emulator::wait_for_products(PENDING);
+#endif
+}
+
+#undef MQ_FOUR
+#undef MQ_SUMS
+#undef MQ_LEFT
+#endif
 
 }  // namespace mq
 

@@ -128,7 +128,7 @@ __device__ __forceinline__ void load_values(const quantize_args &args, const tok
 __device__ __forceinline__ void store_codes(const quantize_args &args, const token &of,
                                             const place &at, const part &values,
                                             const quantization &to) {
-    const bool nibbles = args.to.record == 16;
+    const bool nibbles = args.to.order == NIBBLES;
     if (at.i == 0 && values.n > 0 && values.lane_in_part == 0)
         args.to.scales[at.group * args.to.stride + of.at] = to.scale;
 #pragma unroll
@@ -147,11 +147,8 @@ __device__ __forceinline__ void store_codes(const quantize_args &args, const tok
         const int64_t quad = at.group * args.shape.group_quads + (at.i + e) / MQ_QUAD;
         const int64_t slot = quad / 8 + (args.slot.whole ? 0 : at.group);
         unsigned char *record = args.to.codes + (slot * args.to.stride + of.at) * args.to.record;
-        if (nibbles)
-            reinterpret_cast<uint32_t *>(record)[quad % 8 / 2] =
-                (codes & 0x0f0f0f0fu) | (next & 0x0f0f0f0fu) << 4;
-        else
-            reinterpret_cast<uint32_t *>(record)[quad % 8] = codes;
+        if (nibbles) codes = (codes & 0x0f0f0f0fu) | (next & 0x0f0f0f0fu) << 4;
+        reinterpret_cast<uint32_t *>(record)[args.to.word_of(quad)] = codes;
     }
 }
 

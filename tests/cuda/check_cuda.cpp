@@ -211,7 +211,7 @@ struct problem {
 
 problem random_problem() {
     const int64_t ms[] = {1, 2, 8, 9, 15, 16, 17, 33, 65, 130};
-    const int64_t ns[] = {1, 4, 16, 31, 33, 64, 97, 130};
+    const int64_t ns[] = {1, 4, 16, 31, 33, 64, 97, 130, 270};
     const int64_t ks[] = {1, 2, 3, 13, 32, 64, 100, 128, 200, 256, 300, 512, 640, 2300};
     const int64_t gs[] = {1, 3, 4, 8, 12, 16, 20, 32, 33, 48, 64, 100, 128, 192, 256, 1024, 4096};
     mq_linear lin = {};
@@ -309,8 +309,10 @@ void check_codes(const problem &p, int kernel, const bytes &workspace) {
     const mq_linear &lin = p.lin;
     const int64_t k4 = lin.k - lin.k_salient;
     if (lin.act_format == MQ_ACT_ZERO_POINT || k4 == 0) return;
-    const bool nibbles = std::string(mq_cuda_kernel_at(kernel)->name) == "prefill_s4";
-    const tokens at = tokens_in(workspace.as<void>(), lin, nibbles, p.dtype, p.m, nullptr);
+    const std::string name = mq_cuda_kernel_at(kernel)->name;
+    const bool nibbles = name == "prefill_s4";
+    const quad_order order = nibbles ? NIBBLES : name == "prefill_wgmma" ? EVEN_FIRST : IN_ORDER;
+    const tokens at = tokens_in(workspace.as<void>(), lin, order, p.dtype, p.m, nullptr);
     const slots slot = slots_of(p.shape);
     const int64_t g = lin.per_token ? k4 : lin.group_size;
     const mq_group_format format = {g, lin.act_bits, lin.act_format, lin.clip};
@@ -329,7 +331,7 @@ void check_codes(const problem &p, int kernel, const bytes &workspace) {
             const int64_t quad = group * p.shape.group_quads + channel / 4;
             const int64_t s = quad / 8 + (slot.whole ? 0 : group);
             const unsigned char *record = at.codes + (s * at.stride + t) * at.record;
-            const int byte = record[quad % 8 / (nibbles ? 2 : 1) * 4 + channel % 4];
+            const int byte = record[at.word_of(quad) * 4 + channel % 4];
             CHECK(q[i] ==
                   (nibbles ? ((byte >> (quad % 2 * 4) & 15) ^ 8) - 8 : static_cast<int8_t>(byte)));
             const float got = at.scales[group * at.stride + t], want = scales[i / g];

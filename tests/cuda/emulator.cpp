@@ -28,6 +28,17 @@ struct copy {
     size_t bytes, zeros;
 };
 
+constexpr unsigned kRows = 64, kRowBytes = 32;  // of a product's matrix in shared memory
+
+struct product {
+    int *d;
+    const unsigned *a;
+    uint64_t descriptor;
+    int before[32], sums[32];  // d as it was; what is added
+    unsigned left[4];          // a as it was
+    unsigned char right[kRows * kRowBytes];
+};
+
 struct fiber {
     ucontext_t context;
     void *stack = nullptr;
@@ -37,6 +48,9 @@ struct fiber {
     int64_t target = 0;
     int64_t exchanges = 0, barriers = 0;
     std::vector<std::vector<copy>> copies{1};  // committed groups, then the open one
+    std::vector<std::vector<product>> products{1};
+    std::vector<copy> unseen;  // copies that came and were not shown to products
+    bool began = false;        // products, since the last commit
 };
 
 struct warp {
@@ -114,6 +128,7 @@ void fiber_main() {
         (*kernel)();
         fiber *me = running;
         if (me->copies.size() > 1 || !me->copies[0].empty()) fail("a cp.async nobody waited for");
+        if (me->products.size() > 1 || !me->products[0].empty()) fail("products nobody waited for");
         me->done = true;
         change_to(&me->context, next_fiber());
     }
@@ -145,7 +160,7 @@ void run(dim3 grid, dim3 block, size_t shared, const std::function<void()> &body
             for (unsigned x = 0; x < grid.x; x++) {
                 here.block = dim3(x, y, z);
                 const std::unique_ptr<unsigned char, void (*)(void *)> bytes(
-                    static_cast<unsigned char *>(aligned_alloc(128, (shared + 127) / 128 * 128)),
+                    static_cast<unsigned char *>(aligned_alloc(256, (shared + 255) / 256 * 256)),
                     [](void *p) { free(p); });
                 memset(bytes.get(), 0xff, shared);
                 shared_bytes = bytes.get();
@@ -155,6 +170,9 @@ void run(dim3 grid, dim3 block, size_t shared, const std::function<void()> &body
                     f->done = false;
                     f->exchanges = f->barriers = 0;
                     f->copies.resize(1);
+                    f->products.resize(1);
+                    f->unseen.clear();
+                    f->began = false;
                 }
                 running = nullptr;
                 change_to(&main_context, fibers[order == FORWARD ? 0 : block.x - 1].get());
@@ -190,6 +208,7 @@ const unsigned char *exchange(const void *value, size_t size) {
 }
 
 void copy_later(void *to, const void *from, size_t bytes, size_t zeros) {
+    memset(to, 0xff, bytes + zeros);  // from here on nobody may read there
     running->copies.back().push_back({to, from, bytes, zeros});
 }
 
@@ -201,7 +220,66 @@ void wait_for_copies(int pending) {
         for (const copy &c : groups.front()) {
             if (c.bytes) memcpy(c.to, c.from, c.bytes);
             memset(static_cast<char *>(c.to) + c.bytes, 0, c.zeros);
+            running->unseen.push_back(c);
         }
+        groups.erase(groups.begin());
+    }
+}
+
+void show_to_products() { running->unseen.clear(); }
+
+void begin_products() { running->began = true; }
+
+uint64_t shared_address(const void *at) {
+    return static_cast<uint64_t>(static_cast<const unsigned char *>(at) - shared_bytes);
+}
+
+// As the PTX manual has it for K-major matrices: 8 rows of 32 bytes stand behind each other, the
+// next 8 a stride further; bit 7 of an address turns its bit 4 around.
+const unsigned char *byte_of(uint64_t descriptor, unsigned row, unsigned byte) {
+    const uint64_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+    if (descriptor >> 62 != 3 || (descriptor >> 49 & 7) != 0)
+        fail("a swizzle other than of 32 bytes, or a base offset: not emulated,");
+    if (start % 256 != 0) fail("a swizzled matrix that is not aligned to 256 bytes");
+    const uint64_t address = start + row / 8 * stride + row % 8 * 32 + byte;
+    return shared_bytes + (address ^ (address >> 7 & 1) << 4);
+}
+
+void multiply_later(int *d, const int *sums, const unsigned *a, uint64_t descriptor) {
+    if (!running->began) fail("products without wgmma.fence");
+    product p;
+    p.d = d, p.a = a, p.descriptor = descriptor;
+    memcpy(p.before, d, sizeof p.before);
+    memcpy(p.sums, sums, sizeof p.sums);
+    memcpy(p.left, a, sizeof p.left);
+    for (unsigned i = 0; i < sizeof p.right; i++) {
+        const unsigned char *at = byte_of(descriptor, i / kRowBytes, i % kRowBytes);
+        p.right[i] = *at;
+        if (i % 16) continue;
+        for (const auto &f : fibers)
+            for (const copy &c : f->unseen)
+                if (c.to == at) fail("products of what cp.async brought, without a proxy fence,");
+    }
+    running->products.back().push_back(p);
+}
+
+void commit_products() {
+    running->products.emplace_back();
+    running->began = false;
+}
+
+void wait_for_products(int pending) {
+    auto &groups = running->products;
+    while (groups.size() > static_cast<size_t>(pending) + 1) {
+        for (const product &p : groups.front()) {
+            if (memcmp(p.before, p.d, sizeof p.before)) fail("sums changed before the wait");
+            if (memcmp(p.left, p.a, sizeof p.left)) fail("registers changed before the wait");
+            for (unsigned i = 0; i < sizeof p.right; i++)
+                if (p.right[i] != *byte_of(p.descriptor, i / kRowBytes, i % kRowBytes))
+                    fail("shared memory changed before the wait");
+        }
+        for (const product &p : groups.front())
+            for (int i = 0; i < 32; i++) p.d[i] += p.sums[i];
         groups.erase(groups.begin());
     }
 }

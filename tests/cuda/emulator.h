@@ -1,9 +1,11 @@
 // A CUDA block on the CPU, for the tests: -include this file to compile csrc/cuda/*.cu as C++.
 //
 // Blocks run one after another; the threads of a block are fibers that run until they must wait for
-// others, at a barrier or where a warp exchanges values. What a thread may not rely on is made as bad
-// as it can be: cp.async moves its bytes at the wait and not before, shared memory starts as NaNs, and
-// emulator::schedule turns the order of threads around. A wait that cannot end aborts.
+// others, at a barrier or where a warp exchanges values. What a thread may not rely on is made as
+// bad as it can be: cp.async takes what was there at once and brings its bytes at the wait, shared
+// memory starts as NaNs, and emulator::schedule turns the order of threads around. Products in the
+// background (wgmma) write their sums at the wait; what they read must stay as it is until then, and
+// what cp.async brought must have been shown to them. A wait that cannot end aborts.
 #pragma once
 
 #include <math.h>
@@ -52,6 +54,16 @@ const unsigned char *exchange(const void *value, size_t size);
 void copy_later(void *to, const void *from, size_t bytes, size_t zeros);
 void commit_copies();
 void wait_for_copies(int pending);
+
+// Products in the background. d += sums, 32 of each, of a, 4 registers, and of the matrix in shared
+// memory that the descriptor tells of: 64 rows of 32 bytes, swizzled.
+void show_to_products();
+void begin_products();
+void multiply_later(int *d, const int *sums, const unsigned *a, uint64_t descriptor);
+void commit_products();
+void wait_for_products(int pending);
+uint64_t shared_address(const void *at);
+const unsigned char *byte_of(uint64_t descriptor, unsigned row, unsigned byte);
 
 template <typename T>
 struct lanes {
