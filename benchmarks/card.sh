@@ -40,3 +40,4 @@ fi
 
 printf '== Speed\n'
 "$PYTHON" benchmarks/card.py --json docs/benchmark_cuda.json "$@"
+"$PYTHON" benchmarks/card_model.py --json docs/benchmark_cuda_model.json

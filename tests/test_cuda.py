@@ -5,6 +5,7 @@ for the CPU (tests/cuda/device.cpp), where CPU tensors pass for CUDA ones. What 
 (streams, graphs, memory) is tested there alone, and skipped visibly elsewhere.
 """
 
+import json
 import math
 import os
 import subprocess
@@ -15,8 +16,9 @@ import pytest
 import torch
 from bits import assert_same_bits
 from programs import CC, CXX, EMULATED, ROOT, run, run_all
+from transformers import AutoModelForCausalLM
 
-from smoothquant import MixedQuantConfig, ops
+from smoothquant import MixedQuantConfig, ops, quantize
 from smoothquant.linear import W4A4Linear
 from smoothquant.sorting import ChannelStats, choose_channels
 
@@ -410,7 +412,12 @@ def test_every_op_of_the_cpu_has_a_cuda_function(card):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here: they would run")
 @pytest.mark.parametrize(
-    "command", [[sys.executable, "benchmarks/card.py"], ["benchmarks/card.sh"]]
+    "command",
+    [
+        [sys.executable, "benchmarks/card.py"],
+        [sys.executable, "benchmarks/card_model.py"],
+        ["benchmarks/card.sh"],
+    ],
 )
 def test_without_a_card_the_scripts_fail_and_say_so(command):
     environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
@@ -420,7 +427,79 @@ def test_without_a_card_the_scripts_fail_and_say_so(command):
     assert result.stdout == ""
 
 
+def test_the_model_benchmark_runs_without_a_card(tmp_path):
+    """At toy size: its rows, and a CUDA graph that cannot be had as a reason."""
+    result = subprocess.run(
+        [sys.executable, "benchmarks/card_model.py", *TOY, "--json", str(tmp_path / "rows.json")],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    phases = ["prefill", "decode, eager", "decode, graph"]
+    assert [row["phase"] for row in rows] == 2 * phases
+    assert [row["contender"] for row in rows] == ["bf16"] * 3 + ["W4A4 g64 p0.05"] * 3
+    for row in rows:
+        if "graph" in row["phase"]:
+            assert row["failed"] == "RuntimeError: CUDA graphs need a CUDA card"
+        else:
+            assert row["tokens_per_second"] > 0 and row["ratio"] > 0
+    of_linears = 2 * (4 * 256 * 256 + 3 * 256 * 688)  # of both layers
+    saved = rows[0]["weight_bytes"] - rows[-1]["weight_bytes"]
+    bits = 16 - 8 * saved / of_linears
+    assert 4 < bits < 5.2
+    for row in rows:
+        assert f"| {row['contender']} | {row['weight_bytes'] / 2**20:.0f} | - |" in result.stdout
+
+
+TOY = ["--device", "cpu", "--layers", "2", "--hidden", "256", "--prompt", "9", "--new", "2"]
+TOY += ["--turns", "2", "--group-size", "64", "--modes", "eager", "graph"]
+
+
 # ---- What only a card has ----
+
+
+@pytest.fixture
+def quantized_model(make_model):
+    """A tiny LLaMA whose linears are W4A4, on the CPU."""
+    model = make_model("llama")
+    quantize(model, MixedQuantConfig(group_size=20, salient_prop=0.1), progress=False)
+    return model
+
+
+@on_card
+def test_a_model_moves_to_the_gpu_and_generates(quantized_model, token_ids):
+    with torch.no_grad():
+        expected = quantized_model(token_ids).logits
+        on_gpu = quantized_model.to("cuda")
+        assert all(t.is_cuda for t in (*on_gpu.parameters(), *on_gpu.buffers()))
+        logits = on_gpu(token_ids.cuda()).logits.cpu()
+    # attention in another order of sums now and then rounds an activation the other way
+    assert (logits - expected).norm() < 0.05 * expected.norm()
+    ids = on_gpu.generate(token_ids.cuda(), max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert ids.is_cuda and ids.shape == (2, token_ids.shape[1] + 5)
+    assert torch.equal(ids[:, : token_ids.shape[1]].cpu(), token_ids)
+
+
+@on_card
+@pytest.mark.parametrize("device_map", ["auto", "cuda", {"": 0}])
+def test_device_maps(device_map, quantized_model, token_ids, tmp_path):
+    quantized_model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
+    layers = quantized_layers(loaded)
+    assert layers and all(layer.qweight.is_cuda for layer in layers)
+    for layer, own in zip(layers, quantized_layers(quantized_model), strict=True):
+        assert torch.equal(layer.qweight.cpu(), own.qweight)
+    with torch.no_grad():
+        logits = loaded(token_ids.cuda()).logits.cpu()
+        expected = quantized_model(token_ids).logits
+    assert (logits - expected).norm() < 0.05 * expected.norm()
+
+
+def quantized_layers(model):
+    return [m for m in model.modules() if isinstance(m, W4A4Linear)]
 
 
 @pytest.fixture
