@@ -1,12 +1,14 @@
-"""Speed of the W4A4 linear on a CUDA card, against cuBLAS and torch._int_mm.
+"""Speed of the W4A4 linear on a CUDA card, against cuBLAS, torch._int_mm and W4A16.
 
     python benchmarks/card.py --json docs/benchmark_cuda.json       # Llama-2-7B's shapes
     python benchmarks/card.py --shapes 4096x4096 --tokens 1 4096 --group-sizes 128
 
 Every figure of W4A4 includes the quantization of the activations; torch._int_mm is the product of
-int8 matrices alone, without scales. A CUDA graph holds a call for each copy of the weights, and
-these are more than four times the card's L2 cache, so that each call reads them from memory. The
-contenders take turns, and medians are reported. benchmarks/card.sh builds and tests first.
+int8 matrices alone, without scales; W4A16 is torch's _weight_int4pack_mm. A CUDA graph holds a call
+for each copy of the weights, and these are more than four times the card's L2 cache, so that each
+call reads them from memory. The contenders take turns, and medians are reported. The quantizer is
+timed by torch's profiler, beside the bandwidth of a copy. benchmarks/report.py draws the roofline;
+benchmarks/card.sh builds and tests first.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from datetime import date
 
 import torch
 import torch.nn.functional as F
+from peers import four_bits
 from torch import Tensor
 
 from smoothquant import ops
@@ -28,6 +31,8 @@ from smoothquant import ops
 CACHES = 4  # copies of a weight fill the L2 cache so many times
 MOST_ERROR = 0.3  # relative, of a W4A4 linear of normally distributed values
 INT_MM_TOKENS = 17  # torch._int_mm takes no fewer
+BASELINE = "cuBLAS fp16"
+to_int4pack = torch.ops.aten._convert_weight_to_int4pack
 
 
 @dataclass
@@ -75,7 +80,7 @@ def contenders(w: Tensor, x: Tensor, args: argparse.Namespace) -> list[Contender
     n, k = w.shape
     expected = F.linear(x, w)
     result = []
-    for name, dtype in (("cuBLAS fp16", torch.float16), ("cuBLAS bf16", torch.bfloat16)):
+    for name, dtype in ((BASELINE, torch.float16), ("cuBLAS bf16", torch.bfloat16)):
         own = x.to(dtype)
         result.append(contender(name, (w.to(dtype),), lambda w, x=own: F.linear(x, w), expected))
     if x.shape[0] >= INT_MM_TOKENS:
@@ -83,6 +88,10 @@ def contenders(w: Tensor, x: Tensor, args: argparse.Namespace) -> list[Contender
         w8, x8 = ((t / s).round().to(torch.int8) for t, s in zip((w, x), scales, strict=True))
         in_units = expected / (scales[0] * scales[1])
         result.append(contender("torch._int_mm", (w8,), lambda w: torch._int_mm(x8, w.T), in_units))
+    try:
+        result.append(contender("W4A16 g128", *int4pack(w, x), expected))
+    except (RuntimeError, NotImplementedError) as error:  # another card, shape or torch
+        print(f"W4A16 g128 was not measured: {str(error).splitlines()[0]}", file=sys.stderr)
     perm = torch.randperm(k, device="cuda").int()
     own = x.to(torch.bfloat16)
     for group_size, prop in itertools.product(args.group_sizes, args.salient_props):
@@ -96,6 +105,16 @@ def contenders(w: Tensor, x: Tensor, args: argparse.Namespace) -> list[Contender
             )
         )
     return result
+
+
+def int4pack(w: Tensor, x: Tensor) -> tuple[tuple[Tensor, Tensor], Callable[..., Tensor]]:
+    """torch's W4A16: packed weights with their scales, and the call."""
+    codes, scales = four_bits(w, 128)
+    pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
+    packed = to_int4pack(pairs, 8)
+    table = torch.stack([scales.T, torch.zeros_like(scales.T)], -1).bfloat16().contiguous()
+    own = x.to(torch.bfloat16)
+    return (packed, table), lambda w, t: torch.ops.aten._weight_int4pack_mm(own, w, 128, t)
 
 
 def measure(group: list[Contender], seconds: float) -> dict[str, float]:
@@ -115,9 +134,81 @@ def measure(group: list[Contender], seconds: float) -> dict[str, float]:
     return {c.name: statistics.median(times[c.name]) / c.calls for c in group}
 
 
+def median_seconds(call: Callable[[], object], turns: int = 20) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(turns):
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(1e-3 * start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def limits() -> dict[str, float]:
+    """What the card does at best: GB/s of a copy, read and written; 1e9 multiply-accumulates per
+    second of large square products."""
+    bytes_ = torch.zeros(2, 1 << 30, dtype=torch.uint8, device="cuda")
+    found = {"memory": 1e-9 * bytes_.nbytes / median_seconds(lambda: bytes_[0].copy_(bytes_[1]))}
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
+    codes = torch.ones_like(a, dtype=torch.int8)
+    for name, call in (("fp16", lambda: a @ a.T), ("int8", lambda: torch._int_mm(codes, codes.T))):
+        call()
+        found[name] = 1e-9 * 8192**3 / median_seconds(call)
+    return found
+
+
+def quantizer(args: argparse.Namespace, memory: float) -> list[dict]:
+    """The quantizing kernel alone, of the most tokens: bytes of activations that it reads and of
+    codes and scales that it writes. Inputs take turns, so that they come from memory."""
+    rows, m = [], max(args.tokens)
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    print("\n| K | M | quantizer | median us | GB/s | of a copy |")
+    print("|---|---|---|---|---|---|")
+    ks = sorted({int(shape.split("x")[0]) for shape in args.shapes})
+    for k, g, rotation in itertools.product(ks, args.group_sizes, (0, 512)):
+        inputs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16)]
+        inputs *= max(8, math.ceil(CACHES * cache / inputs[0].nbytes))
+        inputs = [x.clone() for x in inputs]
+        perm = torch.randperm(k, device="cuda").int()
+        packed = ops.pack_weight(torch.randn(16, k, device="cuda"), perm, 0, g, rotation)
+        activity = torch.profiler.ProfilerActivity.CUDA
+        with torch.profiler.profile(activities=[activity]) as profile:
+            for x in inputs:
+                ops.w4a4_linear(x, *packed, perm, None, 16, g, rotation)
+            torch.cuda.synchronize()
+        times = [event.device_time for event in profile.events() if "quantize_" in event.name]
+        name = f"g{g}{' Hadamard' if rotation else ''}"
+        if not times:
+            print(f"quantizer {name} was not measured: no kernel in the profile", file=sys.stderr)
+            continue
+        microseconds = statistics.median(times)
+        speed = 1e-3 * (2 * m * k + m * k + 4 * m * math.ceil(k / g)) / microseconds
+        row = {"k": k, "m": m, "choice": name, "microseconds": microseconds}
+        rows.append(row | {"gigabytes_per_second": speed, "of_copy": speed / memory})
+        print(f"| {k} | {m} | {name} | {microseconds:.1f} | {speed:.0f} | {speed / memory:.0%} |")
+    return rows
+
+
+def row_of(contender: Contender, k: int, n: int, m: int, median: float, ratio: float) -> dict:
+    """A measurement, with the names that benchmarks/report.py knows; median: seconds of a call."""
+    return {
+        "k": k,
+        "n": n,
+        "m": m,
+        "contender": contender.name,
+        "milliseconds": 1e3 * median,
+        "gmacs": 1e-9 * m * n * k / median,
+        "weight_bytes": contender.weight_bytes,
+        "ratio": ratio,
+        "error": contender.error,
+    }
+
+
 def speeds(args: argparse.Namespace) -> list[dict]:
     """The table of linears; prints each row when it is there."""
-    print("\n| KxN | M | contender | median us | TOP/s | weights GB/s | x cuBLAS fp16 | error |")
+    print(f"\n| KxN | M | contender | median us | TOP/s | weights GB/s | x {BASELINE} | error |")
     print("|---|---|---|---|---|---|---|---|")
     rows = []
     for shape, m in itertools.product(args.shapes, args.tokens):
@@ -127,22 +218,12 @@ def speeds(args: argparse.Namespace) -> list[dict]:
         medians = measure(group, args.seconds)
         for contender in group:
             median = medians[contender.name]
-            row = {
-                "k": k,
-                "n": n,
-                "m": m,
-                "contender": contender.name,
-                "microseconds": 1e6 * median,
-                "tops": 2e-12 * m * n * k / median,
-                "gigabytes_per_second": 1e-9 * contender.weight_bytes / median,
-                "ratio": medians["cuBLAS fp16"] / median,
-                "error": contender.error,
-            }
+            row = row_of(contender, k, n, m, median, medians[BASELINE] / median)
             rows.append(row)
             print(
-                f"| {shape} | {m} | {contender.name} | {row['microseconds']:.1f} "
-                f"| {row['tops']:.1f} | {row['gigabytes_per_second']:.0f} | {row['ratio']:.2f} "
-                f"| {contender.error:.4f} |",
+                f"| {shape} | {m} | {contender.name} | {1e6 * median:.1f} "
+                f"| {2e-3 * row['gmacs']:.1f} | {1e-9 * contender.weight_bytes / median:.0f} "
+                f"| {row['ratio']:.2f} | {contender.error:.4f} |",
                 flush=True,
             )
         del group
@@ -165,9 +246,16 @@ def main() -> None:
             f"(architectures built: {ops.build_info()['cuda_archs'] or 'none'})"
         )
     torch.manual_seed(0)
-    record = {"card": card(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    record = {"chip": card(), "torch": torch.__version__, "cuda": torch.version.cuda}
     record |= {"archs": ops.build_info()["cuda_archs"], "date": str(date.today())}
     print("; ".join(record.values()))
+    peaks = limits()
+    print("; ".join(f"{name} {value:.0f}" for name, value in peaks.items()), end=" ")
+    print("(GB/s of a copy; 1e9 multiply-accumulates per second)")
+    record |= {"baseline": BASELINE, "limits": {"GPU": peaks}}
+    ops.set_cuda_kernel("prefill_s8")  # its codes are bytes
+    record["activations"] = quantizer(args, peaks["memory"])
+    ops.set_cuda_kernel(None)
     record["rows"] = speeds(args)
     if args.json:
         with open(args.json, "w") as file:

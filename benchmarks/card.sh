@@ -40,4 +40,6 @@ fi
 
 printf '== Speed\n'
 "$PYTHON" benchmarks/card.py --json docs/benchmark_cuda.json "$@"
+"$PYTHON" benchmarks/report.py docs/benchmark_cuda.json docs/benchmark_cuda.png \
+    >docs/benchmark_cuda.md
 "$PYTHON" benchmarks/card_model.py --json docs/benchmark_cuda_model.json

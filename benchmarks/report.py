@@ -1,4 +1,4 @@
-"""The tables and the roofline figure of docs/results.md, from what linear.py measured.
+"""The tables and the roofline figure of docs/results.md, from what linear.py or card.py measured.
 
     cd docs && python ../benchmarks/report.py benchmark_peers.{json,png} > benchmark_peers.md
 
@@ -24,11 +24,13 @@ def tables(record: dict) -> str:
     rows = record["rows"]
     names = list(dict.fromkeys(row["contender"] for row in rows))
     lines = []
-    for threads in dict.fromkeys(row["threads"] for row in rows):
-        lines += ["", f"Threads: {threads}. Milliseconds of torch fp32, then times its speed.", ""]
+    baseline = record.get("baseline", "torch fp32")
+    for threads in dict.fromkeys(row.get("threads") for row in rows):  # a card's rows have none
+        of = f"Threads: {threads}. " if threads else ""
+        lines += ["", f"{of}Milliseconds of {baseline}, then times its speed.", ""]
         lines.append("| K x N | M | " + " | ".join(names) + " |")
         lines.append("|" + "---|" * (2 + len(names)))
-        of_threads = [row for row in rows if row["threads"] == threads]
+        of_threads = [row for row in rows if row.get("threads") == threads]
         for (k, n, m), group in itertools.groupby(
             of_threads, key=lambda row: (row["k"], row["n"], row["m"])
         ):
@@ -36,8 +38,8 @@ def tables(record: dict) -> str:
             cells = [
                 "-"
                 if name not in by_name
-                else f"{by_name[name]['milliseconds']:.2f} ms"
-                if name == "torch fp32"
+                else f"{by_name[name]['milliseconds']:.{2 if threads else 4}f} ms"
+                if name == baseline
                 else f"{by_name[name]['ratio']:.2f}"
                 for name in names
             ]
@@ -64,6 +66,7 @@ def roofline(record: dict, path: str) -> None:
         memory = peaks["memory"]
         arithmetic = {name: value for name, value in peaks.items() if name != "memory"}
         highest = max(arithmetic.values())
+        right = max(3e3, *(row["m"] * k * n / row["weight_bytes"] for row in rows))
         panel.plot([0.1, highest / memory], [0.1 * memory, highest], color="0.6", lw=1)
         panel.annotate(
             f"memory {memory:.0f} GB/s",
@@ -73,15 +76,15 @@ def roofline(record: dict, path: str) -> None:
             fontsize=8,
         )
         for index, (name, value) in enumerate(arithmetic.items()):
-            panel.plot([value / memory, 3e3], [value, value], color="0.6", lw=1, ls="--")
-            at = 3e3 / 8 ** (index % 2), value  # neighbours would overlap
+            panel.plot([value / memory, right], [value, value], color="0.6", lw=1, ls="--")
+            at = right / 8 ** (index % 2), value  # neighbours would overlap
             label = f"{name} {value:.0f}"
             panel.annotate(label, at, color="0.4", fontsize=8, ha="right", va="bottom")
         for index, name in enumerate(names):
             points = [
                 (row["m"] * row["k"] * row["n"] / row["weight_bytes"], row["gmacs"])
                 for row in rows
-                if row["contender"] == name and str(row["threads"]) == threads
+                if row["contender"] == name and str(row.get("threads", threads)) == threads
             ]
             style = MARKERS[index % len(MARKERS)], COLOURS[index % len(COLOURS)]
             filled = {} if index < len(MARKERS) else {"mfc": "white"}
@@ -97,7 +100,7 @@ def roofline(record: dict, path: str) -> None:
         panel.set(
             xscale="log",
             yscale="log",
-            title=f"{k} x {n}, {threads} thread{'s' * (threads != '1')}",
+            title=f"{k} x {n}, {threads}" + f" thread{'s' * (threads != '1')}" * threads.isdigit(),
             xlabel="multiply-accumulates per byte of weights",
         )
         panel.grid(alpha=0.2)

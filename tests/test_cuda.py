@@ -458,6 +458,45 @@ TOY = ["--device", "cpu", "--layers", "2", "--hidden", "256", "--prompt", "9", "
 TOY += ["--turns", "2", "--group-size", "64", "--modes", "eager", "graph"]
 
 
+def test_the_report_draws_what_a_card_measured(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import card
+    import report
+
+    def row(name: str, weight_bytes: int, m: int, median: float, ratio: float) -> dict:
+        contender = card.Contender(name, weight_bytes, None, None, 8, 0.1)
+        return card.row_of(contender, 64, 32, m, median, ratio)
+
+    rows = [row(card.BASELINE, 4096, 1, 2e-6, 1.0), row("W4A4 g64 p0", 1100, 1, 1e-6, 2.0)]
+    rows += [row(card.BASELINE, 4096, 512, 8e-6, 1.0), row("W4A4 g64 p0", 1100, 512, 5e-6, 1.6)]
+    limits = {"GPU": {"memory": 3.0, "fp16": 200.0, "int8": 400.0}}
+    record = {"chip": "a card", "torch": "2", "date": "today", "limits": limits, "rows": rows}
+    record["baseline"] = card.BASELINE
+    table = report.tables(record)
+    assert "Milliseconds of cuBLAS fp16, then times its speed." in table
+    assert "| 64 x 32 | 1 | 0.0020 ms | 2.00 |" in table
+    assert "| 64 x 32 | 512 | 0.0080 ms | 1.60 |" in table
+    assert rows[1]["gmacs"] == pytest.approx(64 * 32 / 1e-6 / 1e9)
+    report.roofline(record, str(tmp_path / "roofline.png"))
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_weights_as_the_w4a16_peer_packs_them(monkeypatch):
+    """Up to torch's own function, which lays them out for a card."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import card
+
+    packed = {}
+    monkeypatch.setattr(card, "to_int4pack", lambda pairs, tiles: packed.setdefault("w", pairs))
+    w = torch.randn(8, 256)
+    (_, table), _ = card.int4pack(w, torch.randn(2, 256))
+    codes = torch.stack([packed["w"] >> 4, packed["w"] & 15], -1).flatten(1).float()
+    scales, zeros = table.float().permute(2, 1, 0)
+    again = (codes.unflatten(1, (2, 128)) - 8) * scales[..., None] + zeros[..., None]
+    assert table.shape == (2, 8, 2)
+    assert (again.flatten(1) - w).norm() < 0.15 * w.norm()
+
+
 # ---- What only a card has ----
 
 
