@@ -28,18 +28,19 @@ from .files import atomic_folder
 from .linear import QuantizedLinear, is_quantized
 from .manifest import (
     CONFIG,
+    INDEX,
+    TENSORS,
     Header,
     Manifest,
     assign,
+    check_file,
     check_headers,
     check_linear,
     insert_linears,
     read_headers,
+    tensors_file,
     unsaved_buffers,
 )
-
-TENSORS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
 def save_quantized(
@@ -112,7 +113,8 @@ def is_quantized_folder(folder: str | os.PathLike) -> bool:
 def load_quantized(folder: str | os.PathLike) -> nn.Module:
     """Read a folder that `save_quantized` wrote: the same model, in evaluation mode, on the CPU.
 
-    No code from the folder is run. Everything is checked before a kernel sees it. The attention
+    No code from the folder is run. Everything is checked before a kernel sees it, then the model is
+    tried on three tokens. The attention
     implementation is not recorded: it is transformers' default, which
     ``model.set_attn_implementation`` changes; logits are the saved model's, bit for bit, under the
     same one.
@@ -141,7 +143,21 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
         if owner in parameters:  # of the same memory already, but not yet the same object
             assign(model, name, parameters[owner])
     attach(model)
-    return model.eval()
+    _try(model.eval(), Path(folder) / CONFIG)
+    return model
+
+
+@torch.no_grad()
+def _try(model: nn.Module, path: Path) -> None:
+    """Refuse a configuration of which a model can be built, but none that runs."""
+    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
+        return  # it takes more than tokens
+    try:
+        model(torch.zeros(1, 3, dtype=torch.int64))  # 3: wrong sizes of 1 would broadcast
+    except Exception as error:  # whatever a broken configuration makes the model do
+        raise CheckpointError(
+            f"{path}: a {type(model).__name__} of it does not run: {error}"
+        ) from error
 
 
 class Opened(NamedTuple):
@@ -170,11 +186,13 @@ def open_quantized(folder: str | os.PathLike) -> Opened:
     headers = stored_tensors(folder)
     model = float_model(folder, fields.get("architectures"), len(headers))
     insert_linears(model, manifest, path)
-    dtypes = check_headers(model, manifest, headers, folder / TENSORS)
+    paths = {header.path for header in headers.values()} or {folder / TENSORS}
+    dtypes = check_headers(model, manifest, headers, tensors_file(paths))
     return Opened(model, manifest, headers, dtypes)
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    check_file(path)
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -187,7 +205,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def stored_tensors(folder: Path) -> dict[str, Header]:
     """What the folder's one safetensors file holds, or all those that its index names."""
     index = folder / INDEX
-    if not index.exists():
+    if not os.path.lexists(index):
         return read_headers([folder / TENSORS])
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
@@ -240,8 +258,11 @@ def float_model(folder: Path, architectures: Any, num_tensors: int) -> nn.Module
         with _parameters_on_meta():
             model = cls(config)
         path = folder / "generation_config.json"
-        if path.exists():
+        if os.path.lexists(path):
+            check_file(path)
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever a broken configuration makes the model class do
         raise CheckpointError(f"{path}: no {model_class} can be built from it: {error}") from error
     return model
@@ -263,7 +284,9 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def _without_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
     if getattr(_building, "here", False) and parameter.device.type != "meta":
-        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        parameter._is_hf_initialized = True  # transformers spares itself what would take time
+        return parameter
     return None
 
 
