@@ -2,6 +2,7 @@
 
 config.json                   the model's own, by transformers, with `smoothquant.manifest` in it
 generation_config.json        the model's own
+README.md                     what it is and what was measured of it (`smoothquant.model_card`)
 model.safetensors             every distinct parameter and persistent buffer, once; or shards of it
                               and model.safetensors.index.json, which says what is where
 
@@ -27,6 +28,7 @@ from .errors import CheckpointError
 from .files import atomic_folder
 from .linear import QuantizedLinear, is_quantized
 from .manifest import (
+    CARD,
     CONFIG,
     INDEX,
     TENSORS,
@@ -44,9 +46,14 @@ from .manifest import (
 
 
 def save_quantized(
-    model: nn.Module, folder: str | os.PathLike, tokenizer=None, *, overwrite: bool = False
+    model: nn.Module,
+    folder: str | os.PathLike,
+    tokenizer=None,
+    *,
+    overwrite: bool = False,
+    evaluation: Mapping[str, float] | None = None,
 ) -> None:
-    """Write a quantized transformers model to a folder.
+    """Write a quantized transformers model to a folder, with a model card.
 
     The folder is written beside its place under another name, flushed to the disk and renamed, so
     it is whole or not there.
@@ -56,12 +63,14 @@ def save_quantized(
         folder: must not exist, or be empty, or with overwrite hold a quantized model: that is
             replaced as a whole.
         tokenizer: a transformers tokenizer to save with it, or None.
+        evaluation: {what was measured, and on what: number}, for the card.
 
     Raises:
         ValueError: the model is not quantized, is no transformers model, or the folder is taken.
         OSError: the disk's own complaint; nothing is left behind.
     """
     from .hf import attach
+    from .model_card import model_card
 
     of_transformers = hasattr(getattr(model, "config", None), "save_pretrained")
     if not of_transformers or not is_quantized(model):
@@ -69,17 +78,21 @@ def save_quantized(
             f"model must be a quantized transformers model; got {type(model).__name__}"
         )
     attach(model)  # what cannot be saved is refused before anything is written
-    folder = check_target(folder, overwrite=overwrite)
-    write_folder(model, folder, tokenizer, overwrite=overwrite)
+    folder, card = check_target(folder, overwrite=overwrite), model_card(model, evaluation)
+    write_folder(model, folder, tokenizer, card, overwrite=overwrite)
 
 
-def write_folder(model, folder: Path, tokenizer=None, *, overwrite: bool = False) -> None:
-    """`save_pretrained` of a transformers model, and a tokenizer if there is one, whole or not at
-    all; folder: as `check_target` gave it."""
+def write_folder(
+    model, folder: Path, tokenizer=None, card: str = "", *, overwrite: bool = False
+) -> None:
+    """`save_pretrained` of a transformers model, and a tokenizer and a card if there are, whole or
+    not at all; folder: as `check_target` gave it."""
     with atomic_folder(folder, overwrite=overwrite) as partial:
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        if card:
+            (partial / CARD).write_text(card, encoding="utf-8")
 
 
 def check_target(

@@ -8,6 +8,7 @@ transformers are imported by commands, so that --help and completions do not wai
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
@@ -341,6 +342,9 @@ def evaluate(
         str | None,
         typer.Option(metavar="MODEL", help="Also KL divergence and top-1 agreement to this one."),
     ] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Put it into the README.md of the quantized folder.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity on a text.
@@ -348,9 +352,13 @@ def evaluate(
     Rows joined by a blank line, non-overlapping windows, exp(mean token NLL).
     """
     from .bundled import check_model_name, load_model, wikitext
+    from .checkpoint import is_quantized_folder
+    from .model_card import add_evaluation
     from .ppl_eval import Evaluator
     from .texts import read_texts
 
+    if card and not is_quantized_folder(model):
+        raise ValueError(f"--card needs a folder of a quantized model; got {model!r}")
     for name in filter(None, (model, compare)):
         check_model_name(name)
     rows = list(read_texts(text)) if text else wikitext("test")
@@ -364,6 +372,11 @@ def evaluate(
             result = {"perplexity": float(evaluator.evaluate(scored))}
         else:
             result = evaluator.compare(scored, reference)._asdict()
+    if card:
+        source = Path(text).name if text else "WikiText-2 test"
+        windows = f"{evaluator.num_windows} of {evaluator.available_windows}"
+        where = f"{source}, {windows} windows of {seq_len} tokens"
+        add_evaluation(model, {f"{name}, {where}": n for name, n in result.items()})
     if as_json:
         measured = {"windows": evaluator.num_windows, "of_windows": evaluator.available_windows}
         names = {"model": model, "reference": compare, "text": text or "wikitext-2-raw test"}
@@ -478,6 +491,20 @@ ARGUMENTS_PASSED_ON = {
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
 }
+
+
+@command(name="lm-eval", **ARGUMENTS_PASSED_ON)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness, which then reads quantized folders.
+
+    As in: lm-eval run --model hf --model_args pretrained=FOLDER --tasks NAME
+    """
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ImportError as error:
+        raise RuntimeError(f"lm-eval is not installed ({error}): pip install lm-eval") from error
+    sys.argv[1:] = context.args
+    cli_evaluate()
 
 
 @command(**ARGUMENTS_PASSED_ON)

@@ -35,7 +35,8 @@ from .config import MixedQuantConfig
 from .errors import CheckpointError
 from .families import decoder_layers
 from .files import atomic_file, publish_folder
-from .manifest import DTYPES, STORED_DTYPES, Header, Manifest, assign, insert_linears
+from .manifest import CARD, DTYPES, STORED_DTYPES, Header, Manifest, assign, insert_linears
+from .model_card import model_card
 from .model_size import distinct_tensors
 from .pipeline import Group, ready_groups
 from .quantize import (
@@ -296,6 +297,7 @@ class _Conversion:
         self.model.config.save_pretrained(self.folder)
         for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
             shutil.copy(path, self.folder / path.name)
+        (self.folder / CARD).write_text(model_card(self.model), encoding="utf-8")
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path) -> None:

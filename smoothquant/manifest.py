@@ -33,6 +33,7 @@ from .quantize import replace_module
 
 FORMAT_VERSION = 3
 CONFIG = "config.json"
+CARD = "README.md"
 TENSORS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FIELDS = {
