@@ -21,6 +21,7 @@ from .config import RECIPES
 from .console import (
     faults_as_exit_codes,
     print_bytes,
+    print_cost,
     print_json,
     print_table,
     stdout_for_json,
@@ -167,9 +168,14 @@ def quantize(
             help="Hold one decoder layer of the folder SRC in memory; after a stop, go on.",
         ),
     ] = False,
+    spill: Annotated[
+        bool,
+        typer.Option("--spill", help="By layer: let hidden states wait on the disk, too."),
+    ] = False,
     overwrite: Overwrite = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print choices and bytes; write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print choices, bytes, memory and time; write nothing."),
     ] = False,
 ) -> None:
     """Quantize a model and save it. It is held in memory as a whole, but with --by-layer."""
@@ -177,7 +183,8 @@ def quantize(
     from .calibration import calibration_batches, load_stats
     from .checkpoint import check_target, save_quantized
     from .config import MixedQuantConfig, parse_field
-    from .convert import convert
+    from .convert import convert, float_shapes
+    from .cost import planned_cost
     from .folding import fold_permutations
     from .inspection import bytes_by_kind, planned_bytes
     from .quantize import quantize
@@ -200,18 +207,32 @@ def quantize(
         raise ValueError(f"{config.needs_tokens} needs calibration; leave --no-calibration out")
     target = check_target(target, overwrite=overwrite)
     known = load_stats(stats) if stats else None
-    if by_layer:
-        if fold or dry_run:
-            raise typer.BadParameter("--by-layer excludes --fold and --dry-run")
-        convert(source, target, config, known, overwrite=overwrite)
+    if by_layer and fold:
+        raise typer.BadParameter("--by-layer excludes --fold")
+    if spill and not by_layer:
+        raise typer.BadParameter("--spill needs --by-layer")
+    if by_layer and not dry_run:
+        convert(source, target, config, known, spill=spill, overwrite=overwrite)
         typer.echo(f"The quantized model is in {target}")
         return
-    model, tokenizer = load_model(source)
+    model, tokenizer = (float_shapes(source), None) if by_layer else load_model(source)
     before = bytes_by_kind(model)
     if dry_run:
         for name, value in config.to_dict().items():
             typer.echo(f"{name:<20}{value}")
-        print_bytes(before, planned_bytes(model, config, known))
+        after = planned_bytes(model, config, known)
+        print_bytes(before, after)
+        calibrated = config.calibration is not None and (known is None or config.needs_tokens)
+        print_cost(
+            planned_cost(
+                model,
+                config,
+                sum(after.values()),
+                config.calibration_tokens if calibrated else 0,
+                by_layer=by_layer,
+                spill=spill,
+            )
+        )
         return
     batches = None
     if config.calibration is not None and (known is None or config.needs_tokens):

@@ -12,11 +12,13 @@ the same bytes; at the end the result takes the target's place, which is whole o
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import hashlib
 import json
 import logging
+import math
 import mmap
 import os
 import shutil
@@ -141,11 +143,10 @@ def convert(
             `save_quantized`.
         CheckpointError: a file of the source is broken, or a tensor is missing.
     """
-    source, target = Path(source), check_target(target, overwrite=overwrite)
+    target = check_target(target, overwrite=overwrite)
     if not isinstance(config, MixedQuantConfig):
         raise TypeError(f"config must be a MixedQuantConfig; got {type(config).__name__}")
-    if not (source / CONFIG).is_file():
-        raise ValueError(f"source must be a folder with a model and its config.json; got {source}")
+    source = _checked_source(source)
     headers = stored_tensors(source)
     model, layers = float_source(source, headers)
     lacks_tokens = batches is None and (stats is None or config.needs_tokens)
@@ -336,6 +337,23 @@ def float_source(source: Path, headers: Mapping[str, Header]) -> tuple[nn.Module
             "families; load it and call smoothquant.quantize"
         )
     return model.eval(), layers
+
+
+def float_shapes(source: str | os.PathLike) -> nn.Module:
+    """The float model of a folder, its parameters in the files' dtype but without memory; the
+    errors of `convert` for a folder that holds none."""
+    headers = stored_tensors(_checked_source(source))
+    model, _ = float_source(Path(source), headers)
+    sizes = collections.Counter()
+    for header in headers.values():
+        sizes[header.dtype] += math.prod(header.shape)
+    return model.to(DTYPES[sizes.most_common(1)[0][0]])
+
+
+def _checked_source(source: str | os.PathLike) -> Path:
+    if not (Path(source) / CONFIG).is_file():
+        raise ValueError(f"source must be a folder with a model and its config.json; got {source}")
+    return Path(source)
 
 
 def _map_weights(

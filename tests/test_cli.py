@@ -236,8 +236,20 @@ def test_by_layer_gives_the_same_model(calibration, tmp_path):
     for name, tensor in whole.state_dict().items():
         assert torch.equal(layers.state_dict()[name], tensor), name
     assert load_model(tmp_path / "layers")[1]("some words").input_ids
-    for other in ("--fold", "--dry-run"):
-        answer(*words, tmp_path / "q", "--by-layer", other, code=2)
+    answer(*words, tmp_path / "q", "--by-layer", "--fold", code=2)
+    answer(*words, tmp_path / "q", "--spill", code=2)
+
+
+def test_dry_run_by_layer_says_the_same_and_holds_no_weights(tmp_path, monkeypatch):
+    words = ("quantize", DATA / "tiny-opt", tmp_path / "q", "--dry-run", *TOKENS)
+    whole = answer(*words).stdout.partition("peak memory")
+    monkeypatch.setattr(torch, "frombuffer", None)
+    layers = answer(*words, "--by-layer").stdout.partition("peak memory")
+    assert layers[0] == whole[0]
+    assert "float model" in whole[2] and "float model" not in layers[2]
+    assert "hidden states" in layers[2] and "time  about 0:" in layers[2]
+    assert "hidden states" not in answer(*words, "--by-layer", "--spill").stdout
+    assert not any(tmp_path.iterdir())
 
 
 def test_statistics_come_from_a_file(folder, tmp_path):
