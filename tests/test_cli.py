@@ -215,7 +215,8 @@ def test_dry_run_tells_what_quantize_makes(folder, tmp_path):
     dry = answer(*words, "--dry-run")
     assert not any(tmp_path.iterdir())
     assert "group_size          32" in dry.stdout
-    after = dry.stdout.splitlines()[-1].split()[-1].replace(",", "")
+    total = next(line for line in dry.stdout.splitlines() if line.startswith("all "))
+    after = total.split()[-1].replace(",", "")
     assert int(after) * Byte == get_model_size(load_quantized(folder))
 
 

