@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,12 @@ class Block:
                 self._forwards[index * len(self._forwards) // count]()
 
 
-def blocks(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor]) -> Iterator[Block]:
+def blocks(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[Tensor],
+    spill: Path | None = None,
+) -> Iterator[Block]:
     """The decoder layers that hold the modules `names`, in forward order.
 
     What the caller does to a block before it asks for the next one shows in the next one's inputs.
@@ -79,6 +85,7 @@ def blocks(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor]) ->
 
     Args:
         batches: int64 [B, T] tensors of token ids, without padding.
+        spill: a folder whose files hold the hidden states between layers; None: memory does.
     """
     layers = decoder_layers(model)
     inside = all(any(name.startswith(layer + ".") for layer in layers) for name in names)
@@ -97,7 +104,10 @@ def blocks(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor]) ->
             )
         yield Block(model, "", [lambda batch=batch: whole(batch) for batch in batches], batches)
         return
-    hidden = [_first_hidden(model, layers[0], batch, whole) for batch in batches]
+    hidden = [
+        _kept(_first_hidden(model, layers[0], batch, whole), at, spill)
+        for at, batch in enumerate(batches)
+    ]
     shapes = [batch.shape for batch in batches]
     for index, layer in enumerate(layers):
 
@@ -111,7 +121,17 @@ def blocks(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor]) ->
             return
         with torch.no_grad(), evaluating(model):
             for at in range(len(batches)):
-                hidden[at] = forward(at)
+                hidden[at] = _kept(forward(at), at, spill)
+
+
+def _kept(hidden: Tensor, at: int, spill: Path | None) -> Tensor:
+    """The hidden states of a batch where they wait: as they are, or mapped from a file, so that
+    the system may write them out and forget them."""
+    if spill is None:
+        return hidden
+    spill.mkdir(exist_ok=True)
+    file = {"filename": str(spill / f"{at}.bin"), "shared": True, "size": hidden.numel()}
+    return torch.from_file(**file, dtype=hidden.dtype).view(hidden.shape).copy_(hidden)
 
 
 def _only_hidden(output) -> Tensor:

@@ -152,6 +152,7 @@ def collect_stats(
     batches: Iterable[Tensor],
     *,
     by_layer: bool = False,
+    spill: Path | None = None,
     progress: bool = True,
 ) -> dict[str, ChannelStats]:
     """Run `batches` through a float model and collect the statistics of its layer inputs.
@@ -167,6 +168,7 @@ def collect_stats(
         batches: int64 [B, T] tensors of token ids, without padding.
         by_layer: run all batches through one decoder layer after the other, not through the model
             one after the other: for weights that do not stay in memory.
+        spill: by layer only: a folder whose files hold the hidden states between two layers.
         progress: show a progress bar.
 
     Returns:
@@ -209,7 +211,8 @@ def collect_stats(
     if by_layer:
         from .blocks import blocks
 
-        for block in tqdm(blocks(model, list(hooks), list(checked())), unit="layer", **shown):
+        found = blocks(model, list(hooks), list(checked()), spill)
+        for block in tqdm(found, unit="layer", **shown):
             block.run({name: hook for name, hook in hooks.items() if block.holds(name)})
     else:
         with evaluating(model), hooked(model, hooks):

@@ -2,6 +2,7 @@
 
 config.json                   the model's own, by transformers, with `smoothquant.manifest` in it
 generation_config.json        the model's own
+README.md                     what it is and what was measured of it (`smoothquant.model_card`)
 model.safetensors             every distinct parameter and persistent buffer, once; or shards of it
                               and model.safetensors.index.json, which says what is where
 
@@ -27,25 +28,32 @@ from .errors import CheckpointError
 from .files import atomic_folder
 from .linear import QuantizedLinear, is_quantized
 from .manifest import (
+    CARD,
     CONFIG,
+    INDEX,
+    TENSORS,
     Header,
     Manifest,
     assign,
+    check_file,
     check_headers,
     check_linear,
     insert_linears,
     read_headers,
+    tensors_file,
     unsaved_buffers,
 )
 
-TENSORS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
 
 def save_quantized(
-    model: nn.Module, folder: str | os.PathLike, tokenizer=None, *, overwrite: bool = False
+    model: nn.Module,
+    folder: str | os.PathLike,
+    tokenizer=None,
+    *,
+    overwrite: bool = False,
+    evaluation: Mapping[str, float] | None = None,
 ) -> None:
-    """Write a quantized transformers model to a folder.
+    """Write a quantized transformers model to a folder, with a model card.
 
     The folder is written beside its place under another name, flushed to the disk and renamed, so
     it is whole or not there.
@@ -55,12 +63,14 @@ def save_quantized(
         folder: must not exist, or be empty, or with overwrite hold a quantized model: that is
             replaced as a whole.
         tokenizer: a transformers tokenizer to save with it, or None.
+        evaluation: {what was measured, and on what: number}, for the card.
 
     Raises:
         ValueError: the model is not quantized, is no transformers model, or the folder is taken.
         OSError: the disk's own complaint; nothing is left behind.
     """
     from .hf import attach
+    from .model_card import model_card
 
     of_transformers = hasattr(getattr(model, "config", None), "save_pretrained")
     if not of_transformers or not is_quantized(model):
@@ -68,17 +78,21 @@ def save_quantized(
             f"model must be a quantized transformers model; got {type(model).__name__}"
         )
     attach(model)  # what cannot be saved is refused before anything is written
-    folder = check_target(folder, overwrite=overwrite)
-    write_folder(model, folder, tokenizer, overwrite=overwrite)
+    folder, card = check_target(folder, overwrite=overwrite), model_card(model, evaluation)
+    write_folder(model, folder, tokenizer, card, overwrite=overwrite)
 
 
-def write_folder(model, folder: Path, tokenizer=None, *, overwrite: bool = False) -> None:
-    """`save_pretrained` of a transformers model, and a tokenizer if there is one, whole or not at
-    all; folder: as `check_target` gave it."""
+def write_folder(
+    model, folder: Path, tokenizer=None, card: str = "", *, overwrite: bool = False
+) -> None:
+    """`save_pretrained` of a transformers model, and a tokenizer and a card if there are, whole or
+    not at all; folder: as `check_target` gave it."""
     with atomic_folder(folder, overwrite=overwrite) as partial:
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        if card:
+            (partial / CARD).write_text(card, encoding="utf-8")
 
 
 def check_target(
@@ -112,7 +126,8 @@ def is_quantized_folder(folder: str | os.PathLike) -> bool:
 def load_quantized(folder: str | os.PathLike) -> nn.Module:
     """Read a folder that `save_quantized` wrote: the same model, in evaluation mode, on the CPU.
 
-    No code from the folder is run. Everything is checked before a kernel sees it. The attention
+    No code from the folder is run. Everything is checked before a kernel sees it, then the model is
+    tried on three tokens. The attention
     implementation is not recorded: it is transformers' default, which
     ``model.set_attn_implementation`` changes; logits are the saved model's, bit for bit, under the
     same one.
@@ -141,7 +156,21 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
         if owner in parameters:  # of the same memory already, but not yet the same object
             assign(model, name, parameters[owner])
     attach(model)
-    return model.eval()
+    _try(model.eval(), Path(folder) / CONFIG)
+    return model
+
+
+@torch.no_grad()
+def _try(model: nn.Module, path: Path) -> None:
+    """Refuse a configuration of which a model can be built, but none that runs."""
+    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
+        return  # it takes more than tokens
+    try:
+        model(torch.zeros(1, 3, dtype=torch.int64))  # 3: wrong sizes of 1 would broadcast
+    except Exception as error:  # whatever a broken configuration makes the model do
+        raise CheckpointError(
+            f"{path}: a {type(model).__name__} of it does not run: {error}"
+        ) from error
 
 
 class Opened(NamedTuple):
@@ -170,11 +199,13 @@ def open_quantized(folder: str | os.PathLike) -> Opened:
     headers = stored_tensors(folder)
     model = float_model(folder, fields.get("architectures"), len(headers))
     insert_linears(model, manifest, path)
-    dtypes = check_headers(model, manifest, headers, folder / TENSORS)
+    paths = {header.path for header in headers.values()} or {folder / TENSORS}
+    dtypes = check_headers(model, manifest, headers, tensors_file(paths))
     return Opened(model, manifest, headers, dtypes)
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    check_file(path)
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -187,7 +218,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def stored_tensors(folder: Path) -> dict[str, Header]:
     """What the folder's one safetensors file holds, or all those that its index names."""
     index = folder / INDEX
-    if not index.exists():
+    if not os.path.lexists(index):
         return read_headers([folder / TENSORS])
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
@@ -240,8 +271,11 @@ def float_model(folder: Path, architectures: Any, num_tensors: int) -> nn.Module
         with _parameters_on_meta():
             model = cls(config)
         path = folder / "generation_config.json"
-        if path.exists():
+        if os.path.lexists(path):
+            check_file(path)
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever a broken configuration makes the model class do
         raise CheckpointError(f"{path}: no {model_class} can be built from it: {error}") from error
     return model
@@ -263,7 +297,9 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def _without_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
     if getattr(_building, "here", False) and parameter.device.type != "meta":
-        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        parameter._is_hf_initialized = True  # transformers spares itself what would take time
+        return parameter
     return None
 
 

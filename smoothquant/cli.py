@@ -8,6 +8,7 @@ transformers are imported by commands, so that --help and completions do not wai
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
@@ -20,6 +21,7 @@ from .config import RECIPES
 from .console import (
     faults_as_exit_codes,
     print_bytes,
+    print_cost,
     print_json,
     print_table,
     stdout_for_json,
@@ -166,9 +168,14 @@ def quantize(
             help="Hold one decoder layer of the folder SRC in memory; after a stop, go on.",
         ),
     ] = False,
+    spill: Annotated[
+        bool,
+        typer.Option("--spill", help="By layer: let hidden states wait on the disk, too."),
+    ] = False,
     overwrite: Overwrite = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print choices and bytes; write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print choices, bytes, memory and time; write nothing."),
     ] = False,
 ) -> None:
     """Quantize a model and save it. It is held in memory as a whole, but with --by-layer."""
@@ -176,7 +183,8 @@ def quantize(
     from .calibration import calibration_batches, load_stats
     from .checkpoint import check_target, save_quantized
     from .config import MixedQuantConfig, parse_field
-    from .convert import convert
+    from .convert import convert, float_shapes
+    from .cost import planned_cost
     from .folding import fold_permutations
     from .inspection import bytes_by_kind, planned_bytes
     from .quantize import quantize
@@ -199,18 +207,32 @@ def quantize(
         raise ValueError(f"{config.needs_tokens} needs calibration; leave --no-calibration out")
     target = check_target(target, overwrite=overwrite)
     known = load_stats(stats) if stats else None
-    if by_layer:
-        if fold or dry_run:
-            raise typer.BadParameter("--by-layer excludes --fold and --dry-run")
-        convert(source, target, config, known, overwrite=overwrite)
+    if by_layer and fold:
+        raise typer.BadParameter("--by-layer excludes --fold")
+    if spill and not by_layer:
+        raise typer.BadParameter("--spill needs --by-layer")
+    if by_layer and not dry_run:
+        convert(source, target, config, known, spill=spill, overwrite=overwrite)
         typer.echo(f"The quantized model is in {target}")
         return
-    model, tokenizer = load_model(source)
+    model, tokenizer = (float_shapes(source), None) if by_layer else load_model(source)
     before = bytes_by_kind(model)
     if dry_run:
         for name, value in config.to_dict().items():
             typer.echo(f"{name:<20}{value}")
-        print_bytes(before, planned_bytes(model, config, known))
+        after = planned_bytes(model, config, known)
+        print_bytes(before, after)
+        calibrated = config.calibration is not None and (known is None or config.needs_tokens)
+        print_cost(
+            planned_cost(
+                model,
+                config,
+                sum(after.values()),
+                config.calibration_tokens if calibrated else 0,
+                by_layer=by_layer,
+                spill=spill,
+            )
+        )
         return
     batches = None
     if config.calibration is not None and (known is None or config.needs_tokens):
@@ -341,6 +363,9 @@ def evaluate(
         str | None,
         typer.Option(metavar="MODEL", help="Also KL divergence and top-1 agreement to this one."),
     ] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Put it into the README.md of the quantized folder.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity on a text.
@@ -348,9 +373,13 @@ def evaluate(
     Rows joined by a blank line, non-overlapping windows, exp(mean token NLL).
     """
     from .bundled import check_model_name, load_model, wikitext
+    from .checkpoint import is_quantized_folder
+    from .model_card import add_evaluation
     from .ppl_eval import Evaluator
     from .texts import read_texts
 
+    if card and not is_quantized_folder(model):
+        raise ValueError(f"--card needs a folder of a quantized model; got {model!r}")
     for name in filter(None, (model, compare)):
         check_model_name(name)
     rows = list(read_texts(text)) if text else wikitext("test")
@@ -364,6 +393,11 @@ def evaluate(
             result = {"perplexity": float(evaluator.evaluate(scored))}
         else:
             result = evaluator.compare(scored, reference)._asdict()
+    if card:
+        source = Path(text).name if text else "WikiText-2 test"
+        windows = f"{evaluator.num_windows} of {evaluator.available_windows}"
+        where = f"{source}, {windows} windows of {seq_len} tokens"
+        add_evaluation(model, {f"{name}, {where}": n for name, n in result.items()})
     if as_json:
         measured = {"windows": evaluator.num_windows, "of_windows": evaluator.available_windows}
         names = {"model": model, "reference": compare, "text": text or "wikitext-2-raw test"}
@@ -478,6 +512,20 @@ ARGUMENTS_PASSED_ON = {
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
 }
+
+
+@command(name="lm-eval", **ARGUMENTS_PASSED_ON)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness, which then reads quantized folders.
+
+    As in: lm-eval run --model hf --model_args pretrained=FOLDER --tasks NAME
+    """
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ImportError as error:
+        raise RuntimeError(f"lm-eval is not installed ({error}): pip install lm-eval") from error
+    sys.argv[1:] = context.args
+    cli_evaluate()
 
 
 @command(**ARGUMENTS_PASSED_ON)

@@ -8,11 +8,15 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from .cost import Cost
 
 FAULTS = (
     ValueError, TypeError, CheckpointError, RuntimeError, OSError, ImportError, MemoryError,
@@ -76,3 +80,11 @@ def print_bytes(before: Mapping[str, int], after: Mapping[str, int]) -> None:
     totals = (f"{sum(before.values()):,}", f"{sum(after.values()):,}")
     typer.echo()
     print_table(("bytes", "before", "after"), [*rows, ("all", *totals)])
+
+
+def print_cost(cost: Cost) -> None:
+    """A table of memory by what it is for, and a line of time."""
+    rows = [(part, f"{size:,}") for part, size in cost.memory.items()]
+    typer.echo()
+    print_table(("peak memory", "bytes"), [*rows, ("all", f"{sum(cost.memory.values()):,}")])
+    typer.echo(f"\ntime  about {timedelta(seconds=math.ceil(cost.seconds))} on this machine")

@@ -12,10 +12,13 @@ the same bytes; at the end the result takes the target's place, which is whole o
 
 from __future__ import annotations
 
+import collections
+import copy
 import dataclasses
 import hashlib
 import json
 import logging
+import math
 import mmap
 import os
 import shutil
@@ -35,7 +38,17 @@ from .config import MixedQuantConfig
 from .errors import CheckpointError
 from .families import decoder_layers
 from .files import atomic_file, publish_folder
-from .manifest import DTYPES, STORED_DTYPES, Header, Manifest, assign, insert_linears
+from .manifest import (
+    CARD,
+    DTYPES,
+    STORED_DTYPES,
+    Header,
+    Manifest,
+    assign,
+    insert_linears,
+    read_headers,
+)
+from .model_card import model_card
 from .model_size import distinct_tensors
 from .pipeline import Group, ready_groups
 from .quantize import (
@@ -102,6 +115,7 @@ def convert(
     batches: Sequence[Tensor] | None = None,
     *,
     tokenizer=None,
+    spill: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> list[LinearRecord]:
@@ -116,6 +130,8 @@ def convert(
         config, stats, batches: as for `quantize`. Statistics that are not given are collected
             from the batches, one decoder layer at a time.
         tokenizer: the model's, for ``config.calibration``; None: the one in `source`.
+        spill: let the hidden states of the calibration tokens wait in files beside the target, not
+            in memory, between one decoder layer and the next.
         overwrite: replace a folder that holds a quantized model.
         progress: show progress bars.
 
@@ -123,41 +139,34 @@ def convert(
         A record for every parameter, as `quantization_report` has them.
 
     Raises:
-        ValueError: no such folder; a model whose decoder layers are not known, or whose files hold
-            other tensors than the model has (transformers converts those while it loads them); as
-            `quantize` and `save_quantized`.
-        CheckpointError: a file of the source is broken.
+        ValueError: no such folder; a model whose decoder layers are not known; as `quantize` and
+            `save_quantized`.
+        CheckpointError: a file of the source is broken, or a tensor is missing.
     """
-    source, target = Path(source), check_target(target, overwrite=overwrite)
+    target = check_target(target, overwrite=overwrite)
     if not isinstance(config, MixedQuantConfig):
         raise TypeError(f"config must be a MixedQuantConfig; got {type(config).__name__}")
-    if not (source / CONFIG).is_file():
-        raise ValueError(f"source must be a folder with a model and its config.json; got {source}")
+    source = _checked_source(source)
     headers = stored_tensors(source)
-    mapped = Mapped()
-    model = _mapped_model(source, headers, mapped)
-    layers = decoder_layers(model)
-    if not layers:
-        raise ValueError(
-            f"source: the decoder layers of {type(model).__name__} are not in the table of "
-            "families; load it and call smoothquant.quantize"
-        )
+    model, layers = float_source(source, headers)
     lacks_tokens = batches is None and (stats is None or config.needs_tokens)
     if config.calibration is not None and lacks_tokens:
         batches = calibration_batches(model, tokenizer or _tokenizer(source), config)
     check_batches(config, batches)
     work = target.with_name(f".{target.name}.partial")
     _begin(work, _identity(headers, config, stats, batches))
-    folder = work / "folder"
+    folder, mapped = work / "folder", Mapped()
+    spilled = work / "hidden" if spill else None
     if progress:
         print(f"Finished layers are kept in {work} until all are done.", flush=True)
     try:
+        _map_weights(model, source, headers, mapped, work / "fused")
         if stats is None and batches is not None:
-            stats = _statistics(work / "stats.safetensors", model, batches, progress)
+            stats = _statistics(work / "stats.safetensors", model, batches, spilled, progress)
             mapped.release()
         items, groups = checked_groups(model, config, stats)
         warn_of_missing_stats(config, stats, groups)
-        conversion = _Conversion(model, config, layers, folder, mapped)
+        conversion = _Conversion(model, config, layers, folder, mapped, spilled)
         records = conversion.run(groups, batches, progress)
         records = finish(model, config, items, records)
         conversion.write_rest(source)
@@ -180,9 +189,10 @@ class _Conversion:
         layers: list[str],
         folder: Path,
         mapped: Mapped,
+        spill: Path | None,
     ) -> None:
         self.model, self.config, self.layers = model, config, layers
-        self.folder, self.mapped = folder, mapped
+        self.folder, self.mapped, self.spill = folder, mapped, spill
         model.mixedquant_config = config  # what a manifest names the layers' own choices against
 
     def path(self, index: int) -> Path:
@@ -217,7 +227,7 @@ class _Conversion:
             for lot in lots:
                 for group in lot:
                     check_weights(self.model, group)
-                ready = ready_groups(self.model, lot, self.config, batches)
+                ready = ready_groups(self.model, lot, self.config, batches, self.spill)
                 for record in pack(self.model, self.config, ready):
                     index = self._layer_of(record.name)
                     found = records.setdefault(index, [])
@@ -296,6 +306,7 @@ class _Conversion:
         self.model.config.save_pretrained(self.folder)
         for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
             shutil.copy(path, self.folder / path.name)
+        (self.folder / CARD).write_text(model_card(self.model), encoding="utf-8")
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -312,45 +323,106 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     assign(model, name, tensor)
 
 
-def _mapped_model(source: Path, headers: Mapping[str, Header], mapped: Mapped) -> nn.Module:
-    """The float model of a folder, its parameters mapped from the files."""
+def float_source(source: Path, headers: Mapping[str, Header]) -> tuple[nn.Module, list[str]]:
+    """The float model of a folder, its parameters without memory, and its decoder layers."""
     fields = read_json(source / CONFIG)
     if "quantization_config" in fields:
         method = fields["quantization_config"]
         raise ValueError(f"source must hold a float model; {source} is quantized: {method!r:.80}")
     model = float_model(source, fields.get("architectures"), len(headers))
-    expected = model.state_dict(keep_vars=True)
-    prefix = f"{model.base_model_prefix}."
-    named = {name if name in expected else prefix + name: name for name in headers}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    lacking = sorted(set(expected) - set(named) - tied)
-    if lacking:
+    layers = decoder_layers(model)
+    if not layers:
         raise ValueError(
-            f"source: the files of {source} have no tensor {lacking[0]} ({len(lacking)} such): "
-            "where transformers makes them while it loads a model, quantize that model instead"
+            f"source: the decoder layers of {type(model).__name__} are not in the table of "
+            "families; load it and call smoothquant.quantize"
         )
-    by_path: dict[Path, dict[str, str]] = {}
-    for name, stored in named.items():
-        if name in expected:
-            by_path.setdefault(headers[stored].path, {})[stored] = name
-    for path, names in by_path.items():
-        for stored, tensor in mapped.read(path, names).items():
-            name = names[stored]
-            if tensor.shape != expected[name].shape:
-                raise CheckpointError(
-                    f"{path}: tensor {stored} must have shape {tuple(expected[name].shape)}; "
-                    f"got {tuple(tensor.shape)}"
-                )
-            _assign(model, name, tensor)
+    return model.eval(), layers
+
+
+def float_shapes(source: str | os.PathLike) -> nn.Module:
+    """The float model of a folder, its parameters in the files' dtype but without memory; the
+    errors of `convert` for a folder that holds none."""
+    headers = stored_tensors(_checked_source(source))
+    model, _ = float_source(Path(source), headers)
+    sizes = collections.Counter()
+    for header in headers.values():
+        sizes[header.dtype] += math.prod(header.shape)
+    return model.to(DTYPES[sizes.most_common(1)[0][0]])
+
+
+def _checked_source(source: str | os.PathLike) -> Path:
+    if not (Path(source) / CONFIG).is_file():
+        raise ValueError(f"source must be a folder with a model and its config.json; got {source}")
+    return Path(source)
+
+
+def _map_weights(
+    model: nn.Module, source: Path, headers: Mapping[str, Header], mapped: Mapped, fused: Path
+) -> None:
+    """Give a model its parameters, mapped from the files of `source`. What transformers makes of
+    several tensors while it loads them, such as all experts of a layer, is made once, one at a
+    time, into files of the folder `fused`."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    expected = model.state_dict(keep_vars=True)
+    stored: dict[str, Tensor] = {}
+    for path in sorted({header.path for header in headers.values()}):
+        stored |= mapped.read(path, [n for n, header in headers.items() if header.path == path])
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
+    found: dict[str, tuple[Path, Tensor]] = {}
+    parts: dict[str, WeightConverter] = {}
+    for key in sorted(stored, key=dot_natural_key):
+        name, pattern = key, None
+        if key not in expected:
+            prefix = model.base_model_prefix
+            name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
+        if name in expected and pattern is None:
+            found[name] = headers[key].path, stored[key]
+        elif name in expected:
+            part = parts.setdefault(name, copy.deepcopy(by_pattern[pattern]))
+            part.add_tensor(name, key, pattern, stored[key])
+    for number, (name, part) in enumerate(parts.items()):
+        path = fused / f"{number:05}.safetensors"
+        if not path.exists():
+            try:
+                made = part.convert(name, model=model, config=model.config)
+            except Exception as error:  # whatever odd shapes make transformers do
+                raise CheckpointError(f"{source}: {name} cannot be made: {error}") from error
+            made = {key: t[0] if isinstance(t, list) else t for key, t in made.items()}
+            _write(made, path)
+            del made
+            mapped.release()
+        names = read_headers([path])
+        found |= {key: (source, t) for key, t in mapped.read(path, names).items()}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    lacking = sorted(set(expected) - set(found) - tied)
+    if lacking:
+        raise CheckpointError(f"{source}: lacks tensor {lacking[0]} ({len(lacking)} such)")
+    for name, (path, tensor) in found.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{path}: tensor {name} must have shape {tuple(expected[name].shape)}; "
+                f"got {tuple(tensor.shape)}"
+            )
+        _assign(model, name, tensor)
     model.tie_weights()
-    return model.eval()
 
 
 def _statistics(
-    path: Path, model: nn.Module, batches: Sequence[Tensor], progress: bool
+    path: Path, model: nn.Module, batches: Sequence[Tensor], spill: Path | None, progress: bool
 ) -> dict[str, ChannelStats]:
     if not path.exists():
-        save_stats(collect_stats(model, batches, by_layer=True, progress=progress), path)
+        stats = collect_stats(model, batches, by_layer=True, spill=spill, progress=progress)
+        save_stats(stats, path)
     return load_stats(path)
 
 

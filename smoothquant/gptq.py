@@ -32,20 +32,20 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
         hessian: float64 or float32 [K, K], sum of x x^T over the calibration tokens.
         damping: share of the mean diagonal that is added to the diagonal.
     """
-    hessian = hessian.double()
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal().double()
     unused = diagonal <= 0  # a channel that is always 0 says nothing about its weights
     mean = diagonal[~unused].mean() if (~unused).any() else torch.tensor(1.0)
     for step in DAMPING_STEPS:
-        damped = hessian.clone()
-        damped.diagonal()[:] += step * damping * mean
-        damped.diagonal()[unused] = mean
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        # one name for all that it becomes, so that each is freed: K may be large
+        matrix = hessian.to(torch.float64, copy=True)
+        matrix.diagonal()[:] += step * damping * mean
+        matrix.diagonal()[unused] = mean
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
         if failed == 0:
-            inverse = torch.cholesky_inverse(factor)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if failed == 0 and torch.isfinite(upper).all():
-                return upper.float()
+            matrix = torch.cholesky_inverse(matrix)
+            matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
+            if failed == 0 and torch.isfinite(matrix).all():
+                return matrix.float()
     return None
 
 

@@ -38,6 +38,7 @@ from .manifest import (
     check_linear,
     insert_linears,
     read_headers,
+    tensors_file,
     unsaved_buffers,
 )
 from .model_size import distinct_tensors
@@ -228,7 +229,7 @@ class MixedQuantQuantizer(HfQuantizer):
                 raise CheckpointError(f"{max(folders)}: holds tensors of {min(folders)}")
             headers = read_headers(checkpoint_files)
             headers = {rename(name): header for name, header in headers.items()}
-            path = min(folders) or os.curdir
+            path = tensors_file(checkpoint_files)
             dtypes = check_headers(model, manifest, headers, path, only_linears=not whole)
             self.headers, self.dtypes = headers, dtypes
         self.shared = manifest.shared if whole else {}

@@ -33,6 +33,9 @@ from .quantize import replace_module
 
 FORMAT_VERSION = 3
 CONFIG = "config.json"
+CARD = "README.md"
+TENSORS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 FIELDS = {
     "quant_method": str,
     "format_version": int,
@@ -268,6 +271,12 @@ def insert_linears(model: nn.Module, manifest: Manifest, path: Path | str = CONF
             raise CheckpointError(f"{path}: linear {lacking[0]} is missing")
 
 
+def check_file(path: Path) -> None:
+    """Refuse what has no end or never begins to answer: a device, a pipe, a folder."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+
+
 class Header(NamedTuple):
     """Of a tensor in a safetensors file."""
 
@@ -280,6 +289,7 @@ def read_headers(paths: Iterable[str | os.PathLike]) -> dict[str, Header]:
     """The tensors in files, none of them read; CheckpointError for a name in two of them."""
     headers: dict[str, Header] = {}
     for path in map(Path, paths):
+        check_file(path)
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
@@ -293,6 +303,13 @@ def read_headers(paths: Iterable[str | os.PathLike]) -> dict[str, Header]:
     return headers
 
 
+def tensors_file(paths: Iterable[str | os.PathLike]) -> Path:
+    """What to blame for a tensor that none of a folder's files holds: the one file, or the index of
+    several."""
+    first, *more = map(Path, paths)
+    return first.with_name(INDEX) if more else first
+
+
 def check_headers(
     model: nn.Module,
     manifest: Manifest,
@@ -304,7 +321,7 @@ def check_headers(
     """Refuse files that do not hold what a model of `insert_linears` needs.
 
     Args:
-        path: of the folder's tensors, for the message where no one file is to blame.
+        path: `tensors_file`, for the message where no one file is to blame.
         only_linears: leave all but the quantized linears aside.
 
     Returns:
@@ -325,7 +342,8 @@ def check_headers(
         ("should not have", sorted(surplus)),
     ):
         if which:
-            raise CheckpointError(f"{path}: {what} tensor {which[0]} ({len(which)} such)")
+            where = headers[which[0]].path if which[0] in headers else path
+            raise CheckpointError(f"{where}: {what} tensor {which[0]} ({len(which)} such)")
     dtypes = usual_dtypes(model, manifest.dtype) | manifest.dtypes
     odd = set(manifest.dtypes) - names - set(unsaved)
     if odd and not only_linears:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -122,15 +123,22 @@ def _weight_stats(matrices: Iterable[Tensor]) -> ChannelStats:
 
 
 def ready_groups(
-    model: nn.Module, groups: list[Group], config: MixedQuantConfig, batches
+    model: nn.Module,
+    groups: list[Group],
+    config: MixedQuantConfig,
+    batches,
+    spill: Path | None = None,
 ) -> Iterator[Ready]:
-    """Every group in forward order, calibrated on the layers before it as they are by then."""
+    """Every group in forward order, calibrated on the layers before it as they are by then.
+
+    spill: as for `smoothquant.blocks.blocks`.
+    """
     if not config.needs_tokens:
         for group in _smoothed(model, groups, config, {}):
             plan, reason = _plan(group, group.matrices(model), config)
             yield Ready(group, plan, config, reason)
         return
-    for block in blocks(model, [group.item.name for group in groups], batches):
+    for block in blocks(model, [group.item.name for group in groups], batches, spill):
         inside = [group for group in groups if block.holds(group.name)]
         rows = {}
         if config.smooth_alpha == "search":

@@ -129,15 +129,16 @@ def pack(
                 factor=factor,
             )
             del weight, bias
-            if group.expert:
-                experts[group.expert[1:]] = layer
-            else:
+            if not group.expert:
                 replace_module(model, name, layer)
+            else:
+                block, *place = group.expert
+                experts[tuple(place)] = layer
+                if len(experts) == _num_matrices(model, block):
+                    act_fn = model.get_submodule(block).act_fn
+                    replace_module(model, block, W4A4Experts(experts, act_fn))
+                    experts = {}
             yield _quantized_record(name, layer, reason)
-        if group.expert and len(experts) == _num_matrices(model, group.expert[0]):
-            act_fn = model.get_submodule(group.expert[0]).act_fn
-            replace_module(model, group.expert[0], W4A4Experts(experts, act_fn))
-            experts = {}
 
 
 def finish(

@@ -458,6 +458,22 @@ def test_code_in_the_folder_is_never_run(folder):
         load_quantized(folder)
 
 
+@pytest.mark.parametrize("file", [CONFIG, TENSORS, "generation_config.json"])
+def test_files_without_an_end_are_not_read(file, folder):
+    (folder / file).unlink()
+    (folder / file).symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=f"{file}: no such file"):
+        load_quantized(folder)
+
+
+def test_what_does_not_run_is_refused(make_model, tmp_path):
+    model = make_model("mixtral")
+    save_quantized(quantized(model), tmp_path / "m")
+    edit(CONFIG, "num_experts_per_tok", value=5)(tmp_path / "m")
+    with pytest.raises(CheckpointError, match="config.json: a MixtralForCausalLM .* does not run"):
+        load_quantized(tmp_path / "m")
+
+
 @pytest.mark.parametrize("file", [CONFIG, TENSORS])
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
 def test_missing_and_broken_files_are_named(file, content, folder):
@@ -486,87 +502,3 @@ def test_unknown_experts_are_named(index, make_model, tmp_path):
     (tmp_path / "m" / CONFIG).write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="the model has no linear model.layers.0.mlp.experts"):
         load_quantized(tmp_path / "m")
-
-
-HOSTILE = [
-    None, True, 0, -1, 1, 7, 2**31, 2**63, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"),
-    "", "a", "__all__", "../../x", "\u0661", "int4", "float32", [], {}, [[]], ["a"], {"a": {}},
-    "9" * 5000,
-]  # fmt: skip
-
-
-def places(value, path=()):
-    """The path of every value inside a JSON value."""
-    if isinstance(value, (dict, list)):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            yield (*path, key)
-            yield from places(value[key], (*path, key))
-
-
-def mutated(value, rng):
-    """A copy of a JSON value in which one to three places are replaced, dropped or swapped."""
-    value = json.loads(json.dumps(value))
-    for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        inside = list(places(value))
-        if not inside:
-            break
-        *path, key = rng.choice(inside)
-        parent = value
-        for step in path:
-            parent = parent[step]
-        action, other = (
-            rng.randrange(4),
-            rng.choice(list(parent)) if isinstance(parent, dict) else 0,
-        )
-        if action == 0:
-            del parent[key]
-        elif action == 1:
-            parent[key], parent[other] = parent[other], parent[key]
-        elif action == 2 and isinstance(parent, dict):
-            parent[rng.choice(["", "x", "..", f"{key}.{key}", str(key)[:-1]])] = parent[key]
-        else:
-            parent[key] = rng.choice(HOSTILE)
-    return value
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("architecture, salient_format", [("llama", "16bit"), ("mixtral", "int8")])
-@pytest.mark.parametrize("part, times", [("model", 150), ("manifest", 500), (TENSORS, 350)])
-def test_hostile_files_raise_nothing_else(
-    architecture, salient_format, part, times, make_model, token_ids, tmp_path
-):
-    """Either refused, naming the folder, or a model that runs."""
-    folder = tmp_path / "m"
-    save_quantized(quantized(make_model(architecture), "int4", salient_format), folder)
-    file = TENSORS if part == TENSORS else CONFIG
-    rng, whole = random.Random(part), (folder / file).read_bytes()
-    start = 8 + int.from_bytes(whole[:8], "little") if file == TENSORS else 0
-    structure = json.loads(whole[8:start] if start else whole)
-    manifest = structure.pop("quantization_config", None)
-    refused = 0
-    for _ in range(times):
-        if rng.random() < 0.75:  # the structure, else bytes
-            if part == "manifest":
-                changed = structure | {"quantization_config": mutated(manifest, rng)}
-            else:
-                changed = mutated(structure, rng)
-                if part == "model" and isinstance(changed, dict):
-                    changed["quantization_config"] = manifest
-            text = json.dumps(changed).encode()
-            data = bytearray(text if not start else len(text).to_bytes(8, "little") + text)
-            data += whole[start:] if start else b""
-        else:
-            data = bytearray(whole)
-            del data[rng.choice([len(data), rng.randrange(len(data))]) :]
-            for _ in range(rng.choice([1, 3, 30])):
-                data[rng.randrange(len(data)) if data else 0 : 1] = bytes([rng.randrange(256)])
-        (folder / file).write_bytes(data)
-        try:
-            model = load_quantized(folder)
-        except CheckpointError as error:
-            refused += 1
-            assert str(folder) in str(error)
-        else:
-            if part != "model":  # which may well ask for another activation
-                assert logits(model, token_ids).shape[:2] == token_ids.shape
-    assert refused > times // 2

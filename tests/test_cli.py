@@ -74,7 +74,8 @@ def test_help_and_version_do_not_wait_for_torch(run_python):
         "from smoothquant.cli import app\n"
         "from typer.testing import CliRunner\n"
         "names = [c.name or c.callback.__name__ for c in app.registered_commands]\n"
-        "for words in [[], ['--version']] + [[n] for n in names if n not in ('sweep', 'plot')]:\n"
+        "own = [n for n in names if n not in ('sweep', 'plot', 'lm-eval')]\n"
+        "for words in [[], ['--version']] + [[n] for n in own]:\n"
         "    words = words if words == ['--version'] else [*words, '--help']\n"
         "    result = CliRunner().invoke(app, words)\n"
         "    assert result.exit_code == 0 and result.stdout, words\n"
@@ -87,7 +88,7 @@ def test_help_and_version_do_not_wait_for_torch(run_python):
     )
     assert set(found.stdout.split()) == {
         "bench", "calibrate", "dequantize", "doctor", "eval", "export", "generate", "inspect",
-        "plot", "quantize", "sweep", "verify",
+        "lm-eval", "plot", "quantize", "sweep", "verify",
     }  # fmt: skip
 
 
@@ -214,7 +215,8 @@ def test_dry_run_tells_what_quantize_makes(folder, tmp_path):
     dry = answer(*words, "--dry-run")
     assert not any(tmp_path.iterdir())
     assert "group_size          32" in dry.stdout
-    after = dry.stdout.splitlines()[-1].split()[-1].replace(",", "")
+    total = next(line for line in dry.stdout.splitlines() if line.startswith("all "))
+    after = total.split()[-1].replace(",", "")
     assert int(after) * Byte == get_model_size(load_quantized(folder))
 
 
@@ -235,8 +237,20 @@ def test_by_layer_gives_the_same_model(calibration, tmp_path):
     for name, tensor in whole.state_dict().items():
         assert torch.equal(layers.state_dict()[name], tensor), name
     assert load_model(tmp_path / "layers")[1]("some words").input_ids
-    for other in ("--fold", "--dry-run"):
-        answer(*words, tmp_path / "q", "--by-layer", other, code=2)
+    answer(*words, tmp_path / "q", "--by-layer", "--fold", code=2)
+    answer(*words, tmp_path / "q", "--spill", code=2)
+
+
+def test_dry_run_by_layer_says_the_same_and_holds_no_weights(tmp_path, monkeypatch):
+    words = ("quantize", DATA / "tiny-opt", tmp_path / "q", "--dry-run", *TOKENS)
+    whole = answer(*words).stdout.partition("peak memory")
+    monkeypatch.setattr(torch, "frombuffer", None)
+    layers = answer(*words, "--by-layer").stdout.partition("peak memory")
+    assert layers[0] == whole[0]
+    assert "float model" in whole[2] and "float model" not in layers[2]
+    assert "hidden states" in layers[2] and "time  about 0:" in layers[2]
+    assert "hidden states" not in answer(*words, "--by-layer", "--spill").stdout
+    assert not any(tmp_path.iterdir())
 
 
 def test_statistics_come_from_a_file(folder, tmp_path):
@@ -332,6 +346,26 @@ def test_eval(folder):
     assert "perplexity " in answer("eval", folder, *words).stdout
     assert "source must end in" in answer("eval", folder, "--text", text, code=1).stderr
     assert "name_or_folder must be" in answer("eval", "no/such/model", code=1).stderr
+
+
+def test_eval_writes_the_card(folder, tmp_path):
+    own = shutil.copytree(folder, tmp_path / "q")
+    before = (own / "README.md").read_text()
+    assert "## Evaluation" not in before
+    words = ("eval", own, "--windows", 2, "--seq-len", 32, "--card", "--json")
+    found = json.loads(answer(*words).stdout)
+    row = f"| perplexity, WikiText-2 test, 2 of {found['of_windows']} windows of 32 tokens | "
+    for _ in range(2):
+        after = (own / "README.md").read_text()
+        assert after.startswith(before) and after.count(row) == 1
+        assert after.endswith(f"{row}{found['perplexity']:.5g} |\n")
+        answer(*words)
+    assert "--card needs a folder" in answer("eval", "tiny-opt", "--card", code=1).stderr
+
+
+def test_lm_eval_says_what_it_lacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    assert "pip install lm-eval" in answer("lm-eval", "--help", code=1).stderr
 
 
 def test_eval_scores_a_text_of_ones_own(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from spoil import set_tensor
 
 from smoothquant import CheckpointError, MixedQuantConfig, collect_stats, convert, load_quantized
 from smoothquant.checkpoint import INDEX, TENSORS
@@ -49,7 +50,8 @@ def contents(folder):
 
 @pytest.mark.parametrize(
     "architecture, name",
-    [("llama-bias", name) for name in CONFIGS] + [("opt", "gptq"), ("llama", "gptq")],
+    [("llama-bias", name) for name in CONFIGS]
+    + [(of, "gptq") for of in ("opt", "llama", "mixtral", "qwen2_moe", "qwen3_moe")],
 )
 def test_converted_is_quantized(architecture, name, source, make_model, token_ids, tmp_path):
     config = MixedQuantConfig(**CONFIGS[name])
@@ -85,6 +87,20 @@ def test_shards_and_dtypes_are_kept(source, make_model, tmp_path):
     places = json.loads((tmp_path / "target" / INDEX).read_text())["weight_map"]
     # a file for each layer, one for the rest
     assert len(set(places.values())) == model.config.num_hidden_layers + 1
+
+
+def test_spilled_hidden_states_are_those_in_memory(source, tmp_path, monkeypatch):
+    config, folder = MixedQuantConfig(**CONFIGS["best"]), source()
+    convert(folder, tmp_path / "in memory", config, batches=batches_of(), progress=False)
+    files, original = [], torch.from_file
+    monkeypatch.setattr(
+        torch, "from_file", lambda **file: files.append(file["filename"]) or original(**file)
+    )
+    convert(folder, tmp_path / "q", config, batches=batches_of(), spill=True, progress=False)
+    # for the statistics and for the packing: six batches in front of each of two layers
+    assert len(files) == 2 * 2 * 6 and len(set(files)) == 6
+    assert contents(tmp_path / "q") == contents(tmp_path / "in memory")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in memory", "q", folder.name]
 
 
 @pytest.mark.parametrize("name", ["smoothed", "gptq"])
@@ -196,9 +212,15 @@ def test_bad_sources_are_named(source, tmp_path):
         convert(source(), target, 4)
     with pytest.raises(ValueError, match="needs batches"):
         convert(source(), target, MixedQuantConfig(weight_rounding="gptq"))
-    # transformers fuses the experts of this one while it loads it
-    with pytest.raises(ValueError, match="source: the files of .* have no tensor .*experts"):
-        convert(source("mixtral"), target, config)
+    folder = source("mixtral")
+    for change, message in (
+        (lambda t: None, r"experts.down_proj must have shape \(4, 48, 88\); got \(3, 48, 88\)"),
+        (lambda t: t[1:].contiguous(), "experts.down_proj cannot be made"),
+    ):
+        set_tensor("model.layers.1.block_sparse_moe.experts.2.w2.weight", change)(folder)
+        with pytest.raises(CheckpointError, match=message):
+            convert(folder, target, config, progress=False)
+        folder = source("mixtral")
     folder = source("opt")
     convert(folder, tmp_path / "quantized", config, progress=False)
     with pytest.raises(ValueError, match="must hold a float model"):

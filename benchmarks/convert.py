@@ -1,0 +1,166 @@
+"""A checkpoint far bigger than its share of memory, converted under a hard limit of memory.
+
+    python benchmarks/convert.py                        # 6.6 GB, about as much again while it runs
+    python benchmarks/convert.py --recipe best --layers 2
+
+Makes a LLaMA of random weights in bfloat16, a file for each decoder layer, and converts it in a
+process that may hold, beyond what its imports do,
+
+    2 x the largest decoder layer in float32 + the hidden states that wait in memory + 500 MB
+
+of memory of its own (RLIMIT_DATA: pages mapped from files do not count, all else does). Prints what
+it took, and what `quantize --dry-run` would have said, as JSON; a conversion that needs more fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from smoothquant import MixedQuantConfig, convert
+from smoothquant.checkpoint import INDEX
+from smoothquant.convert import float_shapes
+from smoothquant.cost import planned_cost
+from smoothquant.doctor import chip_name
+from smoothquant.inspection import planned_bytes
+
+MB = 10**6
+SEQ_LEN = 1024
+
+
+def make_checkpoint(folder: Path, layers: int, hidden: int, intermediate: int, vocab: int) -> int:
+    """Bytes of the largest decoder layer in float32."""
+    config = AutoConfig.for_model(
+        "llama", hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=hidden // 128, num_key_value_heads=hidden // 512, vocab_size=vocab,
+        dtype="bfloat16",
+    )  # fmt: skip
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(config).state_dict()
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    files: dict[str, dict[str, torch.Size]] = {}
+    for name, tensor in shapes.items():
+        place = name.split(".")[2] if ".layers." in name else "rest"
+        files.setdefault(f"model-{place}.safetensors", {})[name] = tensor.shape
+    places, size, largest = {}, 0, 0
+    for file, own in files.items():
+        tensors = {
+            name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02)
+            if len(shape) > 1
+            else torch.ones(shape, dtype=torch.bfloat16)
+            for name, shape in own.items()
+        }
+        save_file(tensors, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+        size += sum(t.nbytes for t in tensors.values())
+        if "rest" not in file:
+            largest = max(largest, sum(4 * t.numel() for t in tensors.values()))
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index))
+    return largest
+
+
+def held(field: str) -> int:
+    """Bytes, from the system's account of this process."""
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith(field + ":"))
+
+
+def convert_limited(
+    source: Path, target: Path, recipe: str, tokens: int, spill: bool, allowed: int
+):
+    """In this process, for good: limit its memory and convert; prints JSON."""
+    torch.manual_seed(0)
+    batches = [torch.randint(0, 1000, (1, SEQ_LEN)) for _ in range(-(-tokens // SEQ_LEN))]
+    torch.ones(512, 512) @ torch.ones(512, 512)  # threads
+    before, resident = held("VmData"), held("RssAnon")
+    resource.setrlimit(resource.RLIMIT_DATA, (before + allowed, before + allowed))
+    peak, done = {"VmData": 0, "RssAnon": 0}, threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            for field in peak:
+                peak[field] = max(peak[field], held(field))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.perf_counter()
+    try:
+        config = MixedQuantConfig(recipe=recipe)
+        convert(source, target, config, batches=batches, spill=spill, progress=False)
+    finally:
+        done.set()
+        watcher.join()
+    seconds = time.perf_counter() - started
+    print(json.dumps({"seconds": seconds, "before": before, "resident": resident, **peak}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--layers", type=int, default=14)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--intermediate", type=int, default=14336)
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--recipe", default="fast")
+    parser.add_argument("--in-memory", action="store_true", help="Do not spill hidden states.")
+    parser.add_argument("--allowance", type=int, default=500, metavar="MB")
+    parser.add_argument("--folder", type=Path, help="Where there is room on the disk.")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        source, target = Path(folder, "float"), Path(folder, "quantized")
+        source.mkdir()
+        shape = args.layers, args.hidden, args.intermediate, args.vocab
+        layer = make_checkpoint(source, *shape)
+        activations = 0 if not args.in_memory else 2 * args.tokens * args.hidden
+        allowed = 2 * layer + activations + args.allowance * MB
+        model, config = float_shapes(source), MixedQuantConfig(recipe=args.recipe)
+        size = sum(planned_bytes(model, config).values())
+        how = {"by_layer": True, "spill": not args.in_memory}
+        planned = planned_cost(model, config, size, args.tokens, **how)
+        words = [source, target, args.recipe, args.tokens, int(not args.in_memory), allowed]
+        command = [sys.executable, __file__, "child", *map(str, words)]
+        run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if run.returncode:
+            sys.exit(f"the conversion failed within {allowed / MB:,.0f} MB of its own")
+        found = json.loads(run.stdout.splitlines()[-1])
+        written = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+        checkpoint = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    result = {
+        "processor": chip_name(),
+        "threads": torch.get_num_threads(),
+        "recipe": args.recipe,
+        "tokens": args.tokens,
+        "checkpoint_mb": checkpoint / MB,
+        "written_mb": written / MB,
+        "largest_layer_fp32_mb": layer / MB,
+        "allowed_mb": allowed / MB,
+        "peak_mb": (found["VmData"] - found["before"]) / MB,
+        "peak_resident_mb": (found["RssAnon"] - found["resident"]) / MB,
+        "imports_mb": found["before"] / MB,
+        "planned_peak_mb": sum(planned.memory.values()) / MB,
+        "seconds": found["seconds"],
+        "planned_seconds": planned.seconds,
+    }
+    print(json.dumps({k: round(v) if isinstance(v, float) else v for k, v in result.items()}))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["child"]:
+        source, target, recipe, *numbers = sys.argv[2:]
+        tokens, spill, allowed = map(int, numbers)
+        convert_limited(Path(source), Path(target), recipe, tokens, bool(spill), allowed)
+    else:
+        main()
