@@ -1,14 +1,7 @@
 """Sweeps over quantization settings: `python -m run_experiments --help`."""
 
 from .report import plot_results
-from .run_experiments import (
-    Evaluator,
-    get_calib_dataset,
-    get_calib_feat,
-    main,
-    run_experiments,
-    sweep,
-)
+from .run_experiments import main, run_experiments, sweep
 
 __all__ = [
     "Evaluator",
@@ -19,3 +12,11 @@ __all__ = [
     "run_experiments",
     "sweep",
 ]
+
+
+def __getattr__(name: str):
+    if name in __all__:  # those that need torch
+        from . import published
+
+        return getattr(published, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

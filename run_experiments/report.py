@@ -136,7 +136,7 @@ def _numbers(row: Row, reference: float | None) -> list[str]:
         delta,
         "-" if kl is None else f"{kl:.4f}",
         "-" if top1 is None else f"{100 * top1:.1f} %",
-        f"{result['run']['tokens_per_s']:,.0f}",
+        f"{speed:,.0f}" if (speed := result["run"].get("tokens_per_s")) else "-",
     ]
 
 
@@ -169,8 +169,9 @@ def _markdown(head: list[str], body: list[list[str]]) -> str:
 def write(
     store: Store, cells: Sequence[Cell], model_name: str, folder: str | Path, command: str
 ) -> tuple[str, list[Path]]:
-    """Write the figures, their data, `<model>_results.md` and `<model>_cells.jsonl`, which holds
-    each result with its specification for `Store.adopt`, from the store.
+    """Write the figures, their data, `<model>_results.md`, `<model>_cells.jsonl`, which holds each
+    result with its specification for `Store.adopt`, and the same in one table as
+    `<model>_cells.csv` and `<model>_cells.parquet`, from the store.
 
     Args:
         store, cells: where the results lie and which ones belong to this sweep.
@@ -202,7 +203,29 @@ def write(
     write_atomically(results, page)
     published = folder / f"{stem}_cells.jsonl"
     store.publish(cells, published)
-    return text, [*paths, results, published]
+    tables = [folder / f"{stem}_cells.{kind}" for kind in ("csv", "parquet")]
+    _write_cells(store.rows(cells), *tables)
+    return text, [*paths, results, published, *tables]
+
+
+def _write_cells(rows: Sequence[dict[str, Any]], csv_path: Path, parquet_path: Path) -> None:
+    """The store in one table, for other programs."""
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    _write_csv(csv_path, columns, ([row.get(name) for name in columns] for row in rows))
+    table = pyarrow.table({name: _one_type([r.get(name) for r in rows]) for name in columns})
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(table, sink)
+    write_atomically(parquet_path, sink.getvalue().to_pybytes())
+
+
+def _one_type(values: list) -> list:
+    """The values, as text where some of them are: a clip may be 0.9 or "search"."""
+    if any(isinstance(value, str) for value in values):
+        return [None if value is None else str(value) for value in values]
+    return values
 
 
 def plot_results(
@@ -713,7 +736,7 @@ def _colour_range(values: Sequence[Sequence[float | None]]) -> tuple[float, floa
 
 def _results_page(rows, cells, model_name: str, command: str, text: str) -> str:
     first = cells[0]
-    runs = [row.result["run"] for row in rows]
+    runs = [row.result["run"] for row in rows if row.result["run"]]
     evaluation = next((cell.evaluation for cell in cells if cell.evaluation), {})
     windows = rows[0].result["windows"] if rows else evaluation.get("windows")
     calibrations = [cell.calibration for cell in cells if cell.task == "calibration"]

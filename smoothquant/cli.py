@@ -475,6 +475,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 ARGUMENTS_PASSED_ON = {
+    "load": False,
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
 }

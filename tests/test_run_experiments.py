@@ -6,12 +6,14 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -43,14 +45,10 @@ def some_cells(preset=TINY):
     )
 
 
-def without_run(path):
-    """Contents of each cell's file but for time, speed and machine."""
-    contents = {}
-    for file in Path(path).glob("*.json"):
-        record = json.loads(file.read_text())
-        del record["result"]["run"], record["checksum"]
-        contents[file.name] = record
-    return contents
+def results_in(folder):
+    """The bytes of every finished cell's files."""
+    files = [*Path(folder).glob("*.json"), *Path(folder).glob("*.safetensors")]
+    return {file.name: file.read_bytes() for file in files}
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +182,7 @@ def test_store_gives_back_what_was_put(tmp_path):
     store.put(cell, {"perplexity": 1.0000000000000002, "run": {}})
     assert store.get(cell) == {"perplexity": 1.0000000000000002, "run": {}}
     assert store.get(other) is None
-    assert [path.name for path in store.folder.iterdir()] == [f"{cell.key}.json"]
+    assert sorted(path.name for path in store.folder.iterdir()) == [f"{cell.key}.json", "runs"]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +192,7 @@ def test_store_gives_back_what_was_put(tmp_path):
         lambda text: text[: len(text) // 2],
         lambda text: text.replace("1.5", "2.5"),
         lambda text: text.replace('"checksum"', '"check"'),
-        lambda text: text.replace('"format_version": 1', '"format_version": 9'),
+        lambda text: text.replace('"format_version": 2', '"format_version": 9'),
         lambda text: text.replace("tiny", "huge"),
         lambda text: "[]",
         lambda text: "\0" * 100,
@@ -225,7 +223,7 @@ def test_failing_write_leaves_the_old_cell(tmp_path, monkeypatch):
             with pytest.raises(OSError, match="No space left"):
                 store.put(cell, {"perplexity": 2.5, "run": {}})
         assert store.get(cell)["perplexity"] == 1.5
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
 
 
 def test_store_refuses_a_file_as_folder(tmp_path):
@@ -307,9 +305,7 @@ def test_a_baseline_that_left_nothing_is_run_again(compared, tmp_path, monkeypat
 
 def test_a_damaged_reference_is_recorded_again(finished, tmp_path, capsys):
     output, _ = finished
-    store = Store(tmp_path / "results")
-    for path in output.iterdir():
-        (store.folder / path.name).write_bytes(path.read_bytes())
+    store = Store(shutil.copytree(output, tmp_path / "results"))
     baseline = run_experiments.sweep(TINY, store, progress=False)[1]
     before = store.artifact(baseline).read_bytes()
     store.artifact(baseline).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
@@ -366,7 +362,8 @@ def test_results_are_whole(finished):
     assert len(records) == 8
     for record in records:
         result = record["result"]
-        assert result["run"]["chip"] and result["run"]["isa"] and result["run"]["threads"] >= 1
+        run = json.loads((output / "runs" / f"{record['key']}.json").read_text())
+        assert run["chip"] and run["isa"] and run["threads"] >= 1
         if record["spec"]["task"] == "calibration":
             continue
         assert result["tokens"] == TINY.windows * (TINY.seqlen - 1)
@@ -412,10 +409,7 @@ def test_second_run_executes_nothing(finished, tmp_path, capsys, monkeypatch):
 
 def test_more_cells_reuse_calibration_and_baseline(finished, tmp_path, capsys):
     output, _ = finished
-    store = tmp_path / "results"
-    store.mkdir()
-    for path in output.iterdir():
-        (store / path.name).write_bytes(path.read_bytes())
+    store = shutil.copytree(output, tmp_path / "results")
     preset = grid.override(TINY, {"group_sizes": (32,), "salient_props": (0.1,)})
     run_experiments.sweep(preset, Store(store), progress=False)
     assert "5 cells, 2 of them in" in capsys.readouterr().out
@@ -430,7 +424,7 @@ def test_published_cells_are_taken_over(finished, tmp_path, capsys):
     printed = capsys.readouterr().out
     # only what leaves tensors is computed again
     assert "6 cells taken from" in printed and "8 cells, 6 of them in" in printed
-    assert without_run(tmp_path / "results") == without_run(output)
+    assert results_in(tmp_path / "results") == results_in(output)
     assert (tmp_path / "figures" / published.name).read_bytes() == published.read_bytes()
     assert Store(tmp_path / "results").adopt(published) == 0
 
@@ -459,9 +453,7 @@ def test_unsound_published_cells_are_refused(finished, tmp_path, change, message
 
 def test_damaged_statistics_are_collected_again(finished, tmp_path, capsys):
     output, _ = finished
-    store = Store(tmp_path / "results")
-    for path in output.iterdir():
-        (store.folder / path.name).write_bytes(path.read_bytes())
+    store = Store(shutil.copytree(output, tmp_path / "results"))
     (calibration,) = (c for c in run_experiments.sweep(TINY, store) if c.task == "calibration")
     statistics = store.artifact(calibration)
     before = load_stats(statistics)
@@ -522,7 +514,7 @@ def test_killed_sweeps_resume_to_the_same_results(finished, tmp_path):
     assert kills >= 2, cells_at_kill
     last = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert last.returncode == 0, last.stderr
-    assert without_run(store) == without_run(output)
+    assert results_in(store) == results_in(output)
     assert not list(store.glob("*.damaged"))
 
 
@@ -606,7 +598,8 @@ def test_figures_and_their_data(finished):
     plots = ("kl_vs_bits", "ppl_vs_bits", "ppl_vs_group_size", "size_vs_group_size")
     assert names == sorted(
         [f"tiny-opt_{plot}.{kind}" for plot in plots for kind in ("png", "csv")]
-        + ["tiny-opt_results.md", "tiny-opt_cells.jsonl"]
+        + ["tiny-opt_results.md"]
+        + [f"tiny-opt_cells.{kind}" for kind in ("csv", "jsonl", "parquet")]
     )
     for path in figures.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
@@ -619,6 +612,20 @@ def test_figures_and_their_data(finished):
     page = (figures / "tiny-opt_results.md").read_text()
     for part in ("python -m run_experiments --preset tiny", "Chip:", "Threads:", "Date:", "int4"):
         assert part in page
+
+
+def test_the_store_is_one_table(finished):
+    output, figures = finished
+    table = pyarrow.parquet.read_table(figures / "tiny-opt_cells.parquet").to_pylist()
+    with open(figures / "tiny-opt_cells.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert len(table) == len(lines) == 8
+    for row, line in zip(table, lines, strict=True):
+        record = json.loads((output / f"{row['key']}.json").read_text())
+        assert row["result.perplexity"] == record["result"].get("perplexity")
+        assert row["config.group_size"] == (record["spec"]["config"] or {}).get("group_size")
+        assert row["run.threads"] >= 1 and row["versions.torch"] == torch.__version__
+        assert {k: str("" if v is None else v) for k, v in row.items()} == line
 
 
 def test_figures_are_drawn_from_the_store_alone(finished, tmp_path):
