@@ -524,3 +524,70 @@ def test_a_model_that_changed_is_refused_or_another_model(tmp_path, monkeypatch)
     assert len(sweep(second, store, progress=False)) == len(disturbed)  # of the model as it is now
     keys = {cell.key for cell in disturbed}
     assert not keys & {path.stem for path in store.folder.glob("*.damaged")}
+
+
+# ---- speed
+
+
+def test_a_thousand_finished_cells_are_found_finished_within_two_seconds(tmp_path, monkeypatch):
+    """From the start of Python on, in processor time, which other processes do not lengthen."""
+    fields = {"group_sizes": tuple(range(8, 258)), "salient_props": (0.0, 0.05, 0.1, 0.2)}
+    preset = grid.override(PRESETS["tiny"], fields | {"sorts": ("rms",), "backends": ("int4",)})
+    store = Store(tmp_path / "results")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)  # not what is measured
+        for cell in planned(preset):
+            store.put(cell, {"perplexity": 1.5, "kl": 0.1, "tokens": 254, "run": {"threads": 1}})
+    code = f"""
+import sys, time
+sys.argv[0] = {str(ROOT / "run_experiments" / "__main__.py")!r}  # as python -m run_experiments
+from run_experiments import grid, store, sweep
+preset = grid.override(grid.PRESETS["tiny"], {preset_fields(preset)!r})
+sweep(preset, store.Store({str(store.folder)!r}), progress=False)
+print(time.process_time(), {{"torch", "transformers"}} & set(sys.modules))
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert "All 1002 cells are in" in found
+    seconds, modules = found.splitlines()[-1].split(maxsplit=1)
+    assert float(seconds) <= 2 and modules == "set()"
+
+
+def planned(preset):
+    from run_experiments.run_experiments import _planned
+
+    return _planned(preset)
+
+
+def preset_fields(preset):
+    names = ("group_sizes", "salient_props", "sorts", "backends")
+    return {name: getattr(preset.products[0], name) for name in names}
+
+
+def test_what_is_around_a_cell_takes_less_than_half_a_second(stub_cells, tmp_path):
+    job = stub_job(tmp_path, 60)
+    started = time.process_time()
+    work(job)
+    assert len(results_in(tmp_path)) == 122
+    assert (time.process_time() - started) / 122 < 0.5 / 10
+
+
+def test_a_worker_loads_the_model_once(tmp_path, monkeypatch):
+    loads, load = [], runner.load_model
+    monkeypatch.setattr(runner, "load_model", lambda *a, **k: loads.append(a) or load(*a, **k))
+    preset = dataclasses.replace(grid.override(SMALL, {"methods": ("mixedquant", "atom-style")}))
+    sweep(preset, Store(tmp_path), progress=False)
+    assert len(loads) == 1
+
+
+def test_the_published_formula_of_the_benchmark():
+    """What the simulation's speed is compared with computes the published values."""
+    import torch
+
+    from benchmarks.fake import published_group_absmax_sort
+    from smoothquant.fake_quant import quantize_activation_per_group_absmax_sort
+
+    x = torch.randn(3, 5, 130, generator=torch.Generator().manual_seed(0))
+    wanted = quantize_activation_per_group_absmax_sort(x, 4, 16)
+    assert torch.equal(published_group_absmax_sort(x, 4, 16), wanted)
