@@ -38,6 +38,9 @@ Options of a sweep:
   --figures FOLDER          where figures and tables go (default: figures)
   --executor E              where workers run: local (default), dask://HOST:PORT, slurm
   --jobs N                  workers (default: 1; of Dask, all that it has)
+  --search                  try only some of all combinations of the preset's choices: those that may
+                            give the least perplexity at their size
+  --budget N|Nm             of a search, in cells or minutes (default: 24)
   --slurm NAME=VALUE ...    parameters of submitit for Slurm, e.g. timeout_min=60
   --threads N               processor threads of a worker (default: all cores, shared out)
 

@@ -1,10 +1,11 @@
 """Sweeps over quantization settings: `python -m run_experiments --help`."""
 
 from .report import plot_results
-from .run_experiments import main, run_experiments, sweep
+from .run_experiments import find_front, main, run_experiments, sweep
 
 __all__ = [
     "Evaluator",
+    "find_front",
     "get_calib_dataset",
     "get_calib_feat",
     "main",

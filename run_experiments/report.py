@@ -64,12 +64,14 @@ class Series:
     """A named line of a figure: (x, y) points in ascending x, with an optional text at each.
 
     style: numbers of its colour and marker and of its dashes; None for the line's own number.
+    joined: whether there is a line, or points alone.
     """
 
     label: str
     points: tuple[tuple[float, float], ...]
     texts: tuple[str, ...] = ()
     style: tuple[int, int] | None = None
+    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,27 @@ def stored_rows(store: Store, cells: Iterable[Cell]) -> list[Row]:
         if result is not None:
             rows.append(Row(None if cell.config is None else dict(cell.config), result))
     return rows
+
+
+def front(rows: Iterable[Row]) -> list[Row]:
+    """The Pareto front of perplexity against real bytes, by size: the packed models that no other
+    one beats in both."""
+    best: list[Row] = []
+    for row in sorted(filter(_is_packed, rows), key=lambda r: (r.size_mib, r.result["perplexity"])):
+        if not best or row.result["perplexity"] < best[-1].result["perplexity"]:
+            best.append(row)
+    return best
+
+
+def _is_packed(row: Row) -> bool:
+    """Whether a row's bytes are real, and its perplexity a number."""
+    return (row.config or {}).get("backend") == "int4" and row.result["perplexity"] is not None
+
+
+def front_table(store: Store, cells: Iterable[Cell]) -> str:
+    """`table` of the front alone, and of the unquantized model."""
+    rows = stored_rows(store, cells)
+    return table([*(row for row in rows if row.config is None), *front(rows)])
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -366,8 +389,28 @@ def _plots(every: Sequence[Row], name: str, dtype: str) -> dict[str, Plot]:
             *by_group, of_sorts, ppl_level,
         ),
     }  # fmt: skip
+    best = front(every)
+    if len(best) > 2:
+        rest = [row for row in every if _is_packed(row) and row not in best]
+        plots["pareto"] = Plot(
+            f"{name}: perplexity by real bytes", f"Each point a packed model. {windows}.",
+            "Model size (MiB)", "Perplexity", "linear", "log",
+            (
+                Series("Pareto front", _sizes(best), tuple(map(_front_label, best)), (1, 0)),
+                Series("other models", _sizes(rest), (), (5, 0), joined=False),
+            )[: 2 if rest else 1],
+            ppl_level,
+        )  # fmt: skip
     drawn = {"kl_vs_bits": with_kl, "ppl_by_sort": of_sorts}
     return {name: plot for name, plot in plots.items() if drawn.get(name, True)}
+
+
+def _sizes(rows: Iterable[Row]) -> tuple[tuple[float, float], ...]:
+    return tuple(sorted((row.size_mib, row.result["perplexity"]) for row in rows))
+
+
+def _front_label(row: Row) -> str:
+    return f"g {row.config['group_size']}, {_percent(row.config['salient_prop'])}"
 
 
 def _sort_rows(rows: Iterable[Row]) -> tuple[tuple[Series, ...], str]:
@@ -440,6 +483,7 @@ def _draw(plot: Plot, path: Path) -> Path:
     axes = figure.add_subplot()
     for (colour, marker, dashes), line in zip(_styles(plot.series), plot.series, strict=True):
         xs, ys = [x for x, _ in line.points], [y for _, y in line.points]
+        dashes = dashes if line.joined else "none"
         axes.plot(
             xs, ys, color=colour, marker=marker, linestyle=dashes, linewidth=1.8, markersize=5.5
         )
@@ -501,7 +545,12 @@ def _set_scales(axes, plot: Plot) -> None:
 def _label_ends(figure, axes, plot: Plot) -> None:
     """Name each line at the right of the axes, near its last point's height, pushed apart."""
     named = [
-        (line.points[-1][1], line.label, colour, {"marker": marker, "linestyle": dashes})
+        (
+            line.points[-1][1],
+            line.label,
+            colour,
+            {"marker": marker, "linestyle": dashes if line.joined else "none"},
+        )
         for line, (colour, marker, dashes) in zip(plot.series, _styles(plot.series), strict=True)
         if line.points
     ]
@@ -557,7 +606,7 @@ def _label_points(axes, plot: Plot) -> None:
     """Write the texts of points beside them, where there is room."""
     to_pixels = axes.transData.transform
     em = 7.5 * axes.figure.dpi / 72
-    drawn = [to_pixels(line.points) for line in plot.series if line.points]
+    drawn = [to_pixels(line.points) for line in plot.series if line.points and line.joined]
     if plot.level:
         drawn.append(to_pixels([(x, plot.level[1]) for x in axes.get_xlim()]))
     taken = [

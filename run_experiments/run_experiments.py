@@ -45,11 +45,12 @@ from run_experiments.identity import (
     wikitext_identity,
 )
 from run_experiments.report import plot_results
+from run_experiments.search import Budget, search, space
 from run_experiments.store import Store
 from run_experiments.worker import Job
 
 OF_MODELS = ("Evaluator", "get_calib_dataset", "get_calib_feat")  # in published.py
-__all__ = ["main", "plot_results", "run_experiments", "sweep", *OF_MODELS]
+__all__ = ["find_front", "main", "plot_results", "run_experiments", "sweep", *OF_MODELS]
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
@@ -144,27 +145,97 @@ def sweep(
         ValueError, TypeError: a setting is wrong. Settings are checked before the first cell.
         RuntimeError: a worker or the executor failed; finished cells are kept.
     """
-    executors.check(executor, jobs, slurm or {})
+    workers = _Workers(executor, jobs, threads, slurm or {})
     plan = _planned(preset)
     waiting = [cell for cell in plan if store.get(cell) is None]
-    done = len(plan) - len(waiting)
     if not waiting:
         print(f"All {len(plan)} cells are in {store.folder}: nothing to compute.")
         return plan
+    done = len(plan) - len(waiting)
     print(f"{len(plan)} cells, {done} of them in {store.folder}, {len(waiting)} to compute.")
-    windows = "All" if preset.windows is None else preset.windows
-    print(f"Perplexity on {windows} windows of {preset.seqlen:,} tokens of the test split.")
-    if threads is None and executor == executors.LOCAL and (jobs or 1) > 1:
-        threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    _print_windows(preset)
+    _compute(plan, preset, store, workers, progress)
+    return plan
+
+
+def find_front(
+    preset: Preset,
+    store: Store,
+    budget: Budget,
+    *,
+    progress: bool = True,
+    executor: str = executors.LOCAL,
+    jobs: int | None = None,
+    threads: int | None = None,
+    slurm: Mapping[str, Any] | None = None,
+) -> list[Cell]:
+    """Look for the least perplexity at every size among all combinations of a preset's choices.
+
+    Args:
+        budget: how many cells to compute, or for how long; what the store holds costs nothing.
+        preset, store, progress, executor, jobs, threads, slurm: as `sweep`.
+
+    Returns:
+        all cells of these choices that the store holds by then: `report.front` picks the front.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `sweep`; RuntimeError without Optuna, too.
+    """
+    workers = _Workers(executor, jobs, threads, slurm or {})
+    preset = space(preset)
+    plan = _planned(preset)
+    print(f"{sum(cell.task == 'quantized' for cell in plan)} combinations to choose from.")
+    _print_windows(preset)
+
+    def compute(cells: list[Cell]) -> None:
+        needs = {need.key: need for cell in cells for need in cell.needs}
+        _compute([*needs.values(), *cells], preset, store, workers, progress)
+
+    tried = {c.key for c in search(plan, store, budget, workers.at_once, compute)}
+    return [c for c in plan if c.key in tried or (c.task != "quantized" and store.get(c))]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Workers:
+    executor: str
+    jobs: int | None
+    threads: int | None
+    slurm: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        executors.check(self.executor, self.jobs, self.slurm)
+
+    @property
+    def in_this_process(self) -> bool:
+        return self.executor == executors.LOCAL and self.jobs in (None, 1)
+
+    @property
+    def at_once(self) -> int:
+        """Cells for a round of a search: several for each worker, which starts anew for it."""
+        return 1 if self.in_this_process else 4 * (self.jobs or 1)
+
+    @property
+    def threads_each(self) -> int | None:
+        if self.threads is None and self.executor == executors.LOCAL and not self.in_this_process:
+            return max(1, len(os.sched_getaffinity(0)) // self.jobs)
+        return self.threads
+
+
+def _compute(
+    plan: Sequence[Cell], preset: Preset, store: Store, workers: _Workers, progress: bool
+) -> None:
+    """Have the cells computed that the store does not hold, with a line printed for each."""
+    waiting = [cell for cell in plan if store.get(cell) is None]
     job = Job(
         cells=[cell.to_json() for cell in waiting],
         # workers may have another working directory
         source=os.path.abspath(preset.model) if os.path.isdir(preset.model) else preset.model,
         output=str(store.folder.resolve()),
-        threads=threads,
-        progress=progress and executor == executors.LOCAL and jobs in (None, 1),
+        threads=workers.threads_each,
+        progress=progress and workers.in_this_process,
     )
-    reference = next((store.get(c) for c in plan if c.task == "baseline"), None)
+    reference = next((store.get(cell) for cell in plan if cell.task == "baseline"), None)
+    done = len(plan) - len(waiting)
     with tqdm(total=len(plan), initial=done, unit="cell", disable=not progress) as bar:
 
         def report_cell(cell: Cell, result: dict[str, Any]) -> None:
@@ -174,8 +245,12 @@ def sweep(
             bar.write(f"  {cell.label:<38} {_outcome(result, reference)}")
             bar.update()
 
-        executors.run(job, report_cell, executor, jobs, slurm or {})
-    return plan
+        executors.run(job, report_cell, workers.executor, workers.jobs, workers.slurm)
+
+
+def _print_windows(preset: Preset) -> None:
+    windows = "all" if preset.windows is None else preset.windows
+    print(f"Perplexity on {windows} windows of {preset.seqlen:,} tokens of the test split.")
 
 
 def finished(preset: Preset, store: Store) -> list[Cell]:
@@ -304,6 +379,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--jobs", type=int, metavar="N", help="workers (default: 1; of Dask, all that it has)"
     )
     parser.add_argument(
+        "--search",
+        action="store_true",
+        help="try only some of all combinations of the preset's choices: those that may give the "
+        "least perplexity at their size",
+    )
+    parser.add_argument(
+        "--budget",
+        type=_budget,
+        default=Budget(cells=24),
+        metavar="N|Nm",
+        help="of a search, in cells or minutes (default: 24)",
+    )
+    parser.add_argument(
         "--slurm",
         nargs="+",
         type=_field,
@@ -315,6 +403,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads must be at least 1; got {args.threads}")
     return args
+
+
+def _budget(text: str) -> Budget:
+    try:
+        return Budget.from_text(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _windows(text: str) -> float | int:
@@ -365,7 +460,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             plan = finished(preset, store)
         else:
             workers = {name: getattr(args, name) for name in ("executor", "jobs", "threads")}
-            plan = sweep(preset, store, **workers, slurm=dict(args.slurm))
+            workers["slurm"] = dict(args.slurm)
+            if args.search:
+                plan = find_front(preset, store, args.budget, **workers)
+            else:
+                plan = sweep(preset, store, **workers)
         text, paths = report.write(store, plan, preset.model, args.figures, command)
     except KeyboardInterrupt:
         print(
@@ -378,6 +477,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if args.search:
+        print("\nThe front: every other model found is larger or worse than one of these.\n")
+        print(report.front_table(store, plan))
     print(f"\n{text}\n\nWritten:", *(f"  {path}" for path in paths), sep="\n")
     print(f"\n{time.perf_counter() - started:.0f} s in all.")
     return 0

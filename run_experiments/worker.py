@@ -15,10 +15,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from .claims import STALE_SECONDS, Claims
-from .grid import Cell
+from .grid import Cell, canonical_json
 from .store import Store
 
 POLL_SECONDS = 0.2
@@ -111,10 +112,16 @@ def _bench(job: Job, store: Store, cells: list[Cell]):
         import torch
 
         torch.set_num_threads(job.threads)
-    dtype = cells[0].model["dtype"]
-    bench = runner.Bench(job.source, dtype, store, progress=job.progress)
+    model = canonical_json(cells[0].model)
+    bench = _loaded_bench(runner.Bench, job.source, model, str(store.folder), job.progress)
     bench.check(cells)
     return bench
+
+
+@lru_cache(maxsize=1)
+def _loaded_bench(make: Callable, source: str, model: str, folder: str, progress: bool):
+    """From job to job the same, so that a process loads a model once; model: its identity."""
+    return make(source, json.loads(model)["dtype"], Store(folder), progress=progress)
 
 
 def _computed(cell: Cell, bench, store: Store) -> dict[str, Any]:
