@@ -1,6 +1,7 @@
 """Tables and figures of a sweep, drawn from stored results alone.
 
-The only writer of the figures folder. Beside each picture `name.png` stands its data, `name.csv`.
+The only writer of the figures folder, with `page`. Beside each picture `name.png` stand the same
+for print, `name.svg`, and its data, `name.csv`.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ REFERENCE_DASHES = (0, (2, 2))
 
 @dataclass(frozen=True)
 class Row:
-    """One evaluated model: its settings (None for the unquantized one), result and run record."""
+    """One evaluated model: its settings (None for the unquantized one), result and run record, and
+    the cell that it is of."""
 
     config: dict[str, Any] | None
     result: dict[str, Any]
+    cell: Cell | None = None
 
     @property
     def method(self) -> str:
@@ -65,6 +68,7 @@ class Series:
 
     style: numbers of its colour and marker and of its dashes; None for the line's own number.
     joined: whether there is a line, or points alone.
+    rows: what the points are of, where they are of single models.
     """
 
     label: str
@@ -72,6 +76,7 @@ class Series:
     texts: tuple[str, ...] = ()
     style: tuple[int, int] | None = None
     joined: bool = True
+    rows: tuple[Row, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def stored_rows(store: Store, cells: Iterable[Cell]) -> list[Row]:
     for cell in cells:
         result = store.get(cell) if cell.task in ("baseline", "quantized") else None
         if result is not None:
-            rows.append(Row(None if cell.config is None else dict(cell.config), result))
+            rows.append(Row(None if cell.config is None else dict(cell.config), result, cell))
     return rows
 
 
@@ -396,9 +401,14 @@ def _plots(every: Sequence[Row], name: str, dtype: str) -> dict[str, Plot]:
             f"{name}: perplexity by real bytes", f"Each point a packed model. {windows}.",
             "Model size (MiB)", "Perplexity", "linear", "log",
             (
-                Series("Pareto front", _sizes(best), tuple(map(_front_label, best)), (1, 0)),
-                Series("other models", _sizes(rest), (), (5, 0), joined=False),
-            )[: 2 if rest else 1],
+                Series(
+                    "other models", _sizes(rest), (), (5, 0), joined=False, rows=tuple(rest)
+                ),
+                Series(
+                    "Pareto front", _sizes(best), tuple(map(_front_label, best)), (1, 0),
+                    rows=tuple(best),
+                ),
+            )[0 if rest else 1 :],
             ppl_level,
         )  # fmt: skip
     drawn = {"kl_vs_bits": with_kl, "ppl_by_sort": of_sorts}
@@ -406,7 +416,7 @@ def _plots(every: Sequence[Row], name: str, dtype: str) -> dict[str, Plot]:
 
 
 def _sizes(rows: Iterable[Row]) -> tuple[tuple[float, float], ...]:
-    return tuple(sorted((row.size_mib, row.result["perplexity"]) for row in rows))
+    return tuple((row.size_mib, row.result["perplexity"]) for row in rows)
 
 
 def _front_label(row: Row) -> str:
@@ -459,7 +469,7 @@ def _lines(rows: Sequence[Row], point, text=None, others: Sequence[Row] = ()) ->
     def add(label: str, line: list[Row], style: tuple[int, int]) -> None:
         line.sort(key=point)
         texts = tuple(map(text, line)) if text else ()
-        lines.append(Series(label, tuple(map(point, line)), texts, style))
+        lines.append(Series(label, tuple(map(point, line)), texts, style, rows=tuple(line)))
 
     for i, recipe in enumerate(recipes):
         for j, share in enumerate(shares):
@@ -475,7 +485,7 @@ def _lines(rows: Sequence[Row], point, text=None, others: Sequence[Row] = ()) ->
 
 
 def _draw(plot: Plot, path: Path) -> Path:
-    """Draw into `path`.png and write the points to `path`.csv; return the picture's path."""
+    """Draw into `path`.png and .svg and write the points to `path`.csv; the picture's path."""
     # Figure without pyplot: no global state, no display.
     from matplotlib.figure import Figure
 
@@ -507,9 +517,19 @@ def _draw(plot: Plot, path: Path) -> Path:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     _label_points(axes, plot)
+    picture = _save(figure, path)
+    _write_points(path.with_name(path.name + ".csv"), plot)
+    return picture
+
+
+def _save(figure, path: Path) -> Path:
+    """Write `path`.png and, for print, `path`.svg, the same bytes each time; the former's path."""
+    import matplotlib
+
     picture = path.with_name(path.name + ".png")
     figure.savefig(picture, metadata={"Software": None})
-    _write_points(path.with_name(path.name + ".csv"), plot)
+    with matplotlib.rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(picture.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
     return picture
 
 
@@ -526,20 +546,29 @@ def _set_scales(axes, plot: Plot) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     xs = sorted({x for line in plot.series for x, _ in line.points})
-    ys = [y for line in plot.series for _, y in line.points]
-    ys += [plot.level[1]] if plot.level else []
+    ys = _heights(plot)
     if plot.x_scale == "log":
         axes.set_xscale("log", base=2)
         axes.set_xticks(xs, [f"{x:g}" for x in xs])
         axes.xaxis.set_minor_locator(NullLocator())
-    # A logarithmic axis with one tick on it tells less than a plain one.
-    if plot.y_scale == "log" and ys and min(ys) > 0 and max(ys) > 4 * min(ys):
+    if is_log(plot):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif plot.y_scale == "linear" and ys:
         axes.set_ylim(0, 1.08 * max(ys))
+
+
+def is_log(plot: Plot) -> bool:
+    """Whether the y axis is logarithmic: with one tick on it that tells less than a plain one."""
+    ys = _heights(plot)
+    return bool(ys) and plot.y_scale == "log" and min(ys) > 0 and max(ys) > 4 * min(ys)
+
+
+def _heights(plot: Plot) -> list[float]:
+    ys = [y for line in plot.series for _, y in line.points]
+    return ys + [plot.level[1]] if plot.level else ys
 
 
 def _label_ends(figure, axes, plot: Plot) -> None:
@@ -607,6 +636,7 @@ def _label_points(axes, plot: Plot) -> None:
     to_pixels = axes.transData.transform
     em = 7.5 * axes.figure.dpi / 72
     drawn = [to_pixels(line.points) for line in plot.series if line.points and line.joined]
+    drawn += [[p] for line in plot.series if not line.joined for p in to_pixels(line.points)]
     if plot.level:
         drawn.append(to_pixels([(x, plot.level[1]) for x in axes.get_xlim()]))
     taken = [
@@ -740,8 +770,7 @@ def _draw_layers(result: dict[str, Any], stem: str, settings: str, folder: Path)
     axes.set_xlabel("Decoder layer", fontsize=9)
     slug = settings.translate(str.maketrans(" ", "_", "=%"))
     path = folder / f"{stem}_layers_{slug}"
-    picture = path.with_name(path.name + ".png")
-    figure.savefig(picture, metadata={"Software": None})
+    picture = _save(figure, path)
     rows = [[e["layer"], e["kind"], *(e["decibels"][name] for name in names)] for e in errors]
     _write_csv(path.with_name(path.name + ".csv"), ["layer", "kind", *names], rows)
     return picture

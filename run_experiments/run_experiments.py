@@ -2,6 +2,7 @@
 
     python -m run_experiments                        the default preset
     python -m run_experiments --preset paper --model <Hugging Face id or folder>
+    python -m run_experiments report                 figures and a page of what is finished
 
 Every finished cell is kept; the same command again continues where the last one stopped.
 """
@@ -25,7 +26,7 @@ if not __package__:
 
 from tqdm import tqdm
 
-from run_experiments import executors, report
+from run_experiments import executors, page, report
 from run_experiments.grid import (
     OTHER_METHODS,
     PRESETS,
@@ -446,6 +447,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from smoothquant.errors import CheckpointError
 
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["report"]:
+        argv[0] = "--plot"
     args = parse_args(argv)
     started = time.perf_counter()
     made_by = [word for word in argv if word != "--plot"]
@@ -466,6 +469,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 plan = sweep(preset, store, **workers)
         text, paths = report.write(store, plan, preset.model, args.figures, command)
+        if args.plot:
+            paths.append(page.write(store, plan, preset.model, args.figures, command))
     except KeyboardInterrupt:
         print(
             f"\nStopped. Finished cells are kept in {args.output}; continue with\n  {command}",

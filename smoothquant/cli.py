@@ -489,7 +489,7 @@ def sweep(context: typer.Context) -> None:
 
 @command(**ARGUMENTS_PASSED_ON)
 def plot(context: typer.Context) -> None:
-    """Draw a sweep from what is finished."""
+    """Draw a sweep from what is finished, and write an interactive page of it."""
     _run_experiments(["--plot", *context.args])
 
 

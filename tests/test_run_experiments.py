@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import plotly.offline
 import pyarrow.parquet
 import pytest
 import torch
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import run_experiments  # noqa: E402
-from run_experiments import grid, report, runner  # noqa: E402
+from run_experiments import grid, page, report, runner  # noqa: E402
 from run_experiments.grid import PRESETS, Cell, Product  # noqa: E402
 from run_experiments.peers import METHODS  # noqa: E402
 from run_experiments.run_experiments import main  # noqa: E402
@@ -595,9 +596,9 @@ def fake_row(group_size, salient_prop, perplexity, **config):
 def test_figures_and_their_data(finished):
     _, figures = finished
     names = sorted(path.name for path in figures.iterdir())
-    plots = ("kl_vs_bits", "ppl_vs_bits", "ppl_vs_group_size", "size_vs_group_size")
+    plots = ("kl_vs_bits", "pareto", "ppl_vs_bits", "ppl_vs_group_size", "size_vs_group_size")
     assert names == sorted(
-        [f"tiny-opt_{plot}.{kind}" for plot in plots for kind in ("png", "csv")]
+        [f"tiny-opt_{plot}.{kind}" for plot in plots for kind in ("png", "svg", "csv")]
         + ["tiny-opt_results.md"]
         + [f"tiny-opt_cells.{kind}" for kind in ("csv", "jsonl", "parquet")]
     )
@@ -650,7 +651,7 @@ report.write(store, cells, "tiny-opt", sys.argv[3], "command")
     )
     for name in ("tiny-opt_ppl_vs_group_size.csv", "tiny-opt_size_vs_group_size.csv"):
         assert (tmp_path / name).read_text() == (figures / name).read_text()
-    assert len(list(tmp_path.glob("*.png"))) == 4
+    assert len(list(tmp_path.glob("*.png"))) == 5
 
 
 def test_table_shows_what_is_not_finite():
@@ -734,6 +735,51 @@ def test_spread_keeps_order_and_distance():
         assert all(gap >= 0.05 - 1e-9 for gap in gaps)
         assert placed[0] >= 0 and placed[-1] <= 1 + 1e-9
     assert report.spread([0.2, 0.5], 0.1, 0.0, 1.0) == [0.2, 0.5]
+
+
+def test_report_writes_figures_and_a_page_that_needs_no_network(compared, tmp_path):
+    store, plan, _ = compared
+    path = page.write(store, plan, "some/tiny-opt", tmp_path, "command <with> &")
+    text = path.read_text()
+    assert path.name == "tiny-opt_report.html" and "command &lt;with&gt; &amp;" in text
+    assert "<!-- " not in text.replace(plotly.offline.get_plotlyjs(), "")
+    # nothing is fetched: no reference but to the page itself
+    own = text.replace(plotly.offline.get_plotlyjs(), "")
+    assert not re.findall(r"""(?:src|href)\s*=\s*["']|@import|url\(""", own)
+    for name in ("ppl_vs_group_size", "ppl_vs_bits", "kl_vs_bits", "layers"):
+        assert f'id="chart-{name}"' in own
+    (models,) = re.findall(r'<script id="models" type="application/json">(.*?)</script>', own)
+    models = {model["key"]: model for model in json.loads(models)}
+    evaluated = [cell for cell in plan if cell.task in ("baseline", "quantized")]
+    assert list(models) == [cell.key for cell in evaluated]
+    for cell in evaluated:
+        model, result = models[cell.key], store.get(cell)
+        assert model["perplexity"] == result["perplexity"]
+        assert model["spec"] == json.loads(cell.to_json()) and model["run"] == result["run"]
+    # every point of a chart is a model of the table
+    keys = re.findall(r'"customdata":\[("[0-9a-f]{64}"(?:,"[0-9a-f]{64}")*)\]', own)
+    assert len(keys) >= 3
+    assert {key for line in keys for key in json.loads(f"[{line}]")} <= set(models)
+    before = path.read_bytes()
+    assert page.write(store, plan, "tiny-opt", tmp_path, "command <with> &").read_bytes() == before
+
+
+def test_report_command_computes_nothing(finished, tmp_path, monkeypatch, capsys):
+    output, figures = finished
+    monkeypatch.setattr(runner, "run_cell", None)
+    arguments = ["--preset", "tiny", "--output", str(output), "--figures", str(tmp_path)]
+    assert main(["report", *arguments]) == 0
+    pictures = {path.name: path.read_bytes() for path in figures.glob("*.svg")}
+    assert len(pictures) == 5
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")} == pictures
+    assert "tiny-opt_report.html" in capsys.readouterr().out
+
+
+def test_page_names_the_extra_without_plotly(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    arguments = ["--preset", "tiny", "--output", str(finished[0]), "--figures", str(tmp_path)]
+    assert main(["report", *arguments]) == 1
+    assert re.search(r"error: .*smoothquant\[experiments\]", capsys.readouterr().err)
 
 
 # ---- published names ----
