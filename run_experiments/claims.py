@@ -11,7 +11,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -51,10 +51,11 @@ class Claims:
             beat.join()
             self._release(path)
 
-    def clear(self, is_finished: Callable[[str], bool]) -> None:
-        """Remove claims on finished cells, whose owners ended before they could."""
+    def clear(self, keys: Iterable[str]) -> None:
+        """Remove what is left of claims on finished cells, whose owners ended before they could."""
+        finished = set(keys)
         for path in self.folder.glob("*.*"):
-            if is_finished(path.stem):
+            if path.stem in finished:
                 path.unlink(missing_ok=True)
 
     def _create(self, key: str) -> Path | None:

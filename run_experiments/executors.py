@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from .claims import Claims
 from .grid import Cell
 from .store import Store
 from .worker import POLL_SECONDS, Job, Report, error_from_json, work
@@ -74,6 +75,8 @@ def run(
         for handle in (handles := start(job, executor, jobs, slurm, stack)):
             stack.callback(lambda handle=handle: handle.done() or handle.cancel())
         _watch(job, handles, report)
+    cells = map(Cell.from_json, job.cells)
+    Claims(Path(job.output) / "claims").clear(cell.key for cell in cells)
 
 
 def _watch(job: Job, handles: list[Handle], report: Report) -> None:

@@ -48,7 +48,7 @@ from run_experiments.identity import (
 from run_experiments.report import plot_results
 from run_experiments.search import Budget, search, space
 from run_experiments.store import Store
-from run_experiments.worker import Job
+from run_experiments.worker import Job, unload
 
 OF_MODELS = ("Evaluator", "get_calib_dataset", "get_calib_feat")  # in published.py
 __all__ = ["find_front", "main", "plot_results", "run_experiments", "sweep", *OF_MODELS]
@@ -155,7 +155,10 @@ def sweep(
     done = len(plan) - len(waiting)
     print(f"{len(plan)} cells, {done} of them in {store.folder}, {len(waiting)} to compute.")
     _print_windows(preset)
-    _compute(plan, preset, store, workers, progress)
+    try:
+        _compute(plan, preset, store, workers, progress)
+    finally:
+        unload()
     return plan
 
 
@@ -192,7 +195,10 @@ def find_front(
         needs = {need.key: need for cell in cells for need in cell.needs}
         _compute([*needs.values(), *cells], preset, store, workers, progress)
 
-    tried = {c.key for c in search(plan, store, budget, workers.at_once, compute)}
+    try:
+        tried = {c.key for c in search(plan, store, budget, workers.at_once, compute)}
+    finally:
+        unload()
     return [c for c in plan if c.key in tried or (c.task != "quantized" and store.get(c))]
 
 
@@ -218,7 +224,9 @@ class _Workers:
     @property
     def threads_each(self) -> int | None:
         if self.threads is None and self.executor == executors.LOCAL and not self.in_this_process:
-            return max(1, len(os.sched_getaffinity(0)) // self.jobs)
+            has_affinity = hasattr(os, "sched_getaffinity")
+            cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+            return max(1, cores // self.jobs)
         return self.threads
 
 

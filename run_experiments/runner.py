@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+import smoothquant
 from smoothquant import ops
 from smoothquant.bundled import load_model, wikitext
 from smoothquant.calibration import collect_stats, draw_blocks, load_stats, save_stats
@@ -79,6 +80,7 @@ class Bench:
         """(model, tokenizer); the model is shared by all cells and must not be changed."""
         if self._loaded is None:
             print(f"Loading {self.source} ...", file=sys.stderr, flush=True)
+            smoothquant.load_public()  # the command line has not yet: transformers must know us
             self._loaded = load_model(self.source, dtype=getattr(torch, self.dtype))
         return self._loaded
 

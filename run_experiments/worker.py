@@ -101,7 +101,7 @@ def _work(job: Job, report: Report) -> None:
                 report(cell, result)
         if len(waiting) == before:
             time.sleep(POLL_SECONDS)
-    claims.clear(lambda key: (store.folder / f"{key}.json").exists())
+    claims.clear(cell.key for cell in cells)
 
 
 def _bench(job: Job, store: Store, cells: list[Cell]):
@@ -122,6 +122,11 @@ def _bench(job: Job, store: Store, cells: list[Cell]):
 def _loaded_bench(make: Callable, source: str, model: str, folder: str, progress: bool):
     """From job to job the same, so that a process loads a model once; model: its identity."""
     return make(source, json.loads(model)["dtype"], Store(folder), progress=progress)
+
+
+def unload() -> None:
+    """Forget the model that this process has loaded for its jobs."""
+    _loaded_bench.cache_clear()
 
 
 def _computed(cell: Cell, bench, store: Store) -> dict[str, Any]:
