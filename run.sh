@@ -36,7 +36,13 @@ Options of a sweep:
   --output FOLDER           where finished cells are kept (default: results)
   --cells FILE ...          take finished cells from published ones (figures/*_cells.jsonl)
   --figures FOLDER          where figures and tables go (default: figures)
-  --threads N               processor threads (default: all cores)
+  --executor E              where workers run: local (default), dask://HOST:PORT, slurm
+  --jobs N                  workers (default: 1; of Dask, all that it has)
+  --search                  try only some of all combinations of the preset's choices: those that may
+                            give the least perplexity at their size
+  --budget N|Nm             of a search, in cells or minutes (default: 24)
+  --slurm NAME=VALUE ...    parameters of submitit for Slurm, e.g. timeout_min=60
+  --threads N               processor threads of a worker (default: all cores, shared out)
 
 Every finished cell is kept: stop with Ctrl-C at any time, the same command goes on from there.
 

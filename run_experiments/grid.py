@@ -13,7 +13,8 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 PUBLISHED_GROUP_SIZES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -21,6 +22,13 @@ PUBLISHED_SALIENT_PROPS = (0.0, 0.01, 0.05, 0.1)
 SORTS = ("none", "max", "mean3std", "argmax", "rms")
 TASKS = ("calibration", "baseline", "quantized", "layers")
 MIXEDQUANT = "mixedquant"
+# Other methods, simulated by `peers`, and whether group sizes concern them.
+OTHER_METHODS = {
+    "per-token-rtn": False,
+    "smoothquant-style": False,
+    "quarot-style": True,
+    "atom-style": True,
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Cell:
     evaluation: data and sha256 of the texts, windows (None: all), seqlen, and, of a quantized
         model, what it is compared with. None for a calibration.
     config: the fields of MixedQuantConfig, or {"method", "group_size"} of another method
-        (`peers.METHODS`). Only for "quantized" and "layers".
+        (`OTHER_METHODS`). Only for "quantized" and "layers".
     """
 
     task: str
@@ -48,17 +56,30 @@ class Cell:
 
     def to_json(self) -> str:
         """The canonical JSON text: sorted names, no spaces, ASCII."""
-        return canonical_json(asdict(self))
+        return canonical_json({name: getattr(self, name) for name in self.__dataclass_fields__})
 
     @classmethod
     def from_json(cls, text: str) -> Cell:
         """The inverse of `to_json`."""
         return cls(**json.loads(text))
 
-    @property
+    @cached_property
     def key(self) -> str:
         """sha256 of `to_json`, 64 hexadecimal digits."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def needs(self) -> list[Cell]:
+        """The cells whose results this one is computed from."""
+        needs = []
+        if self.task in ("quantized", "layers"):
+            needs.append(self._companion("calibration", calibration=self.calibration))
+        if self.task == "quantized":
+            needs.append(self._companion("baseline", evaluation=_without_reference(self)))
+        return needs
+
+    def _companion(self, task: str, **parts: Any) -> Cell:
+        return Cell(task, model=self.model, versions=self.versions, **parts)
 
     @property
     def label(self) -> str:
@@ -80,6 +101,10 @@ class Cell:
         return f"{fields['recipe']}{group} p={share} sort={fields['sort']}"
 
 
+def _without_reference(cell: Cell) -> dict[str, Any]:
+    return {key: value for key, value in cell.evaluation.items() if key != "against"}
+
+
 def canonical_json(value: Any) -> str:
     """One text for equal JSON values, whatever the order of their names."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -89,7 +114,7 @@ def canonical_json(value: Any) -> str:
 class Product:
     """Every combination of these choices.
 
-    methods: "mixedquant", and others by their names in `peers.METHODS`, which only group sizes
+    methods: "mixedquant", and others by their names in `OTHER_METHODS`, which only group sizes
         concern.
     fields: (name, value) pairs of MixedQuantConfig fields, the same in every combination.
     """
@@ -277,15 +302,13 @@ def _mixedquant(method: str, product: Product) -> Iterator[dict[str, Any]]:
 def _other_method(method: str, product: Product) -> Iterator[dict[str, Any]]:
     from smoothquant.config import check_integer
 
-    from .peers import METHODS
-
-    if method not in METHODS:
+    if method not in OTHER_METHODS:
         raise ValueError(
-            f"method must be one of {', '.join([MIXEDQUANT, *METHODS])}; got {method!r}"
+            f"method must be one of {', '.join([MIXEDQUANT, *OTHER_METHODS])}; got {method!r}"
         )
     for group_size in product.group_sizes:
         check_integer("group_size", group_size, 1)
-        yield {"method": method, "group_size": group_size if METHODS[method].has_groups else None}
+        yield {"method": method, "group_size": group_size if OTHER_METHODS[method] else None}
 
 
 def cells(

@@ -174,19 +174,12 @@ def atom_style(model, stats, batches, group_size, *, num_outliers: int = 128) ->
     return _quantize(model, treatment, _needed("batches", batches))
 
 
-class Method(NamedTuple):
-    """quantize: a function as `per_token_rtn`. has_groups: whether group_size concerns it."""
-
-    quantize: Callable[..., list[LinearRecord]]
-    has_groups: bool
-
-
 METHODS = {
-    "per-token-rtn": Method(per_token_rtn, has_groups=False),
-    "smoothquant-style": Method(smoothquant_style, has_groups=False),
-    "quarot-style": Method(quarot_style, has_groups=True),
-    "atom-style": Method(atom_style, has_groups=True),
-}
+    "per-token-rtn": per_token_rtn,
+    "smoothquant-style": smoothquant_style,
+    "quarot-style": quarot_style,
+    "atom-style": atom_style,
+}  # as `grid.OTHER_METHODS`
 
 
 def random_rotation(k: int, seed: int) -> Tensor:

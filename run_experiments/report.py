@@ -1,6 +1,7 @@
 """Tables and figures of a sweep, drawn from stored results alone.
 
-The only writer of the figures folder. Beside each picture `name.png` stands its data, `name.csv`.
+The only writer of the figures folder, with `page`. Beside each picture `name.png` stand the same
+for print, `name.svg`, and its data, `name.csv`.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ REFERENCE_DASHES = (0, (2, 2))
 
 @dataclass(frozen=True)
 class Row:
-    """One evaluated model: its settings (None for the unquantized one), result and run record."""
+    """One evaluated model: its settings (None for the unquantized one), result and run record, and
+    the cell that it is of."""
 
     config: dict[str, Any] | None
     result: dict[str, Any]
+    cell: Cell | None = None
 
     @property
     def method(self) -> str:
@@ -64,12 +67,16 @@ class Series:
     """A named line of a figure: (x, y) points in ascending x, with an optional text at each.
 
     style: numbers of its colour and marker and of its dashes; None for the line's own number.
+    joined: whether there is a line, or points alone.
+    rows: what the points are of, where they are of single models.
     """
 
     label: str
     points: tuple[tuple[float, float], ...]
     texts: tuple[str, ...] = ()
     style: tuple[int, int] | None = None
+    joined: bool = True
+    rows: tuple[Row, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,8 +99,29 @@ def stored_rows(store: Store, cells: Iterable[Cell]) -> list[Row]:
     for cell in cells:
         result = store.get(cell) if cell.task in ("baseline", "quantized") else None
         if result is not None:
-            rows.append(Row(None if cell.config is None else dict(cell.config), result))
+            rows.append(Row(None if cell.config is None else dict(cell.config), result, cell))
     return rows
+
+
+def front(rows: Iterable[Row]) -> list[Row]:
+    """The Pareto front of perplexity against real bytes, by size: the packed models that no other
+    one beats in both."""
+    best: list[Row] = []
+    for row in sorted(filter(_is_packed, rows), key=lambda r: (r.size_mib, r.result["perplexity"])):
+        if not best or row.result["perplexity"] < best[-1].result["perplexity"]:
+            best.append(row)
+    return best
+
+
+def _is_packed(row: Row) -> bool:
+    """Whether a row's bytes are real, and its perplexity a number."""
+    return (row.config or {}).get("backend") == "int4" and row.result["perplexity"] is not None
+
+
+def front_table(store: Store, cells: Iterable[Cell]) -> str:
+    """`table` of the front alone, and of the unquantized model."""
+    rows = stored_rows(store, cells)
+    return table([*(row for row in rows if row.config is None), *front(rows)])
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -136,7 +164,7 @@ def _numbers(row: Row, reference: float | None) -> list[str]:
         delta,
         "-" if kl is None else f"{kl:.4f}",
         "-" if top1 is None else f"{100 * top1:.1f} %",
-        f"{result['run']['tokens_per_s']:,.0f}",
+        f"{speed:,.0f}" if (speed := result["run"].get("tokens_per_s")) else "-",
     ]
 
 
@@ -169,8 +197,9 @@ def _markdown(head: list[str], body: list[list[str]]) -> str:
 def write(
     store: Store, cells: Sequence[Cell], model_name: str, folder: str | Path, command: str
 ) -> tuple[str, list[Path]]:
-    """Write the figures, their data, `<model>_results.md` and `<model>_cells.jsonl`, which holds
-    each result with its specification for `Store.adopt`, from the store.
+    """Write the figures, their data, `<model>_results.md`, `<model>_cells.jsonl`, which holds each
+    result with its specification for `Store.adopt`, and the same in one table as
+    `<model>_cells.csv` and `<model>_cells.parquet`, from the store.
 
     Args:
         store, cells: where the results lie and which ones belong to this sweep.
@@ -202,7 +231,29 @@ def write(
     write_atomically(results, page)
     published = folder / f"{stem}_cells.jsonl"
     store.publish(cells, published)
-    return text, [*paths, results, published]
+    tables = [folder / f"{stem}_cells.{kind}" for kind in ("csv", "parquet")]
+    _write_cells(store.rows(cells), *tables)
+    return text, [*paths, results, published, *tables]
+
+
+def _write_cells(rows: Sequence[dict[str, Any]], csv_path: Path, parquet_path: Path) -> None:
+    """The store in one table, for other programs."""
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    _write_csv(csv_path, columns, ([row.get(name) for name in columns] for row in rows))
+    table = pyarrow.table({name: _one_type([r.get(name) for r in rows]) for name in columns})
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(table, sink)
+    write_atomically(parquet_path, sink.getvalue().to_pybytes())
+
+
+def _one_type(values: list) -> list:
+    """The values, as text where some of them are: a clip may be 0.9 or "search"."""
+    if any(isinstance(value, str) for value in values):
+        return [None if value is None else str(value) for value in values]
+    return values
 
 
 def plot_results(
@@ -343,8 +394,33 @@ def _plots(every: Sequence[Row], name: str, dtype: str) -> dict[str, Plot]:
             *by_group, of_sorts, ppl_level,
         ),
     }  # fmt: skip
+    best = front(every)
+    if len(best) > 2:
+        rest = [row for row in every if _is_packed(row) and row not in best]
+        plots["pareto"] = Plot(
+            f"{name}: perplexity by real bytes", f"Each point a packed model. {windows}.",
+            "Model size (MiB)", "Perplexity", "linear", "log",
+            (
+                Series(
+                    "other models", _sizes(rest), (), (5, 0), joined=False, rows=tuple(rest)
+                ),
+                Series(
+                    "Pareto front", _sizes(best), tuple(map(_front_label, best)), (1, 0),
+                    rows=tuple(best),
+                ),
+            )[0 if rest else 1 :],
+            ppl_level,
+        )  # fmt: skip
     drawn = {"kl_vs_bits": with_kl, "ppl_by_sort": of_sorts}
     return {name: plot for name, plot in plots.items() if drawn.get(name, True)}
+
+
+def _sizes(rows: Iterable[Row]) -> tuple[tuple[float, float], ...]:
+    return tuple((row.size_mib, row.result["perplexity"]) for row in rows)
+
+
+def _front_label(row: Row) -> str:
+    return f"g {row.config['group_size']}, {_percent(row.config['salient_prop'])}"
 
 
 def _sort_rows(rows: Iterable[Row]) -> tuple[tuple[Series, ...], str]:
@@ -393,7 +469,7 @@ def _lines(rows: Sequence[Row], point, text=None, others: Sequence[Row] = ()) ->
     def add(label: str, line: list[Row], style: tuple[int, int]) -> None:
         line.sort(key=point)
         texts = tuple(map(text, line)) if text else ()
-        lines.append(Series(label, tuple(map(point, line)), texts, style))
+        lines.append(Series(label, tuple(map(point, line)), texts, style, rows=tuple(line)))
 
     for i, recipe in enumerate(recipes):
         for j, share in enumerate(shares):
@@ -409,7 +485,7 @@ def _lines(rows: Sequence[Row], point, text=None, others: Sequence[Row] = ()) ->
 
 
 def _draw(plot: Plot, path: Path) -> Path:
-    """Draw into `path`.png and write the points to `path`.csv; return the picture's path."""
+    """Draw into `path`.png and .svg and write the points to `path`.csv; the picture's path."""
     # Figure without pyplot: no global state, no display.
     from matplotlib.figure import Figure
 
@@ -417,6 +493,7 @@ def _draw(plot: Plot, path: Path) -> Path:
     axes = figure.add_subplot()
     for (colour, marker, dashes), line in zip(_styles(plot.series), plot.series, strict=True):
         xs, ys = [x for x, _ in line.points], [y for _, y in line.points]
+        dashes = dashes if line.joined else "none"
         axes.plot(
             xs, ys, color=colour, marker=marker, linestyle=dashes, linewidth=1.8, markersize=5.5
         )
@@ -440,9 +517,19 @@ def _draw(plot: Plot, path: Path) -> Path:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     _label_points(axes, plot)
+    picture = _save(figure, path)
+    _write_points(path.with_name(path.name + ".csv"), plot)
+    return picture
+
+
+def _save(figure, path: Path) -> Path:
+    """Write `path`.png and, for print, `path`.svg, the same bytes each time; the former's path."""
+    import matplotlib
+
     picture = path.with_name(path.name + ".png")
     figure.savefig(picture, metadata={"Software": None})
-    _write_points(path.with_name(path.name + ".csv"), plot)
+    with matplotlib.rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(picture.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
     return picture
 
 
@@ -459,14 +546,12 @@ def _set_scales(axes, plot: Plot) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     xs = sorted({x for line in plot.series for x, _ in line.points})
-    ys = [y for line in plot.series for _, y in line.points]
-    ys += [plot.level[1]] if plot.level else []
+    ys = _heights(plot)
     if plot.x_scale == "log":
         axes.set_xscale("log", base=2)
         axes.set_xticks(xs, [f"{x:g}" for x in xs])
         axes.xaxis.set_minor_locator(NullLocator())
-    # A logarithmic axis with one tick on it tells less than a plain one.
-    if plot.y_scale == "log" and ys and min(ys) > 0 and max(ys) > 4 * min(ys):
+    if is_log(plot):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
@@ -475,10 +560,26 @@ def _set_scales(axes, plot: Plot) -> None:
         axes.set_ylim(0, 1.08 * max(ys))
 
 
+def is_log(plot: Plot) -> bool:
+    """Whether the y axis is logarithmic: with one tick on it that tells less than a plain one."""
+    ys = _heights(plot)
+    return bool(ys) and plot.y_scale == "log" and min(ys) > 0 and max(ys) > 4 * min(ys)
+
+
+def _heights(plot: Plot) -> list[float]:
+    ys = [y for line in plot.series for _, y in line.points]
+    return ys + [plot.level[1]] if plot.level else ys
+
+
 def _label_ends(figure, axes, plot: Plot) -> None:
     """Name each line at the right of the axes, near its last point's height, pushed apart."""
     named = [
-        (line.points[-1][1], line.label, colour, {"marker": marker, "linestyle": dashes})
+        (
+            line.points[-1][1],
+            line.label,
+            colour,
+            {"marker": marker, "linestyle": dashes if line.joined else "none"},
+        )
         for line, (colour, marker, dashes) in zip(plot.series, _styles(plot.series), strict=True)
         if line.points
     ]
@@ -534,7 +635,8 @@ def _label_points(axes, plot: Plot) -> None:
     """Write the texts of points beside them, where there is room."""
     to_pixels = axes.transData.transform
     em = 7.5 * axes.figure.dpi / 72
-    drawn = [to_pixels(line.points) for line in plot.series if line.points]
+    drawn = [to_pixels(line.points) for line in plot.series if line.points and line.joined]
+    drawn += [[p] for line in plot.series if not line.joined for p in to_pixels(line.points)]
     if plot.level:
         drawn.append(to_pixels([(x, plot.level[1]) for x in axes.get_xlim()]))
     taken = [
@@ -668,8 +770,7 @@ def _draw_layers(result: dict[str, Any], stem: str, settings: str, folder: Path)
     axes.set_xlabel("Decoder layer", fontsize=9)
     slug = settings.translate(str.maketrans(" ", "_", "=%"))
     path = folder / f"{stem}_layers_{slug}"
-    picture = path.with_name(path.name + ".png")
-    figure.savefig(picture, metadata={"Software": None})
+    picture = _save(figure, path)
     rows = [[e["layer"], e["kind"], *(e["decibels"][name] for name in names)] for e in errors]
     _write_csv(path.with_name(path.name + ".csv"), ["layer", "kind", *names], rows)
     return picture
@@ -713,7 +814,7 @@ def _colour_range(values: Sequence[Sequence[float | None]]) -> tuple[float, floa
 
 def _results_page(rows, cells, model_name: str, command: str, text: str) -> str:
     first = cells[0]
-    runs = [row.result["run"] for row in rows]
+    runs = [row.result["run"] for row in rows if row.result["run"]]
     evaluation = next((cell.evaluation for cell in cells if cell.evaluation), {})
     windows = rows[0].result["windows"] if rows else evaluation.get("windows")
     calibrations = [cell.calibration for cell in cells if cell.task == "calibration"]

@@ -2,6 +2,7 @@
 
     python -m run_experiments                        the default preset
     python -m run_experiments --preset paper --model <Hugging Face id or folder>
+    python -m run_experiments report                 figures and a page of what is finished
 
 Every finished cell is kept; the same command again continues where the last one stopped.
 """
@@ -15,7 +16,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,11 @@ if not __package__:
     # Run as a file: Python put this folder, not the repository, in front of the path.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from run_experiments import peers, report, runner
+from run_experiments import executors, page, report
 from run_experiments.grid import (
+    OTHER_METHODS,
     PRESETS,
     PUBLISHED_GROUP_SIZES,
     PUBLISHED_SALIENT_PROPS,
@@ -39,123 +39,30 @@ from run_experiments.grid import (
     configs,
     override,
 )
+from run_experiments.identity import (
+    DTYPES,
+    model_identity,
+    package_versions,
+    wikitext_identity,
+)
 from run_experiments.report import plot_results
+from run_experiments.search import Budget, search, space
 from run_experiments.store import Store
-from smoothquant import ppl_eval
-from smoothquant.bundled import wikitext
-from smoothquant.config import parse_field
-from smoothquant.errors import CheckpointError
+from run_experiments.worker import Job, unload
 
-__all__ = [
-    "Evaluator",
-    "get_calib_dataset",
-    "get_calib_feat",
-    "main",
-    "plot_results",
-    "run_experiments",
-    "sweep",
-]
+OF_MODELS = ("Evaluator", "get_calib_dataset", "get_calib_feat")  # in published.py
+__all__ = ["find_front", "main", "plot_results", "run_experiments", "sweep", *OF_MODELS]
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
 
-def get_calib_dataset(
-    tokenizer: Any = None, n_samples: int = 256, block_size: int = 512
-) -> list[Tensor]:
-    """Token blocks of WikiText-2 validation, as published: shuffled lines, joined and cut.
+def __getattr__(name: str) -> Any:
+    # They need torch, which "nothing to compute" does not wait for.
+    if name in OF_MODELS:
+        from run_experiments import published
 
-    Args:
-        tokenizer: a transformers tokenizer.
-        n_samples: lines to take; empty ones and those longer than block_size are passed over.
-        block_size: tokens per block.
-
-    Returns:
-        list of int64 [1, block_size]; the incomplete last block is dropped.
-
-    Raises:
-        ValueError: no tokenizer, or a count below 1.
-    """
-    if tokenizer is None:
-        raise ValueError("tokenizer must be a transformers tokenizer; got None")
-    for name, value in (("n_samples", n_samples), ("block_size", block_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value!r}")
-    import numpy
-
-    rows = wikitext("validation")
-    token_ids: list[int] = []
-    taken = 0
-    # The generator and seed by which the published code's dataset library shuffles.
-    for index in numpy.random.default_rng(42).permutation(len(rows)):
-        line = tokenizer.encode(rows[index].strip())
-        if not line or len(line) > block_size:
-            continue
-        token_ids += line
-        taken += 1
-        if taken == n_samples:
-            break
-    count = len(token_ids) // block_size
-    print(f" * Split into {count} blocks")
-    ids = torch.tensor(token_ids[: count * block_size], dtype=torch.int64)
-    return list(ids.view(count, 1, block_size))
-
-
-@torch.no_grad()
-def get_calib_feat(model: nn.Module, tokenizer: Any) -> dict[str, list[Tensor]]:
-    """Mean absolute input per channel of every nn.Linear, as published.
-
-    `smoothquant.calibration.collect_stats` gives more (what sorting by rms, max or mean + 3 STD
-    needs) in less time.
-
-    Returns:
-        name of the linear -> one float32 [K] tensor on the CPU per block of `get_calib_dataset`.
-    """
-    features: dict[str, list[Tensor]] = {}
-
-    def record(name: str):
-        def hook(module: nn.Module, args: tuple) -> None:
-            x = args[0].detach()
-            mean = x.reshape(-1, x.shape[-1]).float().abs().mean(dim=0)
-            features.setdefault(name, []).append(mean.cpu())
-
-        return hook
-
-    handles = [
-        module.register_forward_pre_hook(record(name))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    device = next(model.parameters()).device
-    try:
-        for block in tqdm(get_calib_dataset(tokenizer), desc="calibrating", unit="block"):
-            model(block.to(device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return features
-
-
-class Evaluator(ppl_eval.Evaluator):
-    """Perplexity on the first `n_samples` windows of `batch_size` tokens, as published.
-
-    Args:
-        dataset: mapping with the texts under "text", a list of texts, or a path.
-        tokenizer: a transformers tokenizer.
-        device: where the tokens are put.
-        n_samples: windows; None for all.
-        batch_size: tokens per window (the published name).
-    """
-
-    def __init__(
-        self,
-        dataset: Any,
-        tokenizer: Any,
-        device: str | torch.device,
-        n_samples: int | None = 10,
-        batch_size: int = 2048,
-    ) -> None:
-        super().__init__(dataset, tokenizer, device, n_samples, seq_len=batch_size)
-        self.batch_size = batch_size
+        return getattr(published, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def run_experiments(
@@ -184,6 +91,8 @@ def run_experiments(
     Raises:
         ValueError, TypeError: an argument is wrong; nothing was computed yet.
     """
+    import torch
+
     if torch.device(device).type != "cpu":
         raise ValueError(f"device must be 'cpu', where the INT4 kernels run; got {device!r}")
     if preset not in PRESETS:
@@ -208,43 +117,149 @@ def run_experiments(
     return results, group_sizes
 
 
-def sweep(preset: Preset, store: Store, *, progress: bool = True) -> list[Cell]:
+def sweep(
+    preset: Preset,
+    store: Store,
+    *,
+    progress: bool = True,
+    executor: str = executors.LOCAL,
+    jobs: int | None = None,
+    threads: int | None = None,
+    slurm: Mapping[str, Any] | None = None,
+) -> list[Cell]:
     """Compute every cell of a preset that the store does not hold yet.
+
+    Args:
+        preset: what to compute.
+        store: where results are kept; other sweeps may share it at the same time.
+        progress: show progress bars.
+        executor: "local", "dask://host:port" or "slurm": where workers run.
+        jobs: workers; None for one, or all of a Dask cluster's.
+        threads: of torch in each worker; None for all of its machine's, shared out among local
+            workers.
+        slurm: parameters of submitit's executor.
 
     Returns:
         all cells of the preset, each of them in the store.
 
     Raises:
         ValueError, TypeError: a setting is wrong. Settings are checked before the first cell.
+        RuntimeError: a worker or the executor failed; finished cells are kept.
     """
-    bench, plan = _planned(preset, store, progress)
+    workers = _Workers(executor, jobs, threads, slurm or {})
+    plan = _planned(preset)
     waiting = [cell for cell in plan if store.get(cell) is None]
-    done = len(plan) - len(waiting)
     if not waiting:
         print(f"All {len(plan)} cells are in {store.folder}: nothing to compute.")
         return plan
-    # What the texts or the model cannot give is found before any work is done.
-    model, _ = bench.loaded()
-    runner.check_seqlen(model, preset.calibration_block_size)
-    if any("method" in (cell.config or {}) for cell in waiting):
-        peers.check_model(model)
-    windows = [bench.evaluator(c.evaluation).num_windows for c in plan if c.evaluation][0]
+    done = len(plan) - len(waiting)
     print(f"{len(plan)} cells, {done} of them in {store.folder}, {len(waiting)} to compute.")
-    print(f"Perplexity on {windows} windows of {preset.seqlen:,} tokens of the test split.")
-    reference = next(
-        (store.get(c) for c in plan if c.task == "baseline" and c not in waiting), None
+    _print_windows(preset)
+    try:
+        _compute(plan, preset, store, workers, progress)
+    finally:
+        unload()
+    return plan
+
+
+def find_front(
+    preset: Preset,
+    store: Store,
+    budget: Budget,
+    *,
+    progress: bool = True,
+    executor: str = executors.LOCAL,
+    jobs: int | None = None,
+    threads: int | None = None,
+    slurm: Mapping[str, Any] | None = None,
+) -> list[Cell]:
+    """Look for the least perplexity at every size among all combinations of a preset's choices.
+
+    Args:
+        budget: how many cells to compute, or for how long; what the store holds costs nothing.
+        preset, store, progress, executor, jobs, threads, slurm: as `sweep`.
+
+    Returns:
+        all cells of these choices that the store holds by then: `report.front` picks the front.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `sweep`; RuntimeError without Optuna, too.
+    """
+    workers = _Workers(executor, jobs, threads, slurm or {})
+    preset = space(preset)
+    plan = _planned(preset)
+    print(f"{sum(cell.task == 'quantized' for cell in plan)} combinations to choose from.")
+    _print_windows(preset)
+
+    def compute(cells: list[Cell]) -> None:
+        needs = {need.key: need for cell in cells for need in cell.needs}
+        _compute([*needs.values(), *cells], preset, store, workers, progress)
+
+    try:
+        tried = {c.key for c in search(plan, store, budget, workers.at_once, compute)}
+    finally:
+        unload()
+    return [c for c in plan if c.key in tried or (c.task != "quantized" and store.get(c))]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Workers:
+    executor: str
+    jobs: int | None
+    threads: int | None
+    slurm: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        executors.check(self.executor, self.jobs, self.slurm)
+
+    @property
+    def in_this_process(self) -> bool:
+        return self.executor == executors.LOCAL and self.jobs in (None, 1)
+
+    @property
+    def at_once(self) -> int:
+        """Cells for a round of a search: several for each worker, which starts anew for it."""
+        return 1 if self.in_this_process else 4 * (self.jobs or 1)
+
+    @property
+    def threads_each(self) -> int | None:
+        if self.threads is None and self.executor == executors.LOCAL and not self.in_this_process:
+            has_affinity = hasattr(os, "sched_getaffinity")
+            cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+            return max(1, cores // self.jobs)
+        return self.threads
+
+
+def _compute(
+    plan: Sequence[Cell], preset: Preset, store: Store, workers: _Workers, progress: bool
+) -> None:
+    """Have the cells computed that the store does not hold, with a line printed for each."""
+    waiting = [cell for cell in plan if store.get(cell) is None]
+    job = Job(
+        cells=[cell.to_json() for cell in waiting],
+        # workers may have another working directory
+        source=os.path.abspath(preset.model) if os.path.isdir(preset.model) else preset.model,
+        output=str(store.folder.resolve()),
+        threads=workers.threads_each,
+        progress=progress and workers.in_this_process,
     )
+    reference = next((store.get(cell) for cell in plan if cell.task == "baseline"), None)
+    done = len(plan) - len(waiting)
     with tqdm(total=len(plan), initial=done, unit="cell", disable=not progress) as bar:
-        for cell in waiting:
-            bar.set_description(cell.label)
-            result = runner.run_cell(cell, bench)
-            store.put(cell, result)
+
+        def report_cell(cell: Cell, result: dict[str, Any]) -> None:
+            nonlocal reference
             if cell.task == "baseline":
                 reference = result
             bar.write(f"  {cell.label:<38} {_outcome(result, reference)}")
             bar.update()
-        bar.set_description("done")
-    return plan
+
+        executors.run(job, report_cell, workers.executor, workers.jobs, workers.slurm)
+
+
+def _print_windows(preset: Preset) -> None:
+    windows = "all" if preset.windows is None else preset.windows
+    print(f"Perplexity on {windows} windows of {preset.seqlen:,} tokens of the test split.")
 
 
 def finished(preset: Preset, store: Store) -> list[Cell]:
@@ -253,7 +268,7 @@ def finished(preset: Preset, store: Store) -> list[Cell]:
     Raises:
         ValueError: there are none, or a setting is wrong. TypeError: a setting is wrong.
     """
-    _, plan = _planned(preset, store, False)
+    plan = _planned(preset)
     found = [cell for cell in plan if store.get(cell) is not None]
     if not any(cell.task in ("baseline", "quantized") for cell in found):
         raise ValueError(
@@ -263,18 +278,15 @@ def finished(preset: Preset, store: Store) -> list[Cell]:
     return found
 
 
-def _planned(preset: Preset, store: Store, progress: bool) -> tuple[runner.Bench, list[Cell]]:
-    """What computes a preset's cells, and the cells."""
+def _planned(preset: Preset) -> list[Cell]:
     _check(preset)
-    bench = runner.Bench(preset.model, preset.dtype, store, progress=progress)
-    plan = cells(
+    return cells(
         preset,
-        model=bench.identity(),
-        versions=runner.package_versions(),
-        calibration_data=runner.wikitext_identity("validation"),
-        evaluation_data=runner.wikitext_identity("test"),
+        model=model_identity(preset.model, preset.dtype),
+        versions=package_versions(),
+        calibration_data=wikitext_identity("validation"),
+        evaluation_data=wikitext_identity("test"),
     )
-    return bench, plan
 
 
 def _check(preset: Preset) -> None:
@@ -289,7 +301,7 @@ def _check(preset: Preset) -> None:
 
 
 def _outcome(result: dict[str, Any], reference: dict[str, Any] | None) -> str:
-    seconds = result["run"]["cell_seconds"]
+    seconds = result["run"].get("cell_seconds", math.nan)
     if "perplexity" not in result:
         return f"{result['tokens']:,} tokens{seconds:>20.1f} s"
     perplexity = result["perplexity"]
@@ -326,7 +338,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--methods",
         nargs="+",
         metavar="M",
-        help=f"mixedquant, or simulated: {' '.join(peers.METHODS)}",
+        help=f"mixedquant, or simulated: {' '.join(OTHER_METHODS)}",
     )
     parser.add_argument(
         "--set",
@@ -350,7 +362,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="also the errors of each layer, over N windows",
     )
-    parser.add_argument("--dtype", choices=runner.DTYPES, help="of what is not quantized")
+    parser.add_argument("--dtype", choices=DTYPES, help="of what is not quantized")
     parser.add_argument(
         "--output", default="results", metavar="FOLDER", help="finished cells (default: results)"
     )
@@ -363,11 +375,50 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--figures", default="figures", metavar="FOLDER", help="default: figures")
     # what `smoothquant plot` adds: draw the finished cells, compute none
     parser.add_argument("--plot", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="of each worker (default: all cores, shared out)"
+    )
+    parser.add_argument(
+        "--executor",
+        default=executors.LOCAL,
+        metavar="E",
+        help="where workers run: local, dask://HOST:PORT or slurm (default: local)",
+    )
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="workers (default: 1; of Dask, all that it has)"
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="try only some of all combinations of the preset's choices: those that may give the "
+        "least perplexity at their size",
+    )
+    parser.add_argument(
+        "--budget",
+        type=_budget,
+        default=Budget(cells=24),
+        metavar="N|Nm",
+        help="of a search, in cells or minutes (default: 24)",
+    )
+    parser.add_argument(
+        "--slurm",
+        nargs="+",
+        type=_field,
+        default=[],
+        metavar="NAME=VALUE",
+        help="submitit's parameters, for example slurm_partition=cpu timeout_min=60",
+    )
     args = parser.parse_args(argv)
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads must be at least 1; got {args.threads}")
     return args
+
+
+def _budget(text: str) -> Budget:
+    try:
+        return Budget.from_text(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _windows(text: str) -> float | int:
@@ -375,6 +426,8 @@ def _windows(text: str) -> float | int:
 
 
 def _field(text: str) -> tuple[str, Any]:
+    from smoothquant.config import parse_field
+
     try:
         return parse_field(text)
     except ValueError as error:
@@ -399,10 +452,12 @@ def _chosen_preset(args: argparse.Namespace) -> Preset:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
+    from smoothquant.errors import CheckpointError
+
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["report"]:
+        argv[0] = "--plot"
     args = parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     started = time.perf_counter()
     made_by = [word for word in argv if word != "--plot"]
     command = shlex.join(["python", "-m", "run_experiments", *made_by])
@@ -411,9 +466,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         store = Store(args.output)
         for path in args.cells or []:
             print(f"{store.adopt(path)} cells taken from {path}")
-        print(f"Model {preset.model}, {torch.get_num_threads()} threads, preset {args.preset}")
-        plan = finished(preset, store) if args.plot else sweep(preset, store)
+        print(f"Model {preset.model}, preset {args.preset}")
+        if args.plot:
+            plan = finished(preset, store)
+        else:
+            workers = {name: getattr(args, name) for name in ("executor", "jobs", "threads")}
+            workers["slurm"] = dict(args.slurm)
+            if args.search:
+                plan = find_front(preset, store, args.budget, **workers)
+            else:
+                plan = sweep(preset, store, **workers)
         text, paths = report.write(store, plan, preset.model, args.figures, command)
+        if args.plot:
+            paths.append(page.write(store, plan, preset.model, args.figures, command))
     except KeyboardInterrupt:
         print(
             f"\nStopped. Finished cells are kept in {args.output}; continue with\n  {command}",
@@ -425,6 +490,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if args.search:
+        print("\nThe front: every other model found is larger or worse than one of these.\n")
+        print(report.front_table(store, plan))
     print(f"\n{text}\n\nWritten:", *(f"  {path}" for path in paths), sep="\n")
     print(f"\n{time.perf_counter() - started:.0f} s in all.")
     return 0

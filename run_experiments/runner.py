@@ -6,37 +6,29 @@ import copy
 import datetime
 import json
 import math
-import os
 import struct
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+import smoothquant
 from smoothquant import ops
-from smoothquant.bundled import (
-    BUNDLED_MODELS,
-    DATA,
-    WIKITEXT_FILES,
-    cache_folder,
-    check_model_name,
-    load_model,
-    wikitext,
-)
+from smoothquant.bundled import load_model, wikitext
 from smoothquant.calibration import collect_stats, draw_blocks, load_stats, save_stats
-from smoothquant.checkpoint import save_quantized
 from smoothquant.config import MixedQuantConfig
 from smoothquant.doctor import chip_name
 from smoothquant.files import atomic_file
+from smoothquant.hf import attach
 from smoothquant.layer_report import by_kind, layer_report
 from smoothquant.model_size import Byte, distinct_tensors, get_model_size
 from smoothquant.ppl_eval import Evaluator, HeadLogits
@@ -44,35 +36,22 @@ from smoothquant.quantize import LinearRecord, module_copy, quantize, simulated_
 
 from . import peers
 from .grid import Cell
+from .identity import check_source, model_identity, package_versions, wikitext_identity
 from .store import Store, file_sha256
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+__all__ = [
+    "Bench",
+    "SafetensorError",
+    "calibration_blocks",
+    "check_seqlen",
+    "package_versions",
+    "run_cell",
+    "saved_payload_bytes",
+    "wikitext_identity",
+]
+
 HEAD_INPUTS = "head_inputs"  # the tensor that a baseline leaves for comparisons
 KEPT_LOGITS_BYTES = 1 << 30  # of a baseline, from cell to cell; more are computed anew
-PACKAGES = ("smoothquant", "torch", "transformers")
-
-# Files of a model folder that take part in its numbers.
-MODEL_FILES = (
-    "config.json",
-    "*.safetensors",
-    "*.bin",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-
-
-def package_versions() -> dict[str, str]:
-    """Version of every package that takes part in a cell's numbers."""
-    return {name: import_module(name).__version__ for name in PACKAGES}
-
-
-def wikitext_identity(split: str) -> dict[str, Any]:
-    """Name, split and sha256 of one of the bundled WikiText-2 texts."""
-    path = DATA / "wikitext-2-raw" / WIKITEXT_FILES[split]
-    return {"data": "wikitext-2-raw", "split": split, "sha256": file_sha256(path)}
 
 
 class Bench:
@@ -89,9 +68,7 @@ class Bench:
     """
 
     def __init__(self, source: str, dtype: str, store: Store, *, progress: bool = True) -> None:
-        check_model_name(source)
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+        check_source(source, dtype)
         self.source, self.dtype, self.store, self.progress = source, dtype, store, progress
         self._loaded: tuple[nn.Module, Any] | None = None
         self._evaluators: dict[str, Evaluator] = {}
@@ -99,48 +76,42 @@ class Bench:
         self._blocks: dict[str, list[Tensor]] = {}
         self._references: dict[str, list[Tensor]] = {}
 
-    @property
-    def name(self) -> str:
-        """The model's short name: bundled name, name of the folder, or Hugging Face id."""
-        return Path(self.source).resolve().name if os.path.isdir(self.source) else self.source
-
     def loaded(self) -> tuple[nn.Module, Any]:
         """(model, tokenizer); the model is shared by all cells and must not be changed."""
         if self._loaded is None:
             print(f"Loading {self.source} ...", file=sys.stderr, flush=True)
-            self._loaded = load_model(self.source, dtype=DTYPES[self.dtype])
+            smoothquant.load_public()  # the command line has not yet: transformers must know us
+            self._loaded = load_model(self.source, dtype=getattr(torch, self.dtype))
         return self._loaded
 
     def identity(self) -> dict[str, Any]:
-        """Name, sha256 of the model's files, dtype; loads the model only to have it downloaded."""
-        folder = self._folder()
-        if folder is None:
-            self.loaded()
-            folder = self._folder()
-        names = {path.name for pattern in MODEL_FILES for path in folder.glob(pattern)}
-        digests = {name: file_sha256(folder / name) for name in sorted(names)}
-        if not digests:
-            raise ValueError(f"model: no model files in {str(folder)!r}")
-        return {"name": self.name, "files": digests, "dtype": self.dtype}
+        """What a cell's key says of the model."""
+        return model_identity(self.source, self.dtype)
 
-    def _folder(self) -> Path | None:
-        if self.source == "tiny-opt":
-            return DATA / "tiny-opt"
-        if self.source in BUNDLED_MODELS:
-            folder = cache_folder() / self.source
-            return folder if folder.is_dir() else None
-        if os.path.isdir(self.source):
-            return Path(self.source)
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+    def check(self, cells: Sequence[Cell]) -> None:
+        """Find what the model or the texts cannot give before any of the cells is computed.
 
-        try:
-            folder = Path(snapshot_download(self.source, local_files_only=True))
-        except LocalEntryNotFoundError:
-            return None
-        # A download that was broken off leaves the small files only.
-        whole = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
-        return folder if whole or self._loaded else None
+        Raises:
+            ValueError: more tokens than the model has positions or the texts have windows, or a
+                model that a method cannot quantize.
+            RuntimeError: the model is not the one that the cells are of.
+        """
+        model, _ = self.loaded()
+        found = self.identity()
+        for cell in cells:
+            if cell.model != found:
+                changed = sorted({*cell.model["files"].items()} ^ {*found["files"].items()})
+                raise RuntimeError(
+                    f"model: {self.source!r} is not what this sweep was planned for, or changed "
+                    f"since ({', '.join(sorted({name for name, _ in changed})) or 'dtype'}); run "
+                    "the sweep again for the model as it is now"
+                )
+            if cell.calibration:
+                check_seqlen(model, cell.calibration["block_size"])
+            if cell.evaluation:
+                self.evaluator(cell.evaluation)
+            if "method" in (cell.config or {}):
+                peers.check_model(model)
 
     def evaluator(self, evaluation: Mapping[str, Any]) -> Evaluator:
         """The test windows of an evaluation, tokenized once."""
@@ -164,7 +135,7 @@ class Bench:
 
     def stats(self, cell: Cell) -> Mapping:
         """The stored statistics of the finished calibration that a cell uses."""
-        calibration = _companion(cell, "calibration", calibration=cell.calibration)
+        calibration = cell.needs[0]
         if calibration.key not in self._stats:
             self._stats[calibration.key] = load_stats(self.store.artifact(calibration))
         return self._stats[calibration.key]
@@ -180,8 +151,7 @@ class Bench:
         """What a quantized model is compared with: logits from the stored head inputs of the
         finished baseline of the same windows, or the model itself where it left none."""
         model, _ = self.loaded()
-        evaluation = {key: value for key, value in cell.evaluation.items() if key != "against"}
-        baseline = _companion(cell, "baseline", evaluation=evaluation)
+        _, baseline = cell.needs
         path = self.store.artifact(baseline)
         if not path.is_file():
             return model
@@ -195,11 +165,6 @@ class Bench:
         if windows * tokens * head.weight[:, 0].nbytes > KEPT_LOGITS_BYTES:
             return logits
         return self._references.setdefault(baseline.key, [logits[i] for i in range(windows)])
-
-
-def _companion(cell: Cell, task: str, **parts: Any) -> Cell:
-    """Another cell of the same sweep, which `cell` builds upon."""
-    return Cell(task, model=cell.model, versions=cell.versions, **parts)
 
 
 def check_seqlen(model: nn.Module, seqlen: int) -> None:
@@ -241,8 +206,8 @@ def _calibrate(cell: Cell, bench: Bench) -> dict[str, Any]:
     return {
         "tokens": sum(block.numel() for block in blocks),
         "layer_inputs": len({id(entry) for entry in stats.values()}),
-        # Of the file, not of the statistics: equal tensors do not make equal files.
-        "run": {"artifact_sha256": file_sha256(path)},
+        "artifact_sha256": file_sha256(path),
+        "run": {},
     }
 
 
@@ -271,7 +236,7 @@ def _evaluate_baseline(cell: Cell, bench: Bench) -> dict[str, Any]:
     if head_inputs is not None:
         with atomic_file(path) as temporary:
             safetensors.torch.save_file({HEAD_INPUTS: head_inputs}, temporary)
-        result["run"]["artifact_sha256"] = file_sha256(path)
+        result["artifact_sha256"] = file_sha256(path)
     return {
         **result,
         "model_bytes": get_model_size(model) // Byte,
@@ -279,10 +244,13 @@ def _evaluate_baseline(cell: Cell, bench: Bench) -> dict[str, Any]:
     }
 
 
-def _quantized(
+def quantized_model(
     cell: Cell, bench: Bench, **changes: Any
 ) -> tuple[nn.Module, list[LinearRecord], float]:
-    """A quantized model by the cell's config, its records and the seconds it took."""
+    """A quantized model by the cell's config, its records and the seconds it took.
+
+    The bench's model stays as it is, and shares all tensors that are not quantized.
+    """
     config = {**cell.config, **changes}
     model, _ = bench.loaded()
     stats, batches = bench.stats(cell), bench.blocks(cell.calibration)
@@ -291,7 +259,7 @@ def _quantized(
         # SmoothQuant changes norms and weights where they are
         model = copy.deepcopy(model)
         method = peers.METHODS[config["method"]]
-        layers = method.quantize(model, stats, batches, config["group_size"])
+        layers = method(model, stats, batches, config["group_size"])
     else:
         model = module_copy(model)
         layers = quantize(model, _packable(config), stats, batches, progress=False)
@@ -310,7 +278,7 @@ def _packable(fields: Mapping[str, Any]) -> MixedQuantConfig:
 
 
 def _evaluate_quantized(cell: Cell, bench: Bench) -> dict[str, Any]:
-    model, layers, quantize_seconds = _quantized(cell, bench)
+    model, layers, quantize_seconds = quantized_model(cell, bench)
     evaluator = bench.evaluator(cell.evaluation)
     with _timed(model) as seconds:
         nlls, kls, same = evaluator.token_comparison(model, bench.reference(cell))
@@ -334,7 +302,7 @@ def _evaluate_quantized(cell: Cell, bench: Bench) -> dict[str, Any]:
 def _measure_layers(cell: Cell, bench: Bench) -> dict[str, Any]:
     evaluator = bench.evaluator(cell.evaluation)
     windows = [evaluator.window(index) for index in range(evaluator.num_windows)]
-    model, _, _ = _quantized(cell, bench, backend="int4")
+    model, _, _ = quantized_model(cell, bench, backend="int4")
     models = {"int4": model, "fake": simulated_copy(model)}
     errors = by_kind(layer_report(bench.loaded()[0], models, windows, progress=False))
     return {
@@ -417,10 +385,11 @@ def _layer_totals(layers: list) -> dict[str, Any]:
 
 def saved_payload_bytes(model: nn.Module) -> int:
     """Save a quantized model and return the bytes of tensors in its file, headers left out."""
-    with tempfile.TemporaryDirectory(prefix="mixedquant-") as parent:
-        folder = Path(parent) / "model"
-        save_quantized(model, folder)
-        return sum(_payload(path) for path in folder.glob("*.safetensors"))
+    attach(model)
+    with tempfile.TemporaryDirectory(prefix="mixedquant-") as folder:
+        # as `save_quantized` does, but nothing needs to be on the disk when it is measured
+        model.save_pretrained(folder)
+        return sum(_payload(path) for path in Path(folder).glob("*.safetensors"))
 
 
 def _payload(path: Path) -> int:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .public import *  # noqa: F403
 
 __version__ = "0.1.0"
+SWEEPS = PurePath(__file__).parent.with_name("run_experiments") / "__main__.py"
 
 
 def load_public() -> None:
@@ -31,11 +32,12 @@ def load_public() -> None:
 
 
 def _is_command_line() -> bool:
-    """Whether this process is `smoothquant ...` or `python -m smoothquant ...`."""
+    """Whether this process is `smoothquant ...`, `python -m smoothquant ...` or `python -m
+    run_experiments ...`."""
     name = sys.argv[0] if sys.argv else ""
     if name == "-m":  # while Python looks for the module
         return sys.orig_argv[-len(sys.argv)] == __name__
-    return PurePath(name).stem == __name__
+    return PurePath(name).stem == __name__ or PurePath(name) == SWEEPS
 
 
 if not _is_command_line():

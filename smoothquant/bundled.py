@@ -12,13 +12,16 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
 
 from .errors import CheckpointError
 from .files import atomic_folder
 from .texts import line_rows
+
+if TYPE_CHECKING:
+    import torch
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -72,6 +75,8 @@ def load_bundled(name: str):
             install it.
         CheckpointError: the converted model in the cache is damaged.
     """
+    import torch
+
     if name not in BUNDLED_MODELS:
         raise ValueError(f"name must be one of {list(BUNDLED_MODELS)}; got {name!r}")
     folder = DATA / "tiny-opt" if name == "tiny-opt" else _smollm2_folder()
@@ -103,6 +108,8 @@ def load_model(name_or_folder: str | os.PathLike, *, dtype: torch.dtype | None =
         CheckpointError: the folder does not hold what its config.json says.
         RuntimeError: as `load_bundled`.
     """
+    import torch
+
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype or None; got {dtype!r}")
     name = os.fspath(name_or_folder)
@@ -168,6 +175,7 @@ def _smollm2_folder() -> Path:
 
 
 def _convert_smollm2(source: Path, folder: Path) -> None:
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import struct
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -318,7 +319,7 @@ def input_hooks(
 
 
 def save_stats(stats: Mapping[str, ChannelStats], path: str | os.PathLike) -> None:
-    """Write statistics to one safetensors file, whole or not at all.
+    """Write statistics to one safetensors file, whole or not at all: equal ones are equal bytes.
 
     An object that stands under several names is stored once and is one object again when loaded.
     """
@@ -343,6 +344,19 @@ def save_stats(stats: Mapping[str, ChannelStats], path: str | os.PathLike) -> No
     }
     with atomic_file(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata=metadata)
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put a safetensors file's metadata, which safetensors writes in random order, in one."""
+    with open(path, "r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def load_stats(path: str | os.PathLike) -> dict[str, ChannelStats]:

@@ -509,6 +509,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 ARGUMENTS_PASSED_ON = {
+    "load": False,
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
 }
@@ -536,7 +537,7 @@ def sweep(context: typer.Context) -> None:
 
 @command(**ARGUMENTS_PASSED_ON)
 def plot(context: typer.Context) -> None:
-    """Draw a sweep from what is finished."""
+    """Draw a sweep from what is finished, and write an interactive page of it."""
     _run_experiments(["--plot", *context.args])
 
 

@@ -20,7 +20,7 @@ from smoothquant.quantize import quantize  # noqa: E402
 
 # The tiny model has only 128 hidden channels: 16 outliers, where Atom has 128.
 ATOM = partial(peers.atom_style, num_outliers=16)
-METHODS = {name: method for name, (method, _) in peers.METHODS.items()} | {"atom-style": ATOM}
+METHODS = peers.METHODS | {"atom-style": ATOM}
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_short_groups_and_few_channels(make_model, token_ids):
     """K of 48 and 88 with groups of 20 or 1000; Atom's 128 outliers are all channels then."""
     model = make_model("llama")
     stats = collect_stats(model, [token_ids], progress=False)
-    for name, (method, _) in peers.METHODS.items():
+    for name, method in peers.METHODS.items():
         for group_size in (20, 1000):
             peer = copy.deepcopy(model)
             records = method(peer, stats, [token_ids], group_size)

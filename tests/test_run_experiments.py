@@ -6,12 +6,15 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import plotly.offline
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -19,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import run_experiments  # noqa: E402
-from run_experiments import grid, report, runner  # noqa: E402
+from run_experiments import grid, page, report, runner  # noqa: E402
 from run_experiments.grid import PRESETS, Cell, Product  # noqa: E402
 from run_experiments.peers import METHODS  # noqa: E402
 from run_experiments.run_experiments import main  # noqa: E402
@@ -43,14 +46,10 @@ def some_cells(preset=TINY):
     )
 
 
-def without_run(path):
-    """Contents of each cell's file but for time, speed and machine."""
-    contents = {}
-    for file in Path(path).glob("*.json"):
-        record = json.loads(file.read_text())
-        del record["result"]["run"], record["checksum"]
-        contents[file.name] = record
-    return contents
+def results_in(folder):
+    """The bytes of every finished cell's files."""
+    files = [*Path(folder).glob("*.json"), *Path(folder).glob("*.safetensors")]
+    return {file.name: file.read_bytes() for file in files}
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +183,7 @@ def test_store_gives_back_what_was_put(tmp_path):
     store.put(cell, {"perplexity": 1.0000000000000002, "run": {}})
     assert store.get(cell) == {"perplexity": 1.0000000000000002, "run": {}}
     assert store.get(other) is None
-    assert [path.name for path in store.folder.iterdir()] == [f"{cell.key}.json"]
+    assert sorted(path.name for path in store.folder.iterdir()) == [f"{cell.key}.json", "runs"]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +193,7 @@ def test_store_gives_back_what_was_put(tmp_path):
         lambda text: text[: len(text) // 2],
         lambda text: text.replace("1.5", "2.5"),
         lambda text: text.replace('"checksum"', '"check"'),
-        lambda text: text.replace('"format_version": 1', '"format_version": 9'),
+        lambda text: text.replace('"format_version": 2', '"format_version": 9'),
         lambda text: text.replace("tiny", "huge"),
         lambda text: "[]",
         lambda text: "\0" * 100,
@@ -225,7 +224,7 @@ def test_failing_write_leaves_the_old_cell(tmp_path, monkeypatch):
             with pytest.raises(OSError, match="No space left"):
                 store.put(cell, {"perplexity": 2.5, "run": {}})
         assert store.get(cell)["perplexity"] == 1.5
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
 
 
 def test_store_refuses_a_file_as_folder(tmp_path):
@@ -307,9 +306,7 @@ def test_a_baseline_that_left_nothing_is_run_again(compared, tmp_path, monkeypat
 
 def test_a_damaged_reference_is_recorded_again(finished, tmp_path, capsys):
     output, _ = finished
-    store = Store(tmp_path / "results")
-    for path in output.iterdir():
-        (store.folder / path.name).write_bytes(path.read_bytes())
+    store = Store(shutil.copytree(output, tmp_path / "results"))
     baseline = run_experiments.sweep(TINY, store, progress=False)[1]
     before = store.artifact(baseline).read_bytes()
     store.artifact(baseline).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
@@ -366,7 +363,8 @@ def test_results_are_whole(finished):
     assert len(records) == 8
     for record in records:
         result = record["result"]
-        assert result["run"]["chip"] and result["run"]["isa"] and result["run"]["threads"] >= 1
+        run = json.loads((output / "runs" / f"{record['key']}.json").read_text())
+        assert run["chip"] and run["isa"] and run["threads"] >= 1
         if record["spec"]["task"] == "calibration":
             continue
         assert result["tokens"] == TINY.windows * (TINY.seqlen - 1)
@@ -412,10 +410,7 @@ def test_second_run_executes_nothing(finished, tmp_path, capsys, monkeypatch):
 
 def test_more_cells_reuse_calibration_and_baseline(finished, tmp_path, capsys):
     output, _ = finished
-    store = tmp_path / "results"
-    store.mkdir()
-    for path in output.iterdir():
-        (store / path.name).write_bytes(path.read_bytes())
+    store = shutil.copytree(output, tmp_path / "results")
     preset = grid.override(TINY, {"group_sizes": (32,), "salient_props": (0.1,)})
     run_experiments.sweep(preset, Store(store), progress=False)
     assert "5 cells, 2 of them in" in capsys.readouterr().out
@@ -430,7 +425,7 @@ def test_published_cells_are_taken_over(finished, tmp_path, capsys):
     printed = capsys.readouterr().out
     # only what leaves tensors is computed again
     assert "6 cells taken from" in printed and "8 cells, 6 of them in" in printed
-    assert without_run(tmp_path / "results") == without_run(output)
+    assert results_in(tmp_path / "results") == results_in(output)
     assert (tmp_path / "figures" / published.name).read_bytes() == published.read_bytes()
     assert Store(tmp_path / "results").adopt(published) == 0
 
@@ -459,9 +454,7 @@ def test_unsound_published_cells_are_refused(finished, tmp_path, change, message
 
 def test_damaged_statistics_are_collected_again(finished, tmp_path, capsys):
     output, _ = finished
-    store = Store(tmp_path / "results")
-    for path in output.iterdir():
-        (store.folder / path.name).write_bytes(path.read_bytes())
+    store = Store(shutil.copytree(output, tmp_path / "results"))
     (calibration,) = (c for c in run_experiments.sweep(TINY, store) if c.task == "calibration")
     statistics = store.artifact(calibration)
     before = load_stats(statistics)
@@ -522,7 +515,7 @@ def test_killed_sweeps_resume_to_the_same_results(finished, tmp_path):
     assert kills >= 2, cells_at_kill
     last = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert last.returncode == 0, last.stderr
-    assert without_run(store) == without_run(output)
+    assert results_in(store) == results_in(output)
     assert not list(store.glob("*.damaged"))
 
 
@@ -603,10 +596,11 @@ def fake_row(group_size, salient_prop, perplexity, **config):
 def test_figures_and_their_data(finished):
     _, figures = finished
     names = sorted(path.name for path in figures.iterdir())
-    plots = ("kl_vs_bits", "ppl_vs_bits", "ppl_vs_group_size", "size_vs_group_size")
+    plots = ("kl_vs_bits", "pareto", "ppl_vs_bits", "ppl_vs_group_size", "size_vs_group_size")
     assert names == sorted(
-        [f"tiny-opt_{plot}.{kind}" for plot in plots for kind in ("png", "csv")]
-        + ["tiny-opt_results.md", "tiny-opt_cells.jsonl"]
+        [f"tiny-opt_{plot}.{kind}" for plot in plots for kind in ("png", "svg", "csv")]
+        + ["tiny-opt_results.md"]
+        + [f"tiny-opt_cells.{kind}" for kind in ("csv", "jsonl", "parquet")]
     )
     for path in figures.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
@@ -619,6 +613,20 @@ def test_figures_and_their_data(finished):
     page = (figures / "tiny-opt_results.md").read_text()
     for part in ("python -m run_experiments --preset tiny", "Chip:", "Threads:", "Date:", "int4"):
         assert part in page
+
+
+def test_the_store_is_one_table(finished):
+    output, figures = finished
+    table = pyarrow.parquet.read_table(figures / "tiny-opt_cells.parquet").to_pylist()
+    with open(figures / "tiny-opt_cells.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert len(table) == len(lines) == 8
+    for row, line in zip(table, lines, strict=True):
+        record = json.loads((output / f"{row['key']}.json").read_text())
+        assert row["result.perplexity"] == record["result"].get("perplexity")
+        assert row["config.group_size"] == (record["spec"]["config"] or {}).get("group_size")
+        assert row["run.threads"] >= 1 and row["versions.torch"] == torch.__version__
+        assert {k: str("" if v is None else v) for k, v in row.items()} == line
 
 
 def test_figures_are_drawn_from_the_store_alone(finished, tmp_path):
@@ -643,7 +651,7 @@ report.write(store, cells, "tiny-opt", sys.argv[3], "command")
     )
     for name in ("tiny-opt_ppl_vs_group_size.csv", "tiny-opt_size_vs_group_size.csv"):
         assert (tmp_path / name).read_text() == (figures / name).read_text()
-    assert len(list(tmp_path.glob("*.png"))) == 4
+    assert len(list(tmp_path.glob("*.png"))) == 5
 
 
 def test_table_shows_what_is_not_finite():
@@ -727,6 +735,51 @@ def test_spread_keeps_order_and_distance():
         assert all(gap >= 0.05 - 1e-9 for gap in gaps)
         assert placed[0] >= 0 and placed[-1] <= 1 + 1e-9
     assert report.spread([0.2, 0.5], 0.1, 0.0, 1.0) == [0.2, 0.5]
+
+
+def test_report_writes_figures_and_a_page_that_needs_no_network(compared, tmp_path):
+    store, plan, _ = compared
+    path = page.write(store, plan, "some/tiny-opt", tmp_path, "command <with> &")
+    text = path.read_text()
+    assert path.name == "tiny-opt_report.html" and "command &lt;with&gt; &amp;" in text
+    assert "<!-- " not in text.replace(plotly.offline.get_plotlyjs(), "")
+    # nothing is fetched: no reference but to the page itself
+    own = text.replace(plotly.offline.get_plotlyjs(), "")
+    assert not re.findall(r"""(?:src|href)\s*=\s*["']|@import|url\(""", own)
+    for name in ("ppl_vs_group_size", "ppl_vs_bits", "kl_vs_bits", "layers"):
+        assert f'id="chart-{name}"' in own
+    (models,) = re.findall(r'<script id="models" type="application/json">(.*?)</script>', own)
+    models = {model["key"]: model for model in json.loads(models)}
+    evaluated = [cell for cell in plan if cell.task in ("baseline", "quantized")]
+    assert list(models) == [cell.key for cell in evaluated]
+    for cell in evaluated:
+        model, result = models[cell.key], store.get(cell)
+        assert model["perplexity"] == result["perplexity"]
+        assert model["spec"] == json.loads(cell.to_json()) and model["run"] == result["run"]
+    # every point of a chart is a model of the table
+    keys = re.findall(r'"customdata":\[("[0-9a-f]{64}"(?:,"[0-9a-f]{64}")*)\]', own)
+    assert len(keys) >= 3
+    assert {key for line in keys for key in json.loads(f"[{line}]")} <= set(models)
+    before = path.read_bytes()
+    assert page.write(store, plan, "tiny-opt", tmp_path, "command <with> &").read_bytes() == before
+
+
+def test_report_command_computes_nothing(finished, tmp_path, monkeypatch, capsys):
+    output, figures = finished
+    monkeypatch.setattr(runner, "run_cell", None)
+    arguments = ["--preset", "tiny", "--output", str(output), "--figures", str(tmp_path)]
+    assert main(["report", *arguments]) == 0
+    pictures = {path.name: path.read_bytes() for path in figures.glob("*.svg")}
+    assert len(pictures) == 5
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")} == pictures
+    assert "tiny-opt_report.html" in capsys.readouterr().out
+
+
+def test_page_names_the_extra_without_plotly(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    arguments = ["--preset", "tiny", "--output", str(finished[0]), "--figures", str(tmp_path)]
+    assert main(["report", *arguments]) == 1
+    assert re.search(r"error: .*smoothquant\[experiments\]", capsys.readouterr().err)
 
 
 # ---- published names ----

@@ -1,0 +1,209 @@
+"""A sweep as one HTML page that needs no network: curves, the Pareto front, errors by layer and a
+table of every number with its specification."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import report
+from .grid import Cell
+from .report import Plot, Row
+from .store import Store, write_atomically
+
+SYMBOLS = {
+    "o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down",
+    "P": "cross", "X": "x",
+}  # fmt: skip
+DASHES = {"-": "solid", "--": "dash", "-.": "dashdot"}  # and for the longer patterns
+LONG_DASHES = ("longdashdot", "dot", "longdash", "5px,2px")
+CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": False}
+NUMBERS = ("perplexity", "kl", "top1", "bits_per_weight", "model_bytes")
+SETTINGS = ("method", "group_size", "salient_prop", "sort", "backend")
+
+
+def write(
+    store: Store, cells: Sequence[Cell], model_name: str, folder: str | Path, command: str
+) -> Path:
+    """Write `<model>_report.html` from the store; its path.
+
+    Args: as `report.write`.
+
+    Raises:
+        RuntimeError: plotly is missing.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise RuntimeError(
+            f"the page needs a package that is missing ({error}): "
+            "pip install 'smoothquant[experiments]'"
+        ) from error
+    rows = report.stored_rows(store, cells)
+    stem = Path(model_name).name
+    plots = report._plots(rows, stem, cells[0].model["dtype"])
+    sections = [
+        f"<section><h2>{html.escape(plot.title)}</h2><p>{html.escape(plot.about)}</p>"
+        f"{_html(_chart(plot), name)}</section>"
+        for name, plot in plots.items()
+    ]
+    layers = [(cell, result) for cell in cells if cell.task == "layers"
+              if (result := store.get(cell)) is not None]  # fmt: skip
+    if layers:
+        sections.append(
+            "<section><h2>Error of each layer</h2><p>Signal over error in dB: more is better."
+            f"</p>{_html(_heat_maps(layers), 'layers')}</section>"
+        )
+    models = [_model(row) for row in rows]
+    page = _PAGE.read_text(encoding="utf-8")
+    for name, text in {
+        "TITLE": html.escape(f"{stem}: perplexity and size"),
+        "COMMAND": html.escape(command),
+        "SECTIONS": "\n".join(sections),
+        # "</" would end the script
+        "MODELS": json.dumps(models).replace("</", "<\\/"),
+        "PLOTLY": get_plotlyjs(),
+    }.items():
+        page = page.replace(f"<!-- {name} -->", text)
+    path = Path(folder) / f"{stem}_report.html"
+    write_atomically(path, page)
+    return path
+
+
+_PAGE = Path(__file__).with_name("page.html")
+
+
+def _html(figure, name: str) -> str:
+    return figure.to_html(
+        full_html=False, include_plotlyjs=False, config=CONFIG, div_id=f"chart-{name}"
+    )
+
+
+def _model(row: Row) -> dict[str, Any]:
+    """A line of the table."""
+    config = row.config or {}
+    settings = {name: config.get(name) for name in SETTINGS}
+    settings["method"] = row.method or "16-bit model"
+    numbers = {name: row.result.get(name) for name in NUMBERS}
+    if row.is_other_method:  # as simulated
+        settings["backend"] = "fake"
+    if row.config is None:
+        numbers |= {"bits_per_weight": 16, "model_bytes": row.result["model_bytes_16_bit"]}
+    elif settings["backend"] != "int4":
+        numbers["model_bytes"] = None  # float weights: no bytes of the method
+        if not row.is_other_method:
+            numbers["bits_per_weight"] = None
+    run = row.result["run"]
+    return {
+        **settings,
+        **numbers,
+        "tokens_per_s": run.get("tokens_per_s"),
+        "key": row.cell.key,
+        "spec": json.loads(row.cell.to_json()),
+        "run": run,
+    }
+
+
+def _chart(plot: Plot):
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for style, line in zip(report._styles(plot.series), plot.series, strict=True):
+        colour, marker, dashes = style
+        figure.add_scatter(
+            x=[x for x, _ in line.points],
+            y=[y for _, y in line.points],
+            name=line.label,
+            mode="lines+markers" if line.joined else "markers",
+            line={"color": colour, "width": 2, "dash": _dash(dashes)},
+            marker={"symbol": SYMBOLS[marker], "size": 9},
+            customdata=[row.cell.key for row in line.rows] or None,
+            text=[html.escape(row.cell.settings) for row in line.rows] or None,
+            hovertemplate="%{text}<br>%{x}: <b>%{y:.6g}</b>" if line.rows else None,
+        )
+    is_log = report.is_log(plot)
+    if plot.level:
+        name, height = plot.level
+        figure.add_hline(height, line={"color": report.REFERENCE_COLOUR, "dash": "dot"})
+        figure.add_annotation(
+            text=f"{name} ({height:,.4g})", x=0, xref="paper", xanchor="left", yshift=-9,
+            y=math.log10(height) if is_log else height, showarrow=False,
+            font={"color": report.REFERENCE_COLOUR},
+        )  # fmt: skip
+    figure.update_xaxes(title=_broken(plot.x_name), type=plot.x_scale)
+    if plot.x_scale == "log":
+        xs = sorted({x for line in plot.series for x, _ in line.points})
+        figure.update_xaxes(tickvals=xs, ticktext=[f"{x:g}" for x in xs])
+    figure.update_yaxes(title=_broken(plot.y_name), type="log" if is_log else "linear")
+    if is_log:
+        ticks = [m * 10.0**e for e in range(-6, 12) for m in (1, 2, 5)]
+        figure.update_yaxes(tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks])
+    _settle(figure, 440)
+    return figure
+
+
+def _broken(name: str) -> str:
+    """A long name in two lines, for a phone's width."""
+    for end in (" (", " from "):
+        if len(name) > 24 and end in name:
+            return name.replace(end, f"<br>{end.lstrip()}", 1)
+    return name
+
+
+def _dash(dashes: Any) -> str:
+    if isinstance(dashes, str):
+        return DASHES[dashes]
+    others = [style[2] for style in report.STYLES if not isinstance(style[2], str)]
+    return LONG_DASHES[others.index(dashes)]
+
+
+def _heat_maps(layers: Sequence[tuple[Cell, dict[str, Any]]]):
+    """A heat map per cell and comparison, one of them shown."""
+    import plotly.graph_objects as go
+
+    figure, names = go.Figure(), []
+    for cell, result in layers:
+        for compared in result["compared"]:
+            kinds, numbers, decibels = report._pivot(result["errors"], compared)
+            values = [[decibels.get((layer, kind)) for layer in numbers] for kind in kinds]
+            low, high = report._colour_range(values)
+            one, _, other = compared.partition(" - ")
+            names.append(f"{cell.settings}: {one} against {other or 'the 16-bit model'}")
+            figure.add_heatmap(
+                x=[report._layer_name(layer) for layer in numbers],
+                y=kinds,
+                z=values,
+                zmin=low,
+                zmax=high,
+                colorscale="Cividis",
+                colorbar={"title": "dB", "thickness": 12},
+                texttemplate="%{z:.0f}",
+                hovertemplate="layer %{x}, %{y}: <b>%{z:.2f} dB</b><extra></extra>",
+                customdata=[[cell.key] * len(numbers)] * len(kinds),
+                visible=len(names) == 1,
+            )
+    buttons = [
+        {"label": name, "method": "update", "args": [{"visible": [n == name for n in names]}]}
+        for name in names
+    ]
+    menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
+    figure.update_layout(updatemenus=[menu | {"font": {"size": 11}, "pad": {"l": -50}}])
+    figure.update_xaxes(title="Decoder layer", type="category")
+    figure.update_yaxes(autorange="reversed")
+    _settle(figure, 420)
+    return figure
+
+
+def _settle(figure, height: int) -> None:
+    figure.update_layout(
+        template="plotly_white",
+        height=height,
+        margin={"l": 70, "r": 12, "t": 40, "b": 50},
+        font={"family": "system-ui, sans-serif", "size": 13},
+        legend={"orientation": "h", "y": -0.26, "yanchor": "top", "itemwidth": 50},
+        hoverlabel={"align": "left"},
+    )

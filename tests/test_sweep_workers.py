@@ -1,0 +1,599 @@
+"""Workers of a sweep: claims, executors, and what may befall them."""
+
+import dataclasses
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from run_experiments import executors, grid, runner, sweep  # noqa: E402
+from run_experiments import store as store_module  # noqa: E402
+from run_experiments.claims import Claims  # noqa: E402
+from run_experiments.grid import PRESETS, Cell  # noqa: E402
+from run_experiments.run_experiments import main  # noqa: E402
+from run_experiments.store import Store  # noqa: E402
+from run_experiments.worker import Job, error_from_json, work  # noqa: E402
+from smoothquant.bundled import load_bundled  # noqa: E402
+
+# three cells beside calibration and baseline: enough for workers to meet
+SMALL = grid.override(PRESETS["tiny"], {"group_sizes": (64,), "sorts": ("rms",)})
+STUB = [sys.executable, str(ROOT / "tests" / "stub_worker.py")]
+
+
+def results_in(folder):
+    """The bytes of every finished cell's files."""
+    files = [*Path(folder).glob("*.json"), *Path(folder).glob("*.safetensors")]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def leftovers(folder):
+    return [path.name for path in Path(folder).rglob(".*.tmp")] + list(
+        (Path(folder) / "claims").iterdir()
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The results of a sweep by one worker in this process."""
+    store = Store(tmp_path_factory.mktemp("undisturbed"))
+    sweep(SMALL, store, progress=False)
+    return results_in(store.folder)
+
+
+# ---- claims
+
+
+@pytest.fixture
+def claims(tmp_path):
+    return Claims(tmp_path / "claims", stale_seconds=0.3)
+
+
+def dead_claim(folder, **owner):
+    """A claim that a process left that ended without a word, on another machine."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "key.0"
+    path.write_text(json.dumps({"process": os.getpid(), "place": "elsewhere"} | owner))
+    return path
+
+
+def test_one_of_many_has_a_claim(tmp_path):
+    holders, together = [], threading.Barrier(16)
+
+    def one():
+        claims = Claims(tmp_path / "claims")
+        together.wait()
+        with claims.claim("key") as mine:
+            holders.append(mine)
+            together.wait()
+
+    threads = [threading.Thread(target=one) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert Counter(holders) == {True: 1, False: 15}
+    assert list((tmp_path / "claims").iterdir()) == []
+
+
+def test_a_claim_lives_as_long_as_its_heartbeat(claims):
+    other = Claims(claims.folder, claims.stale_seconds)
+    with claims.claim("key") as mine:
+        assert mine
+        # as on another machine, where only the heartbeat tells
+        path = claims.folder / "key.0"
+        path.write_text(json.dumps({"process": 1, "place": "elsewhere"}))
+        until = time.monotonic() + 3 * claims.stale_seconds
+        while time.monotonic() < until:
+            with other.claim("key") as theirs:
+                assert not theirs
+            time.sleep(0.02)
+    with other.claim("key") as theirs:
+        assert theirs
+
+
+def test_a_claim_without_heartbeat_is_taken_over_by_one(claims):
+    dead_claim(claims.folder)
+    with claims.claim("key") as mine:
+        assert not mine  # seen for the first time
+    time.sleep(1.2 * claims.stale_seconds)
+    other = Claims(claims.folder, claims.stale_seconds)
+    with claims.claim("key") as mine, other.claim("key") as theirs:
+        assert mine and not theirs
+    assert list(claims.folder.iterdir()) == []
+
+
+def test_a_claim_of_a_process_of_this_machine_that_ended_does_not_last(tmp_path):
+    from run_experiments.claims import _place
+
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    claims = Claims(tmp_path / "claims")
+    dead_claim(claims.folder, process=ended.pid, place=_place())
+    with claims.claim("key") as mine:
+        assert mine
+
+
+def test_a_worker_that_comes_back_leaves_its_successor_alone(claims):
+    with claims.claim("key") as mine:
+        assert mine
+        successor = claims.folder / "key.1"
+        successor.write_text(json.dumps({"process": os.getpid(), "place": "elsewhere"}))
+    assert successor.exists()
+    with claims.claim("key") as mine:
+        assert not mine
+
+
+# ---- executors
+
+
+@pytest.mark.parametrize("executor", ["jobs", "dask", "slurm://local", "slurm://debug"])
+def test_every_executor_gives_the_same_bytes(executor, undisturbed, tmp_path, capfd):
+    output = tmp_path / "results"
+    arguments = {"executor": executor, "jobs": 2, "threads": 1}
+    if executor == "dask":
+        from distributed import LocalCluster
+
+        with LocalCluster(
+            n_workers=2, threads_per_worker=2, dashboard_address=None, processes=True
+        ) as cluster:
+            arguments["executor"] = f"dask://{cluster.scheduler_address.removeprefix('tcp://')}"
+            sweep(SMALL, Store(output), progress=False, **arguments)
+    else:
+        if executor == "jobs":
+            arguments["executor"] = "local"
+        sweep(SMALL, Store(output), progress=False, **arguments)
+    assert results_in(output) == undisturbed
+    assert leftovers(output) == []
+    # each cell was computed in one place, and reported
+    records = [json.loads(path.read_text()) for path in (output / "runs").iterdir()]
+    assert len(records) == 5 and {record["threads"] for record in records} == {1}
+    assert capfd.readouterr().out.count("PPL") == 4
+
+
+def test_workers_are_given_json_alone(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(executors, "work", lambda job, report: given.append(job))
+    sweep(SMALL, Store(tmp_path), progress=False)
+    (job,) = given
+    fields = json.loads(job)
+    assert [Cell.from_json(text).task for text in fields["cells"]] == [
+        "calibration", "baseline", "quantized", "quantized", "quantized",
+    ]  # fmt: skip
+    assert Job.from_json(job).to_json() == job
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--executor", "cloud"], "executor must be one of local.*cloud"),
+        (["--executor", "dask://host"], "executor must be one of"),
+        (["--jobs", "0"], "jobs.*0"),
+        (["--slurm", "timeout_min=5"], "slurm: .*local"),
+    ],
+)
+def test_executors_that_cannot_be_meant_are_refused(arguments, message, tmp_path, capsys):
+    import re
+
+    assert main(["--preset", "tiny", "--output", str(tmp_path), *arguments]) == 1
+    assert re.search(f"^error: {message}", capsys.readouterr().err, re.M)
+
+
+@pytest.mark.parametrize(
+    "executor, package", [("dask://x:1", "distributed"), ("slurm", "submitit")]
+)
+def test_a_missing_package_names_the_extra(executor, package, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)
+    extra = executor.partition(":")[0]
+    with pytest.raises(RuntimeError, match=rf"smoothquant\[{extra}\]"):
+        sweep(SMALL, Store(tmp_path), progress=False, executor=executor)
+
+
+def test_executors_that_are_not_there_say_so(tmp_path):
+    with pytest.raises(RuntimeError, match="executor: .*sbatch|executor: .*slurm"):
+        sweep(SMALL, Store(tmp_path), progress=False, executor="slurm")
+    with pytest.raises(ValueError, match="slurm: .*no_such"):
+        sweep(
+            SMALL, Store(tmp_path), progress=False, executor="slurm://local", slurm={"no_such": 1}
+        )
+    with pytest.raises(RuntimeError, match="no Dask workers at 127.0.0.1:1"):
+        sweep(SMALL, Store(tmp_path), progress=False, executor="dask://127.0.0.1:1")
+
+
+# ---- faults
+
+
+def plan(groups):
+    """Two cells for each group size, and two before them, of no model: for stub workers."""
+    preset = grid.override(PRESETS["tiny"], {"group_sizes": tuple(range(1, groups + 1))})
+    data = {"data": "x", "split": "test", "sha256": "02"}
+    return grid.cells(
+        dataclasses.replace(preset, products=preset.products[:1]),
+        model={"name": "a", "files": {}, "dtype": "float32"},
+        versions={},
+        calibration_data=data,
+        evaluation_data=data,
+    )
+
+
+def stub_job(folder, groups=5, **fields):
+    folder.mkdir(exist_ok=True)
+    cells = [cell.to_json() for cell in plan(groups)]
+    return Job(cells, "none", str(folder), **fields).to_json()
+
+
+def start_stub(job, seconds):
+    process = subprocess.Popen(
+        [*STUB, str(seconds)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    process.stdin.write(job + "\n")
+    process.stdin.flush()
+    return process
+
+
+def end(process):
+    process.kill()
+    process.communicate()
+
+
+def run_stub(job):
+    """Let one worker do what is left of a job."""
+    process = start_stub(job, 0)
+    try:
+        assert process.wait(timeout=60) == 0
+    finally:
+        end(process)
+
+
+def computed(folder):
+    """(key, whether it was finished before) of each computation."""
+    return [line.split() for line in (folder / "computed").read_text().splitlines()]
+
+
+def wait_for(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.005)
+
+
+def test_fifty_kills_lose_nothing_and_repeat_nothing(tmp_path):
+    """Two workers, one of which is killed at a random moment, fifty times."""
+    calm, folder = tmp_path / "calm", tmp_path / "results"
+    run_stub(stub_job(calm, 150))
+    assert Counter(again for _, again in computed(calm)) == {"False": 302}
+
+    job, generator, finished, in_the_middle = stub_job(folder, 150), random.Random(0), {}, 0
+    # lives and cells are as long as this machine, as busy as it is, needs to start a worker
+    started = time.monotonic()
+    workers = [start_stub(job, 0.1)]
+    wait_for(lambda: (folder / "computed").exists())
+    start = time.monotonic() - started
+    seconds = max(0.1, start / 2)
+    workers.append(start_stub(job, seconds))
+    for _ in range(50):
+        time.sleep(generator.uniform(0, 2 * start))
+        victim = workers.pop(generator.randrange(2))
+        assert victim.poll() is None
+        end(victim)
+        claims = [path.read_text() for path in (folder / "claims").glob("*")]
+        in_the_middle += any(f'"process": {victim.pid},' in claim for claim in claims)
+        now = results_in(folder)
+        assert {name: now.get(name) for name in finished} == finished
+        finished = now
+        workers.append(start_stub(job, seconds))
+    for worker in workers:
+        end(worker)
+    assert len(finished) < 302 and in_the_middle > 10
+    run_stub(job)
+    assert results_in(folder) == results_in(calm)
+    assert {again for _, again in computed(folder)} == {"False"}
+    assert leftovers(folder) == []
+
+
+def test_workers_at_the_same_time_never_do_the_same_cell(tmp_path):
+    job = stub_job(tmp_path / "results", 20)
+    workers = [start_stub(job, 0.02) for _ in range(4)]
+    assert [worker.wait(timeout=60) for worker in workers] == [0] * 4
+    for worker in workers:
+        end(worker)
+    done = computed(tmp_path / "results")
+    assert len(done) == 42 == len({key for key, _ in done})
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "results" / "runs").iterdir()]
+    assert len({run["process"] for run in runs}) > 1
+
+
+def test_a_worker_that_stands_still_is_replaced(tmp_path):
+    """As one on another machine whose power went: only its heartbeat stops."""
+    folder = tmp_path / "results"
+    job = stub_job(folder, stale_seconds=0.5)
+    still = start_stub(job, 0.2)
+    wait_for(lambda: (folder / "computed").exists())
+    still.send_signal(signal.SIGSTOP)
+    try:
+        run_stub(job)
+    finally:
+        end(still)
+    run_stub(stub_job(tmp_path / "calm"))
+    assert results_in(folder) == results_in(tmp_path / "calm")
+
+
+def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
+    worker = start_stub(stub_job(tmp_path / "results"), 60)
+    wait_for(lambda: (tmp_path / "results" / "computed").exists())
+    worker.stdin.close()
+    assert worker.wait(timeout=10) == 1
+    worker.stdout.close()
+
+
+def test_workers_of_other_machines_stop_when_they_are_not_wanted(tmp_path):
+    wanted = tmp_path / "wanted"
+    wanted.touch()
+    worker = start_stub(stub_job(tmp_path / "results", wanted=str(wanted)), 0.1)
+    wait_for(lambda: (tmp_path / "results" / "computed").exists())
+    wanted.unlink()
+    assert worker.wait(timeout=10) == 0
+    end(worker)
+    assert 1 <= len(computed(tmp_path / "results")) < 12
+
+
+class StubBench:
+    def __init__(self, *_, **__):
+        pass
+
+    def check(self, cells):
+        pass
+
+
+@pytest.fixture
+def stub_cells(monkeypatch):
+    """`work` in this process on cells that are trivial to compute."""
+    monkeypatch.setattr(runner, "Bench", StubBench)
+    monkeypatch.setattr(runner, "run_cell", lambda cell, _: {"value": cell.label, "run": {}})
+
+
+def test_a_full_disk_at_any_write_loses_nothing(stub_cells, tmp_path, monkeypatch):
+    work(stub_job(tmp_path / "calm"))
+    folder, job = tmp_path / "results", stub_job(tmp_path / "results")
+    writes, full_at = 0, None
+
+    def failing(function):
+        def write(*args, **kwargs):
+            nonlocal writes
+            writes += 1
+            if writes == full_at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return function(*args, **kwargs)
+
+        return write
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module.tempfile, "mkstemp", failing(store_module.tempfile.mkstemp))
+        patch.setattr(os, "replace", failing(os.replace))
+        patch.setattr(store_module.os, "chmod", failing(os.chmod))
+        faults = 0
+        for write_number in range(1, 13):  # of two files a cell: into the second cell
+            full_at = write_number
+            before, writes = results_in(folder), 0
+            with pytest.raises(RuntimeError, match="No space left.*the same command goes on"):
+                work(job)
+            faults += 1
+            now = results_in(folder)
+            assert {name: now[name] for name in before} == before
+            assert leftovers(folder) == []
+    assert faults == 12 and 0 < len(now) < 12
+    work(job)
+    assert results_in(folder) == results_in(tmp_path / "calm")
+
+
+def test_a_corrupt_cell_alone_is_computed_again(stub_cells, tmp_path, monkeypatch):
+    job = stub_job(tmp_path / "results")
+    work(job)
+    before = results_in(tmp_path / "results")
+    name = sorted(before)[3]
+    path = tmp_path / "results" / name
+    path.write_bytes(before[name][:50])
+    labels = []
+    monkeypatch.setattr(
+        runner, "run_cell", lambda c, _: labels.append(c.key) or {"value": c.label, "run": {}}
+    )
+    with pytest.warns(UserWarning, match="damaged"):
+        work(job)
+    assert labels == [path.stem] and results_in(tmp_path / "results") == before
+
+
+def test_a_cell_that_another_worker_repaired_is_not_moved_aside(tmp_path, monkeypatch):
+    store, cell = Store(tmp_path), plan(1)[0]
+    store.put(cell, {"value": 1, "run": {}})
+    # read when it was damaged, and sound by the time it would be moved aside
+    assert store._move_aside(store.path(cell), "damaged", cell) is None
+    assert store.get(cell) == {"value": 1, "run": {}}
+
+
+def test_a_result_stands_without_its_run(tmp_path):
+    store, cell = Store(tmp_path), plan(1)[0]
+    store.put(cell, {"value": 1, "run": {"threads": 2}})
+    store.run_path(cell).write_text("{")
+    assert store.get(cell) == {"value": 1, "run": {}}
+
+
+def test_results_of_the_format_before_are_read(tmp_path):
+    """With the run inside of the result, and all under one checksum."""
+    store = Store(tmp_path)
+    (line, *_) = (ROOT / "figures/grid/tiny-opt_cells.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert record["format_version"] == 1
+    cell = Cell(**record["spec"])
+    store.path(cell).write_text(line)
+    assert store.get(cell) == record["result"]
+    assert Store(tmp_path / "other").adopt(ROOT / "figures/grid/tiny-opt_cells.jsonl") == 216
+    assert Store(tmp_path / "other").get(cell) == record["result"]
+    store.path(cell).write_text(line.replace("avx512vnni", "avx2"))
+    with pytest.warns(UserWarning, match="checksum"):
+        assert store.get(cell) is None
+
+
+def test_errors_of_workers_are_those_of_this_process(tmp_path):
+    for kind in (ValueError, TypeError, RuntimeError):
+        error = error_from_json(json.dumps({"type": kind.__name__, "message": "m"}))
+        assert type(error) is kind and str(error) == "m"
+    assert type(error_from_json('{"type": "CheckpointError", "message": ""}')) is RuntimeError
+    with pytest.raises(ValueError, match="windows, seqlen"):
+        preset = dataclasses.replace(SMALL, windows=10**6)
+        sweep(preset, Store(tmp_path), progress=False, jobs=2)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_killed_workers_are_replaced_by_others_or_named(undisturbed, tmp_path, monkeypatch):
+    """Real cells: one of two workers is killed, then, with half of the cells, all."""
+    started, killed = [], []
+    start = executors._Process
+
+    def recorded(job):
+        started.append(start(job))
+        return started[-1]
+
+    monkeypatch.setattr(executors, "_Process", recorded)
+
+    def kill_when(victims, cells, folder):
+        wait_for(lambda: len(list(folder.glob("*.json"))) >= cells)
+        for worker in started[-2:][:victims]:
+            killed.append(worker.done())
+            os.kill(worker._process.pid, signal.SIGKILL)
+
+    for victims, cells in ((1, 1), (2, 2)):
+        folder = tmp_path / f"{victims}"
+        folder.mkdir()
+        killer = threading.Thread(target=kill_when, args=(victims, cells, folder))
+        killer.start()
+        if victims == 1:
+            sweep(SMALL, Store(folder), progress=False, jobs=2)
+        else:
+            with pytest.raises(RuntimeError, match="worker was ended by signal 9.*goes on"):
+                sweep(SMALL, Store(folder), progress=False, jobs=2)
+            sweep(SMALL, Store(folder), progress=False)
+        killer.join()
+        assert results_in(folder) == undisturbed
+    assert killed == [False] * 3
+
+
+def test_a_model_that_changed_is_refused_or_another_model(tmp_path, monkeypatch):
+    model, tokenizer = load_bundled("tiny-opt")
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    preset = dataclasses.replace(SMALL, model=str(folder))
+    store = Store(tmp_path / "results")
+
+    def change():
+        weights = dict(model.state_dict())
+        weights["model.decoder.final_layer_norm.bias"].add_(0.5)
+        model.save_pretrained(folder)
+
+    original = executors.run
+
+    def changed_meanwhile(*args):
+        change()
+        original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executors, "run", changed_meanwhile)
+        with pytest.raises(
+            RuntimeError, match=r"changed since \(model.safetensors\).*run the sweep"
+        ):
+            sweep(preset, store, progress=False)
+    assert results_in(store.folder) == {}
+    first = sweep(preset, store, progress=False)
+
+    # a worker that has the model loaded is not disturbed
+    changed, cells = [], runner.run_cell
+    monkeypatch.setattr(
+        runner, "run_cell", lambda *args: (changed or changed.append(change()), cells(*args))[1]
+    )
+    second = dataclasses.replace(preset, seed=7)
+    disturbed = sweep(second, store, progress=False)
+    monkeypatch.undo()
+    assert changed == [None] and {c.model["files"]["model.safetensors"] for c in disturbed} == {
+        c.model["files"]["model.safetensors"] for c in first
+    }
+    assert len(sweep(second, store, progress=False)) == len(disturbed)  # of the model as it is now
+    keys = {cell.key for cell in disturbed}
+    assert not keys & {path.stem for path in store.folder.glob("*.damaged")}
+
+
+# ---- speed
+
+
+def test_a_thousand_finished_cells_are_found_finished_within_two_seconds(tmp_path, monkeypatch):
+    """From the start of Python on, in processor time, which other processes do not lengthen."""
+    fields = {"group_sizes": tuple(range(8, 258)), "salient_props": (0.0, 0.05, 0.1, 0.2)}
+    preset = grid.override(PRESETS["tiny"], fields | {"sorts": ("rms",), "backends": ("int4",)})
+    store = Store(tmp_path / "results")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)  # not what is measured
+        for cell in planned(preset):
+            store.put(cell, {"perplexity": 1.5, "kl": 0.1, "tokens": 254, "run": {"threads": 1}})
+    code = f"""
+import sys, time
+sys.argv[0] = {str(ROOT / "run_experiments" / "__main__.py")!r}  # as python -m run_experiments
+from run_experiments import grid, store, sweep
+preset = grid.override(grid.PRESETS["tiny"], {preset_fields(preset)!r})
+sweep(preset, store.Store({str(store.folder)!r}), progress=False)
+print(time.process_time(), {{"torch", "transformers"}} & set(sys.modules))
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert "All 1002 cells are in" in found
+    seconds, modules = found.splitlines()[-1].split(maxsplit=1)
+    assert float(seconds) <= 2 and modules == "set()"
+
+
+def planned(preset):
+    from run_experiments.run_experiments import _planned
+
+    return _planned(preset)
+
+
+def preset_fields(preset):
+    names = ("group_sizes", "salient_props", "sorts", "backends")
+    return {name: getattr(preset.products[0], name) for name in names}
+
+
+def test_what_is_around_a_cell_takes_less_than_half_a_second(stub_cells, tmp_path):
+    job = stub_job(tmp_path, 60)
+    started = time.process_time()
+    work(job)
+    assert len(results_in(tmp_path)) == 122
+    assert (time.process_time() - started) / 122 < 0.5 / 10
+
+
+def test_a_worker_loads_the_model_once(tmp_path, monkeypatch):
+    loads, load = [], runner.load_model
+    monkeypatch.setattr(runner, "load_model", lambda *a, **k: loads.append(a) or load(*a, **k))
+    preset = dataclasses.replace(grid.override(SMALL, {"methods": ("mixedquant", "atom-style")}))
+    sweep(preset, Store(tmp_path), progress=False)
+    assert len(loads) == 1
+
+
+def test_the_published_formula_of_the_benchmark():
+    """What the simulation's speed is compared with computes the published values."""
+    import torch
+
+    from benchmarks.fake import published_group_absmax_sort
+    from smoothquant.fake_quant import quantize_activation_per_group_absmax_sort
+
+    x = torch.randn(3, 5, 130, generator=torch.Generator().manual_seed(0))
+    wanted = quantize_activation_per_group_absmax_sort(x, 4, 16)
+    assert torch.equal(published_group_absmax_sort(x, 4, 16), wanted)
