@@ -23,8 +23,8 @@ TARGET static MQ_INLINE floats in_vector(floats v) {
     const floats by2 = _mm512_setr_ps(1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1);
     const floats by4 = _mm512_setr_ps(1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1);
     const floats by8 = _mm512_setr_ps(1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1);
-    v = _mm512_fmadd_ps(v, by1, _mm512_permute_ps(v, 0xb1));
-    v = _mm512_fmadd_ps(v, by2, _mm512_permute_ps(v, 0x4e));
+    v = _mm512_fmadd_ps(v, by1, _mm512_shuffle_ps(v, v, 0xb1));
+    v = _mm512_fmadd_ps(v, by2, _mm512_shuffle_ps(v, v, 0x4e));
     v = _mm512_fmadd_ps(v, by4, _mm512_shuffle_f32x4(v, v, 0xb1));
     return _mm512_fmadd_ps(v, by8, _mm512_shuffle_f32x4(v, v, 0x4e));
 }
