@@ -30,7 +30,7 @@ TORCH_FIRST = (
     '"pip install --no-build-isolation ."'
 )
 COMMON_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-C_FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-Wconversion", *COMMON_FLAGS]
+C_FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wconversion", *COMMON_FLAGS]
 CXX_FLAGS = ["-std=c++20", "-O2", *COMMON_FLAGS]
 # -fmad=false: kernels write a fused multiply-add as one, as C does
 NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Werror=all-warnings"]

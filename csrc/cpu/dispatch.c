@@ -21,8 +21,8 @@
         .widen_codes = mq_widen_codes_##base,                 \
         .narrow = mq_narrow_##base,                           \
         .extent_of = mq_extent_of_##quantizer,                \
-        .hadamard = mq_hadamard_##base,                       \
-        .quantize = mq_quantize_##quantizer,                  \
+        .hadamard = mq_hadamard_##quantizer,                  \
+        .quantize = mq_quantize_##base,                       \
         .quantize_groups = mq_quantize_groups_##multiplier,   \
         .dequantize = mq_dequantize_##base,                   \
         .pack_nibbles = mq_pack_nibbles_##base,               \

@@ -2,23 +2,42 @@
 
 #include "ops.h"
 
-static const float *gather(const mq_kernels *kernels, mq_dtype dtype, const void *row,
-                           const int32_t *perm, int64_t k0, int64_t n, float *buffer) {
-    if (dtype == MQ_F32) {
-        const float *x = row;
-        if (!perm) return x + k0;
-        for (int64_t i = 0; i < n; i++) buffer[i] = x[perm[k0 + i]];
+/* out[i] = x[perm[i]], 16 bytes to a store: vectors read from many smaller ones would wait for them.
+ * Every cache line's worth asks for a line from `ahead` on, one by one: all at once would fill the
+ * queue that the gather's own loads need. */
+#define DEFINE_GATHER(name, type)                                                      \
+    static void name(const type *x, const int32_t *perm, int64_t n, const char *ahead, \
+                     type *out) {                                                      \
+        enum { STORE = 16 / sizeof(type), LINE = 64 / sizeof(type) };                  \
+        int64_t i = 0;                                                                 \
+        for (; i + LINE <= n; i += LINE) {                                             \
+            __builtin_prefetch(ahead + i * (int64_t)sizeof(type), 0, 2);               \
+            for (int64_t first = i; first < i + LINE; first += STORE) {                \
+                type part[STORE];                                                      \
+                for (int e = 0; e < STORE; e++) part[e] = x[perm[first + e]];          \
+                memcpy(out + first, part, sizeof part);                                \
+            }                                                                          \
+        }                                                                              \
+        for (; i < n; i++) out[i] = x[perm[i]];                                        \
+    }
+DEFINE_GATHER(gather_floats, float)
+DEFINE_GATHER(gather_halves, uint16_t)
+
+static const float *gather(const mq_channels *from, int64_t k0, int64_t n, float *buffer) {
+    const int64_t size = (int64_t)mq_dtype_size(from->dtype);
+    const char *here = (const char *)from->row + k0 * size, *ahead = here + from->to_next;
+    if (from->dtype == MQ_F32) {
+        if (!from->perm) return (const float *)(const void *)here;
+        gather_floats(from->row, from->perm + k0, n, ahead, buffer);
         return buffer;
     }
-    const uint16_t *x = row;
     uint16_t halves[MQ_BUFFER];
-    if (perm) {
-        for (int64_t i = 0; i < n; i++) halves[i] = x[perm[k0 + i]];
+    const uint16_t *x = (const uint16_t *)(const void *)here;
+    if (from->perm) {
+        gather_halves(from->row, from->perm + k0, n, ahead, halves);
         x = halves;
-    } else {
-        x += k0;
     }
-    kernels->widen(dtype, x, n, buffer);
+    from->kernels->widen(from->dtype, x, n, buffer);
     return buffer;
 }
 
@@ -28,18 +47,17 @@ static int64_t block_size(int64_t rotation, int64_t left) {
     return rotation;
 }
 
-void mq_rotate(const mq_kernels *kernels, int64_t rotation, float *x, int64_t n) {
+void mq_rotate(const mq_kernels *kernels, int64_t rotation, const float *x, int64_t n, float *out) {
     for (int64_t i = 0, size; i < n; i += size) {
         size = block_size(rotation, n - i);
-        kernels->hadamard(x + i, size);
+        kernels->hadamard(x + i, size, out + i);
     }
 }
 
 const float *mq_load_channels(const mq_channels *from, int64_t k0, int64_t n, float *buffer) {
-    const float *x = gather(from->kernels, from->dtype, from->row, from->perm, k0, n, buffer);
+    const float *x = gather(from, k0, n, buffer);
     if (from->rotation <= 1) return x;
-    if (x != buffer) memcpy(buffer, x, (size_t)n * sizeof *x);
-    mq_rotate(from->kernels, from->rotation, buffer, n);
+    mq_rotate(from->kernels, from->rotation, x, n, buffer);
     return buffer;
 }
 

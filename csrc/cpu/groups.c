@@ -36,7 +36,7 @@ void mq_run_group_quantize(const mq_kernels *kernels, const mq_group_format *for
                            const void *x, int64_t rows, int64_t cols, int64_t stride, int8_t *q,
                            float *scales) {
     for (int64_t r = 0; r < rows; r++) {
-        const mq_channels row = {kernels, dtype, row_at(dtype, x, r * stride), NULL, 0};
+        const mq_channels row = {kernels, dtype, row_at(dtype, x, r * stride), NULL, 0, 0};
         for (int64_t k0 = 0, n; k0 < cols; k0 += n) {
             n = mq_min(format->group_size, cols - k0);
             const mq_quantization to = quantization_of(format, &row, k0, n);
@@ -73,7 +73,7 @@ void mq_run_group_fake_quantize(const mq_kernels *kernels, const mq_group_format
     float buffer[MQ_BUFFER];
     int8_t codes[MQ_BUFFER];
     for (int64_t r = 0; r < rows; r++) {
-        const mq_channels row = {kernels, dtype, row_at(dtype, x, r * stride), NULL, 0};
+        const mq_channels row = {kernels, dtype, row_at(dtype, x, r * stride), NULL, 0, 0};
         for (int64_t k0 = 0, n; k0 < cols; k0 += n) {
             n = mq_min(format->group_size, cols - k0);
             const mq_quantization to = quantization_of(format, &row, k0, n);
@@ -92,7 +92,7 @@ void mq_run_group_hadamard(const mq_kernels *kernels, int64_t group_size, int64_
                            int64_t stride, void *out) {
     float buffer[MQ_BUFFER];
     for (int64_t r = 0; r < rows; r++) {
-        const mq_channels row = {kernels, dtype, row_at(dtype, x, r * stride), NULL, rotation};
+        const mq_channels row = {kernels, dtype, row_at(dtype, x, r * stride), NULL, rotation, 0};
         for (int64_t k0 = 0, n; k0 < cols; k0 += n) {
             n = mq_min(group_size, cols - k0);
             for (int64_t i = 0, part; i < n; i += part) {

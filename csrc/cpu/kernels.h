@@ -59,8 +59,9 @@ typedef struct mq_extent {
     uint32_t abs_bits, positive_bits, negative_bits;
 } mq_extent;
 typedef mq_extent mq_extent_of_fn(const float *x, int64_t n);
-/* x [n] times the orthonormal Hadamard matrix of size n, a power of two up to MQ_MAX_ROTATION */
-typedef void mq_hadamard_fn(float *x, int64_t n);
+/* out = x [n] times the orthonormal Hadamard matrix of size n, a power of two up to MQ_MAX_ROTATION; out
+ * may be x */
+typedef void mq_hadamard_fn(const float *x, int64_t n, float *out);
 /* q = clamp(round_half_even(x * inverse), low, high); x finite */
 typedef void mq_quantize_fn(const float *x, int64_t n, float inverse, int low, int high, int8_t *q);
 /* Activations x [n], groups of group_size of which the last may be short -> per group: codes of whole

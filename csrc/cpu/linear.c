@@ -40,16 +40,7 @@ typedef struct token {
     const mq_activations *act;
     int64_t tile, row_in_tile;
     mq_channels int4, salient; /* the token's channels, rotated and as they are */
-    int64_t to_next;           /* bytes from its row to the next token's; 0: there is none */
 } token;
-
-/* Asks for channels [k0, k0 + n) of the next token: read in perm's order, they come as a surprise. */
-static void prefetch_next(const token *t, int64_t k0, int64_t n) {
-    const int64_t size = (int64_t)mq_dtype_size(t->int4.dtype);
-    const char *row = (const char *)t->int4.row + t->to_next;
-    if (t->int4.perm && t->to_next)
-        for (int64_t at = k0 * size; at < (k0 + n) * size; at += 64) __builtin_prefetch(row + at);
-}
 
 /* Channels k0 .. k0 + n, whole groups or a part of one */
 static const float *load_groups(const mq_channels *from, int64_t group_size, int64_t k0, int64_t n,
@@ -94,7 +85,6 @@ static void quantize_groups(const token *t) {
         n = is_long ? mq_min(run, of_group) : mq_min(run, k4 - k0);
         if (is_long && !lin->per_token && k0 % g == 0)
             extent = mq_channels_extent(&t->int4, k0, of_group);
-        prefetch_next(t, k0, n);
         const float *x = load_groups(&t->int4, g, k0, n, buffer);
         t->int4.kernels->quantize_groups(lin, is_long || lin->per_token ? &extent : NULL, x, n, g,
                                          run_codes, run_scales, run_starts);
@@ -117,7 +107,6 @@ static void split_salient(const token *t) {
     uint32_t bits = 0;
     for (int64_t i = 0, part; i < lin->k_salient; i += part) {
         part = mq_min(MQ_BUFFER, lin->k_salient - i);
-        prefetch_next(t, k4 + i, part);
         const float *x = mq_load_channels(&t->salient, k4 + i, part, buffer);
         bits = mq_max_bits(bits, t->salient.kernels->extent_of(x, part).abs_bits);
         for (int64_t e = 0; e < part; e++) salient[(i + e) * h] = x[e];
@@ -132,15 +121,15 @@ void mq_run_linear_quantize(const mq_kernels *kernels, const mq_shape *shape, co
     mq_activations act = workspace_view(shape, lin->k_salient, m, kernels->tile_rows, workspace);
     for (int64_t row = row0; row < row1; row++) {
         const void *values = (const char *)x + (size_t)(row * stride) * mq_dtype_size(dtype);
+        const int64_t to_next = row + 1 < row1 ? stride * (int64_t)mq_dtype_size(dtype) : 0;
         const token t = {
             .shape = shape,
             .lin = lin,
             .act = &act,
             .tile = row / act.h,
             .row_in_tile = row % act.h,
-            .int4 = {kernels, dtype, values, lin->perm, lin->rotation},
-            .salient = {kernels, dtype, values, lin->perm, 0},
-            .to_next = row + 1 < row1 ? stride * (int64_t)mq_dtype_size(dtype) : 0,
+            .int4 = {kernels, dtype, values, lin->perm, lin->rotation, to_next},
+            .salient = {kernels, dtype, values, lin->perm, 0, to_next},
         };
         if (shape->groups) quantize_groups(&t);
         split_salient(&t);

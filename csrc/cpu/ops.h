@@ -45,13 +45,14 @@ void mq_run_linear_multiply(const mq_kernels *kernels, const mq_shape *shape, co
                             const void *workspace, mq_dtype dtype, void *out, int64_t stride);
 
 /* One row and how to read it: channels perm[0 .. k), or all in order where perm is NULL; rotated in
- * blocks where rotation > 1. */
+ * blocks where rotation > 1. to_next: bytes to the row that will be read next, to have it at hand;
+ * 0: none. */
 typedef struct mq_channels {
     const mq_kernels *kernels;
     mq_dtype dtype;
     const void *row;
     const int32_t *perm;
-    int64_t rotation;
+    int64_t rotation, to_next;
 } mq_channels;
 
 /* Channels k0 .. k0 + n as fp32, n <= MQ_BUFFER; k0 starts a group, or is a multiple of MQ_BUFFER from
@@ -61,7 +62,8 @@ const float *mq_load_channels(const mq_channels *from, int64_t k0, int64_t n, fl
 /* The extent of channels k0 .. k0 + n of one group, any n. */
 mq_extent mq_channels_extent(const mq_channels *from, int64_t k0, int64_t n);
 
-/* Rotates n values that start a group, or a multiple of MQ_BUFFER from there; its own inverse. */
-void mq_rotate(const mq_kernels *kernels, int64_t rotation, float *x, int64_t n);
+/* Rotates n values that start a group, or a multiple of MQ_BUFFER from there; its own inverse. out may
+ * be x. */
+void mq_rotate(const mq_kernels *kernels, int64_t rotation, const float *x, int64_t n, float *out);
 
 #endif

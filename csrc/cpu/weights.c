@@ -101,8 +101,8 @@ mq_status mq_run_pack_weight(const mq_kernels *kernels, const mq_shape *shape, c
         for (int64_t c = 0; c < mq_min(MQ_PANEL, lin->n - p * MQ_PANEL); c++) {
             int64_t o = p * MQ_PANEL + c;
             const void *values = (const char *)w + (size_t)(o * stride) * mq_dtype_size(dtype);
-            const mq_channels int4 = {kernels, dtype, values, lin->perm, lin->rotation};
-            const mq_channels natural = {kernels, dtype, values, lin->perm, 0};
+            const mq_channels int4 = {kernels, dtype, values, lin->perm, lin->rotation, 0};
+            const mq_channels natural = {kernels, dtype, values, lin->perm, 0, 0};
             mq_status status = MQ_OK;
             for (int64_t j = 0; j < shape->groups && status == MQ_OK; j++)
                 status = pack_group(&int4, shape, lin, q_max,
@@ -142,7 +142,7 @@ void mq_run_unpack_weight(const mq_kernels *kernels, const mq_shape *shape, cons
             for (int64_t i = 0; i < n; i += MQ_BUFFER) {
                 const int64_t part = mq_min(MQ_BUFFER, n - i);
                 decode(shape, panel, scale, j, i, part, c, values);
-                if (lin->rotation > 1) mq_rotate(kernels, lin->rotation, values, part);
+                if (lin->rotation > 1) mq_rotate(kernels, lin->rotation, values, part, values);
                 for (int64_t e = 0; e < part; e++)
                     row[lin->perm ? lin->perm[k0 + i + e] : k0 + i + e] = values[e];
             }

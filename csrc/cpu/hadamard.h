@@ -1,0 +1,64 @@
+/* The Walsh-Hadamard transform, written once for vectors of any width. hadamard_<isa>.c includes it
+ * after
+ *   TARGET        the instruction set's attribute
+ *   KERNEL(name)  name_<isa>
+ *   SMALLER       the kernel for n < LANES
+ *   LANES         floats to a vector
+ *   floats        the vector type, and the operations on it that are used below; in_vector(v) does
+ *                 the butterflies of strides below LANES
+ * Butterflies and their order are the scalar kernel's, so every result is, too. */
+#ifndef MQ_CPU_HADAMARD_H
+#define MQ_CPU_HADAMARD_H
+
+#include <math.h>
+
+#include "kernels.h"
+
+enum { AT_ONCE = 8 }; /* vectors in registers */
+
+/* Strides of 1, 2 ... count / 2 times `stride`, and before them, where that is LANES, all below; after
+ * them the norm, where there is one. count is a constant. */
+TARGET static MQ_INLINE void pass(const float *x, int64_t n, float *out, int64_t stride, int count,
+                                  const floats *norm) {
+    for (int64_t block = 0; block < n; block += count * stride) {
+        for (int64_t at = block; at < block + stride; at += LANES) {
+            floats v[AT_ONCE];
+            for (int i = 0; i < count; i++) v[i] = load(x + at + i * stride);
+            if (stride == LANES)
+                for (int i = 0; i < count; i++) v[i] = in_vector(v[i]);
+            for (int step = 1; step < count; step *= 2) {
+                for (int i = 0; i < count; i++) {
+                    if (i & step) continue;
+                    const floats a = v[i], b = v[i + step];
+                    v[i] = add(a, b);
+                    v[i + step] = subtract(a, b);
+                }
+            }
+            for (int i = 0; i < count; i++)
+                store(out + at + i * stride, norm ? multiply(v[i], *norm) : v[i]);
+        }
+    }
+}
+
+TARGET void KERNEL(mq_hadamard)(const float *x, int64_t n, float *out) {
+    const floats norm = broadcast(1.0f / sqrtf((float)n));
+    if (n < LANES) {
+        SMALLER(x, n, out);
+        return;
+    }
+    switch (n / LANES) {
+        case 1: pass(x, n, out, LANES, 1, &norm); return;
+        case 2: pass(x, n, out, LANES, 2, &norm); return;
+        case 4: pass(x, n, out, LANES, 4, &norm); return;
+        case AT_ONCE: pass(x, n, out, LANES, AT_ONCE, &norm); return;
+        default: pass(x, n, out, LANES, AT_ONCE, NULL);
+    }
+    const int64_t stride = AT_ONCE * LANES;
+    switch (n / stride) {
+        case 2: pass(out, n, out, stride, 2, &norm); return;
+        case 4: pass(out, n, out, stride, 4, &norm); return;
+        default: pass(out, n, out, stride, AT_ONCE, &norm);
+    }
+}
+
+#endif
