@@ -20,7 +20,7 @@ from .sorting import ChannelPlan
 
 TRIAL = 512  # rows and columns of a matrix that is timed
 MATRIX_COPIES = {"nearest": 2, "gptq": 5}  # in float32, of a weight that is packed
-HESSIAN_COPIES = 7  # in float32, of a Hessian whose factor is computed, in float64
+HESSIAN_COPIES = 3  # in float32, of a Hessian whose factor is computed, in float64
 RUNS_WITH_TOKENS = 3  # through the model: to see a layer's inputs, for its Hessians, to go on
 BATCH_COPIES = 4  # of the widest activation of a batch
 

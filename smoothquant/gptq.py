@@ -36,17 +36,30 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
     unused = diagonal <= 0  # a channel that is always 0 says nothing about its weights
     mean = diagonal[~unused].mean() if (~unused).any() else torch.tensor(1.0)
     for step in DAMPING_STEPS:
-        # one name for all that it becomes, so that each is freed: K may be large
-        matrix = hessian.to(torch.float64, copy=True)
+        # Turned by 180 degrees it is L L^T with a lower L; turned back, the inverse of L is U. All in
+        # one place, for K may be large.
+        matrix = hessian.flip(0, 1).to(torch.float64, copy=True)
         matrix.diagonal()[:] += step * damping * mean
-        matrix.diagonal()[unused] = mean
-        matrix, failed = torch.linalg.cholesky_ex(matrix)
+        matrix.diagonal()[unused.flip(0)] = mean
+        failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+        torch.linalg.cholesky_ex(matrix.mT, upper=True, out=(matrix.mT, failed))
         if failed == 0:
-            matrix = torch.cholesky_inverse(matrix)
-            matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
-            if failed == 0 and torch.isfinite(matrix).all():
-                return matrix.float()
+            _invert_lower(matrix)
+            factor = matrix.float()
+            del matrix
+            if torch.isfinite(factor).all():
+                return factor.flip(0, 1)
     return None
+
+
+def _invert_lower(matrix: Tensor) -> None:
+    """Put the inverse of a lower triangular matrix [K, K] into its place."""
+    for rows in _blocks(len(matrix), BLOCK):
+        eye = torch.eye(rows.stop - rows.start, dtype=matrix.dtype, device=matrix.device)
+        corner = torch.linalg.solve_triangular(matrix[rows, rows], eye, upper=False)
+        before = slice(0, rows.start)
+        matrix[rows, before] = -corner @ (matrix[rows, before] @ matrix[before, before])
+        matrix[rows, rows] = corner
 
 
 def gptq(
