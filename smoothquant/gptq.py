@@ -36,8 +36,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
     unused = diagonal <= 0  # a channel that is always 0 says nothing about its weights
     mean = diagonal[~unused].mean() if (~unused).any() else torch.tensor(1.0)
     for step in DAMPING_STEPS:
-        # Turned by 180 degrees it is L L^T with a lower L; turned back, the inverse of L is U. All in
-        # one place, for K may be large.
+        # Turned by 180 degrees it is L L^T with a lower L; turned back, the inverse of L is U. All
+        # in one place, for K may be large.
         matrix = hessian.flip(0, 1).to(torch.float64, copy=True)
         matrix.diagonal()[:] += step * damping * mean
         matrix.diagonal()[unused.flip(0)] = mean
