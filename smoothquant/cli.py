@@ -509,7 +509,6 @@ def doctor(as_json: Json = False) -> None:
 
 
 ARGUMENTS_PASSED_ON = {
-    "load": False,
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
 }
@@ -529,13 +528,13 @@ def lm_eval(context: typer.Context) -> None:
     cli_evaluate()
 
 
-@command(**ARGUMENTS_PASSED_ON)
+@command(load=False, **ARGUMENTS_PASSED_ON)
 def sweep(context: typer.Context) -> None:
     """Measure many settings, resumably."""
     _run_experiments(context.args)
 
 
-@command(**ARGUMENTS_PASSED_ON)
+@command(load=False, **ARGUMENTS_PASSED_ON)
 def plot(context: typer.Context) -> None:
     """Draw a sweep from what is finished, and write an interactive page of it."""
     _run_experiments(["--plot", *context.args])
