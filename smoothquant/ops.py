@@ -107,7 +107,7 @@ class CudaKernel(NamedTuple):
     newest: int | None
     """And this one and older ones."""
     most_tokens: int | None
-    """Chosen for at most so many; forced, it takes more as well."""
+    """Chosen for at most so many; forced, it takes any number."""
     group_multiple: int
     """`group_size` must be a multiple of it, unless all INT4 channels are one group."""
     symmetric_only: bool
