@@ -6,8 +6,8 @@ CUDA build of torch. Environment:
     CC, CXX                  compilers (default: cc, c++)
     MIXEDQUANT_CUDA          0: never build CUDA kernels; 1: with any torch, and fail without nvcc
                              (default: for a torch with CUDA, where nvcc is found)
-    MIXEDQUANT_CUDA_ARCHS    architectures for nvcc (default: "75,80,86,89,90a,100,120");
-                             90a has kernels that 90 lacks
+    MIXEDQUANT_CUDA_ARCHS    architectures for nvcc (default: those of "75,80,86,89,90a,100,120"
+                             that it knows); 90a has kernels that 90 lacks
     MIXEDQUANT_CFLAGS        further flags for C and C++, e.g. sanitizers
 """
 
@@ -77,9 +77,21 @@ def cuda_compiler(torch) -> str | None:
     return nvcc
 
 
-def cuda_archs() -> list[str]:
+def cuda_archs(nvcc: str) -> list[str]:
     """As nvcc names them, e.g. ["80", "90a"]."""
-    text = os.environ.get("MIXEDQUANT_CUDA_ARCHS", CUDA_ARCHS)
+    text = os.environ.get("MIXEDQUANT_CUDA_ARCHS")
+    if text is None:
+        listed = subprocess.run(
+            [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True
+        )
+        known = set(listed.stdout.split())
+        archs = CUDA_ARCHS.split(",")
+        unknown = [arch for arch in archs if f"compute_{arch.rstrip('a')}" not in known]
+        if unknown:
+            print(
+                f"MixedQuant: {nvcc} does not know, and nothing is built for, {','.join(unknown)}"
+            )
+        return [arch for arch in archs if arch not in unknown]
     archs = [arch.strip() for arch in text.split(",")]
     if not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in archs):
         stop(f'MIXEDQUANT_CUDA_ARCHS must be like "80,90a"; got {text!r}')
@@ -92,7 +104,8 @@ def code_flags(archs: list[str]) -> list[str]:
     instruction that newer ones know only as a slow routine. The host is told whether there is
     code for sm_90a, which alone has products in the background (wgmma)."""
     general = [int(arch) for arch in archs if arch.isdigit() and int(arch) >= 90]
-    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    own = [arch for arch in archs if f"{arch}a" not in archs]  # else an H100 could get either
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in own]
     flags += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in sorted(general)[:1]]
     return flags + ["-DMQ_BUILD_WGMMA"] * ("90a" in archs)
 
@@ -137,7 +150,7 @@ class BuildExtension(build_ext):
         cc, cxx = compiler("CC", "cc"), compiler("CXX", "c++")
         extra = shlex.split(os.environ.get("MIXEDQUANT_CFLAGS", ""))
         torch_folder = Path(self.torch.__file__).parent
-        archs = cuda_archs() if self.nvcc else []
+        archs = cuda_archs(self.nvcc) if self.nvcc else []
         compiler_name = subprocess.run([*cc, "--version"], capture_output=True, text=True).stdout
         defines = {
             "TORCH_TARGET_VERSION": "0x020a000000000000",

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # On a machine with an Nvidia card and nvcc: build with CUDA, test on the card, measure. One call:
-#     benchmarks/card.sh [options of benchmarks/card.py]
+#     benchmarks/card.sh [--quick] [options of benchmarks/card.py]
+# --quick: this card's kernels only, one pass of compute-sanitizer, few shapes: for some 8 minutes.
 # Stops at the first thing that is wrong, and where there is no card. PYTHON: with a CUDA build of torch
-# and the packages of pip's extra "test".
+# and the packages of pip's extra "test". ALLOW_NO_SANITIZER=1: go on without compute-sanitizer.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON="${PYTHON:-python3}"
 PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
-# All architectures that are shipped, here and in tests/test_cuda_build.py
-export MIXEDQUANT_CUDA=1 MIXEDQUANT_CUDA_ARCHS="${MIXEDQUANT_CUDA_ARCHS:-75,80,86,89,90a,100,120}"
+export MIXEDQUANT_CUDA=1
 
 fail() {
     printf 'card.sh: %s\n' "$1" >&2
@@ -17,6 +17,25 @@ fail() {
 
 "$PYTHON" -c 'import torch, sys; sys.exit(not (torch.version.cuda and torch.cuda.is_available()))' ||
     fail "nothing was run: $PYTHON has no torch that sees a CUDA card"
+if ! command -v compute-sanitizer >/dev/null && [ "${ALLOW_NO_SANITIZER:-}" != 1 ]; then
+    fail "nothing was run: compute-sanitizer was not found (ALLOW_NO_SANITIZER=1 goes on without)"
+fi
+
+tools=(memcheck racecheck initcheck synccheck)
+tests=(tests/test_cuda.py tests/test_cuda_build.py)
+speed=() model=()
+if [ "${1:-}" = --quick ]; then
+    shift
+    # wgmma is in 90a alone
+    MIXEDQUANT_CUDA_ARCHS="$("$PYTHON" -c 'import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}{minor}" + "a" * (major == 9))')"
+    export MIXEDQUANT_CUDA_ARCHS
+    tools=(memcheck)
+    tests=(-m card tests/test_cuda.py)
+    speed=(--shapes 4096x4096 --tokens 1 16 64 2048 --group-sizes 128 --salient-props 0 0.05)
+    model=(--layers 4 --modes eager graph)
+fi
 
 printf '== Build\n'
 "$PYTHON" setup.py -q build_ext --inplace
@@ -24,22 +43,23 @@ printf '== Build\n'
     fail "the CUDA kernels were built, but are not loaded"
 
 printf '== Tests\n'
-"$PYTHON" -m pytest -q tests/test_cuda.py tests/test_cuda_build.py
+"$PYTHON" -m pytest -q "${tests[@]}"
 
 printf '== compute-sanitizer\n'
 if command -v compute-sanitizer >/dev/null; then
     # without torch's pool, so that every tensor has bounds of its own
-    for tool in memcheck racecheck initcheck synccheck; do
+    for tool in "${tools[@]}"; do
         printf -- '-- %s\n' "$tool"
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-            --target-processes all "$PYTHON" -m pytest -q tests/test_cuda.py -k "card and not mistakes"
+            --target-processes all "$PYTHON" -m pytest -q tests/test_cuda.py -m "card and not large"
     done
 else
     printf 'NOT run: compute-sanitizer was not found\n'
 fi
 
 printf '== Speed\n'
-"$PYTHON" benchmarks/card.py --json docs/benchmark_cuda.json "$@"
+"$PYTHON" benchmarks/card.py --json docs/benchmark_cuda.json "${speed[@]}" "$@"
 "$PYTHON" benchmarks/report.py docs/benchmark_cuda.json docs/benchmark_cuda.png \
     >docs/benchmark_cuda.md
-"$PYTHON" benchmarks/card_model.py --json docs/benchmark_cuda_model.json
+"$PYTHON" benchmarks/card_model.py --json docs/benchmark_cuda_model.json "${model[@]}"
+"$PYTHON" benchmarks/report.py docs/benchmark_cuda_model.json >docs/benchmark_cuda_model.md

@@ -25,6 +25,7 @@ import torch
 import transformers
 from card import card
 from linear import chip
+from report import MODEL_HEAD, model_line
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
@@ -186,21 +187,11 @@ def speeds(model: nn.Module, args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def line(row: dict) -> str:
-    """Of the printed table."""
-    sizes = (row["weight_bytes"], row["peak_bytes"])
-    sizes = ("-" if size is None else f"{size / 2**20:.0f}" for size in sizes)
-    speed = f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else row["failed"]
-    ratio = f"{row['ratio']:.2f}" if "ratio" in row else "-"
-    return f"| {' | '.join((row['contender'], *sizes, row['phase'], speed, ratio))} |"
-
-
 def measure(args: argparse.Namespace) -> list[dict]:
     """All rows; prints each."""
     config = MixedQuantConfig(group_size=args.group_size, salient_prop=args.salient_prop)
     name = f"W4A4 g{args.group_size} p{args.salient_prop:g}"
-    print("| contender | weights MiB | peak MiB | phase | tokens/s | x bf16 |")
-    print("|---|---|---|---|---|---|")
+    print("\n".join(MODEL_HEAD))
     rows, of_bf16 = [], {}
     for contender, chosen in (("bf16", None), (name, config)):
         if args.device == "cuda":
@@ -217,7 +208,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
                 of_bf16[row["phase"]] = speed
             if speed and row["phase"] in of_bf16:
                 row["ratio"] = speed / of_bf16[row["phase"]]
-            print(line(row), flush=True)
+            print(model_line(row), flush=True)
         rows += found
         del model, tensors
         torch.compiler.reset()

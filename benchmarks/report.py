@@ -1,6 +1,7 @@
-"""The tables and the roofline figure of docs/results.md, from what linear.py or card.py measured.
+"""Tables and roofline figures for docs/, from what linear.py, card.py and card_model.py measured.
 
     cd docs && python ../benchmarks/report.py benchmark_peers.{json,png} > benchmark_peers.md
+    cd docs && python ../benchmarks/report.py benchmark_cuda_model.json > benchmark_cuda_model.md
 
 Prints Markdown. The figure: speed over the multiply-accumulates that come to a byte of weights, for
 the first shape, with the measured limits of the chip as lines.
@@ -20,10 +21,39 @@ COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D
 MARKERS = "osv^DPX*"
 
 
+def header(record: dict) -> str:
+    return f"{record['chip']}; torch {record['torch']}; {record['date']}"
+
+
+MODEL_HEAD = [
+    "| contender | weights MiB | peak MiB | phase | tokens/s | x bf16 |",
+    "|---|---|---|---|---|---|",
+]
+
+
+def model_line(row: dict) -> str:
+    sizes = (row["weight_bytes"], row["peak_bytes"])
+    sizes = ("-" if size is None else f"{size / 2**20:.0f}" for size in sizes)
+    speed = f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else row["failed"]
+    ratio = f"{row['ratio']:.2f}" if "ratio" in row else "-"
+    return f"| {' | '.join((row['contender'], *sizes, row['phase'], speed, ratio))} |"
+
+
+def model_table(record: dict) -> str:
+    """Of card_model.py."""
+    asked = record["arguments"]
+    lines = [
+        f"{header(record)}. {asked['layers']} layers of {asked['hidden']} channels; prompt of "
+    ]
+    lines[0] += f"{asked['prompt']} tokens, batch of {asked['batch']}."
+    lines += ["", *MODEL_HEAD, *map(model_line, record["rows"])]
+    return "\n".join(lines)
+
+
 def tables(record: dict) -> str:
     rows = record["rows"]
     names = list(dict.fromkeys(row["contender"] for row in rows))
-    lines = []
+    lines = [header(record)] if "activations" in record else []
     baseline = record.get("baseline", "torch fp32")
     for threads in dict.fromkeys(row.get("threads") for row in rows):  # a card's rows have none
         of = f"Threads: {threads}. " if threads else ""
@@ -50,6 +80,13 @@ def tables(record: dict) -> str:
         for row in record["quantizer"]:
             speed = f"{row['gigabytes_per_second']:.1f}"
             lines.append(f"| {row['choice']} | {row['threads']} | {speed} |")
+    if "activations" in record:
+        lines += ["", "| K | M | quantizer of activations | us | GB/s | of a copy |"]
+        lines.append("|---|---|---|---|---|---|")
+        for row in record["activations"]:
+            speed = f"{row['microseconds']:.1f} | {row['gigabytes_per_second']:.0f}"
+            cells = (row["k"], row["m"], row["choice"], speed, f"{row['of_copy']:.0%}")
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -106,18 +143,19 @@ def roofline(record: dict, path: str) -> None:
         panel.grid(alpha=0.2)
     panels[0][0].set_ylabel("1e9 multiply-accumulates per second")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=8)
-    figure.suptitle(f"{record['chip']}; torch {record['torch']}; {record['date']}", fontsize=9)
+    figure.suptitle(header(record), fontsize=9)
     figure.tight_layout(rect=(0, 0.13, 1, 1))
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
     with open(sys.argv[1]) as file:
         record = json.load(file)
-    print(tables(record))
-    roofline(record, sys.argv[2])
+    print(tables(record) if "limits" in record else model_table(record))
+    if len(sys.argv) == 3:
+        roofline(record, sys.argv[2])
 
 
 if __name__ == "__main__":

@@ -120,30 +120,21 @@ def cuda_kernels() -> list[CudaKernel]:
     Raises:
         RuntimeError: no CUDA kernels are loaded (see :func:`has_cuda`).
     """
-    names, limits = _cuda_control("cuda_kernels")()
-    rows = []
-    for i, name in enumerate(names):
-        oldest, newest, most_tokens, group_multiple, symmetric_only = limits[5 * i : 5 * i + 5]
-        rows.append(
-            CudaKernel(
-                name,
-                oldest,
-                newest if newest < 2**31 - 1 else None,
-                most_tokens if most_tokens < 2**63 - 1 else None,
-                group_multiple,
-                bool(symmetric_only),
-            )
-        )
-    return rows
+    names, numbers = _cuda_control("kernels")()
+    limits = [None if number < 0 else number for number in numbers]
+    return [
+        CudaKernel(name, *limits[5 * i : 5 * i + 4], bool(limits[5 * i + 4]))
+        for i, name in enumerate(names)
+    ]
 
 
-def cuda_kernel() -> str | None:
+def forced_cuda_kernel() -> str | None:
     """The kernel that is forced; None where the table chooses.
 
     Raises:
         RuntimeError: no CUDA kernels are loaded.
     """
-    return _cuda_control("cuda_kernel")()
+    return _cuda_control("forced_kernel")()
 
 
 def set_cuda_kernel(name: str | None) -> None:
@@ -155,13 +146,13 @@ def set_cuda_kernel(name: str | None) -> None:
     Raises:
         ValueError: unknown name. RuntimeError: no CUDA kernels are loaded.
     """
-    _cuda_control("set_cuda_kernel")(name)
+    _cuda_control("set_kernel")(name)
 
 
 def _cuda_control(name: str) -> Callable[..., Any]:
     """An op of the CUDA library that says, or sets, which kernels are used."""
     try:
-        return getattr(_ops, name)
+        return getattr(torch.ops.mixedquant_cuda, name)
     except AttributeError:
         raise RuntimeError(
             "no CUDA kernels are loaded: no Nvidia GPU is here, or this is a build without CUDA"

@@ -24,7 +24,12 @@ from smoothquant.sorting import ChannelStats, choose_channels
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NO_CARD = "no CUDA card here, or a build without CUDA: this was not run on a GPU"
-on_card = pytest.mark.skipif(not ops.has_cuda(), reason=NO_CARD)
+
+
+def on_card(test):
+    return pytest.mark.card(pytest.mark.skipif(not ops.has_cuda(), reason=NO_CARD)(test))
+
+
 EMULATED_ARCH = 80
 
 
@@ -82,7 +87,9 @@ def emulated_card(tmp_path_factory):
     return EmulatedCard()
 
 
-@pytest.fixture(params=["card" if ops.has_cuda() else "emulated"])
+@pytest.fixture(
+    params=[pytest.param("card", marks=pytest.mark.card) if ops.has_cuda() else "emulated"]
+)
 def card(request):
     return Card() if request.param == "card" else request.getfixturevalue("emulated_card")
 
@@ -249,6 +256,13 @@ def test_linear(card, dtype, salient_dtype, shape):
         assert_linear(card, x, packed, biases[i % 3], shape, FORMATS[i % len(FORMATS)])
 
 
+@pytest.mark.parametrize("k", [24064, 24568, 24576])  # of halves: 47 KiB, almost 48, and 48
+def test_scales_of_tokens_that_fill_the_shared_memory(card, k):
+    shape = (5, k, 16, 128, 0)
+    _, packed = layer_args(*shape, torch.float16, torch.float16)
+    assert_linear(card, torch.randn(2, k).half(), packed, None, shape, FORMATS[1])
+
+
 def test_linear_of_any_strides_and_alignment(card):
     shape = (40, 128, 16, 32, 0)
     _, packed = layer_args(*shape, torch.float16, torch.float16)
@@ -363,18 +377,18 @@ def test_a_forced_kernel_multiplies(card, force):
     expected = torch.ops.mixedquant.w4a4_linear(*args)
     for name, in_order in (("prefill_s8", True), ("decode_8", False)):
         force(name)
-        assert ops.cuda_kernel() == name
+        assert ops.forced_cuda_kernel() == name
         assert torch.equal(card.call("w4a4_linear", args)[0], expected) == in_order
     chosen = card.call("w4a4_linear", args)[0]
     force(None)
-    assert ops.cuda_kernel() is None
+    assert ops.forced_cuda_kernel() is None
     torch.testing.assert_close(card.call("w4a4_linear", args)[0], chosen)
 
 
 def test_kernels_that_cannot_be_forced(card, force):
     with pytest.raises(ValueError, match="name must be None or one of decode_8, .*; got 'fast'"):
         force("fast")
-    assert ops.cuda_kernel() is None
+    assert ops.forced_cuda_kernel() is None
     _, packed = layer_args(40, 128, 16, 32, 0, torch.float32, torch.bfloat16)
     force("prefill_s4")
     with pytest.raises(ValueError, match="forced kernel 'prefill_s4'.*multiple of 64.*size 32"):
@@ -382,7 +396,7 @@ def test_kernels_that_cannot_be_forced(card, force):
 
 
 def test_environment_variable_forces_a_kernel(run_python):
-    code = "from smoothquant import ops; print(ops.cuda_kernel())"
+    code = "from smoothquant import ops; print(ops.forced_cuda_kernel())"
     for name, known in (("prefill_s8", True), ("fast", False)):
         result = run_python(code, check=False, MIXEDQUANT_CUDA_KERNEL=name)
         if known and ops.has_cuda():
@@ -406,8 +420,7 @@ def test_every_op_of_the_cpu_has_a_cuda_function(card):
     names = {s.name for s in schemas if s.name.startswith("mixedquant::")}
     assert names
     for name in names:
-        if not name.endswith(("cuda_kernel", "cuda_kernels")):  # control, without tensors
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here: they would run")
@@ -438,6 +451,10 @@ def test_the_model_benchmark_runs_without_a_card(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    report = [sys.executable, "benchmarks/report.py", str(tmp_path / "rows.json")]
+    table = run(*report).splitlines()
+    assert "2 layers of 256 channels; prompt of 9 tokens, batch of 1." in table[0]
+    assert table[2:] == result.stdout.splitlines()[2:]
     phases = ["prefill", "decode, eager", "decode, graph"]
     assert [row["phase"] for row in rows] == 2 * phases
     assert [row["contender"] for row in rows] == ["bf16"] * 3 + ["W4A4 g64 p0.05"] * 3
@@ -472,7 +489,11 @@ def test_the_report_draws_what_a_card_measured(tmp_path, monkeypatch):
     limits = {"GPU": {"memory": 3.0, "fp16": 200.0, "int8": 400.0}}
     record = {"chip": "a card", "torch": "2", "date": "today", "limits": limits, "rows": rows}
     record["baseline"] = card.BASELINE
+    activations = {"k": 64, "m": 9, "choice": "g64", "microseconds": 3.0}
+    record["activations"] = [activations | {"gigabytes_per_second": 2.0, "of_copy": 0.5}]
     table = report.tables(record)
+    assert table.startswith("a card; torch 2; today\n")
+    assert "| 64 | 9 | g64 | 3.0 | 2 | 50% |" in table
     assert "Milliseconds of cuBLAS fp16, then times its speed." in table
     assert "| 64 x 32 | 1 | 0.0020 ms | 2.00 |" in table
     assert "| 64 x 32 | 512 | 0.0080 ms | 1.60 |" in table
@@ -489,12 +510,29 @@ def test_weights_as_the_w4a16_peer_packs_them(monkeypatch):
     packed = {}
     monkeypatch.setattr(card, "to_int4pack", lambda pairs, tiles: packed.setdefault("w", pairs))
     w = torch.randn(8, 256)
-    (_, table), _ = card.int4pack(w, torch.randn(2, 256))
+    x = torch.randn(2, 256).bfloat16().float()
+    (_, table), _, product = card.int4pack(w, x)
     codes = torch.stack([packed["w"] >> 4, packed["w"] & 15], -1).flatten(1).float()
     scales, zeros = table.float().permute(2, 1, 0)
     again = (codes.unflatten(1, (2, 128)) - 8) * scales[..., None] + zeros[..., None]
     assert table.shape == (2, 8, 2)
     assert (again.flatten(1) - w).norm() < 0.15 * w.norm()
+    torch.testing.assert_close(product, x @ again.flatten(1).T)
+
+
+@pytest.mark.parametrize("num_salient", [0, 13])
+def test_what_the_benchmark_expects_of_a_linear(monkeypatch, num_salient):
+    """One wrong scale of a weight, which a bound on the exact linear would not see, is too much."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import card
+
+    _, packed = layer_args(24, 300, num_salient, 64, 0, torch.float32, torch.bfloat16)
+    x = torch.randn(20, 300)
+    expected = card.dequantized(x, packed[:4], packed[4], 24, 64)
+    y = ops.w4a4_linear(x, *packed, None, 24, 64)
+    assert card.relative(y, expected) < 1e-5
+    packed[1][0, 0] *= 2
+    assert card.relative(ops.w4a4_linear(x, *packed, None, 24, 64), expected) > card.MOST_ERROR
 
 
 # ---- What only a card has ----
@@ -572,6 +610,54 @@ def test_opcheck():
 
 
 @on_card
+@pytest.mark.large
+@pytest.mark.parametrize("prop", [0, 0.05])
+@pytest.mark.parametrize("k, n", [(4096, 4096), (4096, 11008), (11008, 4096)])
+def test_large_linears_by_every_kernel(force, monkeypatch, k, n, prop):
+    """Right, the same each time, and the same by all kernels that add in one order."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import card
+
+    major, minor = torch.cuda.get_device_capability()
+    arch = 10 * major + minor
+    names = [r.name for r in ops.cuda_kernels() if r.oldest <= arch <= (r.newest or arch)]
+    perm = torch.randperm(k).int().cuda()
+    packed = ops.pack_weight(torch.randn(n, k, device="cuda"), perm, int(prop * k), 128)
+    for m in (65, 300, 4096):
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+
+        def multiply(name, x=x):
+            force(name)
+            return ops.w4a4_linear(x, *packed, perm, None, n, 128)
+
+        expected, in_order = card.dequantized(x, packed, perm, n, 128), multiply("prefill_s8")
+        for name in names:
+            y = multiply(name)
+            assert card.relative(y.float(), expected) < card.MOST_ERROR, (name, m)
+            assert all(torch.equal(multiply(name), y) for _ in range(3)), (name, m)
+            if prop == 0 and name.startswith("prefill"):
+                assert torch.equal(y, in_order), (name, m)
+
+
+@on_card
+@pytest.mark.large
+def test_generation_with_a_static_cache_and_torch_compile(quantized_model, token_ids):
+    model, ids = quantized_model.to("cuda"), token_ids.cuda()
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "output_logits": True}
+    options |= {"cache_implementation": "static", "return_dict_in_generate": True}
+    expected = model.generate(ids, disable_compile=True, **options)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.forward = torch.compile(model.forward, fullgraph=True)
+    found = model.generate(ids, disable_compile=True, **options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert found.sequences.shape == expected.sequences.shape
+    one, other = found.logits[0], expected.logits[0]
+    assert (one - other).norm() < 0.05 * other.norm()
+
+
+@on_card
+@pytest.mark.large
 def test_torch_compile(layer):
     on_gpu, x = layer
     x = x.cuda()
@@ -641,6 +727,7 @@ def test_tensors_elsewhere_are_refused(layer):
 
 
 @on_card
+@pytest.mark.large
 def test_offsets_beyond_two_to_the_31():
     free, _ = torch.cuda.mem_get_info()
     if free < 16 << 30:

@@ -1,7 +1,7 @@
 """The CUDA kernels as nvcc compiles them, without a card: no warnings, no spills, the tensor cores'
 instructions; and the library of torch ops around them, which a torch without CUDA builds too.
 
-For the architectures of MIXEDQUANT_CUDA_ARCHS, by default one of each way through the sources.
+For the architectures of MIXEDQUANT_CUDA_ARCHS, by default all that are shipped.
 """
 
 import os
@@ -40,10 +40,8 @@ def nvcc() -> str:
 
 
 @pytest.fixture(scope="module")
-def archs() -> list[str]:
-    with mock.patch.dict(os.environ):
-        os.environ.setdefault("MIXEDQUANT_CUDA_ARCHS", "75,80,90a")
-        return SETUP["cuda_archs"]()
+def archs(nvcc) -> list[str]:
+    return SETUP["cuda_archs"](nvcc)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +72,10 @@ def test_kernels_compile_without_warnings_and_without_spills(compiled):
         assert len(frames) == says.count("Compiling entry function") > 0, cell
         for name, *sizes in frames:
             assert sizes == ["0", "0", "0"], (cell, name, sizes)
+        # kOrdinaryShared of common.cuh counts on it
+        has_dynamic = cell[0] in ("quantize", "multiply_prefill", "multiply_wgmma")
+        most = 1024 if has_dynamic else 48 << 10
+        assert all(int(smem) <= most for smem in re.findall(r"(\d+) bytes smem", says)), cell
 
 
 def test_no_code_multiplies_nibbles_where_that_is_a_routine(compiled):
@@ -173,10 +175,33 @@ def test_cuda_is_built_where_it_is_asked_for_or_torch_has_it(monkeypatch, nvcc):
         find(TORCH)
 
 
-def test_architectures_and_ptx(monkeypatch):
+@pytest.fixture
+def listing(tmp_path):
+    """Makes an nvcc that only lists the architectures it knows."""
+
+    def write(*known: str) -> str:
+        path = tmp_path / "nvcc"
+        path.write_text("\n".join(["#!/bin/sh", *(f"echo compute_{arch}" for arch in known)]))
+        path.chmod(0o755)
+        return str(path)
+
+    return write
+
+
+def test_architectures_that_nvcc_does_not_know_are_left_out(monkeypatch, listing, capsys):
+    old = listing("75", "80", "86", "89", "90")
+    monkeypatch.delenv("MIXEDQUANT_CUDA_ARCHS", raising=False)
+    assert SETUP["cuda_archs"](old) == ["75", "80", "86", "89", "90a"]
+    assert f"{old} does not know, and nothing is built for, 100,120" in capsys.readouterr().out
+    monkeypatch.setenv("MIXEDQUANT_CUDA_ARCHS", "90a, 120")
+    assert SETUP["cuda_archs"](old) == ["90a", "120"]
+
+
+def test_architectures_and_ptx(monkeypatch, listing):
     """PTX of an architecture with products of nibbles would become a routine on newer cards."""
     monkeypatch.delenv("MIXEDQUANT_CUDA_ARCHS", raising=False)
-    archs = SETUP["cuda_archs"]()
+    nvcc = listing("75", "80", "86", "87", "89", "90", "100", "120")
+    archs = SETUP["cuda_archs"](nvcc)
     assert archs == ["75", "80", "86", "89", "90a", "100", "120"]
     flags = SETUP["code_flags"](archs)
     assert [flag for flag in flags if "code=compute" in flag] == [
@@ -184,11 +209,16 @@ def test_architectures_and_ptx(monkeypatch):
     ]
     assert len(flags) == 9 and flags[-1] == "-DMQ_BUILD_WGMMA"
     assert "-DMQ_BUILD_WGMMA" not in SETUP["code_flags"](["80", "90"])
+    # 90 beside 90a is PTX alone: of two codes for one GPU, the one without wgmma could be taken
+    assert [flag for flag in SETUP["code_flags"](["90", "90a"]) if "90" in flag] == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
     for none in (["80"], ["75", "89", "90a"]):
         assert not [flag for flag in SETUP["code_flags"](none) if "code=compute" in flag]
     monkeypatch.setenv("MIXEDQUANT_CUDA_ARCHS", "80,sm_90")
     with pytest.raises(SystemExit, match="MIXEDQUANT_CUDA_ARCHS must be like .*'80,sm_90'"):
-        SETUP["cuda_archs"]()
+        SETUP["cuda_archs"](nvcc)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ CHECK = [ROOT / "tests" / "cuda" / name for name in ("check_cuda.cpp", "emulator
 SCALAR = sorted((ROOT / "csrc" / "cpu").glob("*.c"))
 # One of each way through the sources: Turing's small products, INT4 products, Hopper's wgmma
 ARCHS = (75, 80, 90)
-CASES = 24
+CASES = 4  # random ones
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 /* The CUDA side of mixedquant.h: the same operations on device memory.
  *
  * Every function puts its kernels on `stream` (a cudaStream_t) of the current device and returns at
- * once: no allocation, no synchronization, so a CUDA graph may capture it. Arrays, layouts and results
+ * once: no allocation, no synchronization, so a CUDA graph may capture it (a first call must come
+ * before: it asks the driver what the device is, and may load kernels). Arrays, layouts and results
  * are those of the mq_* function of the same name; all pointers are to device memory, but for structs.
  * Arguments are not checked again: the caller has done as csrc/cpu/api.c does. What only the device
  * knows - a bad index in perm, a weight that is not finite - shows in the results as each function says.
@@ -74,7 +75,7 @@ int mq_cuda_descend_block(int q_max, int64_t rows, int64_t cols, int64_t col0, i
 typedef struct mq_cuda_kernel {
     const char *name;
     int oldest, newest;  /* architectures it runs on, both included: 75, 80, ... */
-    int64_t most_tokens; /* chosen for at most so many */
+    int64_t most_tokens; /* chosen for at most so many; it multiplies any number */
     int group_multiple;  /* INT4 channels of a group must be a multiple of this, or all one group */
     int symmetric_only;  /* the activation format must be MQ_ACT_SYMMETRIC */
 } mq_cuda_kernel;
@@ -93,7 +94,7 @@ size_t mq_cuda_linear_workspace(const mq_linear *lin, int kernel, mq_dtype dtype
  * mq_linear_quantize and mq_linear_multiply, with these differences: products with salient channels
  * are summed in any order, and so are the parts of a sum over groups in the kernels that split it
  * ("decode"); the integer sums are the same. An index outside [0, k) in perm counts as a NaN. Up to 2^20
- * channels to a group.
+ * channels to a group, and 65535 * 32 output channels.
  * The two steps by themselves write and read the workspace. */
 int mq_cuda_linear_quantize(const mq_linear *lin, int kernel, mq_dtype dtype, const void *x,
                             int64_t m, void *workspace, void *stream);

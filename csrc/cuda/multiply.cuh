@@ -35,6 +35,11 @@ constexpr float kMagic = 12582912.0f;
 // Quads whose sum, times 16 (see unpack), stays below 2^22: |code * code| <= 8 * 15.
 constexpr int64_t kMagicQuads = 512;
 
+// The sum in an integer that started there, also where it went beyond the largest and wrapped.
+__device__ __forceinline__ int sum_of(int dot) {
+    return static_cast<int>(static_cast<uint32_t>(dot) - static_cast<uint32_t>(kMagicBits));
+}
+
 template <int NT, typename T>
 __device__ __forceinline__ void fill(T (&values)[NT][4], T value) {
 #pragma unroll
@@ -79,9 +84,8 @@ struct pair_sums {
         } else {
 #pragma unroll
             for (int i = 0; i < 2; i++)
-                add_channel(h, i, sa, [&](int dot) {
-                    return static_cast<float>(dot - kMagicBits) * scale[i];
-                });
+                add_channel(h, i, sa,
+                            [&](int dot) { return static_cast<float>(sum_of(dot)) * scale[i]; });
         }
     }
 

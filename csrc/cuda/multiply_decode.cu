@@ -24,8 +24,8 @@ struct worker {
 
     __device__ __forceinline__ explicit worker(const multiply_args &args_)
         : args(args_),
-          token(static_cast<int64_t>(blockIdx.y) * NT * 8),
-          panel(static_cast<int64_t>(blockIdx.x) * 2 + lane_panel()),
+          token(static_cast<int64_t>(blockIdx.x) * NT * 8),
+          panel(static_cast<int64_t>(blockIdx.y) * 2 + lane_panel()),
           in_n(panel < args_.shape.panels) {}
 
     // 8 bytes of the record of each token of the lane
@@ -93,7 +93,8 @@ struct worker {
 
     // Slots begin .. end; groups that other warps have parts of count with the part here
     __device__ __forceinline__ void add_slots(int64_t begin, int64_t end) {
-        constexpr int kAhead = NT > 2 ? 4 : 8;  // 512 bytes a warp each
+        // 512 bytes a warp each; of 8, ptxas spills registers for sm_120 where a warp has few tokens
+        constexpr int kAhead = NT > 2 ? 4 : NT == 1 && MQ_ARCH >= 120 ? 6 : 8;
         if (begin >= end) return;
         const slots &slot = args.slot;
         const bool is_long = args.shape.group_quads > kMagicQuads;
@@ -164,15 +165,15 @@ __global__ void __launch_bounds__(kThreads) decode(const __grid_constant__ multi
             y[0] += part.x, y[1] += part.y, y[2] += part.z, y[3] += part.w;
         }
         const int64_t token = work.token + i / 8;
-        const int64_t first = static_cast<int64_t>(blockIdx.x) * 2 * MQ_PANEL + i % 8 * 4;
+        const int64_t first = static_cast<int64_t>(blockIdx.y) * 2 * MQ_PANEL + i % 8 * 4;
         if (token < args.from.m && first < args.lin.n) store_channels(args, token, first, y);
     }
 }
 
 template <int NT>
 int run(const multiply_args &args, void *stream) {
-    const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(args.shape.panels, 2)),
-                    static_cast<unsigned>(ceil_div<int64_t>(args.from.m, NT * 8)));
+    const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(args.from.m, NT * 8)),
+                    static_cast<unsigned>(ceil_div<int64_t>(args.shape.panels, 2)));
     return launch(decode<NT>, grid, 0, stream, args);
 }
 

@@ -154,7 +154,7 @@ __device__ __forceinline__ void prefill(const multiply_args &args) {
     // Makes stage i readable, and asks for the one that takes the place of stage i - 2.
     const auto advance = [&](int i) -> const stage & {
         wait_copies<kAhead - 1>();
-        show_to_products();
+        fence_for_products();
         __syncthreads();
         load(i + kAhead);
         return ring[i % kStages];
@@ -202,7 +202,8 @@ __device__ __forceinline__ void prefill(const multiply_args &args) {
             // ptxas does not follow products around a loop: without this wait it adds one
             if (h == 0) wait_products<0>(work.sums.dots[1], left[1]);
             if (starts) work.sums.start_half(h);
-            begin_products(work.sums.dots[h], left[h]);
+            __syncwarp();
+            fence_products(work.sums.dots[h], left[h]);
 #pragma unroll
             for (int s = 0; s < kSlots; s++)
                 multiply_later(work.sums.dots[h], left[h][s], from.tokens[s]);
@@ -228,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef MQ_HAS_WGMMA
     prefill(args);
 #else
-    (void)args;  // never launched: the table of kernels knows
+    (void)args, __trap();  // never launched: the table of kernels knows
 #endif
 }
 

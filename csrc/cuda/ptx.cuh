@@ -276,7 +276,8 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[4], const fragment_a &a
 //
 // d += a b for a [64][32] bytes, d [64][64] and b [32][64]: a warp's 16 rows of a and d are in
 // fragments as above, d[n] for columns 8 n .. + 7; b's columns are 64 rows of 32 bytes in shared
-// memory. From begin_products on until wait_products, d and a belong to the products.
+// memory. All four warps of a warpgroup must ask for the same. From fence_products on until
+// wait_products, d and a belong to the products.
 
 constexpr int kColumnTiles = 8;  // of a product: 8 columns each
 
@@ -289,11 +290,11 @@ __device__ __forceinline__ int swizzled(int row, int unit) { return unit ^ (row 
 
 // This thread's writes to shared memory, and its copies that came, become visible to products that
 // begin behind a barrier.
-__device__ __forceinline__ void show_to_products() {
+__device__ __forceinline__ void fence_for_products() {
 #ifdef __CUDACC__
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #else
-    emulator::show_to_products();
+    emulator::fence_for_products();
 #endif
 }
 
@@ -303,13 +304,12 @@ __device__ __forceinline__ void show_to_products() {
         MQ_FOUR(d[6]), MQ_FOUR(d[7])
 #define MQ_LEFT(a) MQ_FOUR(a[0].r), MQ_FOUR(a[1].r), MQ_FOUR(a[2].r), MQ_FOUR(a[3].r)
 
-__device__ __forceinline__ void begin_products(int (&d)[kColumnTiles][4], fragment_a (&a)[4]) {
+__device__ __forceinline__ void fence_products(int (&d)[kColumnTiles][4], fragment_a (&a)[4]) {
 #ifdef __CUDACC__
     // the operands: what wrote to them stays before, what reads them behind the wait
     asm volatile("wgmma.fence.sync.aligned;" : MQ_SUMS(d), MQ_LEFT(a)::"memory");
 #else
-    (void)d, (void)a;
-    emulator::begin_products();
+    emulator::fence_products(*d, a[0].r);
 #endif
 }
 
@@ -334,13 +334,17 @@ __device__ __forceinline__ void multiply_later(int (&d)[kColumnTiles][4], const 
     const auto all = emulator::exchange(a);
     const unsigned row = emulator::lane() / 4, t = emulator::lane() % 4;
     int sums[kColumnTiles][4] = {};
-    for (unsigned n = 0; n < kColumnTiles; n++)
-        for (unsigned e = 0; e < 4; e++)
-            for (unsigned k = 0; k < 32; k++) {
-                const uint32_t left = all[4 * row + k % 16 / 4].r[k / 16 * 2 + e / 2];
-                sums[n][e] += static_cast<int8_t>(left >> 8 * (k % 4)) *
-                              static_cast<int8_t>(*emulator::byte_of(b, 8 * n + 2 * t + e % 2, k));
+    for (unsigned k = 0; k < 32; k += 4) {
+        const fragment_a left = all[4 * row + k % 16 / 4];
+        for (unsigned n = 0; n < kColumnTiles; n++)
+            for (unsigned e = 0; e < 4; e++) {
+                const uint32_t word = left.r[k / 16 * 2 + e / 2];
+                const unsigned char *right = emulator::byte_of(b, 8 * n + 2 * t + e % 2, k);
+                for (unsigned i = 0; i < 4; i++)
+                    sums[n][e] +=
+                        static_cast<int8_t>(word >> 8 * i) * static_cast<int8_t>(right[i]);
             }
+    }
     emulator::multiply_later(*d, *sums, a.r, b);
 #endif
 }

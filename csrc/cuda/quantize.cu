@@ -5,9 +5,8 @@
 namespace mq {
 namespace {
 
-constexpr int kMostRows = 4;                // tokens of a block; they share what is read of perm
-constexpr int64_t kManyTokens = 2048;       // blocks of several tokens still fill any GPU
-constexpr int64_t kStagedBytes = 48 << 10;  // of shared memory, for the tokens' values
+constexpr int kMostRows = 4;           // tokens of a block; they share what is read of perm
+constexpr int64_t kManyTokens = 2048;  // blocks of several tokens still fill any GPU
 
 struct quantize_args {
     mq_linear lin;
@@ -246,8 +245,8 @@ int mq_quantize(const mq_linear &lin, const tokens &to, mq_dtype dtype, const vo
     const bool alone = lin.per_token || args.shape.group_quads > part::kMost / MQ_QUAD;
     args.rows = alone || to.m < kManyTokens ? 1 : kMostRows;
     const int64_t row_bytes = ceil_div<int64_t>(lin.k * size_of(dtype), 16) * 16;
-    while (args.rows > 1 && args.rows * row_bytes > kStagedBytes) args.rows /= 2;
-    args.staged = args.rows * row_bytes <= kStagedBytes;
+    while (args.rows > 1 && args.rows * row_bytes > kOrdinaryShared) args.rows /= 2;
+    args.staged = args.rows * row_bytes <= kOrdinaryShared;
     const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(to.m, args.rows)));
     const size_t shared = args.staged ? static_cast<size_t>(args.rows * row_bytes) : 0;
     if (alone && args.shape.groups) return launch(quantize_tokens, grid, shared, stream, args);

@@ -267,20 +267,21 @@ void descend_block(Tensor w, Tensor gradient, Tensor h, Tensor scales, int64_t c
 
 std::atomic<int> forced_kernel{-1};  // its place in the table; -1: the table chooses
 
-// Names, and five limits of each in a row; see smoothquant.ops.CudaKernel.
+// Names, and five limits of each in a row, -1 for none; see smoothquant.ops.CudaKernel.
 std::tuple<std::vector<std::string>, std::vector<int64_t>> cuda_kernels() {
     std::vector<std::string> names;
     std::vector<int64_t> limits;
     for (int i = 0; i < mq_cuda_kernel_count(); i++) {
         const mq_cuda_kernel &row = *mq_cuda_kernel_at(i);
         names.emplace_back(row.name);
-        limits.insert(limits.end(), {row.oldest, row.newest, row.most_tokens, row.group_multiple,
-                                     row.symmetric_only});
+        limits.insert(limits.end(), {row.oldest, row.newest < INT32_MAX ? row.newest : -1,
+                                     row.most_tokens < INT64_MAX ? row.most_tokens : -1,
+                                     row.group_multiple, row.symmetric_only});
     }
     return {names, limits};
 }
 
-std::optional<std::string> cuda_kernel() {
+std::optional<std::string> forced_cuda_kernel() {
     const mq_cuda_kernel *row = mq_cuda_kernel_at(forced_kernel);
     return row ? std::optional<std::string>(row->name) : std::nullopt;
 }
@@ -362,16 +363,16 @@ Tensor w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient,
 }  // namespace
 
 // Control of this library's kernels; no tensors, so no device to dispatch by.
-STABLE_TORCH_LIBRARY_FRAGMENT(mixedquant, m) {
-    m.def("cuda_kernels() -> (str[], int[])");
-    m.def("cuda_kernel() -> str?");
-    m.def("set_cuda_kernel(str? name) -> ()");
+STABLE_TORCH_LIBRARY(mixedquant_cuda, m) {
+    m.def("kernels() -> (str[], int[])");
+    m.def("forced_kernel() -> str?");
+    m.def("set_kernel(str? name) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mixedquant, CompositeExplicitAutograd, m) {
-    m.impl("cuda_kernels", TORCH_BOX(&cuda_kernels));
-    m.impl("cuda_kernel", TORCH_BOX(&cuda_kernel));
-    m.impl("set_cuda_kernel", TORCH_BOX(&set_cuda_kernel));
+STABLE_TORCH_LIBRARY_IMPL(mixedquant_cuda, CompositeExplicitAutograd, m) {
+    m.impl("kernels", TORCH_BOX(&cuda_kernels));
+    m.impl("forced_kernel", TORCH_BOX(&forced_cuda_kernel));
+    m.impl("set_kernel", TORCH_BOX(&set_cuda_kernel));
 }
 
 // The other schemas are library.cpp's, which is loaded first.

@@ -1,10 +1,10 @@
-// Runs the CUDA kernels on the CPU (emulator.h) on random small problems and compares them with the
-// scalar C kernels: integers, and sums that are taken in the same order, bit for bit; other sums within
-// 1e-5 of the sum of their terms' magnitudes. Arrays have no byte to spare, memory that a kernel must
-// write starts as NaNs, and threads run in both orders. Built with ASan and UBSan by
-// tests/test_cuda_emulated.py.
-// Usage: check_cuda SEED CASES. Prints "N cases: architecture A" and how often each kernel ran; any
-// fault aborts.
+// Runs the CUDA kernels on the CPU (emulator.h) and compares them with the scalar C kernels: on a
+// list of linears, each by every kernel that serves it, then on random small problems. Integers, and
+// sums that are taken in the same order, bit for bit; other sums within 1e-5 of the sum of their
+// terms' magnitudes. Arrays have no byte to spare, memory that a kernel must write starts as NaNs,
+// and threads run in both orders. Built with ASan and UBSan by tests/test_cuda_emulated.py.
+// Usage: check_cuda SEED CASES, so many random ones. Prints "N cases: architecture A" and how often
+// each kernel ran; any fault aborts.
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -209,25 +209,35 @@ struct problem {
     bytes perm, w, x, bias, qweight, scales, salient, salient_scales;
 };
 
-problem random_problem() {
+struct sizes {
+    int64_t m, n, k, group_size, salient;
+};
+
+sizes random_sizes() {
     const int64_t ms[] = {1, 2, 8, 9, 15, 16, 17, 33, 65, 130};
     const int64_t ns[] = {1, 4, 16, 31, 33, 64, 97, 130, 270};
     const int64_t ks[] = {1, 2, 3, 13, 32, 64, 100, 128, 200, 256, 300, 512, 640, 2300};
     const int64_t gs[] = {1,   3,   4,   8,   12,  16,  20,  32,  33,   48,  64,
                           100, 128, 128, 128, 192, 256, 256, 384, 1024, 4096};
+    const int64_t k = one_of(ks);
+    const int64_t saliences[] = {0, 0, 1, k / 20, k / 10, 16, k / 2, k};
+    return {one_of(ms), one_of(ns), k, one_of(gs), std::min(one_of(saliences), k)};
+}
+
+// All else is random.
+problem problem_of(const sizes &of, mq_act_format format) {
     mq_linear lin = {};
-    lin.n = one_of(ns);
-    lin.k = one_of(ks);
-    lin.group_size = one_of(gs);
-    const int64_t saliences[] = {0, 0, 1, lin.k / 20, lin.k / 10, 16, lin.k / 2, lin.k};
-    lin.k_salient = std::min(one_of(saliences), lin.k);
+    lin.n = of.n;
+    lin.k = of.k;
+    lin.group_size = of.group_size;
+    lin.k_salient = of.salient;
     lin.salient_dtype = static_cast<mq_dtype>(MQ_F16 + below(3));
     lin.rotation = below(3) ? 0 : 1 << below(10);
     lin.act_bits = static_cast<int>(2 + below(3));
-    lin.act_format = below(2) ? MQ_ACT_SYMMETRIC : static_cast<mq_act_format>(below(3));
+    lin.act_format = format;
     lin.per_token = below(4) == 0;
     lin.clip = below(2) ? 1.0f : 0.7f;
-    const int64_t m = one_of(ms);
+    const int64_t m = of.m;
     const mq_dtype dtype = static_cast<mq_dtype>(below(3));
     mq_shape shape;
     CHECK(!mq_shape_of(lin.n, lin.k, lin.k_salient, lin.group_size, &shape));
@@ -374,7 +384,16 @@ std::vector<double> magnitudes(const problem &p) {
     return sums;
 }
 
-std::map<std::string, int> runs;
+std::map<std::string, int> runs;   // of each kernel
+std::map<std::string, int> wraps;  // that used all stages of their ring again, over several groups
+
+void count(const problem &p, const std::string &name) {
+    runs[name]++;
+    // as many stages as newer cards have
+    const int64_t ring = name == "prefill_wgmma" ? 6 : 3;
+    if (name.substr(0, 7) == "prefill")
+        wraps[name] += p.shape.groups > 1 && slots_of(p.shape).total > 2 * ring * 4;
+}
 
 void check_kernel(const problem &p, int kernel, const std::vector<float> &want,
                   const std::vector<double> &sizes) {
@@ -410,11 +429,41 @@ void check_kernel(const problem &p, int kernel, const std::vector<float> &want,
             p.lin.rotation, p.lin.act_format, p.lin.per_token, p.lin.act_bits);
         abort();
     }
-    runs[name]++;
+    count(p, name);
+}
+
+// Every tail, few and many tokens, groups that share steps and ones of many, no and only salient
+// channels.
+const sizes kClasses[] = {
+    {1, 31, 100, 4, 0},       {15, 33, 130, 16, 13}, {16, 97, 200, 32, 10},
+    {17, 1, 300, 64, 15},     {65, 33, 640, 128, 0}, {65, 270, 300, 256, 30},
+    {17, 31, 1300, 1024, 65}, {1, 16, 64, 64, 64},   {65, 4, 13, 4, 13},
+    {15, 64, 512, 128, 26},   {16, 17, 77, 16, 0},   {1, 130, 1150, 128, 58},
+    {65, 35, 130, 64, 0},     {17, 49, 260, 4, 20},  {65, 3, 1100, 1024, 0},
+    {16, 65, 520, 256, 0},    {15, 21, 70, 32, 70},  {1, 7, 500, 1024, 0},
+};
+
+// Long enough that stages of the rings are used again, and again, in groups of one stage to all.
+const sizes kRings[] = {
+    {130, 33, 768, 128, 0},    {65, 31, 896, 384, 20},  {65, 33, 896, 256, 0},
+    {65, 33, 1600, 128, 0},    {65, 31, 1600, 1024, 0}, {65, 31, 2304, 256, 115},
+    {65, 16, 2304, 4096, 230},
+};
+
+// By every kernel that serves it, or every one for many tokens.
+void check_by_all(const sizes &of, bool decode) {
+    const problem p = problem_of(of, MQ_ACT_SYMMETRIC);
+    const std::vector<float> want = reference(p);
+    const std::vector<double> terms = magnitudes(p);
+    for (int kernel = 0; kernel < mq_cuda_kernel_count(); kernel++)
+        if (mq_cuda_kernel_serves(kernel, &p.lin, MQ_ARCH) &&
+            (decode || mq_cuda_kernel_at(kernel)->most_tokens == INT64_MAX))
+            check_kernel(p, kernel, want, terms);
 }
 
 void check_linear() {
-    const problem p = random_problem();
+    const mq_act_format format = below(2) ? MQ_ACT_SYMMETRIC : static_cast<mq_act_format>(below(3));
+    const problem p = problem_of(random_sizes(), format);
     check_weights(p);
     const std::vector<float> want = reference(p);
     const std::vector<double> sizes = magnitudes(p);
@@ -431,6 +480,9 @@ int main(int argc, char **argv) {
     CHECK(argc == 3);
     srand(static_cast<unsigned>(atoi(argv[1])));
     const int cases = atoi(argv[2]);
+    for (const sizes &of : kClasses) check_by_all(of, true);
+    for (const sizes &of : kRings) check_by_all(of, false);
+    for (const auto &run : wraps) CHECK(run.second > 1);
     for (int i = 0; i < cases; i++) {
         check_groups();
         check_stats();

@@ -20,6 +20,9 @@ unsigned char *shared_bytes;
 
 namespace {
 
+constexpr int kOrdinaryShared = 47 << 10;  // 1 KiB is left to static shared memory
+int allowed_shared = kOrdinaryShared;      // at the next launch
+
 constexpr size_t kStack = 64 << 10;
 
 struct copy {
@@ -36,7 +39,7 @@ struct product {
     uint64_t descriptor;
     int before[32], sums[32];  // d as it was; what is added
     unsigned left[4];          // a as it was
-    unsigned char right[kRows * kRowBytes];
+    std::vector<unsigned char> right;
 };
 
 struct fiber {
@@ -49,8 +52,13 @@ struct fiber {
     int64_t exchanges = 0, barriers = 0;
     std::vector<std::vector<copy>> copies{1};  // committed groups, then the open one
     std::vector<std::vector<product>> products{1};
-    std::vector<copy> unseen;  // copies that came and were not shown to products
-    bool began = false;        // products, since the last commit
+    int unseen = 0;  // copies that came and were not shown to products
+    // the fence since the last commit, if any, and the registers as they were there
+    const int *fenced_d = nullptr;
+    const unsigned *fenced_a = nullptr;
+    int fenced_sums[32];
+    unsigned fenced_left[16];
+    size_t asked = 0;  // of what its warpgroup asked for
 };
 
 struct warp {
@@ -61,17 +69,26 @@ struct warp {
 
 std::vector<std::unique_ptr<fiber>> fibers;
 std::vector<warp> warps;
+
+// What a thread asked of the tensor cores: the products' descriptor, or one of these
+enum : uint64_t { FENCE, COMMIT, WAIT };
+std::vector<std::vector<uint64_t>> asked;  // [warpgroup], by the first of its threads to get there
 int64_t block_arrived;
+int64_t unseen;  // copies of all threads together, see fiber
 int64_t any_set[2];
 fiber *running;
 ucontext_t main_context;
 const std::function<void()> *kernel;
+
+}  // namespace
 
 [[noreturn]] void fail(const char *what) {
     fprintf(stderr, "emulator: %s in block %u,%u thread %u\n", what, here.block.x, here.block.y,
             here.thread.x);
     abort();
 }
+
+namespace {
 
 #if defined(__SANITIZE_ADDRESS__)
 const void *main_bottom;
@@ -129,6 +146,8 @@ void fiber_main() {
         fiber *me = running;
         if (me->copies.size() > 1 || !me->copies[0].empty()) fail("a cp.async nobody waited for");
         if (me->products.size() > 1 || !me->products[0].empty()) fail("products nobody waited for");
+        if (me->asked != asked[me->thread.x / 128].size())
+            fail("a warp that asks for fewer products than its warpgroup");
         me->done = true;
         change_to(&me->context, next_fiber());
     }
@@ -148,8 +167,17 @@ void add_fiber() {
 
 }  // namespace
 
+void allow_shared(int bytes) {
+    if (bytes > (MQ_ARCH < 80 ? 64 << 10 : 99 << 10))
+        fail("more shared memory than a block can have");
+    allowed_shared = bytes;
+}
+
 void run(dim3 grid, dim3 block, size_t shared, const std::function<void()> &body) {
     if (block.y != 1 || block.z != 1 || block.x % 32) fail("a block that is no row of warps");
+    if (grid.y > 65535 || grid.z > 65535) fail("a grid that no card takes");
+    if (shared > static_cast<size_t>(allowed_shared)) fail("more shared memory than was asked for");
+    allowed_shared = kOrdinaryShared;
     if (!fibers.empty() && fibers.size() != block.x) fail("blocks of different sizes");
     while (fibers.size() < block.x) add_fiber();
     kernel = &body;
@@ -165,14 +193,16 @@ void run(dim3 grid, dim3 block, size_t shared, const std::function<void()> &body
                 memset(bytes.get(), 0xff, shared);
                 shared_bytes = bytes.get();
                 warps.assign(block.x / 32, warp());
-                block_arrived = any_set[0] = any_set[1] = 0;
+                asked.assign((block.x + 127) / 128, {});
+                block_arrived = any_set[0] = any_set[1] = unseen = 0;
                 for (const auto &f : fibers) {
                     f->done = false;
                     f->exchanges = f->barriers = 0;
                     f->copies.resize(1);
                     f->products.resize(1);
-                    f->unseen.clear();
-                    f->began = false;
+                    f->unseen = 0;
+                    f->fenced_d = nullptr;
+                    f->asked = 0;
                 }
                 running = nullptr;
                 change_to(&main_context, fibers[order == FORWARD ? 0 : block.x - 1].get());
@@ -220,15 +250,32 @@ void wait_for_copies(int pending) {
         for (const copy &c : groups.front()) {
             if (c.bytes) memcpy(c.to, c.from, c.bytes);
             memset(static_cast<char *>(c.to) + c.bytes, 0, c.zeros);
-            running->unseen.push_back(c);
+            running->unseen++, unseen++;
         }
         groups.erase(groups.begin());
     }
 }
 
-void show_to_products() { running->unseen.clear(); }
+void fence_for_products() {
+    unseen -= running->unseen;
+    running->unseen = 0;
+}
 
-void begin_products() { running->began = true; }
+namespace {
+void ask(uint64_t what) {
+    std::vector<uint64_t> &all = asked[running->thread.x / 128];
+    if (running->asked == all.size()) all.push_back(what);
+    if (all[running->asked++] != what)
+        fail("a warp that asks for other products than its warpgroup");
+}
+}  // namespace
+
+void fence_products(const int *d, const unsigned *a) {
+    ask(FENCE);
+    running->fenced_d = d, running->fenced_a = a;
+    memcpy(running->fenced_sums, d, sizeof running->fenced_sums);
+    memcpy(running->fenced_left, a, sizeof running->fenced_left);
+}
 
 uint64_t shared_address(const void *at) {
     return static_cast<uint64_t>(static_cast<const unsigned char *>(at) - shared_bytes);
@@ -245,38 +292,54 @@ const unsigned char *byte_of(uint64_t descriptor, unsigned row, unsigned byte) {
     return shared_bytes + (address ^ (address >> 7 & 1) << 4);
 }
 
+namespace {
+void copy_matrix(uint64_t descriptor, unsigned char *to) {
+    for (unsigned row = 0; row < kRows; row++)
+        for (unsigned i = 0; i < kRowBytes; i += 16)
+            memcpy(to + row * kRowBytes + i, byte_of(descriptor, row, i), 16);
+}
+}  // namespace
+
 void multiply_later(int *d, const int *sums, const unsigned *a, uint64_t descriptor) {
-    if (!running->began) fail("products without wgmma.fence");
+    ask(descriptor);
+    const fiber &me = *running;
+    const ptrdiff_t first = me.fenced_d ? a - me.fenced_a : -1;
+    if (d != me.fenced_d || first < 0 || first > 12) fail("products without wgmma.fence");
+    if (memcmp(d, me.fenced_sums, sizeof me.fenced_sums)) fail("sums changed behind wgmma.fence");
+    if (memcmp(a, me.fenced_left + first, 4 * sizeof *a))
+        fail("registers changed behind wgmma.fence");
     product p;
     p.d = d, p.a = a, p.descriptor = descriptor;
     memcpy(p.before, d, sizeof p.before);
     memcpy(p.sums, sums, sizeof p.sums);
     memcpy(p.left, a, sizeof p.left);
-    for (unsigned i = 0; i < sizeof p.right; i++) {
-        const unsigned char *at = byte_of(descriptor, i / kRowBytes, i % kRowBytes);
-        p.right[i] = *at;
-        if (i % 16) continue;
-        for (const auto &f : fibers)
-            for (const copy &c : f->unseen)
-                if (c.to == at) fail("products of what cp.async brought, without a proxy fence,");
+    // what it reads is the same for all threads: once a warp is enough
+    if (lane() == 0) {
+        p.right.resize(kRows * kRowBytes);
+        copy_matrix(descriptor, p.right.data());
     }
+    if (unseen) fail("products while what cp.async brought lacks a proxy fence,");
     running->products.back().push_back(p);
 }
 
 void commit_products() {
+    ask(COMMIT);
     running->products.emplace_back();
-    running->began = false;
+    running->fenced_d = nullptr;
 }
 
 void wait_for_products(int pending) {
+    ask(WAIT + static_cast<uint64_t>(pending));
     auto &groups = running->products;
     while (groups.size() > static_cast<size_t>(pending) + 1) {
         for (const product &p : groups.front()) {
             if (memcmp(p.before, p.d, sizeof p.before)) fail("sums changed before the wait");
             if (memcmp(p.left, p.a, sizeof p.left)) fail("registers changed before the wait");
-            for (unsigned i = 0; i < sizeof p.right; i++)
-                if (p.right[i] != *byte_of(p.descriptor, i / kRowBytes, i % kRowBytes))
-                    fail("shared memory changed before the wait");
+            if (p.right.empty()) continue;
+            unsigned char now[kRows * kRowBytes];
+            copy_matrix(p.descriptor, now);
+            if (memcmp(p.right.data(), now, sizeof now))
+                fail("shared memory changed before the wait");
         }
         for (const product &p : groups.front())
             for (int i = 0; i < 32; i++) p.d[i] += p.sums[i];

@@ -44,6 +44,12 @@ extern schedule order;
 extern place here;                   // of the running thread
 extern unsigned char *shared_bytes;  // the block's dynamic shared memory
 
+// What a card refuses aborts: so does a kernel without the code that it was launched for.
+[[noreturn]] void fail(const char *what);
+
+// Dynamic shared memory of the next launch, where it is more than any may have.
+void allow_shared(int bytes);
+
 // Runs body once per thread of every block.
 void run(dim3 grid, dim3 block, size_t shared, const std::function<void()> &body);
 
@@ -56,9 +62,10 @@ void commit_copies();
 void wait_for_copies(int pending);
 
 // Products in the background. d += sums, 32 of each, of a, 4 registers, and of the matrix in shared
-// memory that the descriptor tells of: 64 rows of 32 bytes, swizzled.
-void show_to_products();
-void begin_products();
+// memory that the descriptor tells of: 64 rows of 32 bytes, swizzled. The fence is for d and for a's
+// 16 registers, which must be as they were there. All warps of a warpgroup must do the same in turn.
+void fence_for_products();
+void fence_products(const int *d, const unsigned *a);
 void multiply_later(int *d, const int *sums, const unsigned *a, uint64_t descriptor);
 void commit_products();
 void wait_for_products(int pending);
@@ -97,6 +104,7 @@ inline unsigned lane() { return here.thread.x & 31; }
 #define blockDim emulator::here.block_size
 #define gridDim emulator::here.grid_size
 
+[[noreturn]] inline void __trap() { emulator::fail("__trap"); }
 inline void __syncthreads() { emulator::barrier(); }
 inline int __syncthreads_or(int value) { return emulator::barrier_or(value); }
 inline void __syncwarp() { emulator::exchange(0); }
@@ -144,7 +152,12 @@ inline int atomicOr(int *at, int value) {
 #define __grid_constant__
 typedef int cudaError_t;
 typedef void *cudaStream_t;
-enum { cudaSuccess = 0, cudaMemcpyDeviceToHost };
+enum { cudaSuccess = 0, cudaMemcpyDeviceToHost, cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, int, int bytes) {
+    emulator::allow_shared(bytes);
+    return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char *cudaGetErrorString(cudaError_t) { return "emulated"; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
