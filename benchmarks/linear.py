@@ -226,6 +226,9 @@ def main() -> None:
     parser.add_argument(
         "--matrix", action="store_true", help="five shapes, five numbers of tokens, all peers"
     )
+    parser.add_argument(
+        "--quantizer", action="store_true", help="only the quantizer and what a call costs"
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="per contender")
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--gate", action="store_true", help="fail where a kernel is too slow")
@@ -246,10 +249,10 @@ def main() -> None:
         peaks = ", ".join(f"{k} {v:.0f}" for k, v in values.items() if k != "memory")
         print(f"Limits of {threads} threads: {values['memory']:.1f} GB/s; GMAC/s: {peaks}")
     record = {"chip": chip(), "torch": torch.__version__, "date": str(date.today())}
-    record |= {"limits": limits, "rows": speeds(args, limits)}
+    record |= {"limits": limits, "rows": [] if args.quantizer else speeds(args, limits)}
     for name, reason in UNAVAILABLE.items():
         print(f"not measured: {name} ({reason})")
-    if args.matrix:
+    if args.matrix or args.quantizer:
         record |= {"quantizer": quantizer(args), "call_microseconds": call_microseconds()}
     if args.json:
         with open(args.json, "w") as file:
