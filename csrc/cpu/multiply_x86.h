@@ -5,15 +5,9 @@
 #ifndef MQ_CPU_MULTIPLY_X86_H
 #define MQ_CPU_MULTIPLY_X86_H
 
-#include "x86.h"
+#include "vectors_x86.h"
 
-#define CONCAT_(a, b) a##b
-#define CONCAT(a, b) CONCAT_(a, b)
-#define V(op) CONCAT(CONCAT(CONCAT(_mm, BITS), _), op) /* _mm512_op */
 #define AND_INTS CONCAT(V(and_si), BITS)
-
-typedef CONCAT(__m, BITS) floats;
-typedef CONCAT(CONCAT(__m, BITS), i) ints;
 
 enum { ACCUMULATORS = 12 };
 

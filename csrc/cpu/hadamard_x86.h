@@ -1,20 +1,22 @@
-/* The Walsh-Hadamard transform, written once for vectors of any width. hadamard_<isa>.c includes it
- * after
+/* The Walsh-Hadamard transform on x86, in vectors of 256 or 512 bits. hadamard_<isa>.c includes it after
+ *   BITS          the vectors' size
  *   TARGET        the instruction set's attribute
  *   KERNEL(name)  name_<isa>
  *   SMALLER       the kernel for n < LANES
- *   LANES         floats to a vector
- *   floats        the vector type, and the operations on it that are used below; in_vector(v) does
- *                 the butterflies of strides below LANES
+ *   in_vector     the butterflies of strides below LANES
  * Butterflies and their order are the scalar kernel's, so every result is, too. */
-#ifndef MQ_CPU_HADAMARD_H
-#define MQ_CPU_HADAMARD_H
+#ifndef MQ_CPU_HADAMARD_X86_H
+#define MQ_CPU_HADAMARD_X86_H
 
 #include <math.h>
 
 #include "kernels.h"
+#include "vectors_x86.h"
 
-enum { AT_ONCE = 8 }; /* vectors in registers */
+enum {
+    LANES = BITS / 32, /* floats to a vector */
+    AT_ONCE = 8        /* vectors in registers */
+};
 
 /* Strides of 1, 2 ... count / 2 times `stride`, and before them, where that is LANES, all below; after
  * them the norm, where there is one. count is a constant. */
@@ -23,25 +25,25 @@ TARGET static MQ_INLINE void pass(const float *x, int64_t n, float *out, int64_t
     for (int64_t block = 0; block < n; block += count * stride) {
         for (int64_t at = block; at < block + stride; at += LANES) {
             floats v[AT_ONCE];
-            for (int i = 0; i < count; i++) v[i] = load(x + at + i * stride);
+            for (int i = 0; i < count; i++) v[i] = V(loadu_ps)(x + at + i * stride);
             if (stride == LANES)
                 for (int i = 0; i < count; i++) v[i] = in_vector(v[i]);
             for (int step = 1; step < count; step *= 2) {
                 for (int i = 0; i < count; i++) {
                     if (i & step) continue;
                     const floats a = v[i], b = v[i + step];
-                    v[i] = add(a, b);
-                    v[i + step] = subtract(a, b);
+                    v[i] = V(add_ps)(a, b);
+                    v[i + step] = V(sub_ps)(a, b);
                 }
             }
             for (int i = 0; i < count; i++)
-                store(out + at + i * stride, norm ? multiply(v[i], *norm) : v[i]);
+                V(storeu_ps)(out + at + i * stride, norm ? V(mul_ps)(v[i], *norm) : v[i]);
         }
     }
 }
 
 TARGET void KERNEL(mq_hadamard)(const float *x, int64_t n, float *out) {
-    const floats norm = broadcast(1.0f / sqrtf((float)n));
+    const floats norm = V(set1_ps)(1.0f / sqrtf((float)n));
     if (n < LANES) {
         SMALLER(x, n, out);
         return;
