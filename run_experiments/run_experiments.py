@@ -51,7 +51,7 @@ from run_experiments.store import Store
 from run_experiments.worker import Job, unload
 
 OF_MODELS = ("Evaluator", "get_calib_dataset", "get_calib_feat")  # in published.py
-__all__ = ["find_front", "main", "plot_results", "run_experiments", "sweep", *OF_MODELS]
+__all__ = ["Workers", "find_front", "main", "plot_results", "run_experiments", "sweep", *OF_MODELS]
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
@@ -122,10 +122,7 @@ def sweep(
     store: Store,
     *,
     progress: bool = True,
-    executor: str = executors.LOCAL,
-    jobs: int | None = None,
-    threads: int | None = None,
-    slurm: Mapping[str, Any] | None = None,
+    **workers: Any,
 ) -> list[Cell]:
     """Compute every cell of a preset that the store does not hold yet.
 
@@ -133,11 +130,7 @@ def sweep(
         preset: what to compute.
         store: where results are kept; other sweeps may share it at the same time.
         progress: show progress bars.
-        executor: "local", "dask://host:port" or "slurm": where workers run.
-        jobs: workers; None for one, or all of a Dask cluster's.
-        threads: of torch in each worker; None for all of its machine's, shared out among local
-            workers.
-        slurm: parameters of submitit's executor.
+        workers: fields of `Workers`.
 
     Returns:
         all cells of the preset, each of them in the store.
@@ -146,17 +139,17 @@ def sweep(
         ValueError, TypeError: a setting is wrong. Settings are checked before the first cell.
         RuntimeError: a worker or the executor failed; finished cells are kept.
     """
-    workers = _Workers(executor, jobs, threads, slurm or {})
+    chosen = Workers(**workers)
     plan = _planned(preset)
-    waiting = [cell for cell in plan if store.get(cell) is None]
-    if not waiting:
+    found = _found(plan, store)
+    if len(found) == len(plan):
         print(f"All {len(plan)} cells are in {store.folder}: nothing to compute.")
         return plan
-    done = len(plan) - len(waiting)
-    print(f"{len(plan)} cells, {done} of them in {store.folder}, {len(waiting)} to compute.")
+    waiting = len(plan) - len(found)
+    print(f"{len(plan)} cells, {len(found)} of them in {store.folder}, {waiting} to compute.")
     _print_windows(preset)
     try:
-        _compute(plan, preset, store, workers, progress)
+        _compute(plan, found, preset, store, chosen, progress)
     finally:
         unload()
     return plan
@@ -168,16 +161,13 @@ def find_front(
     budget: Budget,
     *,
     progress: bool = True,
-    executor: str = executors.LOCAL,
-    jobs: int | None = None,
-    threads: int | None = None,
-    slurm: Mapping[str, Any] | None = None,
+    **workers: Any,
 ) -> list[Cell]:
     """Look for the least perplexity at every size among all combinations of a preset's choices.
 
     Args:
         budget: how many cells to compute, or for how long; what the store holds costs nothing.
-        preset, store, progress, executor, jobs, threads, slurm: as `sweep`.
+        preset, store, progress, workers: as `sweep`.
 
     Returns:
         all cells of these choices that the store holds by then: `report.front` picks the front.
@@ -185,7 +175,7 @@ def find_front(
     Raises:
         ValueError, TypeError, RuntimeError: as `sweep`; RuntimeError without Optuna, too.
     """
-    workers = _Workers(executor, jobs, threads, slurm or {})
+    chosen = Workers(**workers)
     preset = space(preset)
     plan = _planned(preset)
     print(f"{sum(cell.task == 'quantized' for cell in plan)} combinations to choose from.")
@@ -193,21 +183,32 @@ def find_front(
 
     def compute(cells: list[Cell]) -> None:
         needs = {need.key: need for cell in cells for need in cell.needs}
-        _compute([*needs.values(), *cells], preset, store, workers, progress)
+        part = [*needs.values(), *cells]
+        _compute(part, _found(part, store), preset, store, chosen, progress)
 
     try:
-        tried = {c.key for c in search(plan, store, budget, workers.at_once, compute)}
+        tried = {c.key for c in search(plan, store, budget, chosen.at_once, compute)}
     finally:
         unload()
     return [c for c in plan if c.key in tried or (c.task != "quantized" and store.get(c))]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Workers:
-    executor: str
-    jobs: int | None
-    threads: int | None
-    slurm: Mapping[str, Any]
+class Workers:
+    """Who computes the cells of a sweep.
+
+    executor: "local", "dask://host:port" or "slurm": where workers run.
+    jobs: workers; None for one, or all of a Dask cluster's.
+    threads: of torch in each worker; None for all of its machine's, shared out among local workers.
+    slurm: parameters of submitit's executor.
+
+    Raises ValueError for an executor or a number of workers that cannot be meant.
+    """
+
+    executor: str = executors.LOCAL
+    jobs: int | None = None
+    threads: int | None = None
+    slurm: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         executors.check(self.executor, self.jobs, self.slurm)
@@ -230,22 +231,31 @@ class _Workers:
         return self.threads
 
 
+def _found(plan: Sequence[Cell], store: Store) -> dict[str, dict[str, Any]]:
+    """The results that the store holds, by the cells' keys."""
+    results = ((cell.key, store.get(cell)) for cell in plan)
+    return {key: result for key, result in results if result is not None}
+
+
 def _compute(
-    plan: Sequence[Cell], preset: Preset, store: Store, workers: _Workers, progress: bool
+    plan: Sequence[Cell],
+    found: Mapping[str, dict[str, Any]],
+    preset: Preset,
+    store: Store,
+    workers: Workers,
+    progress: bool,
 ) -> None:
-    """Have the cells computed that the store does not hold, with a line printed for each."""
-    waiting = [cell for cell in plan if store.get(cell) is None]
+    """Have the cells computed that are not found, with a line printed for each."""
     job = Job(
-        cells=[cell.to_json() for cell in waiting],
+        cells=[cell.to_json() for cell in plan if cell.key not in found],
         # workers may have another working directory
         source=os.path.abspath(preset.model) if os.path.isdir(preset.model) else preset.model,
         output=str(store.folder.resolve()),
         threads=workers.threads_each,
         progress=progress and workers.in_this_process,
     )
-    reference = next((store.get(cell) for cell in plan if cell.task == "baseline"), None)
-    done = len(plan) - len(waiting)
-    with tqdm(total=len(plan), initial=done, unit="cell", disable=not progress) as bar:
+    reference = next((found.get(cell.key) for cell in plan if cell.task == "baseline"), None)
+    with tqdm(total=len(plan), initial=len(found), unit="cell", disable=not progress) as bar:
 
         def report_cell(cell: Cell, result: dict[str, Any]) -> None:
             nonlocal reference
@@ -269,7 +279,8 @@ def finished(preset: Preset, store: Store) -> list[Cell]:
         ValueError: there are none, or a setting is wrong. TypeError: a setting is wrong.
     """
     plan = _planned(preset)
-    found = [cell for cell in plan if store.get(cell) is not None]
+    held = _found(plan, store)
+    found = [cell for cell in plan if cell.key in held]
     if not any(cell.task in ("baseline", "quantized") for cell in found):
         raise ValueError(
             f"output: no result of this sweep is in {store.folder}: run the sweep first"

@@ -127,10 +127,9 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
     """Read a folder that `save_quantized` wrote: the same model, in evaluation mode, on the CPU.
 
     No code from the folder is run. Everything is checked before a kernel sees it, then the model is
-    tried on three tokens. The attention
-    implementation is not recorded: it is transformers' default, which
-    ``model.set_attn_implementation`` changes; logits are the saved model's, bit for bit, under the
-    same one.
+    tried on three tokens. The attention implementation is not recorded: it is transformers'
+    default, which ``model.set_attn_implementation`` changes; logits are the saved model's, bit for
+    bit, under the same one.
 
     Raises:
         ValueError: no such folder.

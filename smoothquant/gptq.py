@@ -38,7 +38,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
     for step in DAMPING_STEPS:
         # Turned by 180 degrees it is L L^T with a lower L; turned back, the inverse of L is U. All
         # in one place, for K may be large.
-        matrix = hessian.flip(0, 1).to(torch.float64, copy=True)
+        matrix = hessian.flip(0, 1).double()
         matrix.diagonal()[:] += step * damping * mean
         matrix.diagonal()[unused.flip(0)] = mean
         failed = torch.empty((), dtype=torch.int32, device=matrix.device)
