@@ -132,6 +132,16 @@ __device__ __forceinline__ void unpack(uint4 words, fragment_a (&a)[2]) {
 
 constexpr float kUnpackedUnit = 1.0f / 16;
 
+// Scales of tokens first .. first + 3 for a group, to shared memory; zeros from token m on.
+__device__ __forceinline__ void copy_token_scales(const multiply_args &args, int64_t group,
+                                                  int64_t first, float *to) {
+    const int64_t left = args.from.m - first;
+    copy_async(to, args.from.scales + group * args.from.stride + first,
+               left >= 4  ? 16
+               : left > 0 ? static_cast<int>(left) * 4
+                          : 0);
+}
+
 #ifdef MQ_HAS_S4
 // Weights of two steps, in nibbles; only their offset is taken off.
 __device__ __forceinline__ void join(uint4 first, uint4 second, fragment_a (&a)[2]) {
@@ -155,6 +165,29 @@ __device__ __forceinline__ uint32_t pack_halves(float low, float high, bool is_f
 struct salient_words {
     uint2 w[4];  // int8: only x
 };
+
+// The lane's four output channels of a row of 16
+__device__ __forceinline__ uint2 salient_word(const unsigned char *row, mq_dtype stored) {
+    if (stored == MQ_I8) return {*reinterpret_cast<const uint32_t *>(row + lane_channel()), 0};
+    return *reinterpret_cast<const uint2 *>(row + lane_channel() * 2);
+}
+
+// A chunk's, as record `record` of the tokens multiplies it; zeros where there are none
+__device__ __forceinline__ salient_words load_salient(const multiply_args &args, int64_t panel,
+                                                      int record) {
+    const int row_bytes = size_of(args.lin.salient_dtype) * 16;
+    const int channel = record / args.from.terms * 16 + 4 * lane_t();
+    const unsigned char *rows = static_cast<const unsigned char *>(args.lin.salient) +
+                                (panel * args.lin.k_salient + channel) * row_bytes;
+    salient_words words;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        words.w[i] = {0, 0};
+        if (panel < args.shape.panels && channel + i < args.lin.k_salient)
+            words.w[i] = salient_word(rows + i * row_bytes, args.lin.salient_dtype);
+    }
+    return words;
+}
 
 __device__ __forceinline__ void salient_left(const salient_words &words, mq_dtype stored,
                                              bool is_f16, fragment_a (&a)[2]) {

@@ -43,29 +43,14 @@ struct worker {
     }
 
     // Terms of chunks begin .. end
-    __device__ __forceinline__ void add_chunks(int64_t begin, int64_t end) {
-        const bool is_int8 = args.lin.salient_dtype == MQ_I8;
-        const int row_bytes = size_of(args.lin.salient_dtype) * 16;
-        const unsigned char *weights = static_cast<const unsigned char *>(args.lin.salient) +
-                                       panel * args.lin.k_salient * row_bytes;
-        for (int64_t record = begin; record < end; record++) {
-            const int64_t channel = record / args.from.terms * 16 + 4 * lane_t();
-            salient_words words;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const unsigned char *row = weights + (channel + i) * row_bytes;
-                words.w[i] = {0, 0};
-                if (!in_n || channel + i >= args.lin.k_salient) continue;
-                if (is_int8)
-                    words.w[i].x = *reinterpret_cast<const uint32_t *>(row + lane_channel());
-                else
-                    words.w[i] = *reinterpret_cast<const uint2 *>(row + lane_channel() * 2);
-            }
+    __device__ __forceinline__ void add_chunks(int begin, int end) {
+        for (int record = begin; record < end; record++) {
             fragment_b b[NT];
             load_right(args.from.salient, record, true, b);
-            add_salient(sums, words, b, args.lin.salient_dtype, args.from.is_f16);
+            add_salient(sums, load_salient(args, panel, record), b, args.lin.salient_dtype,
+                        args.from.is_f16);
         }
-        if (is_int8 && in_n)
+        if (args.lin.salient_dtype == MQ_I8 && in_n)
             sums.scale_channels(*reinterpret_cast<const uint2 *>(
                 args.lin.salient_scales + panel * MQ_PANEL + lane_channel()));
     }
@@ -147,8 +132,9 @@ __global__ void __launch_bounds__(kThreads) decode(const __grid_constant__ multi
     __shared__ float4 parts[kWarps][NT * 8][2 * MQ_PANEL / 4];  // [warp][token][4 channels]
     worker<NT> work(args);
     work.sums.clear();
-    const int64_t chunks = args.from.chunks * args.from.terms, slots = args.slot.total;
-    work.add_chunks(chunks * warp() / kWarps, chunks * (warp() + 1) / kWarps);
+    const int64_t records = args.from.chunks * args.from.terms, slots = args.slot.total;
+    work.add_chunks(static_cast<int>(records * warp() / kWarps),
+                    static_cast<int>(records * (warp() + 1) / kWarps));
     work.add_slots(slots * warp() / kWarps, slots * (warp() + 1) / kWarps);
 #pragma unroll
     for (int n = 0; n < NT; n++)

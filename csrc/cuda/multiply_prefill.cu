@@ -83,12 +83,7 @@ __device__ __forceinline__ void load_slots(const multiply_args &args, const bloc
                     args.lin.scales + from);
         } else if (valid && walk.is_last() && thread >= kThreads - kTokens / 4) {
             const int token = (thread - (kThreads - kTokens / 4)) * 4;
-            const int64_t left = args.from.m - at.token - token;
-            copy_async(&to.token_scales[s][token],
-                       args.from.scales + walk.group * args.from.stride + at.token + token,
-                       left >= 4  ? 16
-                       : left > 0 ? static_cast<int>(left) * 4
-                                  : 0);
+            copy_token_scales(args, walk.group, at.token + token, &to.token_scales[s][token]);
         }
     }
 }
@@ -137,7 +132,6 @@ __device__ __forceinline__ void load_right(const warp_place &at, const stage &fr
 
 __device__ __forceinline__ void add_chunks(const multiply_args &args, const warp_place &at,
                                            const stage &from, pair_sums<kTiles> (&sums)[kPairs]) {
-    const bool is_int8 = args.lin.salient_dtype == MQ_I8;
     const int row_bytes = size_of(args.lin.salient_dtype) * 16;
     for (int s = 0; s < kChunks; s++) {
         fragment_b b[kTiles];
@@ -150,10 +144,7 @@ __device__ __forceinline__ void add_chunks(const multiply_args &args, const warp
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const unsigned char *row = panel + salient_row(4 * lane_t() + i) * row_bytes;
-                if (is_int8)
-                    words.w[i] = {*reinterpret_cast<const uint32_t *>(row + lane_channel()), 0};
-                else
-                    words.w[i] = *reinterpret_cast<const uint2 *>(row + lane_channel() * 2);
+                words.w[i] = salient_word(row, args.lin.salient_dtype);
             }
             add_salient(sums[p], words, b, args.lin.salient_dtype, args.from.is_f16);
         }

@@ -50,38 +50,7 @@ struct worker {
         }
     }
 
-    __device__ __forceinline__ void load_token_scales(int group, stage &to) const {
-        const int first = static_cast<int>(threadIdx.x) * 4;
-        if (first >= kTokens) return;
-        const int64_t left = args.from.m - token - first;
-        copy_async(&to.token_scales[first],
-                   args.from.scales + group * args.from.stride + token + first,
-                   left >= 4  ? 16
-                   : left > 0 ? static_cast<int>(left) * 4
-                              : 0);
-    }
-
     // ---- Salient channels, as in multiply_prefill.cu ----
-
-    __device__ __forceinline__ salient_words load_salient(int record) const {
-        const bool is_int8 = args.lin.salient_dtype == MQ_I8;
-        const int row_bytes = size_of(args.lin.salient_dtype) * 16;
-        const int channel = record / args.from.terms * 16 + 4 * lane_t();
-        const unsigned char *rows = static_cast<const unsigned char *>(args.lin.salient) +
-                                    (panel * args.lin.k_salient + channel) * row_bytes;
-        salient_words words;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            words.w[i] = {0, 0};
-            if (!in_n || channel + i >= args.lin.k_salient) continue;
-            const unsigned char *row = rows + i * row_bytes;
-            if (is_int8)
-                words.w[i].x = *reinterpret_cast<const uint32_t *>(row + lane_channel());
-            else
-                words.w[i] = *reinterpret_cast<const uint2 *>(row + lane_channel() * 2);
-        }
-        return words;
-    }
 
     __device__ __forceinline__ void add_record(const salient_words &words, const stage &from,
                                                int s) {
@@ -147,7 +116,10 @@ __device__ __forceinline__ void prefill(const multiply_args &args) {
         } else if (i - salient_stages < code_stages) {
             const int at = i - salient_stages;
             work.load_records(args.from.codes, at * kSlots, slots, ring[i % kStages]);
-            work.load_token_scales(at / group_stages, ring[i % kStages]);
+            const int first = static_cast<int>(threadIdx.x) * 4;
+            if (first < kTokens)
+                copy_token_scales(args, at / group_stages, work.token + first,
+                                  &ring[i % kStages].token_scales[first]);
         }
         commit_copies();  // of nothing at the end, so that the count stays
     };
@@ -164,13 +136,13 @@ __device__ __forceinline__ void prefill(const multiply_args &args) {
     work.sums.clear();
     salient_words next_words[kSlots];
 #pragma unroll
-    for (int s = 0; s < kSlots; s++) next_words[s] = work.load_salient(s);
+    for (int s = 0; s < kSlots; s++) next_words[s] = load_salient(args, work.panel, s);
     for (int i = 0; i < salient_stages; i++) {
         const stage &from = advance(i);
 #pragma unroll
         for (int s = 0; s < kSlots; s++) {
             const salient_words words = next_words[s];
-            next_words[s] = work.load_salient((i + 1) * kSlots + s);
+            next_words[s] = load_salient(args, work.panel, (i + 1) * kSlots + s);
             work.add_record(words, from, s);
         }
     }
