@@ -110,8 +110,6 @@ class CudaKernel(NamedTuple):
     """Chosen for at most so many; forced, it takes any number."""
     group_multiple: int
     """`group_size` must be a multiple of it, unless all INT4 channels are one group."""
-    symmetric_only: bool
-    """`act_format` must be "symmetric"."""
 
 
 def cuda_kernels() -> list[CudaKernel]:
@@ -122,10 +120,7 @@ def cuda_kernels() -> list[CudaKernel]:
     """
     names, numbers = _cuda_control("kernels")()
     limits = [None if number < 0 else number for number in numbers]
-    return [
-        CudaKernel(name, *limits[5 * i : 5 * i + 4], bool(limits[5 * i + 4]))
-        for i, name in enumerate(names)
-    ]
+    return [CudaKernel(name, *limits[4 * i : 4 * i + 4]) for i, name in enumerate(names)]
 
 
 def forced_cuda_kernel() -> str | None:
@@ -433,7 +428,9 @@ def w4a4_linear(
 
     Returns:
         [..., N] in x's dtype. On CUDA the products with salient channels, and up to 64 tokens those
-        of groups too, are added in another order than on the CPU, the same in every call.
+        of groups too, are added in another order than on the CPU, the same in every call: the last
+        bits of a token's result differ from the CPU's, and between calls of up to 64 tokens and of
+        more, not otherwise with the tokens beside it.
     """
     return _ops.w4a4_linear(
         x,

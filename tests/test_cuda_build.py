@@ -112,8 +112,14 @@ def instructions(cubin: Path) -> dict[str, list[str]]:
 
 
 # Products of the tensor cores: of bytes, of nibbles, and of the salient channels' halves
-TURING = {"IMMA.8816.S8.S8"}, {"IMMA.8832.S4.S4"}, {"HMMA.1688.F32"}
-AMPERE = {"IMMA.16832.S8.S8"}, {"IMMA.16864.S4.S4"}, {"HMMA.16816.F32", "HMMA.16816.F32.BF16"}
+TURING = {"IMMA.8816.S8.S8"}, {"IMMA.8832.S4"}, {"HMMA.1688.F32"}
+AMPERE = (
+    {"IMMA.16832.S8.S8"},
+    {"IMMA.16832.S4", "IMMA.16864.S4"},
+    {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
+)
+# of nibbles, by the format of the activations: symmetric, unsigned, zero-point
+RIGHT_SIDES = {"mq_act_format0": ".S4", "mq_act_format1": ".U4", "mq_act_format2": ".U4"}
 
 
 def test_products_are_the_tensor_cores(compiled, archs):
@@ -123,7 +129,7 @@ def test_products_are_the_tensor_cores(compiled, archs):
         decode = instructions(compiled["multiply_decode", arch][0])
         prefill = instructions(compiled["multiply_prefill", arch][0])
         wgmma = instructions(compiled["multiply_wgmma", arch][0])
-        assert len(decode) == 3 and len(prefill) == 2 and len(wgmma) == 1
+        assert len(decode) == 3 and len(prefill) == 1 + len(RIGHT_SIDES) and len(wgmma) == 1
         for name, code in (decode | prefill | wgmma).items():
             products = {m[0] for text in code if (m := re.search(r"[IH]G?MMA[.\w]*", text))}
             if "wgmma" in name and arch == "90a":
@@ -133,7 +139,8 @@ def test_products_are_the_tensor_cores(compiled, archs):
             elif "prefill_s4" not in name:
                 assert products == of_bytes | of_halves, (arch, name)
             elif number < 90:
-                assert products == of_nibbles | of_halves, (arch, name)
+                (right,) = (side for key, side in RIGHT_SIDES.items() if key in name)
+                assert products == {left + right for left in of_nibbles} | of_halves, (arch, name)
             else:
                 assert not products, (arch, name)  # an empty kernel, never launched
 

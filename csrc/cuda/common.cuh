@@ -114,9 +114,9 @@ inline mq_shape shape_of(const mq_linear &lin) {
 // channels. A *slot* is a step as one group sees it: the codes of its own channels, and zeros in place
 // of others'. Where groups are whole steps, slots are steps; else a step that several groups share has a
 // slot of each. So one kernel multiplies groups of any size, and long ones at full speed.
-// Groups of fewer than 32 channels, too, are INT8 products, not fp16 ones of dequantized weights:
-// their integer sums are then the CPU's bit for bit, and no other kernel is needed. The zeros cost:
-// there are 1 + 32 / g slots to a step, so 3 times the products at g = 16 and 9 times at g = 4.
+// Groups of fewer than 32 channels, too, are products of integers, not fp16 ones: no other kernel is
+// needed, and products are not what takes long there (docs/results.md counts). The zeros cost: there are
+// 1 + 32 / g slots to a step, so 3 times the products at g = 16 and 9 times at g = 4.
 struct slots {
     int64_t group_quads, groups, total;
     bool whole;
@@ -142,6 +142,7 @@ inline slots slots_of(const mq_shape &shape) {
 // beside each other, so a tile of tokens is contiguous.
 //   codes    [slots][stride][32 or 16 bytes]: 8 quads in one of the orders below
 //   scales   [groups][stride], fp32
+//   zeros    [groups][stride], int32: the zero-points, where codes are nibbles and have them
 //   salient  [chunks of 16 channels][terms][stride][16 halves]: the salient channels as sums of `terms`
 //            halves, fp16 or bf16, padded with zeros
 // stride: m rounded up to 8; nothing behind token m is read or written.
@@ -155,6 +156,7 @@ struct tokens {
     int64_t m, stride;
     unsigned char *codes, *salient;
     float *scales;
+    int *zeros;  // NULL: none are needed
     int64_t chunks;
     int terms, record;  // record: bytes of codes
     bool is_f16;
@@ -182,10 +184,15 @@ inline tokens tokens_in(void *workspace, const mq_linear &lin, quad_order order,
     to.terms = dtype == MQ_F32 ? 3 : dtype == MQ_F16 && !to.is_f16 ? 2 : 1;
     const int64_t codes = slots_of(shape).total * to.stride * to.record;
     const int64_t scales = shape.groups * to.stride * 4;
+    // a nibble holds a code of 0 .. 15, but not with the zero-point taken off; a byte does
+    const int64_t zeros = order == NIBBLES && lin.act_format == MQ_ACT_ZERO_POINT ? scales : 0;
     to.codes = static_cast<unsigned char *>(workspace);
     if (workspace) to.scales = reinterpret_cast<float *>(to.codes + codes);
-    if (workspace) to.salient = to.codes + codes + scales;
-    if (bytes) *bytes = static_cast<size_t>(codes + scales + to.chunks * to.terms * to.stride * 32);
+    if (workspace && zeros) to.zeros = reinterpret_cast<int *>(to.codes + codes + scales);
+    if (workspace) to.salient = to.codes + codes + scales + zeros;
+    if (bytes)
+        *bytes =
+            static_cast<size_t>(codes + scales + zeros + to.chunks * to.terms * to.stride * 32);
     return to;
 }
 

@@ -29,14 +29,14 @@ struct row {
 
 // In order of preference.
 const row kTable[] = {
-    {{"decode_8", 75, kAny, 8, 1, 0}, IN_ORDER, mq_multiply_decode_8},
-    {{"decode_16", 75, kAny, 16, 1, 0}, IN_ORDER, mq_multiply_decode_16},
-    {{"decode_32", 75, kAny, 64, 1, 0}, IN_ORDER, mq_multiply_decode_32},
-    {{"prefill_s4", 75, 89, INT64_MAX, 64, 1}, NIBBLES, mq_multiply_prefill_s4},
+    {{"decode_8", 75, kAny, 8, 1}, IN_ORDER, mq_multiply_decode_8},
+    {{"decode_16", 75, kAny, 16, 1}, IN_ORDER, mq_multiply_decode_16},
+    {{"decode_32", 75, kAny, 64, 1}, IN_ORDER, mq_multiply_decode_32},
+    {{"prefill_s4", 75, 89, INT64_MAX, 1}, NIBBLES, mq_multiply_prefill_s4},
 #ifdef MQ_BUILD_WGMMA
-    {{"prefill_wgmma", 90, 90, INT64_MAX, 128, 0}, EVEN_FIRST, mq_multiply_prefill_wgmma},
+    {{"prefill_wgmma", 90, 90, INT64_MAX, 128}, EVEN_FIRST, mq_multiply_prefill_wgmma},
 #endif
-    {{"prefill_s8", 75, kAny, INT64_MAX, 1, 0}, IN_ORDER, mq_multiply_prefill_s8},
+    {{"prefill_s8", 75, kAny, INT64_MAX, 1}, IN_ORDER, mq_multiply_prefill_s8},
 };
 constexpr int kKernels = sizeof kTable / sizeof *kTable;
 
@@ -79,7 +79,6 @@ extern "C" const mq_cuda_kernel *mq_cuda_kernel_at(int kernel) {
 extern "C" int mq_cuda_kernel_serves(int kernel, const mq_linear *lin, int arch) {
     const mq_cuda_kernel *row = mq_cuda_kernel_at(kernel);
     if (!row || arch < row->oldest || arch > row->newest) return 0;
-    if (row->symmetric_only && lin->act_format != MQ_ACT_SYMMETRIC) return 0;
     return lin->group_size % row->group_multiple == 0 || lin->group_size >= lin->k - lin->k_salient;
 }
 

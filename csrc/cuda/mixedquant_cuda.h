@@ -77,7 +77,6 @@ typedef struct mq_cuda_kernel {
     int oldest, newest;  /* architectures it runs on, both included: 75, 80, ... */
     int64_t most_tokens; /* chosen for at most so many; it multiplies any number */
     int group_multiple;  /* INT4 channels of a group must be a multiple of this, or all one group */
-    int symmetric_only;  /* the activation format must be MQ_ACT_SYMMETRIC */
 } mq_cuda_kernel;
 
 int mq_cuda_kernel_count(void);
@@ -92,9 +91,13 @@ size_t mq_cuda_linear_workspace(const mq_linear *lin, int kernel, mq_dtype dtype
 
 /* x [m][k] -> out [m][n]. lin's arrays, x and workspace are aligned to 16 bytes. As
  * mq_linear_quantize and mq_linear_multiply, with these differences: products with salient channels
- * are summed in any order, and so are the parts of a sum over groups in the kernels that split it
- * ("decode"); the integer sums are the same. An index outside [0, k) in perm counts as a NaN. Up to 2^20
- * channels to a group, and 65535 * 32 output channels.
+ * are summed in another order, and so are groups in the kernels that split them among warps
+ * ("decode"); the integer sums are the same. That order is fixed by the layer's shape, so results
+ * are the same in every call, and a token's the same in any batch of up to 64 and in any of more;
+ * from the one to the other, and from the CPU, they differ in the last bits of the fp32 sums: by less
+ * than 1e-5 of the sum of the terms' magnitudes in the tests, more than that of a sum that cancels.
+ * An index outside [0, k) in perm counts as a NaN. Up to 2^20 channels to a group, and 65535 * 32
+ * output channels.
  * The two steps by themselves write and read the workspace. */
 int mq_cuda_linear_quantize(const mq_linear *lin, int kernel, mq_dtype dtype, const void *x,
                             int64_t m, void *workspace, void *stream);

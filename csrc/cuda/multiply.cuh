@@ -132,22 +132,36 @@ __device__ __forceinline__ void unpack(uint4 words, fragment_a (&a)[2]) {
 
 constexpr float kUnpackedUnit = 1.0f / 16;
 
-// Scales of tokens first .. first + 3 for a group, to shared memory; zeros from token m on.
-__device__ __forceinline__ void copy_token_scales(const multiply_args &args, int64_t group,
-                                                  int64_t first, float *to) {
+// Of [groups][stride] 4-byte numbers, those of tokens first .. first + 3, to shared memory; zeros from
+// token m on.
+template <typename T>
+__device__ __forceinline__ void copy_by_token(const multiply_args &args, const T *numbers,
+                                              int64_t group, int64_t first, T *to) {
     const int64_t left = args.from.m - first;
-    copy_async(to, args.from.scales + group * args.from.stride + first,
+    copy_async(to, numbers + group * args.from.stride + first,
                left >= 4  ? 16
                : left > 0 ? static_cast<int>(left) * 4
                           : 0);
 }
 
 #ifdef MQ_HAS_S4
-// Weights of two steps, in nibbles; only their offset is taken off.
-__device__ __forceinline__ void join(uint4 first, uint4 second, fragment_a (&a)[2]) {
+// Weights of a step in nibbles, as the h-th half of left sides; only their offset is taken off.
+__device__ __forceinline__ void put_nibbles(uint4 words, int h, fragment_a (&a)[2]) {
     const uint32_t offset = 0x88888888u;
-    a[0] = {{first.x ^ offset, first.y ^ offset, second.x ^ offset, second.y ^ offset}};
-    a[1] = {{first.z ^ offset, first.w ^ offset, second.z ^ offset, second.w ^ offset}};
+    a[0].r[2 * h] = words.x ^ offset, a[0].r[2 * h + 1] = words.y ^ offset;
+    a[1].r[2 * h] = words.z ^ offset, a[1].r[2 * h + 1] = words.w ^ offset;
+}
+
+// Right side of a product that sums up weights: the lane's nibbles are 1 where the slot's channels
+// belong to the group, not to others, nor to none behind the last block.
+__device__ __forceinline__ uint32_t ones_of(const multiply_args &args, int64_t slot,
+                                            int64_t group) {
+    if (args.slot.whole && slot + 1 < args.slot.total) return 0x11111111u;
+    const int64_t first = group * args.shape.group_quads;
+    const int64_t end = smaller(first + args.shape.group_quads, args.shape.quads);
+    const int64_t even = args.slot.step(slot, group) * 8 + 2 * lane_t(), odd = even + 1;
+    return (even >= first && even < end ? 0x01010101u : 0) |
+           (odd >= first && odd < end ? 0x10101010u : 0);
 }
 #endif
 

@@ -20,6 +20,7 @@ struct stage {
     unsigned char weights[kPanels * kSlots * 256];
     uint16_t weight_scales[kSlots][kPanels][MQ_PANEL];  // of the group that ends with the slot
     float token_scales[kSlots][kTokens];
+    int token_zeros[kSlots][kTokens];  // where the workspace has them
 };
 static_assert(sizeof(stage::weights) == kPanels * kChunks * 512, "a chunk's panel has 512 bytes");
 
@@ -81,9 +82,14 @@ __device__ __forceinline__ void load_slots(const multiply_args &args, const bloc
                 ((at.panel + panel) * args.shape.groups + walk.group) * MQ_PANEL + half * 8;
             copy_if(at.panel + panel < args.shape.panels, &to.weight_scales[s][panel][half * 8],
                     args.lin.scales + from);
-        } else if (valid && walk.is_last() && thread >= kThreads - kTokens / 4) {
-            const int token = (thread - (kThreads - kTokens / 4)) * 4;
-            copy_token_scales(args, walk.group, at.token + token, &to.token_scales[s][token]);
+        } else if (valid && walk.is_last() && thread >= kThreads - kTokens / 2) {
+            const int token = thread % (kTokens / 4) * 4;
+            if (thread >= kThreads - kTokens / 4)
+                copy_by_token(args, args.from.scales, walk.group, at.token + token,
+                              &to.token_scales[s][token]);
+            else if (args.from.zeros)
+                copy_by_token(args, args.from.zeros, walk.group, at.token + token,
+                              &to.token_zeros[s][token]);
         }
     }
 }
@@ -172,13 +178,22 @@ __device__ __forceinline__ void add_group(const warp_place &at, const stage &fro
     }
 }
 
-// Sums of bytes, a slot at a time.
+// Where a product's sums start: an operand, where `first` is known at compile time.
+__device__ __forceinline__ const int (&either(bool first, const int (&start)[4],
+                                              const int (&before)[4]))[4] {
+    if (first) return start;
+    return before;
+}
+
+// Products of bytes.
 struct by_bytes {
-    static constexpr int kTogether = 1;
+    static constexpr bool kHasPairs = false, kHasZeros = false;
     static constexpr float kUnit = kUnpackedUnit;
 
-    static __device__ __forceinline__ void add(const warp_place &at, const stage &from, int s,
-                                               pair_sums<kTiles> (&sums)[kPairs]) {
+    __device__ __forceinline__ void add(const multiply_args &, const cursor &, const warp_place &at,
+                                        const stage &from, int s, bool, bool starts,
+                                        pair_sums<kTiles> (&sums)[kPairs]) {
+        const int start[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
         fragment_b b[kTiles];
         load_right(at, from, s, b);
 #pragma unroll
@@ -189,45 +204,82 @@ struct by_bytes {
             for (int h = 0; h < 2; h++)
 #pragma unroll
                 for (int n = 0; n < kTiles; n++)
-                    multiply_s8(sums[p].dots[h][n], a[h], b[n], sums[p].dots[h][n]);
+                    multiply_s8(sums[p].dots[h][n], a[h], b[n],
+                                either(starts, start, sums[p].dots[h][n]));
         }
     }
 };
 
 #ifdef MQ_HAS_S4
-// Sums of nibbles, two slots at a time: groups are whole pairs of steps, or the last slot of all has a
-// neighbour of zeros.
+// Products of nibbles. Codes with zero-points are from 0 to 15: the group's sum of weights, one more
+// column of the products, times the zero-point is taken off at the end.
+template <mq_act_format FORMAT>
 struct by_nibbles {
-    static constexpr int kTogether = 2;
+    static constexpr bool kHasPairs = true, kHasZeros = FORMAT == MQ_ACT_ZERO_POINT;
     static constexpr float kUnit = 1;
+    static constexpr nibbles kRight = FORMAT == MQ_ACT_SYMMETRIC ? SIGNED : UNSIGNED;
+    int weights[kPairs][2][4];  // their sums, where a lane's dots are; the same for all tokens
 
-    static __device__ __forceinline__ void add(const warp_place &at, const stage &from, int s,
-                                               pair_sums<kTiles> (&sums)[kPairs]) {
-        fragment_b b[kTiles];
+    // Slot s, the walk's; `pair`: and the one before, of the same group; `starts`: they are its first
+    __device__ __forceinline__ void add(const multiply_args &args, const cursor &walk,
+                                        const warp_place &at, const stage &from, int s, bool pair,
+                                        bool starts, pair_sums<kTiles> (&sums)[kPairs]) {
+        const auto multiply = [&](int (&d)[4], const fragment_a &a, const fragment_b &b,
+                                  int start) {
+            const int starts_at[4] = {start, start, start, start};
+            const int (&c)[4] = either(starts, starts_at, d);
+            if (pair)
+                multiply_s4<kRight>(d, a, b, c);
+            else
+                multiply_half_s4<kRight>(d, a, b, c);
+        };
+        fragment_b b[kTiles], ones;
 #pragma unroll
-        for (int n = 0; n < kTiles; n++) {
-            const int token = at.token + 8 * n + lane() / 4;
+        for (int h = 0; h < 1 + pair; h++) {
 #pragma unroll
-            for (int h = 0; h < 2; h++)
+            for (int n = 0; n < kTiles; n++) {
+                const int token = at.token + 8 * n + lane() / 4;
                 b[n].r[h] = *reinterpret_cast<const uint32_t *>(
-                    from.tokens + ((s + h) * kTokens + token) * 16 + lane_t() * 4);
+                    from.tokens + ((s - h) * kTokens + token) * 16 + lane_t() * 4);
+            }
+            if (kHasZeros) ones.r[h] = ones_of(args, walk.slot - h, walk.group);
         }
 #pragma unroll
         for (int p = 0; p < kPairs; p++) {
             const int panel = at.panel + 2 * p + lane_panel();
             fragment_a a[2];
-            join(step_weights(from, panel, s), step_weights(from, panel, s + 1), a);
 #pragma unroll
-            for (int h = 0; h < 2; h++)
+            for (int h = 0; h < 1 + pair; h++) put_nibbles(step_weights(from, panel, s - h), h, a);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
 #pragma unroll
                 for (int n = 0; n < kTiles; n++)
-                    multiply_s4(sums[p].dots[h][n], a[h], b[n], sums[p].dots[h][n]);
+                    multiply(sums[p].dots[h][n], a[h], b[n], kMagicBits);
+                if (kHasZeros) multiply(weights[p][h], a[h], ones, 0);
+            }
+        }
+    }
+
+    // At the end of a group, which is that of slot s
+    __device__ __forceinline__ void take_off_zeros(const warp_place &at, const stage &from, int s,
+                                                   pair_sums<kTiles> (&sums)[kPairs]) const {
+#pragma unroll
+        for (int n = 0; n < kTiles; n++) {
+            const int2 zeros = *reinterpret_cast<const int2 *>(
+                &from.token_zeros[s][at.token + 8 * n + 2 * lane_t()]);
+#pragma unroll
+            for (int p = 0; p < kPairs; p++)
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        sums[p].dots[h][n][e] -= weights[p][h][e] * (e % 2 ? zeros.y : zeros.x);
         }
     }
 };
 #endif
 
-template <typename Sums>
+template <typename Products>
 __device__ __forceinline__ void prefill(const multiply_args &args) {
     stage *ring = reinterpret_cast<stage *>(dynamic_shared());
     const block_place block = {static_cast<int64_t>(blockIdx.x) * kTokens,
@@ -267,23 +319,34 @@ __device__ __forceinline__ void prefill(const multiply_args &args) {
                     args.lin.salient_scales + panel * MQ_PANEL + lane_channel()));
         }
     }
-#pragma unroll
-    for (int p = 0; p < kPairs; p++) sums[p].start_group();
+    Products products;
+    bool starts = true;  // a group, with the next product
     for (int64_t i = salient_stages; i < stages; i++) {
         const stage &from = advance(i);
+        bool pair = false;
 #pragma unroll
-        for (int s = 0; s < kSlots; s += Sums::kTogether) {
+        for (int s = 0; s < kSlots; s++, adding.next()) {
             if (!adding.is_valid()) break;
-            Sums::add(at, from, s, sums);
-            for (int more = 1; more < Sums::kTogether; more++)
-                if (!adding.is_last()) adding.next();
-            if (adding.is_last()) {
-                const int last = static_cast<int>(adding.slot % kSlots);
-                add_group(at, from, last, Sums::kUnit, is_long, sums);
-#pragma unroll
-                for (int p = 0; p < kPairs; p++) sums[p].start_group();
+            if (s % 2 == 0) {
+                pair = Products::kHasPairs && !adding.is_last();
+                if (pair) continue;
             }
-            adding.next();
+            // branches, so that where sums start is an operand, not moved into registers
+            const auto add = [&](bool in_pair, bool as_first) {
+                products.add(args, adding, at, from, s, in_pair, as_first, sums);
+            };
+            if (pair && starts)
+                add(true, true);
+            else if (pair)
+                add(true, false);
+            else if (starts)
+                add(false, true);
+            else
+                add(false, false);
+            starts = adding.is_last();
+            if (!starts) continue;
+            if constexpr (Products::kHasZeros) products.take_off_zeros(at, from, s, sums);
+            add_group(at, from, s, Products::kUnit, is_long, sums);
         }
     }
     wait_copies<0>();
@@ -298,9 +361,10 @@ __global__ void __launch_bounds__(kThreads) prefill_s8(const __grid_constant__ m
     prefill<by_bytes>(args);
 }
 
+template <mq_act_format FORMAT>
 __global__ void __launch_bounds__(kThreads) prefill_s4(const __grid_constant__ multiply_args args) {
 #ifdef MQ_HAS_S4
-    prefill<by_nibbles>(args);
+    prefill<by_nibbles<FORMAT>>(args);
 #else
     (void)args, __trap();  // never launched: the table of kernels knows
 #endif
@@ -323,5 +387,8 @@ int mq_multiply_prefill_s8(const mq::multiply_args &args, int arch, void *stream
 }
 
 int mq_multiply_prefill_s4(const mq::multiply_args &args, int arch, void *stream) {
-    return mq::launch(mq::prefill_s4, mq::grid_of(args), mq::shared_of(arch), stream, args);
+    void (*kernel)(mq::multiply_args) = mq::prefill_s4<MQ_ACT_SYMMETRIC>;
+    if (args.lin.act_format == MQ_ACT_UNSIGNED) kernel = mq::prefill_s4<MQ_ACT_UNSIGNED>;
+    if (args.lin.act_format == MQ_ACT_ZERO_POINT) kernel = mq::prefill_s4<MQ_ACT_ZERO_POINT>;
+    return mq::launch(kernel, mq::grid_of(args), mq::shared_of(arch), stream, args);
 }

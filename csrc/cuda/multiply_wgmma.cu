@@ -118,8 +118,8 @@ __device__ __forceinline__ void prefill(const multiply_args &args) {
             work.load_records(args.from.codes, at * kSlots, slots, ring[i % kStages]);
             const int first = static_cast<int>(threadIdx.x) * 4;
             if (first < kTokens)
-                copy_token_scales(args, at / group_stages, work.token + first,
-                                  &ring[i % kStages].token_scales[first]);
+                copy_by_token(args, args.from.scales, at / group_stages, work.token + first,
+                              &ring[i % kStages].token_scales[first]);
         }
         commit_copies();  // of nothing at the end, so that the count stays
     };

@@ -182,32 +182,66 @@ __device__ __forceinline__ void multiply_s8(int (&d)[4], const fragment_a &a, co
 #endif
 }
 
-// k = 64 signed nibbles, on Turing in four parts. From Hopper on the instruction is a call into a
-// routine many times slower than multiply_s8: it is not compiled there.
+// k = 64 nibbles, or the first half alone: a's signed, b's too or from 0 to 15. From Hopper on the
+// instructions are calls into a routine many times slower than multiply_s8: they are not compiled there.
 #if MQ_ARCH < 90
 #define MQ_HAS_S4 1
+enum nibbles { SIGNED, UNSIGNED };
+
+template <nibbles RIGHT>
+__device__ __forceinline__ void multiply_half_s4(int (&d)[4], const fragment_a &a,
+                                                 const fragment_b &b, const int (&c)[4]) {
+#if !defined(__CUDACC__)
+    const auto value = [](uint32_t word, int i, bool right) {
+        const int code = static_cast<int>(word >> 4 * i & 15);
+        return right && RIGHT == UNSIGNED ? code : (code ^ 8) - 8;
+    };
+    multiply_on_host(d, {{a.r[0], a.r[1], 0, 0}}, {{b.r[0], 0}}, c, 8, value);
+#elif MQ_ARCH >= 80
+#define MQ_MULTIPLY(right)                                          \
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s4." right           \
+        ".s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};" \
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])            \
+        : "r"(a.r[0]), "r"(a.r[1]), "r"(b.r[0]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]))
+    if (RIGHT == SIGNED)
+        MQ_MULTIPLY("s4");
+    else
+        MQ_MULTIPLY("u4");
+#undef MQ_MULTIPLY
+#else
+#define MQ_MULTIPLY(right)                                                                      \
+    asm("mma.sync.aligned.m8n8k32.row.col.s32.s4." right ".s32 {%0, %1}, {%2}, {%3}, {%4, %5};" \
+        : "=r"(d[2 * i]), "=r"(d[2 * i + 1])                                                    \
+        : "r"(a.r[i]), "r"(b.r[0]), "r"(c[2 * i]), "r"(c[2 * i + 1]))
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        if (RIGHT == SIGNED)
+            MQ_MULTIPLY("s4");
+        else
+            MQ_MULTIPLY("u4");
+#undef MQ_MULTIPLY
+#endif
+}
+
+template <nibbles RIGHT>
 __device__ __forceinline__ void multiply_s4(int (&d)[4], const fragment_a &a, const fragment_b &b,
                                             const int (&c)[4]) {
-#if !defined(__CUDACC__)
-    const auto value = [](uint32_t word, int i, bool) {
-        return static_cast<int>((word >> 4 * i & 15) ^ 8) - 8;
-    };
-    multiply_on_host(d, a, b, c, 8, value);
-#elif MQ_ARCH >= 80
-    asm("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%10, %11, %12, %13};"
-        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]), "r"(c[0]),
-          "r"(c[1]), "r"(c[2]), "r"(c[3]));
+#if defined(__CUDACC__) && MQ_ARCH >= 80
+#define MQ_MULTIPLY(right)                                                                         \
+    asm("mma.sync.aligned.m16n8k64.row.col.s32.s4." right                                          \
+        ".s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                 \
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                                           \
+        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]), "r"(c[0]), \
+          "r"(c[1]), "r"(c[2]), "r"(c[3]))
+    if (RIGHT == SIGNED)
+        MQ_MULTIPLY("s4");
+    else
+        MQ_MULTIPLY("u4");
+#undef MQ_MULTIPLY
 #else
-    int e[4] = {c[0], c[1], c[2], c[3]};
-#pragma unroll
-    for (int part = 0; part < 4; part++)
-        asm("mma.sync.aligned.m8n8k32.row.col.s32.s4.s4.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
-            : "+r"(e[part % 2 * 2]), "+r"(e[part % 2 * 2 + 1])
-            : "r"(a.r[part]), "r"(b.r[part / 2]));
-#pragma unroll
-    for (int i = 0; i < 4; i++) d[i] = e[i];
+    int sum[4];
+    multiply_half_s4<RIGHT>(sum, a, b, c);
+    multiply_half_s4<RIGHT>(d, {{a.r[2], a.r[3]}}, {{b.r[1]}}, sum);
 #endif
 }
 #endif

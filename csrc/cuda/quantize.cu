@@ -128,8 +128,13 @@ __device__ __forceinline__ void store_codes(const quantize_args &args, const tok
                                             const place &at, const part &values,
                                             const quantization &to) {
     const bool nibbles = args.to.order == NIBBLES;
-    if (at.i == 0 && values.n > 0 && values.lane_in_part == 0)
+    // a word of nibbles holds two quads: of neighbouring lanes, unless a group may start with the second
+    const bool in_pairs = nibbles && args.shape.group_quads % 2 == 0;
+    const int zero = args.to.zeros ? -to.low : 0;
+    if (at.i == 0 && values.n > 0 && values.lane_in_part == 0) {
         args.to.scales[at.group * args.to.stride + of.at] = to.scale;
+        if (args.to.zeros) args.to.zeros[at.group * args.to.stride + of.at] = zero;
+    }
 #pragma unroll
     for (int v = 0; v < part::kValues; v += MQ_QUAD) {
         if (!values.used(v)) continue;
@@ -137,17 +142,20 @@ __device__ __forceinline__ void store_codes(const quantize_args &args, const tok
         uint32_t codes = 0;
 #pragma unroll
         for (int c = 0; c < MQ_QUAD; c++) {
-            const int code = e + c < values.n ? code_of(values.v[v + c], to) : 0;
+            const int code = e + c < values.n ? code_of(values.v[v + c], to) + zero : 0;
             codes |= static_cast<uint32_t>(code & 255) << 8 * c;
         }
-        // of nibbles, the even quad's lane stores both; groups are whole steps then
-        const uint32_t next = nibbles ? __shfl_xor_sync(kAllLanes, codes, 1) : 0;
-        if (e >= values.n || (nibbles && values.lane_in_part % 2)) continue;
+        if (nibbles) codes &= 0x0f0f0f0fu;
+        if (in_pairs) codes |= __shfl_xor_sync(kAllLanes, codes, 1) << 4;
+        if (e >= values.n || (in_pairs && values.lane_in_part % 2)) continue;
         const int64_t quad = at.group * args.shape.group_quads + (at.i + e) / MQ_QUAD;
         const int64_t slot = quad / 8 + (args.slot.whole ? 0 : at.group);
         unsigned char *record = args.to.codes + (slot * args.to.stride + of.at) * args.to.record;
-        if (nibbles) codes = (codes & 0x0f0f0f0fu) | (next & 0x0f0f0f0fu) << 4;
-        reinterpret_cast<uint32_t *>(record)[args.to.word_of(quad)] = codes;
+        uint32_t *word = reinterpret_cast<uint32_t *>(record) + args.to.word_of(quad);
+        if (nibbles && !in_pairs)
+            atomicXor(word, codes << quad % 2 * 4);  // 0 before: clear_codes
+        else
+            *word = codes;
     }
 }
 
@@ -187,8 +195,9 @@ __global__ void __launch_bounds__(kThreads) quantize_groups(quantize_args args) 
     }
 }
 
-// A scale for all of a token, or for groups of more than 512 channels: the block works together.
-__global__ void __launch_bounds__(kThreads) quantize_tokens(quantize_args args) {
+// A scale for all of a token, or for groups of more than 512 channels: the block works together. For
+// four blocks at a time ptxas spills registers on sm_75.
+__global__ void __launch_bounds__(kThreads, 3) quantize_tokens(quantize_args args) {
     const int64_t first = blockIdx.x, size = smaller(args.lin.group_size, args.lin.k);
     if (args.staged) stage(args, first, 1);
     clear_codes(args, first, 1);

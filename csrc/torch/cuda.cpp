@@ -267,16 +267,16 @@ void descend_block(Tensor w, Tensor gradient, Tensor h, Tensor scales, int64_t c
 
 std::atomic<int> forced_kernel{-1};  // its place in the table; -1: the table chooses
 
-// Names, and five limits of each in a row, -1 for none; see smoothquant.ops.CudaKernel.
+// Names, and four limits of each in a row, -1 for none; see smoothquant.ops.CudaKernel.
 std::tuple<std::vector<std::string>, std::vector<int64_t>> cuda_kernels() {
     std::vector<std::string> names;
     std::vector<int64_t> limits;
     for (int i = 0; i < mq_cuda_kernel_count(); i++) {
         const mq_cuda_kernel &row = *mq_cuda_kernel_at(i);
         names.emplace_back(row.name);
-        limits.insert(limits.end(), {row.oldest, row.newest < INT32_MAX ? row.newest : -1,
-                                     row.most_tokens < INT64_MAX ? row.most_tokens : -1,
-                                     row.group_multiple, row.symmetric_only});
+        limits.insert(limits.end(),
+                      {row.oldest, row.newest < INT32_MAX ? row.newest : -1,
+                       row.most_tokens < INT64_MAX ? row.most_tokens : -1, row.group_multiple});
     }
     return {names, limits};
 }
@@ -299,8 +299,7 @@ void set_cuda_kernel(std::optional<std::string> name) {
     forced_kernel = found;
 }
 
-int kernel_for(const Op &op, const mq_linear &lin, int arch, int64_t m,
-               const std::string &act_format) {
+int kernel_for(const Op &op, const mq_linear &lin, int arch, int64_t m) {
     const int forced = forced_kernel;
     const int kernel = forced < 0 ? mq_cuda_kernel_for(&lin, arch, m) : forced;
     if (kernel < 0)
@@ -309,9 +308,8 @@ int kernel_for(const Op &op, const mq_linear &lin, int arch, int64_t m,
     const mq_cuda_kernel &row = *mq_cuda_kernel_at(kernel);
     require(mq_cuda_kernel_serves(kernel, &lin, arch), op, "the forced kernel '", row.name,
             "' is for architectures ", row.oldest, " to ", row.newest,
-            ", group_size a multiple of ", row.group_multiple, " or all in one group, act_format ",
-            row.symmetric_only ? "'symmetric'" : "any", "; got architecture ", arch,
-            ", group_size ", lin.group_size, ", act_format '", act_format, "'");
+            ", group_size a multiple of ", row.group_multiple,
+            " or all in one group; got architecture ", arch, ", group_size ", lin.group_size);
     return kernel;
 }
 
@@ -348,7 +346,7 @@ Tensor w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient,
 
     Tensor y = allocate(x, shape_with_last(x, out_features), x.scalar_type());
     if (m.rows == 0 || out_features == 0) return y;
-    const int kernel = kernel_for(op, lin, queue.arch, m.rows, act_format);
+    const int kernel = kernel_for(op, lin, queue.arch, m.rows);
     const size_t bytes = mq_cuda_linear_workspace(&lin, kernel, dtype, m.rows);
     // given back to torch's allocator before the kernels have run: its memory is the stream's
     Tensor workspace = allocate(x, {static_cast<int64_t>(bytes)}, ScalarType::Byte);

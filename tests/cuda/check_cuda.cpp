@@ -12,7 +12,9 @@
 #include <cmath>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/cuda/common.cuh"
@@ -211,6 +213,7 @@ struct problem {
 
 struct sizes {
     int64_t m, n, k, group_size, salient;
+    mq_act_format format;
 };
 
 sizes random_sizes() {
@@ -221,11 +224,12 @@ sizes random_sizes() {
                           100, 128, 128, 128, 192, 256, 256, 384, 1024, 4096};
     const int64_t k = one_of(ks);
     const int64_t saliences[] = {0, 0, 1, k / 20, k / 10, 16, k / 2, k};
-    return {one_of(ms), one_of(ns), k, one_of(gs), std::min(one_of(saliences), k)};
+    const mq_act_format format = below(2) ? MQ_ACT_SYMMETRIC : static_cast<mq_act_format>(below(3));
+    return {one_of(ms), one_of(ns), k, one_of(gs), std::min(one_of(saliences), k), format};
 }
 
 // All else is random.
-problem problem_of(const sizes &of, mq_act_format format) {
+problem problem_of(const sizes &of) {
     mq_linear lin = {};
     lin.n = of.n;
     lin.k = of.k;
@@ -234,7 +238,7 @@ problem problem_of(const sizes &of, mq_act_format format) {
     lin.salient_dtype = static_cast<mq_dtype>(MQ_F16 + below(3));
     lin.rotation = below(3) ? 0 : 1 << below(10);
     lin.act_bits = static_cast<int>(2 + below(3));
-    lin.act_format = format;
+    lin.act_format = of.format;
     lin.per_token = below(4) == 0;
     lin.clip = below(2) ? 1.0f : 0.7f;
     const int64_t m = of.m;
@@ -343,8 +347,11 @@ void check_codes(const problem &p, int kernel, const bytes &workspace) {
             const int64_t s = quad / 8 + (slot.whole ? 0 : group);
             const unsigned char *record = at.codes + (s * at.stride + t) * at.record;
             const int byte = record[at.word_of(quad) * 4 + channel % 4];
-            CHECK(q[i] ==
-                  (nibbles ? ((byte >> (quad % 2 * 4) & 15) ^ 8) - 8 : static_cast<int8_t>(byte)));
+            const int nibble = byte >> (quad % 2 * 4) & 15;
+            const bool is_signed = lin.act_format == MQ_ACT_SYMMETRIC;
+            CHECK(q[i] == (!nibbles    ? static_cast<int8_t>(byte)
+                           : is_signed ? (nibble ^ 8) - 8
+                                       : nibble));
             const float got = at.scales[group * at.stride + t], want = scales[i / g];
             CHECK(got == want || (std::isnan(got) && std::isnan(want)));
         }
@@ -386,17 +393,29 @@ std::vector<double> magnitudes(const problem &p) {
 
 std::map<std::string, int> runs;   // of each kernel
 std::map<std::string, int> wraps;  // that used all stages of their ring again, over several groups
+std::map<std::string, std::set<std::string>> kinds;  // of groups and formats
+
+// How groups lie in pairs of steps, in steps and in pairs of quads
+std::string kind_of(const problem &p) {
+    const int64_t quads = p.shape.group_quads;
+    const char *lie = quads % 16 == 0  ? "pairs of steps"
+                      : quads % 8 == 0 ? "steps"
+                      : quads % 2 == 0 ? "pairs of quads"
+                                       : "quads";
+    return lie + std::to_string(p.lin.act_format);
+}
 
 void count(const problem &p, const std::string &name) {
     runs[name]++;
+    if (p.shape.groups > 1) kinds[name].insert(kind_of(p));
     // as many stages as newer cards have
     const int64_t ring = name == "prefill_wgmma" ? 6 : 3;
     if (name.substr(0, 7) == "prefill")
         wraps[name] += p.shape.groups > 1 && slots_of(p.shape).total > 2 * ring * 4;
 }
 
-void check_kernel(const problem &p, int kernel, const std::vector<float> &want,
-                  const std::vector<double> &sizes) {
+bytes check_kernel(const problem &p, int kernel, const std::vector<float> &want,
+                   const std::vector<double> &sizes) {
     const std::string name = mq_cuda_kernel_at(kernel)->name;
     std::vector<bytes> y;
     for (int i = 0; i < 2; i++) {
@@ -430,40 +449,49 @@ void check_kernel(const problem &p, int kernel, const std::vector<float> &want,
         abort();
     }
     count(p, name);
+    return std::move(y[0]);
 }
 
+constexpr mq_act_format S = MQ_ACT_SYMMETRIC, U = MQ_ACT_UNSIGNED, Z = MQ_ACT_ZERO_POINT;
+
 // Every tail, few and many tokens, groups that share steps and ones of many, no and only salient
-// channels.
+// channels; every format with every way that groups lie (see kind_of).
 const sizes kClasses[] = {
-    {1, 31, 100, 4, 0},       {15, 33, 130, 16, 13}, {16, 97, 200, 32, 10},
-    {17, 1, 300, 64, 15},     {65, 33, 640, 128, 0}, {65, 270, 300, 256, 30},
-    {17, 31, 1300, 1024, 65}, {1, 16, 64, 64, 64},   {65, 4, 13, 4, 13},
-    {15, 64, 512, 128, 26},   {16, 17, 77, 16, 0},   {1, 130, 1150, 128, 58},
-    {65, 35, 130, 64, 0},     {17, 49, 260, 4, 20},  {65, 3, 1100, 1024, 0},
-    {16, 65, 520, 256, 0},    {15, 21, 70, 32, 70},  {1, 7, 500, 1024, 0},
+    {1, 31, 100, 4, 0, Z},       {15, 33, 130, 16, 13, S}, {16, 97, 200, 32, 10, U},
+    {17, 1, 300, 64, 15, Z},     {65, 33, 640, 128, 0, S}, {65, 270, 300, 256, 30, S},
+    {17, 31, 2100, 1024, 65, U}, {1, 16, 64, 64, 64, S},   {65, 4, 13, 4, 13, U},
+    {15, 64, 512, 128, 26, Z},   {16, 17, 77, 16, 0, U},   {1, 130, 1150, 128, 58, S},
+    {65, 35, 130, 64, 0, U},     {17, 49, 260, 4, 20, S},  {65, 3, 1100, 1024, 0, Z},
+    {16, 65, 520, 256, 0, S},    {15, 21, 70, 32, 70, S},  {1, 7, 500, 1024, 0, S},
+    {65, 33, 230, 96, 0, Z},     {17, 35, 200, 32, 0, S},  {15, 21, 150, 48, 6, Z},
+    {65, 17, 130, 12, 7, U},     {1, 15, 90, 8, 0, Z},
 };
 
 // Long enough that stages of the rings are used again, and again, in groups of one stage to all.
 const sizes kRings[] = {
-    {130, 33, 768, 128, 0},    {65, 31, 896, 384, 20},  {65, 33, 896, 256, 0},
-    {65, 33, 1600, 128, 0},    {65, 31, 1600, 1024, 0}, {65, 31, 2304, 256, 115},
-    {65, 16, 2304, 4096, 230},
+    {130, 33, 768, 128, 0, S},    {65, 31, 896, 384, 20, U},  {65, 33, 896, 256, 0, Z},
+    {65, 33, 1600, 128, 0, Z},    {65, 31, 1600, 1024, 0, S}, {65, 31, 2304, 256, 115, U},
+    {65, 16, 2304, 4096, 230, Z}, {65, 18, 700, 20, 0, Z},
 };
 
 // By every kernel that serves it, or every one for many tokens.
 void check_by_all(const sizes &of, bool decode) {
-    const problem p = problem_of(of, MQ_ACT_SYMMETRIC);
+    const problem p = problem_of(of);
     const std::vector<float> want = reference(p);
     const std::vector<double> terms = magnitudes(p);
-    for (int kernel = 0; kernel < mq_cuda_kernel_count(); kernel++)
-        if (mq_cuda_kernel_serves(kernel, &p.lin, MQ_ARCH) &&
-            (decode || mq_cuda_kernel_at(kernel)->most_tokens == INT64_MAX))
-            check_kernel(p, kernel, want, terms);
+    std::vector<bytes> of_few, of_many;  // what kernels for few tokens give, and those for many
+    for (int kernel = 0; kernel < mq_cuda_kernel_count(); kernel++) {
+        const bool for_many = mq_cuda_kernel_at(kernel)->most_tokens == INT64_MAX;
+        if (mq_cuda_kernel_serves(kernel, &p.lin, MQ_ARCH) && (decode || for_many))
+            (for_many ? of_many : of_few).push_back(check_kernel(p, kernel, want, terms));
+    }
+    // a token has the same bits by all for few tokens, whatever number chooses one, and by all for many
+    for (const auto *list : {&of_few, &of_many})
+        for (const bytes &y : *list) check_values(p.dtype, y, list->front());
 }
 
 void check_linear() {
-    const mq_act_format format = below(2) ? MQ_ACT_SYMMETRIC : static_cast<mq_act_format>(below(3));
-    const problem p = problem_of(random_sizes(), format);
+    const problem p = problem_of(random_sizes());
     check_weights(p);
     const std::vector<float> want = reference(p);
     const std::vector<double> sizes = magnitudes(p);
@@ -483,6 +511,12 @@ int main(int argc, char **argv) {
     for (const sizes &of : kClasses) check_by_all(of, true);
     for (const sizes &of : kRings) check_by_all(of, false);
     for (const auto &run : wraps) CHECK(run.second > 1);
+    for (int kernel = 0; kernel < mq_cuda_kernel_count(); kernel++) {
+        const mq_cuda_kernel &row = *mq_cuda_kernel_at(kernel);
+        const bool for_any_group = row.group_multiple == 1;
+        if (for_any_group && MQ_ARCH >= row.oldest && MQ_ARCH <= row.newest)
+            CHECK(kinds[row.name].size() == 4 * 3);
+    }
     for (int i = 0; i < cases; i++) {
         check_groups();
         check_stats();
