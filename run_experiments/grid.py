@@ -181,10 +181,12 @@ PRESETS = {
         gptq_blocks=32,
     ),
     "peers": Preset(
-        about='recipes "rtn" and "best" beside other methods, simulated, at g = 128',
+        about='recipes "rtn" and "best" beside other methods, simulated, at g = 128, and "best" '
+        "with no more bits than any of them in groups",
         model="smollm2-135m",
         products=(
             Product((128,), (0.05, 0.1), recipes=("rtn", "best")),
+            Product((512,), (0.0,), recipes=("best",)),  # no more bits than quarot-style
             Product(
                 (128,),
                 (),

@@ -106,7 +106,7 @@ def test_key_depends_on_everything(change):
 def test_presets():
     assert len(some_cells(PRESETS["default"])) == 2 + 12 + 4 + 4
     assert len(some_cells(PRESETS["recipes"])) == 2 + 3 * 3 * 2
-    assert len(some_cells(PRESETS["peers"])) == 2 + 2 * 2 + 4
+    assert len(some_cells(PRESETS["peers"])) == 2 + 2 * 2 + 1 + 4
     assert len(some_cells(PRESETS["paper"])) == 2 + 9 * 4
     for preset in PRESETS.values():
         keys = [cell.key for cell in some_cells(preset)]
