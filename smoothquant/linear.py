@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import MixedQuantConfig, check_integer, published_config
-from .gptq import descend, gptq
+from .gptq import Curvature, descend, gptq
 from .rounding import round_to_grid, stored_scale, weight_group_scales
 from .shared_input import shared_input
 from .sorting import ChannelPlan, ChannelStats, choose_channels, num_salient_channels
@@ -26,7 +26,7 @@ def weight_in_packed_order(
     config: MixedQuantConfig,
     plan: ChannelPlan,
     group_size: int,
-    factor: Tensor | None,
+    curvature: Curvature | None,
 ) -> tuple[Tensor, Tensor]:
     """A weight [N, K] ready to be rounded, and its stored scales: fp32 [N, K] in perm's order with
     the INT4 part rotated (and already on its grid after GPTQ), fp32 [N, G]."""
@@ -41,11 +41,12 @@ def weight_in_packed_order(
         rows[:, :k4] = ops.group_hadamard(rows[:, :k4], group_size, config.rotation)
         scales.append(weight_group_scales(rows[:, :k4], config, group_size))
     scales = torch.cat(scales)
-    if factor is not None:
-        grid = (k4, group_size, config.num_bits)
-        rounded = gptq(permuted, factor, scales, *grid)
+    if curvature is not None:
+        grid = (group_size, config.num_bits)
+        rounded = gptq(permuted, curvature.factor, scales, k4, *grid)
         own_scales = config.weight_quant == "per_group"
-        return descend(permuted, rounded, factor, scales, *grid, own_scales=own_scales)
+        descend(permuted, rounded, curvature, scales, *grid, own_scales=own_scales)
+        return rounded, scales
     return permuted, scales
 
 
@@ -164,11 +165,11 @@ class QuantizedLinear(nn.Module):
         plan: ChannelPlan,
         *,
         quantize_output: bool = False,
-        factor: Tensor | None = None,
+        curvature: Curvature | None = None,
     ) -> QuantizedLinear:
         """Quantize a weight [N, K] (float32, float16 or bfloat16) by a channel plan.
 
-        factor: of the inputs' Hessian (`smoothquant.gptq.inverse_factor`), to round by GPTQ.
+        curvature: of the inputs (`smoothquant.gptq.curvature`), to round by GPTQ.
         """
         check_weight(weight, bias, plan)
         layer = cls(
@@ -181,7 +182,7 @@ class QuantizedLinear(nn.Module):
             dtype=weight.dtype,
             device="meta",
         )
-        layer._store(*weight_in_packed_order(weight, config, plan, layer.group_size, factor))
+        layer._store(*weight_in_packed_order(weight, config, plan, layer.group_size, curvature))
         layer.perm = plan.perm.clone()
         layer.bias = None if bias is None else bias.detach().clone()
         return layer
@@ -519,12 +520,14 @@ class FakeW4A4Linear(QuantizedLinear):
     def _store(self, permuted: Tensor, scales: Tensor) -> None:
         dtype = self.simulated_weight.dtype
         k4 = self.in_features - self.num_salient
-        by_column = scales.repeat_interleave(self.group_size, dim=1)[:, :k4]
         q_max = 2 ** (self.config.num_bits - 1) - 1
-        permuted[:, :k4] = round_to_grid(permuted[:, :k4], by_column, q_max)
-        permuted[:, k4:] = stored_salient(permuted[:, k4:], self.config, dtype)
+        step = max(1, ROWS_VALUES // max(1, self.in_features))
+        for rows, own in zip(permuted.split(step), scales.split(step), strict=True):
+            by_column = own.repeat_interleave(self.group_size, dim=1)[:, :k4]
+            rows[:, :k4] = round_to_grid(rows[:, :k4], by_column, q_max)
+            rows[:, k4:] = stored_salient(rows[:, k4:], self.config, dtype)
         self.simulated_weight = permuted.to(dtype)
-        if not torch.isfinite(self.simulated_weight).all():
+        if not largest_magnitude(self.simulated_weight).isfinite():
             raise ValueError(f"a rotated weight is beyond the range of {dtype}")
 
     def _forward(self, x: Tensor) -> Tensor:

@@ -116,7 +116,8 @@ def pack(
 ) -> Iterator[LinearRecord]:
     """Put quantized layers into the model, group after group; yields the record of each matrix."""
     experts: dict[tuple[int, str], QuantizedLinear] = {}
-    for group, plan, own, reason, factor in ready:
+    for group, plan, own, reason, curvature in ready:
+        records = []
         for name in group.names:
             weight, bias = group.matrix(model, name)
             layer = linear_class(own).from_weight(
@@ -126,7 +127,7 @@ def pack(
                 plan,
                 quantize_output=config.quantize_output
                 and name.rpartition(".")[2] in ATTENTION_INPUTS,
-                factor=factor,
+                curvature=curvature,
             )
             del weight, bias
             if not group.expert:
@@ -138,7 +139,9 @@ def pack(
                     act_fn = model.get_submodule(block).act_fn
                     replace_module(model, block, W4A4Experts(experts, act_fn))
                     experts = {}
-            yield _quantized_record(name, layer, reason)
+            records.append(_quantized_record(name, layer, reason))
+        del curvature  # before its records have the caller write a layer, or the next is made
+        yield from records
 
 
 def finish(
