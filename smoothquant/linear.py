@@ -31,14 +31,15 @@ def weight_in_packed_order(
     """A weight [N, K] ready to be rounded, and its stored scales: fp32 [N, K] in perm's order with
     the INT4 part rotated (and already on its grid after GPTQ), fp32 [N, G]."""
     n, k = weight.shape
-    k4, perm = k - plan.num_salient, plan.perm.long()
+    k4 = k - plan.num_salient
     permuted = torch.empty(n, k)
     # a few rows at a time: what is held beside the result stays small
     step = max(1, n if config.weight_quant == "per_tensor" else ROWS_VALUES // max(1, k))
     scales = []
     for rows, source in zip(permuted.split(step), weight.detach().split(step), strict=True):
-        rows.copy_(source[:, perm])
-        rows[:, :k4] = ops.group_hadamard(rows[:, :k4], group_size, config.rotation)
+        torch.index_select(source.float(), 1, plan.perm, out=rows)
+        if config.rotation:
+            rows[:, :k4] = ops.group_hadamard(rows[:, :k4], group_size, config.rotation)
         scales.append(weight_group_scales(rows[:, :k4], config, group_size))
     scales = torch.cat(scales)
     if curvature is not None:
@@ -267,11 +268,14 @@ def quantized_input(
     """x [..., K] as a quantized layer computes with it, in x's dtype: in perm's order, the INT4
     part rotated, quantized and dequantized."""
     k4 = x.shape[-1] - num_salient
-    permuted = x[..., perm.long()]
+    permuted = x.index_select(-1, perm)
     # in fp32, as in the kernel: rotated values may exceed fp16, and bf16 would round twice
-    rotated = ops.group_hadamard(permuted[..., :k4].float(), group_size, config.rotation)
-    quantized = fake_quantize_activation(rotated, config, config.act_format, config.act_clip)
-    return torch.cat([quantized.to(x.dtype), permuted[..., k4:]], dim=-1)
+    int4 = permuted[..., :k4].float()
+    if config.rotation:
+        int4 = ops.group_hadamard(int4, group_size, config.rotation)
+    int4 = fake_quantize_activation(int4, config, config.act_format, config.act_clip)
+    permuted[..., :k4] = int4
+    return permuted
 
 
 class W4A4Linear(QuantizedLinear):
@@ -426,7 +430,7 @@ class W4A4Linear(QuantizedLinear):
             buffers["bias"],
             self.out_features,
             *choices,
-            shared_input(self, x, perm, self.num_salient, *choices),
+            shared_input(self, ops.quantize_input, x, perm, self.num_salient, *choices),
         )
         return self._quantize_output(y)
 
@@ -531,8 +535,11 @@ class FakeW4A4Linear(QuantizedLinear):
             raise ValueError(f"a rotated weight is beyond the range of {dtype}")
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = quantized_input(x, self.perm, self.num_salient, self.group_size, self.config)
-        return self._quantize_output(F.linear(x, self.simulated_weight, self.bias))
+        choices = self.perm, self.num_salient, self.group_size, self.config
+        quantized = shared_input(self, quantized_input, x, *choices)
+        if quantized is None:
+            quantized = quantized_input(x, *choices)
+        return self._quantize_output(F.linear(quantized, self.simulated_weight, self.bias))
 
     def dequantize(self) -> Tensor:
         """The simulated weight, [N, K], channels in natural order."""

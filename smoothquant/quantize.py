@@ -116,6 +116,7 @@ def pack(
 ) -> Iterator[LinearRecord]:
     """Put quantized layers into the model, group after group; yields the record of each matrix."""
     experts: dict[tuple[int, str], QuantizedLinear] = {}
+    places = module_places(model)
     for group, plan, own, reason, curvature in ready:
         records = []
         for name in group.names:
@@ -131,13 +132,13 @@ def pack(
             )
             del weight, bias
             if not group.expert:
-                replace_module(model, name, layer)
+                replace_module(model, name, layer, places)
             else:
                 block, *place = group.expert
                 experts[tuple(place)] = layer
                 if len(experts) == _num_matrices(model, block):
                     act_fn = model.get_submodule(block).act_fn
-                    replace_module(model, block, W4A4Experts(experts, act_fn))
+                    replace_module(model, block, W4A4Experts(experts, act_fn), places)
                     experts = {}
             records.append(_quantized_record(name, layer, reason))
         del curvature  # before its records have the caller write a layer, or the next is made
@@ -277,20 +278,39 @@ def simulated_copy(model: nn.Module) -> nn.Module:
     model's dtype: what differs between the two is the arithmetic alone. Other tensors are shared.
     """
     copied = module_copy(model)
+    places = module_places(copied)
     dtype = next(model.parameters()).dtype
     for name, module in list(copied.named_modules()):
         if isinstance(module, W4A4Linear):
-            replace_module(copied, name, module.simulated(dtype))
+            replace_module(copied, name, module.simulated(dtype), places)
     return copied
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of a submodule, under every name that the model has for it."""
+Places = dict[nn.Module, list[tuple[nn.Module, str]]]
+
+
+def module_places(model: nn.Module) -> Places:
+    """{module: (its parent, its name there) for every place that the model has it in}."""
+    places: Places = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            places.setdefault(child, []).append((parent, name))
+    return places
+
+
+def replace_module(
+    model: nn.Module, name: str, module: nn.Module, places: Places | None = None
+) -> None:
+    """Put `module` in the place of a submodule, under every name that the model has for it.
+
+    places: `module_places` of the model, to look for them but once where many are replaced; those
+    of the submodule leave it.
+    """
     old = model.get_submodule(name)
     module.train(old.training)
-    names = [alias for alias, m in model.named_modules(remove_duplicate=False) if m is old]
-    for alias in names:
-        model.set_submodule(alias, module)
+    places = module_places(model) if places is None else places
+    for parent, key in places.pop(old):
+        setattr(parent, key, module)
 
 
 def _check_arguments(model, config, stats) -> None:
