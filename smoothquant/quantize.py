@@ -101,6 +101,7 @@ def quantize(
     items, groups = checked_groups(model, config, stats)
     for group in groups:
         check_weights(model, group)
+    check_kept_weights(model, groups)
     warn_of_missing_stats(config, stats, groups)
     records = []
     total = sum(len(group.names) for group in groups)
@@ -381,6 +382,17 @@ def check_weights(model: nn.Module, group: Group) -> None:
     """Raise ValueError or TypeError for a weight or bias of a group that cannot be quantized."""
     for name, (weight, bias) in zip(group.names, group.matrices(model), strict=True):
         _check_weight(name, weight, bias)
+
+
+def check_kept_weights(model: nn.Module, groups: Iterable[Group]) -> None:
+    """Raise ValueError for NaN or Inf in a parameter of no group: what is saved with one is not
+    loaded."""
+    quantized = {f"{group.expert[0]}.{group.expert[2]}" for group in groups if group.expert}
+    linears = {name for group in groups for name in group.names}
+    for name, parameter in model.named_parameters():
+        kept = name not in quantized and name.rpartition(".")[0] not in linears
+        if kept and parameter.is_floating_point() and not largest_magnitude(parameter).isfinite():
+            raise ValueError(f"parameter {name} holds NaN or Inf")
 
 
 def _check_weight(name: str, weight: Tensor, bias: Tensor | None) -> None:

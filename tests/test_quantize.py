@@ -357,3 +357,11 @@ def test_a_module_of_two_names_is_replaced_under_both():
     replace_module(model, "rest.1", new, places)
     assert model.first is model.rest[1] is model.rest[2] is new
     assert shared not in places  # nothing keeps its weight
+
+
+def test_nan_in_what_is_kept_is_refused(make_model):
+    model = make_model("llama")
+    model.model.norm.weight.data[2] = float("inf")
+    with pytest.raises(ValueError, match="parameter model.norm.weight holds NaN or Inf"):
+        quantize(model, CONFIG, progress=False)
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
