@@ -22,6 +22,7 @@ from .search import ACT_CLIPS, ALPHAS
 from .sorting import ChannelPlan
 
 TRIAL = 512  # rows and columns of a matrix that is timed
+TRIAL_SECONDS = 0.1
 # In float32, of a weight that is packed; with GPTQ: as it was, as it is rounded, and what is left.
 MATRIX_COPIES = {"nearest": 2, "gptq": 3}
 BATCH_COPIES = 4  # of the widest activation of a batch
@@ -130,9 +131,12 @@ def _planned_seconds(
     multiplying = _seconds(lambda: square @ square) / TRIAL**3
     running = _seconds(lambda: x @ x) / TRIAL**3
     weights = sum(each.n * each.k for each in inputs)
-    # statistics; where layers are calibrated on those before them, a pass to go on
+    # what a token takes in the model: its products with weights, and in attention with other tokens
+    layers = len({each.layer for each in inputs})
+    products = weights + layers * 2 * min(tokens, CALIBRATION_BLOCK) * inputs[0].k
+    # for statistics; where layers are calibrated on those before them, once more to go on
     passes = 1 + bool(config.needs_tokens)
-    seconds = weights * (packing + passes * tokens * running)
+    seconds = weights * packing + passes * tokens * products * running
     trials = 0
     if config.searches:
         trials += 2 + len(ACT_CLIPS)  # with the output to come near to
@@ -148,7 +152,7 @@ def _planned_seconds(
         of_square = curvature()
         by_gptq = _seconds(lambda: pack(of_square)) / TRIAL**2 - packing
         factor = _seconds(curvature) / TRIAL**3
-        seconds += tokens * weights * running  # for the Hessians
+        seconds += tokens * products * running  # for the Hessians
         for each in inputs:
             seconds += each.k * tokens * (each.k * multiplying + reading)
             seconds += each.n * each.k * by_gptq * max(each.k, TRIAL) / TRIAL
@@ -157,10 +161,11 @@ def _planned_seconds(
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The best of three calls, after one that does not count."""
-    times = []
-    for _ in range(4):
-        started = time.perf_counter()
+    """Of a call, in the mean over TRIAL_SECONDS, so that whatever shares the machine counts; a
+    first call does not."""
+    work()
+    calls, started = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - started) < TRIAL_SECONDS:
         work()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+        calls += 1
+    return seconds / calls
