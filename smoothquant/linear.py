@@ -336,7 +336,8 @@ class W4A4Linear(QuantizedLinear):
         for name, shape, kind in zip(ops.PACKED, shapes, dtypes, strict=True):
             zeros = None if kind is None else torch.zeros(shape, dtype=kind, device=device)
             self.register_buffer(name, zeros)
-        perm = torch.arange(in_features, dtype=torch.int32, device=device)
+        # torch computes an arange on the meta device in Python, which takes long
+        perm = torch.arange(in_features, dtype=torch.int32).to(device=device)
         self.register_buffer("perm", perm)
         zero_bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_buffer("bias", zero_bias)
@@ -516,7 +517,7 @@ class FakeW4A4Linear(QuantizedLinear):
         super().__init__(in_features, out_features, config, num_salient, quantize_output)
         weight = torch.zeros(out_features, in_features, dtype=dtype, device=device)
         self.register_buffer("simulated_weight", weight)
-        perm = torch.arange(in_features, dtype=torch.int32, device=device)
+        perm = torch.arange(in_features, dtype=torch.int32).to(device=device)
         self.register_buffer("perm", perm)
         zero_bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_buffer("bias", zero_bias)

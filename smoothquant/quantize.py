@@ -274,16 +274,20 @@ def module_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def simulated_copy(model: nn.Module) -> nn.Module:
-    """A copy of a packed model with the simulation of each of its layers, of the same codes, in the
-    model's dtype: what differs between the two is the arithmetic alone. Other tensors are shared.
-    """
-    copied = module_copy(model)
-    places = module_places(copied)
+def simulate(model: nn.Module) -> None:
+    """Put the simulation of each layer of a packed model, of the same codes and in the model's
+    dtype, into its place: the arithmetic alone changes."""
+    places = module_places(model)
     dtype = next(model.parameters()).dtype
-    for name, module in list(copied.named_modules()):
+    for name, module in list(model.named_modules()):
         if isinstance(module, W4A4Linear):
-            replace_module(copied, name, module.simulated(dtype), places)
+            replace_module(model, name, module.simulated(dtype), places)
+
+
+def simulated_copy(model: nn.Module) -> nn.Module:
+    """A copy of a packed model, simulated; it shares all tensors but those of the layers."""
+    copied = module_copy(model)
+    simulate(copied)
     return copied
 
 
