@@ -32,7 +32,7 @@ from smoothquant.hf import attach
 from smoothquant.layer_report import by_kind, layer_report
 from smoothquant.model_size import Byte, distinct_tensors, get_model_size
 from smoothquant.ppl_eval import Evaluator, HeadLogits
-from smoothquant.quantize import LinearRecord, module_copy, quantize, simulated_copy
+from smoothquant.quantize import LinearRecord, module_copy, quantize, simulate, simulated_copy
 
 from . import peers
 from .grid import Cell
@@ -264,7 +264,7 @@ def quantized_model(
         model = module_copy(model)
         layers = quantize(model, _packable(config), stats, batches, progress=False)
         if config["backend"] == "fake":
-            model = simulated_copy(model)
+            simulate(model)
     return model, layers, time.perf_counter() - started
 
 

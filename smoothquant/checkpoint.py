@@ -37,6 +37,7 @@ from .manifest import (
     assign,
     check_file,
     check_headers,
+    check_kept,
     check_linear,
     insert_linears,
     read_headers,
@@ -149,6 +150,7 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
     for name, buffer in unsaved_buffers(model).items():
         assign(model, name, buffer.to(dtypes[name]))
     model.load_state_dict(tensors, assign=True)
+    check_kept(model, headers)
     model.mixedquant_config = manifest.config
     parameters = dict(model.named_parameters())
     for name, owner in manifest.shared.items():

@@ -54,6 +54,7 @@ from .pipeline import Group, ready_groups
 from .quantize import (
     LinearRecord,
     check_batches,
+    check_kept_weights,
     check_weights,
     checked_groups,
     finish,
@@ -165,6 +166,7 @@ def convert(
             stats = _statistics(work / "stats.safetensors", model, batches, spilled, progress)
             mapped.release()
         items, groups = checked_groups(model, config, stats)
+        check_kept_weights(model, groups)
         warn_of_missing_stats(config, stats, groups)
         conversion = _Conversion(model, config, layers, folder, mapped, spilled)
         records = conversion.run(groups, batches, progress)

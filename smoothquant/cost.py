@@ -1,4 +1,5 @@
-"""What quantizing a model will cost: memory by a count, time by a trial on small matrices."""
+"""What quantizing a model will cost: memory by a count, time by a count and a trial of each kind of
+work on a small matrix."""
 
 from __future__ import annotations
 
@@ -14,23 +15,35 @@ from . import gptq
 from .calibration import CALIBRATION_BLOCK
 from .config import MixedQuantConfig
 from .families import decoder_layers
-from .linear import linear_class
+from .hessian import SAMPLE_ROWS
+from .linear import layer_group_size, linear_class, quantized_input
 from .quantize import checked_groups
+from .search import ACT_CLIPS, ALPHAS
 from .sorting import ChannelPlan
 
 TRIAL = 512  # rows and columns of a matrix that is timed
-MATRIX_COPIES = {"nearest": 2, "gptq": 5}  # in float32, of a weight that is packed
-HESSIAN_COPIES = 3  # in float32, of a Hessian whose factor is computed, in float64
-RUNS_WITH_TOKENS = 3  # through the model: to see a layer's inputs, for its Hessians, to go on
+TRIAL_SECONDS = 0.1
+# In float32, of a weight that is packed; with GPTQ: as it was, as it is rounded, and what is left.
+MATRIX_COPIES = {"nearest": 2, "gptq": 3}
 BATCH_COPIES = 4  # of the widest activation of a batch
 
 
 class Cost(NamedTuple):
     """memory: {what for: bytes}, held together at the worst, beside what imports take. seconds: on
-    this machine with nothing else to do, right to about a factor of two."""
+    this machine as busy as it is now, right to about a factor of two."""
 
     memory: dict[str, int]
     seconds: float
+
+
+class _Input(NamedTuple):
+    """A layer input of k channels; n rows read it, in matrices the largest of which has n_largest.
+    layer: the decoder layer that holds them."""
+
+    k: int
+    n: int
+    n_largest: int
+    layer: str
 
 
 def planned_cost(
@@ -49,62 +62,110 @@ def planned_cost(
         tokens: that it is calibrated on; 0 for none, or where statistics are there already.
         by_layer, spill: by `smoothquant.convert` and its `spill`, not by `quantize`.
     """
-    groups = checked_groups(model, config, None)[1]
-    shapes = [weight.shape for group in groups for weight, _ in group.matrices(model)]
+    layers = decoder_layers(model)
+    inputs = []
+    for group in checked_groups(model, config, None)[1]:
+        rows = [len(weight) for weight, _ in group.matrices(model)]
+        k = group.matrices(model)[0][0].shape[1]
+        layer = next((name for name in layers if group.name.startswith(name + ".")), "")
+        inputs.append(_Input(k, sum(rows), max(rows), layer))
     dtype = next(model.parameters()).dtype
-    columns = [group.matrices(model)[0][0].shape[1] for group in groups]
-    runs = RUNS_WITH_TOKENS if config.needs_tokens else 1
-    is_gptq = config.weight_rounding == "gptq"
     waiting = (by_layer or config.needs_tokens) and not spill
-    batch = min(tokens, CALIBRATION_BLOCK) * max(map(max, shapes))
+    batch = min(tokens, CALIBRATION_BLOCK) * max(each.n for each in inputs)
     memory = {
         "float model": 0 if by_layer else sum(p.nbytes for p in model.parameters()),
-        "a packed layer": quantized_bytes // len(decoder_layers(model)) if by_layer else 0,
-        "a matrix": 4 * MATRIX_COPIES[config.weight_rounding] * max(s.numel() for s in shapes),
-        "Hessians": _hessian_bytes(columns) if is_gptq else 0,
-        "hidden states": tokens * columns[0] * dtype.itemsize if waiting else 0,
+        "a packed layer": quantized_bytes // len(layers) if by_layer else 0,
+        "weights at work": _weight_bytes(inputs, config, dtype),
+        "Hessians": _hessian_bytes(inputs) if config.weight_rounding == "gptq" else 0,
+        "hidden states": tokens * inputs[0].k * dtype.itemsize if waiting else 0,
         "activations of a batch": BATCH_COPIES * batch * dtype.itemsize,
     }
-    pack = _packing_seconds(config)
-    seconds = runs * tokens * sum(s.numel() for s in shapes) * _multiplying_seconds(dtype)
-    for n, k in shapes:
-        seconds += n * k * pack * (max(k, TRIAL) / TRIAL if is_gptq else 1)
-    if is_gptq:
-        factor = _seconds(lambda: gptq.inverse_factor(torch.eye(TRIAL), gptq.DAMPING))
-        seconds += sum(factor * (k / TRIAL) ** 3 for k in columns)
-        seconds += tokens * sum(k * k for k in columns) * _multiplying_seconds(torch.float32)
+    seconds = _planned_seconds(inputs, config, dtype, tokens)
     return Cost({part: size for part, size in memory.items() if size}, seconds)
 
 
-def _hessian_bytes(columns: Sequence[int]) -> int:
-    largest = 4 * max(columns) ** 2
-    collected = min(gptq.HESSIAN_BYTES, 4 * sum(k * k for k in columns))
-    return max(largest, collected) + HESSIAN_COPIES * largest
+def _weight_bytes(inputs: Sequence[_Input], config: MixedQuantConfig, dtype: torch.dtype) -> int:
+    """Of a matrix that is packed, of all that read an input where choices are tried on them, or the
+    room that a factor in float64 takes before that."""
+    held = (
+        4 * MATRIX_COPIES[config.weight_rounding] * max(each.n_largest * each.k for each in inputs)
+    )
+    if config.searches:  # as they are, in float32, and in packed order
+        held = max(held, (dtype.itemsize + 8) * max(each.n * each.k for each in inputs))
+    if config.weight_rounding == "gptq":
+        held = max(held, 4 * max(each.k for each in inputs) ** 2)
+    return held
 
 
-def _packing_seconds(config: MixedQuantConfig) -> float:
-    """Seconds to pack one weight of a matrix of TRIAL columns."""
+def _hessian_bytes(inputs: Sequence[_Input]) -> int:
+    """Of those that are collected at a time and, as the largest becomes a `gptq.Curvature`, of one
+    more like it. (Its factor takes another in float64 for a while, but then no weight is at work.)
+    """
+    squares: dict[str, int] = {}
+    for each in inputs:
+        squares[each.layer] = squares.get(each.layer, 0) + 4 * each.k**2
+    largest = 4 * max(each.k for each in inputs) ** 2
+    return max(largest, min(gptq.HESSIAN_BYTES, max(squares.values()))) + largest
+
+
+def _planned_seconds(
+    inputs: Sequence[_Input], config: MixedQuantConfig, dtype: torch.dtype, tokens: int
+) -> float:
+    fixed = config
     if config.searches:
-        config = dataclasses.replace(config, act_clip=1.0, act_format="symmetric")
+        fixed = dataclasses.replace(config, act_clip=1.0, act_format="zero_point")
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(TRIAL, TRIAL, generator=generator)
-    plan = ChannelPlan(torch.arange(TRIAL, dtype=torch.int32), TRIAL // 20)
-    factor = torch.eye(TRIAL) if config.weight_rounding == "gptq" else None
-    layer = linear_class(config)
-    return _seconds(lambda: layer.from_weight(weight, None, config, plan, factor=factor)) / TRIAL**2
+    square = torch.randn(TRIAL, TRIAL, generator=generator)
+    x, plan = square.to(dtype), ChannelPlan(torch.randperm(TRIAL, generator=generator).int(), 0)
 
+    def pack(curvature: gptq.Curvature | None = None) -> None:
+        linear_class(fixed).from_weight(square, None, fixed, plan, curvature=curvature)
 
-def _multiplying_seconds(dtype: torch.dtype) -> float:
-    """Seconds for one weight and one token."""
-    x, weight = torch.ones(2, TRIAL, TRIAL, dtype=dtype)
-    return _seconds(lambda: x @ weight) / TRIAL**3
+    def curvature() -> gptq.Curvature:
+        return gptq.curvature(gptq.inverse_factor(square.T @ square, gptq.DAMPING), TRIAL)
+
+    def read() -> None:
+        quantized_input(square, plan.perm, 0, layer_group_size(fixed, TRIAL), fixed)
+
+    packing = _seconds(pack) / TRIAL**2
+    multiplying = _seconds(lambda: square @ square) / TRIAL**3
+    running = _seconds(lambda: x @ x) / TRIAL**3
+    weights = sum(each.n * each.k for each in inputs)
+    # what a token takes in the model: its products with weights, and in attention with other tokens
+    layers = len({each.layer for each in inputs})
+    products = weights + layers * 2 * min(tokens, CALIBRATION_BLOCK) * inputs[0].k
+    # for statistics; where layers are calibrated on those before them, once more to go on
+    passes = 1 + bool(config.needs_tokens)
+    seconds = weights * packing + passes * tokens * products * running
+    trials = 0
+    if config.searches:
+        trials += 2 + len(ACT_CLIPS)  # with the output to come near to
+    if config.smooth_alpha == "search":
+        trials += 2 + len(ALPHAS)
+        seconds += weights * packing * (1 + len(ALPHAS))
+    rows = trials * min(tokens, SAMPLE_ROWS)
+    is_gptq = config.weight_rounding == "gptq"
+    if trials or is_gptq:
+        reading = _seconds(read) / TRIAL**2
+        seconds += rows * (weights * multiplying + sum(each.k for each in inputs) * reading)
+    if is_gptq:
+        of_square = curvature()
+        by_gptq = _seconds(lambda: pack(of_square)) / TRIAL**2 - packing
+        factor = _seconds(curvature) / TRIAL**3
+        seconds += tokens * products * running  # for the Hessians
+        for each in inputs:
+            seconds += each.k * tokens * (each.k * multiplying + reading)
+            seconds += each.n * each.k * by_gptq * max(each.k, TRIAL) / TRIAL
+            seconds += each.k**3 * factor
+    return seconds
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The best of three calls, after one that does not count."""
-    times = []
-    for _ in range(4):
-        started = time.perf_counter()
+    """Of a call, in the mean over TRIAL_SECONDS, so that whatever shares the machine counts; a
+    first call does not."""
+    work()
+    calls, started = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - started) < TRIAL_SECONDS:
         work()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+        calls += 1
+    return seconds / calls

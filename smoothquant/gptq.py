@@ -8,6 +8,7 @@ are chosen before the loop ("static groups"), so groups need not follow the loop
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,32 +25,69 @@ DAMPING_STEPS = (1, 10, 100)
 SWEEPS = 4  # of the descent over all columns
 
 
+class Curvature(NamedTuple):
+    """What :func:`gptq` and :func:`descend` ask of a layer input with K channels, K4 of them INT4.
+
+    factor: float32 [K, K], from :func:`inverse_factor`. hessian: float32 [K4, K4], the inverse of
+    U^T U for the factor's first K4 rows and columns U. follow: float32 [K4, K - K4], what the
+    salient columns take on of errors in the others.
+    """
+
+    factor: Tensor
+    hessian: Tensor
+    follow: Tensor
+
+
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
-    """The upper Cholesky factor U of the inverse of a damped Hessian (inverse = U^T U), float32
-    [K, K]; None where no damping up to a hundred times the given one makes it positive definite.
+    """The upper Cholesky factor U of the inverse of a damped Hessian (inverse = U^T U), put into
+    the Hessian's place; None where no damping up to a hundred times the given one makes it positive
+    definite. Holds a float64 [K, K] beside it.
 
     Args:
-        hessian: float64 or float32 [K, K], sum of x x^T over the calibration tokens.
+        hessian: float32 [K, K], sum of x x^T over the calibration tokens.
         damping: share of the mean diagonal that is added to the diagonal.
     """
     diagonal = hessian.diagonal().double()
     unused = diagonal <= 0  # a channel that is always 0 says nothing about its weights
     mean = diagonal[~unused].mean() if (~unused).any() else torch.tensor(1.0)
+    matrix = torch.empty_like(hessian, dtype=torch.float64)
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
     for step in DAMPING_STEPS:
         # Turned by 180 degrees it is L L^T with a lower L; turned back, the inverse of L is U. All
         # in one place, for K may be large.
-        matrix = hessian.flip(0, 1).double()
+        _turn(hessian, matrix)
         matrix.diagonal()[:] += step * damping * mean
         matrix.diagonal()[unused.flip(0)] = mean
-        failed = torch.empty((), dtype=torch.int32, device=matrix.device)
         torch.linalg.cholesky_ex(matrix.mT, upper=True, out=(matrix.mT, failed))
         if failed == 0:
             _invert_lower(matrix)
-            factor = matrix.float()
-            del matrix
-            if torch.isfinite(factor).all():
-                return factor.flip(0, 1)
+            if all(bound.float().isfinite() for bound in torch.aminmax(matrix)):
+                _turn(matrix, hessian)
+                return hessian
     return None
+
+
+def curvature(factor: Tensor, k4: int) -> Curvature:
+    """All that rounding needs, from a factor that may be forgotten: its copy and the Hessian lie in
+    what was a float64 [K, K] while the latter was computed."""
+    k = len(factor)
+    follow = torch.linalg.solve_triangular(factor[:k4, :k4], factor[:k4, k4:], upper=True)
+    doubles = torch.empty(k * k, dtype=torch.float64, device=factor.device)
+    inverse = doubles[: k4 * k4].view(k4, k4).mT  # as LAPACK has matrices, so nothing is copied
+    inverse.copy_(factor[:k4, :k4])
+    torch.cholesky_inverse(inverse, upper=True, out=inverse)
+    floats = doubles.view(torch.float32)
+    for part in _blocks(k4 * k4, BLOCK * k):  # no value moves over one that is still to come
+        floats[part] = doubles[part].float()
+    kept = floats[k * k :].view(k, k).copy_(factor)
+    return Curvature(kept, floats[: k4 * k4].view(k4, k4).mT, follow)
+
+
+def _turn(source: Tensor, target: Tensor) -> None:
+    """Copy a matrix [K, K], turned by 180 degrees, a few rows at a time."""
+    k = len(source)
+    for rows in _blocks(k, BLOCK):
+        target[rows] = source[k - rows.stop : k - rows.start].flip(0, 1)
 
 
 def _invert_lower(matrix: Tensor) -> None:
@@ -89,14 +127,13 @@ def gptq(
 def descend(
     weight: Tensor,
     rounded: Tensor,
-    factor: Tensor,
+    curvature: Curvature,
     scales: Tensor,
-    k4: int,
     group_size: int,
     num_bits: int,
     *,
     own_scales: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> None:
     """Bring what GPTQ rounded nearer to the weight, by coordinate descent.
 
     GPTQ rounds every column once, when the later ones are still to come. Here each column, and each
@@ -105,16 +142,14 @@ def descend(
 
     Args:
         weight: float32 [N, K], the weight that was rounded.
-        rounded: float32 [N, K], what :func:`gptq` made of it.
-        factor, scales, k4, group_size, num_bits: as there.
+        rounded: float32 [N, K], what :func:`gptq` made of it; in place.
+        scales: float32 [N, G], as there; in place.
+        group_size, num_bits: as there.
         own_scales: whether every scale may move; not where groups share one.
-
-    Returns:
-        The weight, float32 [N, K], as :func:`gptq` returns it, and its scales, float32 [N, G].
     """
-    rounded, scales = rounded.clone(), scales.clone()
     # With the salient columns at their optimum, the error of the outputs is tr(left hessian left^T)
-    hessian = torch.cholesky_inverse(factor[:k4, :k4].double(), upper=True).float()
+    hessian = curvature.hessian
+    k4 = len(hessian)
     left = weight[:, :k4] - rounded[:, :k4]
     for _ in range(SWEEPS if k4 else 0):
         if own_scales:
@@ -126,9 +161,7 @@ def descend(
             ops.descend_block(block, gradient, h, scales, columns.start, group_size, num_bits)
             rounded[:, columns] = block
             left[:, columns] = weight[:, columns] - block
-    follow = torch.linalg.solve_triangular(factor[:k4, :k4], factor[:k4, k4:], upper=True)
-    rounded[:, k4:] = weight[:, k4:] - left @ follow
-    return rounded, scales
+    rounded[:, k4:] = weight[:, k4:] - left @ curvature.follow
 
 
 def _blocks(columns: int, size: int) -> Iterator[slice]:

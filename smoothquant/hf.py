@@ -35,6 +35,7 @@ from .manifest import (
     Manifest,
     assign,
     check_headers,
+    check_kept,
     check_linear,
     insert_linears,
     read_headers,
@@ -46,6 +47,7 @@ from .moe import PARTS
 from .pipeline import ready_groups
 from .quantize import (
     LinearRecord,
+    check_kept_weights,
     check_weights,
     checked_groups,
     dequantize,
@@ -132,6 +134,7 @@ class QuantizeLoadedWeights(ConversionOps):
                 f"{model.name_or_path}: lacks tensor {next(iter(self.awaited))} "
                 f"({len(self.awaited)} such)"
             )
+        check_kept_weights(model, self.groups)
         order = [name for group in self.groups for name in group.names]
         places = {name: place for place, name in enumerate(order)}
         self.records.sort(key=lambda record: places[record.name])
@@ -257,6 +260,8 @@ class MixedQuantQuantizer(HfQuantizer):
                 header = self.headers.get(self.shared.get(perm, perm))
                 path = header.path if header else model.name_or_path
                 check_linear(path, name, module, module.state_dict())
+        if self.as_stored:  # in another dtype they may overflow
+            check_kept(model, self.headers)
         model.mixedquant_config = self.quantization_config.config
         attach(model)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import MixedQuantConfig, check_integer, published_config
-from .gptq import descend, gptq
+from .gptq import Curvature, descend, gptq
 from .rounding import round_to_grid, stored_scale, weight_group_scales
 from .shared_input import shared_input
 from .sorting import ChannelPlan, ChannelStats, choose_channels, num_salient_channels
@@ -26,26 +26,28 @@ def weight_in_packed_order(
     config: MixedQuantConfig,
     plan: ChannelPlan,
     group_size: int,
-    factor: Tensor | None,
+    curvature: Curvature | None,
 ) -> tuple[Tensor, Tensor]:
     """A weight [N, K] ready to be rounded, and its stored scales: fp32 [N, K] in perm's order with
     the INT4 part rotated (and already on its grid after GPTQ), fp32 [N, G]."""
     n, k = weight.shape
-    k4, perm = k - plan.num_salient, plan.perm.long()
+    k4 = k - plan.num_salient
     permuted = torch.empty(n, k)
     # a few rows at a time: what is held beside the result stays small
     step = max(1, n if config.weight_quant == "per_tensor" else ROWS_VALUES // max(1, k))
     scales = []
     for rows, source in zip(permuted.split(step), weight.detach().split(step), strict=True):
-        rows.copy_(source[:, perm])
-        rows[:, :k4] = ops.group_hadamard(rows[:, :k4], group_size, config.rotation)
+        torch.index_select(source.float(), 1, plan.perm, out=rows)
+        if config.rotation:
+            rows[:, :k4] = ops.group_hadamard(rows[:, :k4], group_size, config.rotation)
         scales.append(weight_group_scales(rows[:, :k4], config, group_size))
     scales = torch.cat(scales)
-    if factor is not None:
-        grid = (k4, group_size, config.num_bits)
-        rounded = gptq(permuted, factor, scales, *grid)
+    if curvature is not None:
+        grid = (group_size, config.num_bits)
+        rounded = gptq(permuted, curvature.factor, scales, k4, *grid)
         own_scales = config.weight_quant == "per_group"
-        return descend(permuted, rounded, factor, scales, *grid, own_scales=own_scales)
+        descend(permuted, rounded, curvature, scales, *grid, own_scales=own_scales)
+        return rounded, scales
     return permuted, scales
 
 
@@ -164,11 +166,11 @@ class QuantizedLinear(nn.Module):
         plan: ChannelPlan,
         *,
         quantize_output: bool = False,
-        factor: Tensor | None = None,
+        curvature: Curvature | None = None,
     ) -> QuantizedLinear:
         """Quantize a weight [N, K] (float32, float16 or bfloat16) by a channel plan.
 
-        factor: of the inputs' Hessian (`smoothquant.gptq.inverse_factor`), to round by GPTQ.
+        curvature: of the inputs (`smoothquant.gptq.curvature`), to round by GPTQ.
         """
         check_weight(weight, bias, plan)
         layer = cls(
@@ -181,7 +183,7 @@ class QuantizedLinear(nn.Module):
             dtype=weight.dtype,
             device="meta",
         )
-        layer._store(*weight_in_packed_order(weight, config, plan, layer.group_size, factor))
+        layer._store(*weight_in_packed_order(weight, config, plan, layer.group_size, curvature))
         layer.perm = plan.perm.clone()
         layer.bias = None if bias is None else bias.detach().clone()
         return layer
@@ -266,11 +268,14 @@ def quantized_input(
     """x [..., K] as a quantized layer computes with it, in x's dtype: in perm's order, the INT4
     part rotated, quantized and dequantized."""
     k4 = x.shape[-1] - num_salient
-    permuted = x[..., perm.long()]
+    permuted = x.index_select(-1, perm)
     # in fp32, as in the kernel: rotated values may exceed fp16, and bf16 would round twice
-    rotated = ops.group_hadamard(permuted[..., :k4].float(), group_size, config.rotation)
-    quantized = fake_quantize_activation(rotated, config, config.act_format, config.act_clip)
-    return torch.cat([quantized.to(x.dtype), permuted[..., k4:]], dim=-1)
+    int4 = permuted[..., :k4].float()
+    if config.rotation:
+        int4 = ops.group_hadamard(int4, group_size, config.rotation)
+    int4 = fake_quantize_activation(int4, config, config.act_format, config.act_clip)
+    permuted[..., :k4] = int4
+    return permuted
 
 
 class W4A4Linear(QuantizedLinear):
@@ -331,7 +336,8 @@ class W4A4Linear(QuantizedLinear):
         for name, shape, kind in zip(ops.PACKED, shapes, dtypes, strict=True):
             zeros = None if kind is None else torch.zeros(shape, dtype=kind, device=device)
             self.register_buffer(name, zeros)
-        perm = torch.arange(in_features, dtype=torch.int32, device=device)
+        # torch computes an arange on the meta device in Python, which takes long
+        perm = torch.arange(in_features, dtype=torch.int32).to(device=device)
         self.register_buffer("perm", perm)
         zero_bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_buffer("bias", zero_bias)
@@ -425,7 +431,7 @@ class W4A4Linear(QuantizedLinear):
             buffers["bias"],
             self.out_features,
             *choices,
-            shared_input(self, x, perm, self.num_salient, *choices),
+            shared_input(self, ops.quantize_input, x, perm, self.num_salient, *choices),
         )
         return self._quantize_output(y)
 
@@ -511,7 +517,7 @@ class FakeW4A4Linear(QuantizedLinear):
         super().__init__(in_features, out_features, config, num_salient, quantize_output)
         weight = torch.zeros(out_features, in_features, dtype=dtype, device=device)
         self.register_buffer("simulated_weight", weight)
-        perm = torch.arange(in_features, dtype=torch.int32, device=device)
+        perm = torch.arange(in_features, dtype=torch.int32).to(device=device)
         self.register_buffer("perm", perm)
         zero_bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_buffer("bias", zero_bias)
@@ -519,17 +525,22 @@ class FakeW4A4Linear(QuantizedLinear):
     def _store(self, permuted: Tensor, scales: Tensor) -> None:
         dtype = self.simulated_weight.dtype
         k4 = self.in_features - self.num_salient
-        by_column = scales.repeat_interleave(self.group_size, dim=1)[:, :k4]
         q_max = 2 ** (self.config.num_bits - 1) - 1
-        permuted[:, :k4] = round_to_grid(permuted[:, :k4], by_column, q_max)
-        permuted[:, k4:] = stored_salient(permuted[:, k4:], self.config, dtype)
+        step = max(1, ROWS_VALUES // max(1, self.in_features))
+        for rows, own in zip(permuted.split(step), scales.split(step), strict=True):
+            by_column = own.repeat_interleave(self.group_size, dim=1)[:, :k4]
+            rows[:, :k4] = round_to_grid(rows[:, :k4], by_column, q_max)
+            rows[:, k4:] = stored_salient(rows[:, k4:], self.config, dtype)
         self.simulated_weight = permuted.to(dtype)
-        if not torch.isfinite(self.simulated_weight).all():
+        if not largest_magnitude(self.simulated_weight).isfinite():
             raise ValueError(f"a rotated weight is beyond the range of {dtype}")
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = quantized_input(x, self.perm, self.num_salient, self.group_size, self.config)
-        return self._quantize_output(F.linear(x, self.simulated_weight, self.bias))
+        choices = self.perm, self.num_salient, self.group_size, self.config
+        quantized = shared_input(self, quantized_input, x, *choices)
+        if quantized is None:
+            quantized = quantized_input(x, *choices)
+        return self._quantize_output(F.linear(quantized, self.simulated_weight, self.bias))
 
     def dequantize(self) -> Tensor:
         """The simulated weight, [N, K], channels in natural order."""

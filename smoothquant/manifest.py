@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .config import MixedQuantConfig
 from .errors import CheckpointError
-from .linear import QuantizedLinear, linear_class
+from .linear import QuantizedLinear, largest_magnitude, linear_class
 from .model_size import distinct_tensors
 from .moe import PARTS, W4A4Experts, expert_names
 from .quantize import replace_module
@@ -387,7 +387,7 @@ def check_linear(path: Path, name: str, module: QuantizedLinear, own: Mapping[st
         if not torch.equal(own["perm"].cpu().sort().values, torch.arange(module.in_features).int()):
             yield "perm", "is no permutation of the channels"
         for key, tensor in own.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not largest_magnitude(tensor).isfinite():
                 yield key, "holds NaN or Inf"
         for key in ("scales", "salient_scales"):
             if key in own and (own[key].dtype != torch.bfloat16 or (own[key] < 0).any()):
@@ -401,6 +401,14 @@ def check_linear(path: Path, name: str, module: QuantizedLinear, own: Mapping[st
 
     for key, fault in faults():
         raise CheckpointError(f"{path}: tensor {name}.{key} {fault}")
+
+
+def check_kept(model: nn.Module, headers: Mapping[str, Header]) -> None:
+    """Refuse NaN and Inf in parameters that were not quantized; buffers may mask with them."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        known = name in headers and parameter.is_floating_point() and not parameter.is_meta
+        if known and not largest_magnitude(parameter).isfinite():
+            raise CheckpointError(f"{headers[name].path}: tensor {name} holds NaN or Inf")
 
 
 def assign(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -75,14 +75,14 @@ class Ready(NamedTuple):
     """A group with all that is needed to pack it.
 
     config: the layer's own, with numbers in all fields. reason: what its channels were chosen by.
-    factor: for GPTQ, or None.
+    curvature: for GPTQ, or None.
     """
 
     group: Group
     plan: ChannelPlan
     config: MixedQuantConfig
     reason: str
-    factor: Tensor | None = None
+    curvature: gptq.Curvature | None = None
 
 
 def model_groups(
@@ -245,13 +245,14 @@ def _calibrated(
         plan, reason = _plan(group, group.matrices(model), config)
         own = config
         if config.searches:
-            x, weight = rows.pop(group.name, None), group.weight(model)
-            own = resolve(config, x, weight, plan, _never_negative(group.stats))
+            sample = rows.pop(group.name, None), group.weight(model)
+            own = resolve(config, *sample, plan, _never_negative(group.stats))
+            del sample  # a copy of the weights
         ready.append(Ready(group, plan, own, reason))
     if config.weight_rounding == "gptq":
         choices = {item.group.name: (item.plan, item.config) for item in ready}
         hessians = collect_hessians(block, inputs, choices)
-        ready = (_with_factor(item, hessians.pop(item.group.name, None)) for item in ready)
+        ready = (_with_curvature(item, hessians.pop(item.group.name, None)) for item in ready)
     yield from ready
 
 
@@ -260,11 +261,11 @@ def _never_negative(stats: ChannelStats | None) -> bool:
     return stats is not None and not stats.mean_only and bool((stats.minimum >= 0).all())
 
 
-def _with_factor(item: Ready, hessian: Tensor | None) -> Ready:
-    """The group with GPTQ's factor, or rounded to nearest where there is none."""
+def _with_curvature(item: Ready, hessian: Tensor | None) -> Ready:
+    """The group with what GPTQ needs, or rounded to nearest where there is none."""
     factor = None if hessian is None else gptq.inverse_factor(hessian, gptq.DAMPING)
     if factor is not None:
-        return item._replace(factor=factor)
+        return item._replace(curvature=gptq.curvature(factor, len(factor) - item.plan.num_salient))
     why = "no token reached it" if hessian is None else "no damping helped"
     logger.warning("%s is rounded to nearest: %s", item.group.name, why)
     return item._replace(reason=f"{item.reason}; rounded to nearest, not by GPTQ: {why}")

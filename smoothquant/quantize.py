@@ -101,6 +101,7 @@ def quantize(
     items, groups = checked_groups(model, config, stats)
     for group in groups:
         check_weights(model, group)
+    check_kept_weights(model, groups)
     warn_of_missing_stats(config, stats, groups)
     records = []
     total = sum(len(group.names) for group in groups)
@@ -116,7 +117,9 @@ def pack(
 ) -> Iterator[LinearRecord]:
     """Put quantized layers into the model, group after group; yields the record of each matrix."""
     experts: dict[tuple[int, str], QuantizedLinear] = {}
-    for group, plan, own, reason, factor in ready:
+    places = module_places(model)
+    for group, plan, own, reason, curvature in ready:
+        records = []
         for name in group.names:
             weight, bias = group.matrix(model, name)
             layer = linear_class(own).from_weight(
@@ -126,19 +129,21 @@ def pack(
                 plan,
                 quantize_output=config.quantize_output
                 and name.rpartition(".")[2] in ATTENTION_INPUTS,
-                factor=factor,
+                curvature=curvature,
             )
             del weight, bias
             if not group.expert:
-                replace_module(model, name, layer)
+                replace_module(model, name, layer, places)
             else:
                 block, *place = group.expert
                 experts[tuple(place)] = layer
                 if len(experts) == _num_matrices(model, block):
                     act_fn = model.get_submodule(block).act_fn
-                    replace_module(model, block, W4A4Experts(experts, act_fn))
+                    replace_module(model, block, W4A4Experts(experts, act_fn), places)
                     experts = {}
-            yield _quantized_record(name, layer, reason)
+            records.append(_quantized_record(name, layer, reason))
+        del curvature  # before its records have the caller write a layer, or the next is made
+        yield from records
 
 
 def finish(
@@ -269,25 +274,48 @@ def module_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def simulated_copy(model: nn.Module) -> nn.Module:
-    """A copy of a packed model with the simulation of each of its layers, of the same codes, in the
-    model's dtype: what differs between the two is the arithmetic alone. Other tensors are shared.
-    """
-    copied = module_copy(model)
+def simulate(model: nn.Module) -> None:
+    """Put the simulation of each layer of a packed model, of the same codes and in the model's
+    dtype, into its place: the arithmetic alone changes."""
+    places = module_places(model)
     dtype = next(model.parameters()).dtype
-    for name, module in list(copied.named_modules()):
+    for name, module in list(model.named_modules()):
         if isinstance(module, W4A4Linear):
-            replace_module(copied, name, module.simulated(dtype))
+            replace_module(model, name, module.simulated(dtype), places)
+
+
+def simulated_copy(model: nn.Module) -> nn.Module:
+    """A copy of a packed model, simulated; it shares all tensors but those of the layers."""
+    copied = module_copy(model)
+    simulate(copied)
     return copied
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of a submodule, under every name that the model has for it."""
+Places = dict[nn.Module, list[tuple[nn.Module, str]]]
+
+
+def module_places(model: nn.Module) -> Places:
+    """{module: (its parent, its name there) for every place that the model has it in}."""
+    places: Places = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            places.setdefault(child, []).append((parent, name))
+    return places
+
+
+def replace_module(
+    model: nn.Module, name: str, module: nn.Module, places: Places | None = None
+) -> None:
+    """Put `module` in the place of a submodule, under every name that the model has for it.
+
+    places: `module_places` of the model, to look for them but once where many are replaced; those
+    of the submodule leave it.
+    """
     old = model.get_submodule(name)
     module.train(old.training)
-    names = [alias for alias, m in model.named_modules(remove_duplicate=False) if m is old]
-    for alias in names:
-        model.set_submodule(alias, module)
+    places = module_places(model) if places is None else places
+    for parent, key in places.pop(old):
+        setattr(parent, key, module)
 
 
 def _check_arguments(model, config, stats) -> None:
@@ -358,6 +386,17 @@ def check_weights(model: nn.Module, group: Group) -> None:
     """Raise ValueError or TypeError for a weight or bias of a group that cannot be quantized."""
     for name, (weight, bias) in zip(group.names, group.matrices(model), strict=True):
         _check_weight(name, weight, bias)
+
+
+def check_kept_weights(model: nn.Module, groups: Iterable[Group]) -> None:
+    """Raise ValueError for NaN or Inf in a parameter of no group: what is saved with one is not
+    loaded."""
+    quantized = {f"{group.expert[0]}.{group.expert[2]}" for group in groups if group.expert}
+    linears = {name for group in groups for name in group.names}
+    for name, parameter in model.named_parameters():
+        kept = name not in quantized and name.rpartition(".")[0] not in linears
+        if kept and parameter.is_floating_point() and not largest_magnitude(parameter).isfinite():
+            raise ValueError(f"parameter {name} holds NaN or Inf")
 
 
 def _check_weight(name: str, weight: Tensor, bias: Tensor | None) -> None:

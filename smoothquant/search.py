@@ -40,7 +40,7 @@ class Trial:
             layer = FakeW4A4Linear.from_weight(self.weight.float(), None, config, self.plan)
             self._layer = layer
         layer.config = config  # the weight depends on no other choice
-        return float((layer(self.x) - self.target).square().sum())
+        return float(layer(self.x).sub_(self.target).square_().sum())
 
 
 def resolve(

@@ -1,4 +1,4 @@
-"""One quantization of an input that several packed layers read: q, k and v; gate and up."""
+"""One quantization of an input that several layers read: q, k and v; gate and up."""
 
 from __future__ import annotations
 
@@ -47,9 +47,11 @@ class _Last(threading.local):
 _last = _Last()
 
 
-def shared_input(reader: Any, x: Tensor, perm: Tensor, *choices: Any) -> Tensor | None:
-    """`ops.quantize_input(x, perm, *choices)`, from the last call of this thread if that was for
-    another layer and the same x, unchanged since. The result is kept no longer than x lives.
+def shared_input(
+    reader: Any, quantize: Callable[..., Tensor], x: Tensor, perm: Tensor, *choices: Any
+) -> Tensor | None:
+    """`quantize(x, perm, *choices)`, from the last call of this thread if that was for another
+    layer and the same x, unchanged since. The result is kept no longer than x lives.
 
     Args:
         reader: the layer that reads x.
@@ -66,13 +68,13 @@ def shared_input(reader: Any, x: Tensor, perm: Tensor, *choices: Any) -> Tensor 
         or not x.is_cpu
     ):
         return None
-    choices = (*choices, ops.isa())
+    key = (quantize, *choices, ops.isa())
     last = _last.input
-    if last is None or not last.serves(id(reader), x, perm, choices):
+    if last is None or not last.serves(id(reader), x, perm, key):
         if last is not None:
             last.forget()  # whatever waits for the garbage collector holds no memory
-        last = _last.input = _Input(x._version, perm, choices)
+        last = _last.input = _Input(x._version, perm, key)
         last.x = weakref.ref(x, last.forget)
-        last.quantized = ops.quantize_input(x, perm, *choices[:-1])
+        last.quantized = quantize(x, perm, *choices)
     last.readers.add(id(reader))
     return last.quantized

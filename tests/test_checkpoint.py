@@ -283,6 +283,8 @@ TENSOR_FAULTS = [
     (f"{LAYER}.qweight", lambda t: t.to(torch.int8), "must not be int8"),
     (f"{LAYER}.qweight", lambda t: t.flatten(), "must have shape"),
     ("model.embed_tokens.weight", lambda t: t[:5].contiguous(), "must have shape"),
+    ("model.embed_tokens.weight", put(-1, float("nan")), "holds NaN or Inf"),
+    ("model.norm.weight", put(3, float("inf")), "holds NaN or Inf"),
     ("model.embed_tokens.weight", lambda t: t.int(), "must not be int32"),
 ]
 

@@ -325,13 +325,20 @@ def test_inspect_reads_no_weights(folder, monkeypatch):
     assert LAYER in text and f"{size:,} bytes" in text
 
 
-def test_verify_names_what_is_broken(folder, tmp_path):
+@pytest.mark.parametrize(
+    "name, value, fault",
+    [
+        (f"{LAYER}.perm", 4, "is no permutation"),
+        ("model.decoder.final_layer_norm.weight", float("nan"), "holds NaN or Inf"),
+    ],
+)
+def test_verify_names_what_is_broken(name, value, fault, folder, tmp_path):
     assert "ok: permutations are permutations" in answer("verify", folder).stdout
     spoilt = shutil.copytree(folder, tmp_path / "q")
-    set_tensor(f"{LAYER}.perm", put(3, 4))(spoilt)
+    set_tensor(name, put(3, value))(spoilt)
     result = answer("verify", spoilt, "--json", code=1)
     found = json.loads(result.stdout)
-    assert found["ok"] is False and f"tensor {LAYER}.perm is no permutation" in found["error"]
+    assert found["ok"] is False and f"safetensors: tensor {name} {fault}" in found["error"]
     assert found["error"] in result.stderr
 
 

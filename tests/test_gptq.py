@@ -9,7 +9,7 @@ from smoothquant import quantize
 from smoothquant.bundled import load_bundled, wikitext
 from smoothquant.calibration import collect_stats, token_blocks
 from smoothquant.config import MixedQuantConfig
-from smoothquant.gptq import descend, gptq, inverse_factor
+from smoothquant.gptq import curvature, descend, gptq, inverse_factor
 from smoothquant.linear import FakeW4A4Linear, W4A4Linear
 from smoothquant.rounding import round_to_grid, stored_scale, weight_group_scales
 from smoothquant.sorting import ChannelPlan
@@ -46,19 +46,20 @@ def test_output_error_is_below_nearest_rounding(k4):
 @pytest.mark.parametrize("k4, group_size", [(300, 64), (285, 64), (285, 4), (285, 1024), (0, 64)])
 def test_descent_lowers_the_error_at_every_sweep(k4, group_size, own_scales, monkeypatch):
     x, weight = correlated_inputs(2000, 300), torch.randn(50, 300)
-    hessian = (x.T @ x).double()
-    factor = inverse_factor(hessian, damping=1e-6)
+    hessian = x.T @ x
+    factor = inverse_factor(hessian.clone(), damping=1e-6)
     scales = weight_group_scales(weight[:, :k4], MixedQuantConfig(), group_size)
     rounded = gptq(weight, factor, scales, k4, group_size, 4)
 
     def error(w):
-        return float((((w - weight).double() @ hessian) * (w - weight)).sum())
+        return float((((w - weight).double() @ hessian.double()) * (w - weight)).sum())
 
     errors = [error(rounded)]
     for sweeps in (1, 2, 4):
         monkeypatch.setattr("smoothquant.gptq.SWEEPS", sweeps)
-        arguments = (weight, rounded, factor, scales, k4, group_size, 4)
-        lower, new_scales = descend(*arguments, own_scales=own_scales)
+        lower, new_scales = rounded.clone(), scales.clone()
+        arguments = (weight, lower, curvature(factor, k4), new_scales, group_size, 4)
+        descend(*arguments, own_scales=own_scales)
         errors.append(error(lower))
     if k4 == 0:
         assert torch.equal(lower, weight)
@@ -78,11 +79,27 @@ def test_layers_store_what_gptq_rounded(cls, backend, salient_format):
     plan = ChannelPlan(torch.randperm(300).int(), 15)
     config = MixedQuantConfig(group_size=64, backend=backend, salient_format=salient_format)
     permuted = x[:, plan.perm.long()]
-    factor = inverse_factor(permuted.T @ permuted, damping=0.01)
+    rounding = curvature(inverse_factor(permuted.T @ permuted, damping=0.01), 285)
     nearest = cls.from_weight(weight, None, config, plan).dequantize()
-    rounded = cls.from_weight(weight, None, config, plan, factor=factor).dequantize()
+    rounded = cls.from_weight(weight, None, config, plan, curvature=rounding).dequantize()
     errors = [float((x @ (w - weight).T).norm()) for w in (rounded, nearest)]
     assert errors[0] < 0.6 * errors[1]
+
+
+@pytest.mark.parametrize("k, k4", [(300, 285), (257, 257), (5, 0)])
+def test_curvature_is_that_of_the_damped_hessian(k, k4):
+    x = correlated_inputs(2000, k)
+    hessian = x.T @ x
+    damped = hessian.double() + 0.05 * hessian.diagonal().double().mean() * torch.eye(k)
+    salient = damped[:k4, k4:] @ damped[k4:, k4:].inverse() @ damped[k4:, :k4]
+    found = curvature(inverse_factor(hessian, 0.05), k4)
+    assert torch.equal(found.factor, found.factor.triu())
+    inverse = found.factor.double().T @ found.factor.double()
+    torch.testing.assert_close(inverse @ damped, torch.eye(k).double(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        found.hessian, (damped[:k4, :k4] - salient).float(), rtol=1e-4, atol=1
+    )
+    assert torch.equal(found.hessian, found.hessian.T)
 
 
 def test_dead_channels_and_singular_hessians_are_damped():

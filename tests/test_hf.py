@@ -331,6 +331,7 @@ BOTH = (lambda folder: AutoModelForCausalLM.from_pretrained(folder), load_quanti
     [
         (set_tensor(f"{LAYER}.perm", put(3, 4)), f"tensor {LAYER}.perm is no permutation"),
         (set_tensor(f"{LAYER}.scales", put(0, float("nan"))), f"{LAYER}.scales holds NaN"),
+        (set_tensor("lm_head.weight", put(7, float("nan"))), "tensor lm_head.weight holds NaN"),
         (set_tensor(f"{LAYER}.scales", put(0, -1.0)), f"{LAYER}.scales must be .* not negative"),
         (set_tensor(f"{LAYER}.qweight", put(9, 0x80)), f"{LAYER}.qweight holds the code -8"),
         (set_tensor(f"{LAYER}.qweight", lambda t: t.flatten()), "qweight must have shape"),

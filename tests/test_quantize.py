@@ -14,7 +14,7 @@ from smoothquant.families import layer_inputs
 from smoothquant.linear import FakeW4A4Linear, QuantizedLinear, W4A4Linear
 from smoothquant.model_size import get_model_size
 from smoothquant.moe import PARTS, W4A4Experts, routed_inputs
-from smoothquant.quantize import quantize
+from smoothquant.quantize import module_places, quantize, replace_module
 from smoothquant.sorting import ChannelStats, choose_channels
 
 CONFIG = MixedQuantConfig(group_size=20, salient_prop=0.1)
@@ -347,3 +347,21 @@ def test_progress_bar_is_switchable(make_model, capsys):
     assert "quantizing" not in capsys.readouterr().err
     quantize(make_model("opt"), CONFIG)
     assert "quantizing: 100%" in capsys.readouterr().err
+
+
+def test_a_module_of_two_names_is_replaced_under_both():
+    model, shared = torch.nn.Module(), torch.nn.Linear(3, 3)
+    model.first, model.rest = shared, torch.nn.Sequential(torch.nn.ReLU(), shared, shared)
+    places = module_places(model)
+    new = torch.nn.Linear(3, 3)
+    replace_module(model, "rest.1", new, places)
+    assert model.first is model.rest[1] is model.rest[2] is new
+    assert shared not in places  # nothing keeps its weight
+
+
+def test_nan_in_what_is_kept_is_refused(make_model):
+    model = make_model("llama")
+    model.model.norm.weight.data[2] = float("inf")
+    with pytest.raises(ValueError, match="parameter model.norm.weight holds NaN or Inf"):
+        quantize(model, CONFIG, progress=False)
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())

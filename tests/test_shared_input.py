@@ -6,9 +6,10 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from bits import assert_same_bits, forced_isa
 
-from smoothquant import ops, shared_input
+from smoothquant import linear, ops, shared_input
 from smoothquant.config import MixedQuantConfig
 from smoothquant.linear import W4A4Linear
 from smoothquant.quantize import quantize
@@ -165,3 +166,15 @@ def test_a_model_quantizes_the_inputs_of_its_siblings_once(make_model, quantized
         model(torch.zeros(2, TOKENS, dtype=torch.int64))
     # q, k and v; o; gate and up; down
     assert len(quantized) == 4 * config.num_hidden_layers
+
+
+def test_simulated_siblings_quantize_once(monkeypatch):
+    made, original = [], linear.quantized_input
+    monkeypatch.setattr(linear, "quantized_input", lambda *a: made.append(0) or original(*a))
+    layers = [layer_of(seed).simulated() for seed in range(3)]
+    x = torch.randn(TOKENS, K)
+    found = [layer(x) for layer in layers]
+    assert len(made) == 1
+    for layer, y in zip(layers, found, strict=True):
+        choices = layer.perm, layer.num_salient, layer.group_size, layer.config
+        assert_same_bits(y, F.linear(original(x, *choices), layer.simulated_weight, layer.bias))

@@ -1,0 +1,98 @@
+"""What a cell of a sweep takes beside its work, which is quantizing and evaluating the model.
+
+    python benchmarks/sweep.py --model smollm2-135m
+
+Runs a few cells as a worker does, in this process, with the model loaded: looking the cell up,
+claiming it, sharing the model, measuring its size by saving it, writing the result. Seconds of the
+wall, and of the processor, which other programs on the machine lengthen less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from run_experiments import grid, runner, worker
+from run_experiments.grid import Product
+from run_experiments.identity import model_identity, package_versions, wikitext_identity
+from smoothquant.doctor import chip_name
+from smoothquant.ppl_eval import Evaluator
+
+CLOCKS = (time.perf_counter, time.process_time)
+
+
+class Watch:
+    """Seconds of both clocks since the last `lap`, and those of them inside of watched calls."""
+
+    def __init__(self) -> None:
+        self.inside = [0.0, 0.0]
+        self.started = [clock() for clock in CLOCKS]
+
+    def watch(self, owner: Any, name: str) -> None:
+        """Count an attribute's calls as work from now on."""
+        original: Callable = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            before = [clock() for clock in CLOCKS]
+            result = original(*args, **kwargs)
+            spent = [clock() - start for clock, start in zip(CLOCKS, before, strict=True)]
+            self.inside = [sum(pair) for pair in zip(self.inside, spent, strict=True)]
+            return result
+
+        setattr(owner, name, counted)
+
+    def lap(self) -> list[tuple[float, float]]:
+        """(seconds inside, seconds beside) by each clock."""
+        now = [clock() for clock in CLOCKS]
+        pairs = zip(now, self.started, self.inside, strict=True)
+        result = [(inside, end - start - inside) for end, start, inside in pairs]
+        self.inside, self.started = [0.0, 0.0], now
+        return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny-opt")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    products = (Product((32, 64, 128, 256), (0.05,), ("max",), ("int4", "fake")),)
+    sizes = {"windows": 1, "seqlen": 512, "calibration_blocks": 2, "calibration_block_size": 512}
+    preset = replace(grid.PRESETS["tiny"], model=args.model, products=products, **sizes)
+    cells = grid.cells(
+        preset,
+        model=model_identity(args.model, "float32"),
+        versions=package_versions(),
+        calibration_data=wikitext_identity("validation"),
+        evaluation_data=wikitext_identity("test"),
+    )
+    watch = Watch()
+    watch.watch(runner, "quantized_model")
+    watch.watch(Evaluator, "token_comparison")
+    beside: dict[str, list[list[tuple[float, float]]]] = {}
+
+    def report(cell: grid.Cell, _: Any) -> None:
+        lap = watch.lap()
+        if cell.config:
+            beside.setdefault(cell.config["backend"], []).append(lap)
+
+    with tempfile.TemporaryDirectory() as folder:
+        job = worker.Job([cell.to_json() for cell in cells], args.model, folder)
+        worker.work(job.to_json(), report)
+    print(f"\n{chip_name()}, {args.threads} threads, {args.model}; median seconds of a cell\n")
+    print(f"{'backend':<8}{'work':>9}{'beside':>9}{'work, CPU':>12}{'beside, CPU':>13}")
+    for backend, laps in beside.items():
+        wall, cpu = ([statistics.median(part) for part in zip(*lap, strict=True)]
+                     for lap in zip(*laps, strict=True))  # fmt: skip
+        print(f"{backend:<8}{wall[0]:>9.3f}{wall[1]:>9.3f}{cpu[0]:>12.3f}{cpu[1]:>13.3f}")
+
+
+if __name__ == "__main__":
+    main()
