@@ -62,6 +62,11 @@ def build_emulated(folder: Path) -> str:
 class Card:
     """Calls an op with the CPU's tensors moved to the GPU."""
 
+    @property
+    def arch(self) -> int:
+        major, minor = torch.cuda.get_device_capability()
+        return 10 * major + minor
+
     def call(self, name: str, args: tuple) -> tuple[object, list]:
         """What it returns, and its arguments afterwards; all on the CPU."""
         on_gpu = [arg.cuda() if isinstance(arg, torch.Tensor) else arg for arg in args]
@@ -74,6 +79,7 @@ class Card:
 class EmulatedCard:
     """Calls an op's CUDA function with the CPU's tensors themselves."""
 
+    arch = EMULATED_ARCH
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
     def call(self, name: str, args: tuple) -> tuple[object, list]:
@@ -178,6 +184,11 @@ LAYERS = [
     (150, 301, 17, 32, 0),
     (35, 1300, 20, 1100, 512),
     (290, 300, 30, 128, 128),
+    # without salient channels, so that bits are compared: groups of an odd number of steps, of an
+    # odd number of quads, and of a half step
+    (70, 480, 0, 96, 32),
+    (40, 210, 0, 20, 4),
+    (40, 200, 0, 16, 16),
 ]
 
 
@@ -248,12 +259,14 @@ def test_linear(card, dtype, salient_dtype, shape):
     n, k = shape[:2]
     _, packed = layer_args(*shape, dtype, salient_dtype)
     biases = [None, torch.randn(n), torch.randn(n).to(dtype)]
-    for i, m in enumerate((0, 1, 9, 40, 130)):
+    # each format by a kernel for many tokens
+    calls = zip((0, 1, 9, 40, 130, 70, 70, 70), 2 * FORMATS, strict=True)
+    for i, (m, form) in enumerate(calls):
         x = torch.randn(m, k).to(dtype)
         if m > 1 and k:
             x[1] = 0
             x[0, k // 2] = math.nan if i % 2 else math.inf
-        assert_linear(card, x, packed, biases[i % 3], shape, FORMATS[i % len(FORMATS)])
+        assert_linear(card, x, packed, biases[i % 3], shape, form)
 
 
 @pytest.mark.parametrize("k", [24064, 24568, 24576])  # of halves: 47 KiB, almost 48, and 48
@@ -390,12 +403,17 @@ def test_kernels_that_cannot_be_forced(card, force):
         force("fast")
     assert ops.forced_cuda_kernel() is None
     _, packed = layer_args(40, 128, 16, 32, 0, torch.float32, torch.bfloat16)
-    choosy = [row for row in ops.cuda_kernels() if 32 % row.group_multiple]
-    if not choosy:  # it is Hopper's, and built for sm_90a alone
-        pytest.skip("every kernel of this build multiplies groups of 32")
+    arch = card.arch
+    # the one for Turing to Ada on newer cards, the one for Hopper's groups of 128 elsewhere
+    choosy = [
+        row
+        for row in ops.cuda_kernels()
+        if 32 % row.group_multiple or not row.oldest <= arch <= (row.newest or arch)
+    ]
+    assert choosy or arch < 90  # Hopper's may be missing from a build
     for row in choosy:
         force(row.name)
-        limits = f"'{row.name}'.*multiple of {row.group_multiple} .*group_size 32"
+        limits = f"'{row.name}'.*multiple of {row.group_multiple} .*{arch}, group_size 32"
         with pytest.raises(ValueError, match=f"forced kernel {limits}"):
             card.call("w4a4_linear", (torch.randn(3, 128), *packed, None, *SHORT))
 
@@ -623,8 +641,7 @@ def test_large_linears_by_every_kernel(force, monkeypatch, k, n, prop):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import card
 
-    major, minor = torch.cuda.get_device_capability()
-    arch = 10 * major + minor
+    arch = Card().arch
     names = [r.name for r in ops.cuda_kernels() if r.oldest <= arch <= (r.newest or arch)]
     perm = torch.randperm(k).int().cuda()
     packed = ops.pack_weight(torch.randn(n, k, device="cuda"), perm, int(prop * k), 128)

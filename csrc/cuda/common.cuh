@@ -115,27 +115,38 @@ inline mq_shape shape_of(const mq_linear &lin) {
 // of others'. Where groups are whole steps, slots are steps; else a step that several groups share has a
 // slot of each. So one kernel multiplies groups of any size, and long ones at full speed.
 // Groups of fewer than 32 channels, too, are products of integers, not fp16 ones: no other kernel is
-// needed, and products are not what takes long there (docs/results.md counts). The zeros cost: there are
-// 1 + 32 / g slots to a step, so 3 times the products at g = 16 and 9 times at g = 4.
+// needed, and products are not what takes long there (docs/results.md counts). The zeros cost: at g = 16
+// there are twice the products, at g = 4 eight times.
 struct slots {
     int64_t group_quads, groups, total;
-    bool whole;
+    int period;  // log2 of the least number of groups that are whole steps together
 
+    // Slots before the group's first one, beyond one to a step: of groups that begin inside a step.
+    __host__ __device__ __forceinline__ int64_t more(int64_t group) const {
+        return group - (group >> period);
+    }
+    // The slot of a quad of the group.
+    __host__ __device__ __forceinline__ int64_t of_quad(int64_t quad, int64_t group) const {
+        return quad / 8 + more(group);
+    }
     __host__ __device__ __forceinline__ int64_t first(int64_t group) const {
-        return group * group_quads / 8 + (whole ? 0 : group);
+        return of_quad(group * group_quads, group);
     }
     __host__ __device__ __forceinline__ int64_t end(int64_t group) const {
         return group + 1 == groups ? total : first(group + 1);
     }
     __host__ __device__ __forceinline__ int64_t step(int64_t slot, int64_t group) const {
-        return slot - (whole ? 0 : group);
+        return slot - more(group);
     }
+    // Whether every slot is a step.
+    __host__ __device__ __forceinline__ bool whole() const { return period == 0; }
 };
 
 inline slots slots_of(const mq_shape &shape) {
-    const bool whole = shape.group_quads % 8 == 0;
-    const int64_t more = whole || !shape.groups ? 0 : shape.groups - 1;
-    return {shape.group_quads, shape.groups, ceil_div<int64_t>(shape.quads, 8) + more, whole};
+    slots of{shape.group_quads, shape.groups, 0, 0};
+    while (shape.groups && (shape.group_quads << of.period) % 8) of.period++;
+    if (shape.groups) of.total = of.of_quad(shape.quads - 1, shape.groups - 1) + 1;
+    return of;
 }
 
 // Quantized tokens in a workspace. A record is what one token has for one slot; records of a slot stand

@@ -156,12 +156,13 @@ __device__ __forceinline__ void put_nibbles(uint4 words, int h, fragment_a (&a)[
 // belong to the group, not to others, nor to none behind the last block.
 __device__ __forceinline__ uint32_t ones_of(const multiply_args &args, int64_t slot,
                                             int64_t group) {
-    if (args.slot.whole && slot + 1 < args.slot.total) return 0x11111111u;
+    if (args.slot.whole() && slot + 1 < args.slot.total) return 0x11111111u;
     const int64_t first = group * args.shape.group_quads;
-    const int64_t end = smaller(first + args.shape.group_quads, args.shape.quads);
-    const int64_t even = args.slot.step(slot, group) * 8 + 2 * lane_t(), odd = even + 1;
-    return (even >= first && even < end ? 0x01010101u : 0) |
-           (odd >= first && odd < end ? 0x10101010u : 0);
+    const int64_t quads = smaller(args.shape.group_quads, args.shape.quads - first);
+    // of a group: fewer than 2^32, for which unsigned words suffice
+    const auto even = static_cast<uint32_t>(args.slot.step(slot, group) * 8 + 2 * lane_t() - first);
+    const auto end = static_cast<uint32_t>(quads);
+    return (even < end ? 0x01010101u : 0) | (even + 1 < end ? 0x10101010u : 0);
 }
 #endif
 

@@ -4,8 +4,8 @@
 //
 // Products are of bytes, also where tensor cores multiply nibbles: weights are nibbles in memory
 // anyway, and of the about 160 instructions that 32 tokens take for 512 bytes of them, 8 are products
-// and 16 unpack (nvcc 13.0, sm_80 and sm_89). Nibbles would save 12, and half of the tokens' bytes, which
-// the L2 cache brings, for two more kernels of each size: zero-points and unsigned codes.
+// and 20 unpack (nvcc 13.0, sm_89). Nibbles would save 16 to 20, and half of the tokens' bytes, which the
+// L2 cache brings, for two more kernels of each size: zero-points and unsigned codes.
 #include "multiply.cuh"
 
 namespace mq {
@@ -13,8 +13,9 @@ namespace {
 
 // The group of a slot.
 __device__ __forceinline__ int64_t group_of(const slots &of, int64_t slot) {
-    int64_t group = of.whole ? slot * 8 / of.group_quads : slot * 8 / (of.group_quads + 8);
-    group = smaller(group, of.groups - 1);
+    const int64_t period = int64_t{1} << of.period;  // of groups, and the slots of so many:
+    const int64_t slots_in_period = of.group_quads * period / 8 + period - 1;
+    int64_t group = smaller(slot * period / slots_in_period, of.groups - 1);
     while (group > 0 && of.first(group) > slot) group--;
     while (group + 1 < of.groups && of.first(group + 1) <= slot) group++;
     return group;

@@ -217,8 +217,8 @@ template <mq_act_format FORMAT>
 struct by_nibbles {
     static constexpr bool kHasPairs = true, kHasZeros = FORMAT == MQ_ACT_ZERO_POINT;
     static constexpr float kUnit = 1;
-    static constexpr nibbles kRight = FORMAT == MQ_ACT_SYMMETRIC ? SIGNED : UNSIGNED;
-    int weights[kPairs][2][4];  // their sums, where a lane's dots are; the same for all tokens
+    static constexpr nibble_range kRight = FORMAT == MQ_ACT_SYMMETRIC ? SIGNED : UNSIGNED;
+    int weight_sums[kPairs][2][4];  // where a lane's dots are; the same for all tokens
 
     // Slot s, the walk's; `pair`: and the one before, of the same group; `starts`: they are its first
     __device__ __forceinline__ void add(const multiply_args &args, const cursor &walk,
@@ -242,7 +242,7 @@ struct by_nibbles {
                 b[n].r[h] = *reinterpret_cast<const uint32_t *>(
                     from.tokens + ((s - h) * kTokens + token) * 16 + lane_t() * 4);
             }
-            if (kHasZeros) ones.r[h] = ones_of(args, walk.slot - h, walk.group);
+            if constexpr (kHasZeros) ones.r[h] = ones_of(args, walk.slot - h, walk.group);
         }
 #pragma unroll
         for (int p = 0; p < kPairs; p++) {
@@ -255,7 +255,7 @@ struct by_nibbles {
 #pragma unroll
                 for (int n = 0; n < kTiles; n++)
                     multiply(sums[p].dots[h][n], a[h], b[n], kMagicBits);
-                if (kHasZeros) multiply(weights[p][h], a[h], ones, 0);
+                if constexpr (kHasZeros) multiply(weight_sums[p][h], a[h], ones, 0);
             }
         }
     }
@@ -273,7 +273,7 @@ struct by_nibbles {
                 for (int h = 0; h < 2; h++)
 #pragma unroll
                     for (int e = 0; e < 4; e++)
-                        sums[p].dots[h][n][e] -= weights[p][h][e] * (e % 2 ? zeros.y : zeros.x);
+                        sums[p].dots[h][n][e] -= weight_sums[p][h][e] * (e % 2 ? zeros.y : zeros.x);
         }
     }
 };

@@ -186,9 +186,15 @@ __device__ __forceinline__ void multiply_s8(int (&d)[4], const fragment_a &a, co
 // instructions are calls into a routine many times slower than multiply_s8: they are not compiled there.
 #if MQ_ARCH < 90
 #define MQ_HAS_S4 1
-enum nibbles { SIGNED, UNSIGNED };
+enum nibble_range { SIGNED, UNSIGNED };
 
-template <nibbles RIGHT>
+#define MQ_MULTIPLY_BY_RIGHT \
+    if (RIGHT == SIGNED)     \
+        MQ_MULTIPLY("s4");   \
+    else                     \
+        MQ_MULTIPLY("u4")
+
+template <nibble_range RIGHT>
 __device__ __forceinline__ void multiply_half_s4(int (&d)[4], const fragment_a &a,
                                                  const fragment_b &b, const int (&c)[4]) {
 #if !defined(__CUDACC__)
@@ -203,10 +209,7 @@ __device__ __forceinline__ void multiply_half_s4(int (&d)[4], const fragment_a &
         ".s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};" \
         : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])            \
         : "r"(a.r[0]), "r"(a.r[1]), "r"(b.r[0]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]))
-    if (RIGHT == SIGNED)
-        MQ_MULTIPLY("s4");
-    else
-        MQ_MULTIPLY("u4");
+    MQ_MULTIPLY_BY_RIGHT;
 #undef MQ_MULTIPLY
 #else
 #define MQ_MULTIPLY(right)                                                                      \
@@ -214,16 +217,12 @@ __device__ __forceinline__ void multiply_half_s4(int (&d)[4], const fragment_a &
         : "=r"(d[2 * i]), "=r"(d[2 * i + 1])                                                    \
         : "r"(a.r[i]), "r"(b.r[0]), "r"(c[2 * i]), "r"(c[2 * i + 1]))
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-        if (RIGHT == SIGNED)
-            MQ_MULTIPLY("s4");
-        else
-            MQ_MULTIPLY("u4");
+    for (int i = 0; i < 2; i++) MQ_MULTIPLY_BY_RIGHT;
 #undef MQ_MULTIPLY
 #endif
 }
 
-template <nibbles RIGHT>
+template <nibble_range RIGHT>
 __device__ __forceinline__ void multiply_s4(int (&d)[4], const fragment_a &a, const fragment_b &b,
                                             const int (&c)[4]) {
 #if defined(__CUDACC__) && MQ_ARCH >= 80
@@ -233,10 +232,7 @@ __device__ __forceinline__ void multiply_s4(int (&d)[4], const fragment_a &a, co
         : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                                           \
         : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]), "r"(c[0]), \
           "r"(c[1]), "r"(c[2]), "r"(c[3]))
-    if (RIGHT == SIGNED)
-        MQ_MULTIPLY("s4");
-    else
-        MQ_MULTIPLY("u4");
+    MQ_MULTIPLY_BY_RIGHT;
 #undef MQ_MULTIPLY
 #else
     int sum[4];
@@ -244,6 +240,7 @@ __device__ __forceinline__ void multiply_s4(int (&d)[4], const fragment_a &a, co
     multiply_half_s4<RIGHT>(d, {{a.r[2], a.r[3]}}, {{b.r[1]}}, sum);
 #endif
 }
+#undef MQ_MULTIPLY_BY_RIGHT
 #endif
 
 // k = 16 halves of fp16, fp32 sums; d += a b. On Turing in two parts.

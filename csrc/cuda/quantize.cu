@@ -58,7 +58,7 @@ __device__ __forceinline__ void stage(const quantize_args &args, int64_t first, 
 
 // Zeros where no code will be written: all slots where groups share steps, else the last one.
 __device__ __forceinline__ void clear_codes(const quantize_args &args, int64_t first, int rows) {
-    const int64_t from = args.slot.whole ? args.slot.total - 1 : 0;
+    const int64_t from = args.slot.whole() ? args.slot.total - 1 : 0;
     const int words = args.to.record / 4;
     for (int64_t i = threadIdx.x; i < (args.slot.total - from) * rows * words; i += kThreads) {
         const int64_t slot = from + i / (rows * words), word = i % (rows * words);
@@ -127,9 +127,9 @@ __device__ __forceinline__ void load_values(const quantize_args &args, const tok
 __device__ __forceinline__ void store_codes(const quantize_args &args, const token &of,
                                             const place &at, const part &values,
                                             const quantization &to) {
-    const bool nibbles = args.to.order == NIBBLES;
+    const bool is_nibbles = args.to.order == NIBBLES;
     // a word of nibbles holds two quads: of neighbouring lanes, unless a group may start with the second
-    const bool in_pairs = nibbles && args.shape.group_quads % 2 == 0;
+    const bool in_pairs = is_nibbles && args.shape.group_quads % 2 == 0;
     const int zero = args.to.zeros ? -to.low : 0;
     if (at.i == 0 && values.n > 0 && values.lane_in_part == 0) {
         args.to.scales[at.group * args.to.stride + of.at] = to.scale;
@@ -145,14 +145,14 @@ __device__ __forceinline__ void store_codes(const quantize_args &args, const tok
             const int code = e + c < values.n ? code_of(values.v[v + c], to) + zero : 0;
             codes |= static_cast<uint32_t>(code & 255) << 8 * c;
         }
-        if (nibbles) codes &= 0x0f0f0f0fu;
+        if (is_nibbles) codes &= 0x0f0f0f0fu;
         if (in_pairs) codes |= __shfl_xor_sync(kAllLanes, codes, 1) << 4;
         if (e >= values.n || (in_pairs && values.lane_in_part % 2)) continue;
         const int64_t quad = at.group * args.shape.group_quads + (at.i + e) / MQ_QUAD;
-        const int64_t slot = quad / 8 + (args.slot.whole ? 0 : at.group);
+        const int64_t slot = args.slot.of_quad(quad, at.group);
         unsigned char *record = args.to.codes + (slot * args.to.stride + of.at) * args.to.record;
         uint32_t *word = reinterpret_cast<uint32_t *>(record) + args.to.word_of(quad);
-        if (nibbles && !in_pairs)
+        if (is_nibbles && !in_pairs)
             atomicXor(word, codes << quad % 2 * 4);  // 0 before: clear_codes
         else
             *word = codes;

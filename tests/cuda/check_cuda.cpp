@@ -344,7 +344,7 @@ void check_codes(const problem &p, int kernel, const bytes &workspace) {
         for (int64_t i = 0; i < k4; i++) {
             const int64_t group = i / lin.group_size, channel = i % lin.group_size;
             const int64_t quad = group * p.shape.group_quads + channel / 4;
-            const int64_t s = quad / 8 + (slot.whole ? 0 : group);
+            const int64_t s = slot.of_quad(quad, group);
             const unsigned char *record = at.codes + (s * at.stride + t) * at.record;
             const int byte = record[at.word_of(quad) * 4 + channel % 4];
             const int nibble = byte >> (quad % 2 * 4) & 15;

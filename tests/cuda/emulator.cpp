@@ -238,6 +238,8 @@ const unsigned char *exchange(const void *value, size_t size) {
 }
 
 void copy_later(void *to, const void *from, size_t bytes, size_t zeros) {
+    if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+        fail("a cp.async that is not aligned to 16 bytes,");
     memset(to, 0xff, bytes + zeros);  // from here on nobody may read there
     running->copies.back().push_back({to, from, bytes, zeros});
 }
