@@ -2,9 +2,12 @@
 
     python benchmarks/sweep.py --model smollm2-135m
 
-Runs a few cells as a worker does, in this process, with the model loaded: looking the cell up,
-claiming it, sharing the model, measuring its size by saving it, writing the result. Seconds of the
-wall, and of the processor, which other programs on the machine lengthen less.
+Runs a few cells as a worker does, in this process, with the model loaded. Work is all of
+`runner.quantized_model` (so also the copy of the model's modules and a simulation of its layers)
+and `Evaluator.token_comparison`. The rest stands beside it, and is not told apart: looking the cell
+up, claiming it, the 16-bit model's logits, the size by counting and, of packed integers, by saving,
+writing the result. Seconds of the wall, and of the processor, which other programs on the machine
+lengthen less.
 """
 
 from __future__ import annotations

@@ -229,6 +229,7 @@ def quantize(
                 config,
                 sum(after.values()),
                 config.calibration_tokens if calibrated else 0,
+                known,
                 by_layer=by_layer,
                 spill=spill,
             )

@@ -222,6 +222,15 @@ class MixedQuantConfig:
             return "weight_rounding='gptq'"
         return self.searches or ("smooth_alpha='search'" if self.smooth_alpha == "search" else "")
 
+    def settled(self) -> MixedQuantConfig:
+        """The config with what `searches` leaves to a trial decided without one: zero-points in
+        place of act_format="auto", no clip in place of act_clip="search"."""
+        return dataclasses.replace(
+            self,
+            act_format="zero_point" if self.act_format == "auto" else self.act_format,
+            act_clip=1.0 if self.act_clip == "search" else self.act_clip,
+        )
+
     def _set(self, name: str, check, low, high=None) -> None:
         """Check a number and keep it as a plain Python one, which JSON can hold."""
         object.__setattr__(self, name, check(name, getattr(self, name), low, high))

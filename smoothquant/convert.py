@@ -36,7 +36,7 @@ from .calibration import calibration_batches, collect_stats, load_stats, save_st
 from .checkpoint import CONFIG, INDEX, check_target, float_model, read_json, stored_tensors
 from .config import MixedQuantConfig
 from .errors import CheckpointError
-from .families import decoder_layers
+from .families import decoder_layers, layer_inputs
 from .files import atomic_file, publish_folder
 from .manifest import (
     CARD,
@@ -162,11 +162,12 @@ def convert(
         print(f"Finished layers are kept in {work} until all are done.", flush=True)
     try:
         _map_weights(model, source, headers, mapped, work / "fused")
+        items = layer_inputs(model)
+        check_kept_weights(model, items)
         if stats is None and batches is not None:
             stats = _statistics(work / "stats.safetensors", model, batches, spilled, progress)
             mapped.release()
-        items, groups = checked_groups(model, config, stats)
-        check_kept_weights(model, groups)
+        items, groups = checked_groups(model, config, stats, items)
         warn_of_missing_stats(config, stats, groups)
         conversion = _Conversion(model, config, layers, folder, mapped, spilled)
         records = conversion.run(groups, batches, progress)

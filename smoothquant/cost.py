@@ -3,9 +3,9 @@ work on a small matrix."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from .hessian import SAMPLE_ROWS
 from .linear import layer_group_size, linear_class, quantized_input
 from .quantize import checked_groups
 from .search import ACT_CLIPS, ALPHAS
-from .sorting import ChannelPlan
+from .sorting import ChannelPlan, ChannelStats
 
 TRIAL = 512  # rows and columns of a matrix that is timed
 TRIAL_SECONDS = 0.1
@@ -30,7 +30,8 @@ BATCH_COPIES = 4  # of the widest activation of a batch
 
 class Cost(NamedTuple):
     """memory: {what for: bytes}, held together at the worst, beside what imports take. seconds: on
-    this machine as busy as it is now, right to about a factor of two."""
+    this machine as busy as it is now, meant to be right to a factor of two; every expert of a
+    mixture counts for every token, so that there it is far over."""
 
     memory: dict[str, int]
     seconds: float
@@ -51,6 +52,7 @@ def planned_cost(
     config: MixedQuantConfig,
     quantized_bytes: int,
     tokens: int = 0,
+    stats: Mapping[str, ChannelStats] | None = None,
     *,
     by_layer: bool = False,
     spill: bool = False,
@@ -60,21 +62,26 @@ def planned_cost(
     Args:
         quantized_bytes: of the quantized model, as `smoothquant.inspection.planned_bytes` has them.
         tokens: that it is calibrated on; 0 for none, or where statistics are there already.
+        stats: as for `planned_bytes`; what only statistics make possible is refused without.
         by_layer, spill: by `smoothquant.convert` and its `spill`, not by `quantize`.
     """
     layers = decoder_layers(model)
     inputs = []
-    for group in checked_groups(model, config, None)[1]:
-        rows = [len(weight) for weight, _ in group.matrices(model)]
-        k = group.matrices(model)[0][0].shape[1]
+    smoothed: Counter[str] = Counter()  # bytes of the weights that are, by layer
+    for group in checked_groups(model, config, stats)[1]:
+        weights = [weight for weight, _ in group.matrices(model)]
+        rows, k = [len(weight) for weight in weights], weights[0].shape[1]
         layer = next((name for name in layers if group.name.startswith(name + ".")), "")
         inputs.append(_Input(k, sum(rows), max(rows), layer))
+        if config.smooth_alpha is not None and group.reads_norm:
+            smoothed[layer] += sum(weight.nbytes for weight in weights)
     dtype = next(model.parameters()).dtype
     waiting = (by_layer or config.needs_tokens) and not spill
-    batch = min(tokens, CALIBRATION_BLOCK) * max(each.n for each in inputs)
+    batch = min(tokens, CALIBRATION_BLOCK) * max(each.n_largest for each in inputs)
     memory = {
         "float model": 0 if by_layer else sum(p.nbytes for p in model.parameters()),
         "a packed layer": quantized_bytes // len(layers) if by_layer else 0,
+        "smoothed weights": max(smoothed.values(), default=0) if by_layer else 0,
         "weights at work": _weight_bytes(inputs, config, dtype),
         "Hessians": _hessian_bytes(inputs) if config.weight_rounding == "gptq" else 0,
         "hidden states": tokens * inputs[0].k * dtype.itemsize if waiting else 0,
@@ -92,6 +99,8 @@ def _weight_bytes(inputs: Sequence[_Input], config: MixedQuantConfig, dtype: tor
     )
     if config.searches:  # as they are, in float32, and in packed order
         held = max(held, (dtype.itemsize + 8) * max(each.n * each.k for each in inputs))
+    if config.smooth_alpha == "search":  # in float32: as they are, smoothed, in packed order
+        held = max(held, 12 * max(each.n * each.k for each in inputs))
     if config.weight_rounding == "gptq":
         held = max(held, 4 * max(each.k for each in inputs) ** 2)
     return held
@@ -111,17 +120,15 @@ def _hessian_bytes(inputs: Sequence[_Input]) -> int:
 def _planned_seconds(
     inputs: Sequence[_Input], config: MixedQuantConfig, dtype: torch.dtype, tokens: int
 ) -> float:
-    fixed = config
-    if config.searches:
-        fixed = dataclasses.replace(config, act_clip=1.0, act_format="zero_point")
+    fixed = config.settled()
     generator = torch.Generator().manual_seed(0)
     square = torch.randn(TRIAL, TRIAL, generator=generator)
     x, plan = square.to(dtype), ChannelPlan(torch.randperm(TRIAL, generator=generator).int(), 0)
 
-    def pack(curvature: gptq.Curvature | None = None) -> None:
-        linear_class(fixed).from_weight(square, None, fixed, plan, curvature=curvature)
+    def pack(of_input: gptq.Curvature | None = None) -> None:
+        linear_class(fixed).from_weight(square, None, fixed, plan, curvature=of_input)
 
-    def curvature() -> gptq.Curvature:
+    def decompose() -> gptq.Curvature:
         return gptq.curvature(gptq.inverse_factor(square.T @ square, gptq.DAMPING), TRIAL)
 
     def read() -> None:
@@ -149,9 +156,9 @@ def _planned_seconds(
         reading = _seconds(read) / TRIAL**2
         seconds += rows * (weights * multiplying + sum(each.k for each in inputs) * reading)
     if is_gptq:
-        of_square = curvature()
+        of_square = decompose()
         by_gptq = _seconds(lambda: pack(of_square)) / TRIAL**2 - packing
-        factor = _seconds(curvature) / TRIAL**3
+        factor = _seconds(decompose) / TRIAL**3
         seconds += tokens * products * running  # for the Hessians
         for each in inputs:
             seconds += each.k * tokens * (each.k * multiplying + reading)
@@ -165,7 +172,9 @@ def _seconds(work: Callable[[], object]) -> float:
     first call does not."""
     work()
     calls, started = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - started) < TRIAL_SECONDS:
+    while True:
         work()
         calls += 1
-    return seconds / calls
+        seconds = time.perf_counter() - started
+        if seconds >= TRIAL_SECONDS:
+            return seconds / calls

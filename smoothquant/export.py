@@ -18,7 +18,7 @@ from .checkpoint import check_target, write_folder
 from .linear import QuantizedLinear, W4A4Linear
 from .manifest import Manifest
 from .moe import W4A4Experts
-from .quantize import module_copy, replace_module
+from .quantize import module_copy, module_places, replace_module
 
 CODES_IN_INT32 = 8
 
@@ -58,12 +58,14 @@ def export_compressed_tensors(
         if isinstance(module, W4A4Experts):
             raise _not_expressible(name, "fused experts have no place in the format")
     exported = module_copy(model)
+    places = module_places(exported)
     schemes: list[tuple[dict[str, Any], list[str]]] = []
     for name, module in model.named_modules():
         if not isinstance(module, QuantizedLinear):
             continue
         scheme = _scheme(name, module)
-        replace_module(exported, name, _Packed(*_natural_weight(name, module, dtype), module.bias))
+        packed = _Packed(*_natural_weight(name, module, dtype), module.bias)
+        replace_module(exported, name, packed, places)
         named = next((names for other, names in schemes if other == scheme), None)
         if named is None:
             schemes.append((scheme, [name]))

@@ -61,7 +61,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
         torch.linalg.cholesky_ex(matrix.mT, upper=True, out=(matrix.mT, failed))
         if failed == 0:
             _invert_lower(matrix)
-            if all(bound.float().isfinite() for bound in torch.aminmax(matrix)):
+            if not len(matrix) or all(b.float().isfinite() for b in torch.aminmax(matrix)):
                 _turn(matrix, hessian)
                 return hessian
     return None
@@ -77,7 +77,8 @@ def curvature(factor: Tensor, k4: int) -> Curvature:
     inverse.copy_(factor[:k4, :k4])
     torch.cholesky_inverse(inverse, upper=True, out=inverse)
     floats = doubles.view(torch.float32)
-    for part in _blocks(k4 * k4, BLOCK * k):  # no value moves over one that is still to come
+    # no value moves over one that is still to come
+    for part in _blocks(k4 * k4, max(1, BLOCK * k)):
         floats[part] = doubles[part].float()
     kept = floats[k * k :].view(k, k).copy_(factor)
     return Curvature(kept, floats[: k4 * k4].view(k4, k4).mT, follow)
@@ -127,7 +128,7 @@ def gptq(
 def descend(
     weight: Tensor,
     rounded: Tensor,
-    curvature: Curvature,
+    of_input: Curvature,
     scales: Tensor,
     group_size: int,
     num_bits: int,
@@ -143,12 +144,13 @@ def descend(
     Args:
         weight: float32 [N, K], the weight that was rounded.
         rounded: float32 [N, K], what :func:`gptq` made of it; in place.
+        of_input: what :func:`curvature` made of the factor that it was rounded by.
         scales: float32 [N, G], as there; in place.
         group_size, num_bits: as there.
         own_scales: whether every scale may move; not where groups share one.
     """
     # With the salient columns at their optimum, the error of the outputs is tr(left hessian left^T)
-    hessian = curvature.hessian
+    hessian = of_input.hessian
     k4 = len(hessian)
     left = weight[:, :k4] - rounded[:, :k4]
     for _ in range(SWEEPS if k4 else 0):
@@ -161,7 +163,7 @@ def descend(
             ops.descend_block(block, gradient, h, scales, columns.start, group_size, num_bits)
             rounded[:, columns] = block
             left[:, columns] = weight[:, columns] - block
-    rounded[:, k4:] = weight[:, k4:] - left @ curvature.follow
+    rounded[:, k4:] = weight[:, k4:] - left @ of_input.follow
 
 
 def _blocks(columns: int, size: int) -> Iterator[slice]:
@@ -175,9 +177,9 @@ def _descend_scales(
     for group, columns in enumerate(_blocks(k4, group_size)):
         scale = scales[:, group]
         codes = rounded[:, columns] / torch.where(scale > 0, scale, 1).unsqueeze(1)
-        curvature = ((codes @ hessian[columns, columns]) * codes).sum(1)
+        bend = ((codes @ hessian[columns, columns]) * codes).sum(1)
         slope = ((left @ hessian[:, columns]) * codes).sum(1)
-        best = scale + torch.where(curvature > 0, slope / curvature, 0)
+        best = scale + torch.where(bend > 0, slope / bend, 0)
         stored = stored_scale(best)
         # as it is stored, a scale may be further off than the one before
         better = (stored > 0) & ((stored - best).abs() < (scale - best).abs())

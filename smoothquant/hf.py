@@ -134,7 +134,7 @@ class QuantizeLoadedWeights(ConversionOps):
                 f"{model.name_or_path}: lacks tensor {next(iter(self.awaited))} "
                 f"({len(self.awaited)} such)"
             )
-        check_kept_weights(model, self.groups)
+        check_kept_weights(model, self.items)
         order = [name for group in self.groups for name in group.names]
         places = {name: place for place, name in enumerate(order)}
         self.records.sort(key=lambda record: places[record.name])
@@ -260,8 +260,7 @@ class MixedQuantQuantizer(HfQuantizer):
                 header = self.headers.get(self.shared.get(perm, perm))
                 path = header.path if header else model.name_or_path
                 check_linear(path, name, module, module.state_dict())
-        if self.as_stored:  # in another dtype they may overflow
-            check_kept(model, self.headers)
+        check_kept(model, self.headers, cast=not self.as_stored)
         model.mixedquant_config = self.quantization_config.config
         attach(model)
 

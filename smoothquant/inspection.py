@@ -21,7 +21,13 @@ from .linear import QuantizedLinear, linear_class
 from .manifest import DTYPES, FORMAT_VERSION, Header, dtype_name
 from .model_size import Byte, distinct_tensors, get_model_size
 from .moe import W4A4Experts
-from .quantize import checked_groups, module_copy, quantization_report, replace_module
+from .quantize import (
+    checked_groups,
+    module_copy,
+    module_places,
+    quantization_report,
+    replace_module,
+)
 from .sorting import ChannelStats
 
 # What a quantized linear's tensors count as.
@@ -74,9 +80,9 @@ def planned_bytes(
     """`bytes_by_kind` of what `quantize` would make of a float model, which stays as it is; the
     same errors for arguments that do not fit it. Nothing is packed."""
     _, groups = checked_groups(model, config, stats)
-    if config.searches:  # what is found by trial takes no bytes
-        config = dataclasses.replace(config, act_clip=1.0, act_format="symmetric")
+    config = config.settled()  # what is found by trial takes no bytes
     planned = module_copy(model)
+    places = module_places(planned)
     blocks: dict[str, dict[tuple[int, str], QuantizedLinear]] = {}
     for group in groups:
         for name, (weight, bias) in zip(group.names, group.matrices(model), strict=True):
@@ -93,9 +99,10 @@ def planned_bytes(
             if group.expert:
                 blocks.setdefault(group.expert[0], {})[group.expert[1:]] = layer
             else:
-                replace_module(planned, name, layer)
+                replace_module(planned, name, layer, places)
     for name, layers in blocks.items():
-        replace_module(planned, name, W4A4Experts(layers, model.get_submodule(name).act_fn))
+        experts = W4A4Experts(layers, model.get_submodule(name).act_fn)
+        replace_module(planned, name, experts, places)
     return bytes_by_kind(planned)
 
 

@@ -33,11 +33,12 @@ def weight_in_packed_order(
     n, k = weight.shape
     k4 = k - plan.num_salient
     permuted = torch.empty(n, k)
+    perm = plan.perm.to(permuted.device)
     # a few rows at a time: what is held beside the result stays small
-    step = max(1, n if config.weight_quant == "per_tensor" else ROWS_VALUES // max(1, k))
+    step = max(1, n) if config.weight_quant == "per_tensor" else _rows_at_a_time(k)
     scales = []
     for rows, source in zip(permuted.split(step), weight.detach().split(step), strict=True):
-        torch.index_select(source.float(), 1, plan.perm, out=rows)
+        torch.index_select(source.to(rows.device).float(), 1, perm, out=rows)
         if config.rotation:
             rows[:, :k4] = ops.group_hadamard(rows[:, :k4], group_size, config.rotation)
         scales.append(weight_group_scales(rows[:, :k4], config, group_size))
@@ -49,6 +50,10 @@ def weight_in_packed_order(
         descend(permuted, rounded, curvature, scales, *grid, own_scales=own_scales)
         return rounded, scales
     return permuted, scales
+
+
+def _rows_at_a_time(k: int) -> int:
+    return max(1, ROWS_VALUES // max(1, k))
 
 
 def check_weight(weight: Tensor, bias: Tensor | None, plan: ChannelPlan) -> None:
@@ -64,7 +69,7 @@ def check_weight(weight: Tensor, bias: Tensor | None, plan: ChannelPlan) -> None
     if plan.perm.dtype != torch.int32 or not is_permutation(plan.perm, k):
         raise ValueError(f"plan.perm must be an int32 permutation of {k} channels")
     check_integer("plan.num_salient", plan.num_salient, 0, k)
-    if not largest_magnitude(weight).isfinite():
+    if not is_finite(weight):
         raise ValueError(f"weight of shape ({n}, {k}) holds NaN or Inf")
 
 
@@ -75,9 +80,21 @@ def largest_magnitude(tensor: Tensor) -> Tensor:
     return torch.stack(torch.aminmax(tensor.detach())).abs().max()
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are."""
+    return bool(largest_magnitude(tensor).isfinite())
+
+
 def is_permutation(perm: Tensor, k: int) -> bool:
     """Whether perm holds each of 0 ... k-1 once."""
     return perm.shape == (k,) and torch.equal(perm.sort().values.long().cpu(), torch.arange(k))
+
+
+def _identity(k: int, device: Any) -> Tensor:
+    """The permutation of k channels that moves none."""
+    perm = torch.empty(k, dtype=torch.int32, device=device)
+    # torch computes an arange on the meta device in Python, which takes long
+    return perm if perm.is_meta else torch.arange(k, dtype=torch.int32, device=perm.device)
 
 
 def layer_group_size(config: MixedQuantConfig, k4: int) -> int:
@@ -336,9 +353,7 @@ class W4A4Linear(QuantizedLinear):
         for name, shape, kind in zip(ops.PACKED, shapes, dtypes, strict=True):
             zeros = None if kind is None else torch.zeros(shape, dtype=kind, device=device)
             self.register_buffer(name, zeros)
-        # torch computes an arange on the meta device in Python, which takes long
-        perm = torch.arange(in_features, dtype=torch.int32).to(device=device)
-        self.register_buffer("perm", perm)
+        self.register_buffer("perm", _identity(in_features, device))
         zero_bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_buffer("bias", zero_bias)
 
@@ -517,8 +532,7 @@ class FakeW4A4Linear(QuantizedLinear):
         super().__init__(in_features, out_features, config, num_salient, quantize_output)
         weight = torch.zeros(out_features, in_features, dtype=dtype, device=device)
         self.register_buffer("simulated_weight", weight)
-        perm = torch.arange(in_features, dtype=torch.int32).to(device=device)
-        self.register_buffer("perm", perm)
+        self.register_buffer("perm", _identity(in_features, device))
         zero_bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_buffer("bias", zero_bias)
 
@@ -526,13 +540,13 @@ class FakeW4A4Linear(QuantizedLinear):
         dtype = self.simulated_weight.dtype
         k4 = self.in_features - self.num_salient
         q_max = 2 ** (self.config.num_bits - 1) - 1
-        step = max(1, ROWS_VALUES // max(1, self.in_features))
+        step = _rows_at_a_time(self.in_features)
         for rows, own in zip(permuted.split(step), scales.split(step), strict=True):
             by_column = own.repeat_interleave(self.group_size, dim=1)[:, :k4]
             rows[:, :k4] = round_to_grid(rows[:, :k4], by_column, q_max)
             rows[:, k4:] = stored_salient(rows[:, k4:], self.config, dtype)
         self.simulated_weight = permuted.to(dtype)
-        if not largest_magnitude(self.simulated_weight).isfinite():
+        if not is_finite(self.simulated_weight):
             raise ValueError(f"a rotated weight is beyond the range of {dtype}")
 
     def _forward(self, x: Tensor) -> Tensor:

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from .config import MixedQuantConfig
 from .errors import CheckpointError
-from .linear import QuantizedLinear, largest_magnitude, linear_class
+from .linear import QuantizedLinear, is_finite, linear_class
 from .model_size import distinct_tensors
 from .moe import PARTS, W4A4Experts, expert_names
-from .quantize import replace_module
+from .quantize import module_places, non_finite_parameters, replace_module
 
 FORMAT_VERSION = 3
 CONFIG = "config.json"
@@ -239,7 +239,7 @@ def unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def insert_linears(model: nn.Module, manifest: Manifest, path: Path | str = CONFIG) -> None:
     """Put layers without memory in the places of a float model that the manifest names."""
-    modules = dict(model.named_modules())
+    modules, places = dict(model.named_modules()), module_places(model)
     shapes: dict[str, torch.Size] = {}
     blocks: dict[str, dict[tuple[int, str], str]] = {}
     for name, module in modules.items():
@@ -261,12 +261,12 @@ def insert_linears(model: nn.Module, manifest: Manifest, path: Path | str = CONF
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: linear {name}: {error}") from error
         if name in modules:
-            replace_module(model, name, layers[name])
+            replace_module(model, name, layers[name], places)
     for block, names in blocks.items():
         lacking = [name for name in names.values() if name not in layers]
         if not lacking:
             experts = {key: layers[name] for key, name in names.items()}
-            replace_module(model, block, W4A4Experts(experts, modules[block].act_fn))
+            replace_module(model, block, W4A4Experts(experts, modules[block].act_fn), places)
         elif len(lacking) < len(names):
             raise CheckpointError(f"{path}: linear {lacking[0]} is missing")
 
@@ -387,7 +387,7 @@ def check_linear(path: Path, name: str, module: QuantizedLinear, own: Mapping[st
         if not torch.equal(own["perm"].cpu().sort().values, torch.arange(module.in_features).int()):
             yield "perm", "is no permutation of the channels"
         for key, tensor in own.items():
-            if tensor.is_floating_point() and not largest_magnitude(tensor).isfinite():
+            if tensor.is_floating_point() and not is_finite(tensor):
                 yield key, "holds NaN or Inf"
         for key in ("scales", "salient_scales"):
             if key in own and (own[key].dtype != torch.bfloat16 or (own[key] < 0).any()):
@@ -403,12 +403,15 @@ def check_linear(path: Path, name: str, module: QuantizedLinear, own: Mapping[st
         raise CheckpointError(f"{path}: tensor {name}.{key} {fault}")
 
 
-def check_kept(model: nn.Module, headers: Mapping[str, Header]) -> None:
-    """Refuse NaN and Inf in parameters that were not quantized; buffers may mask with them."""
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        known = name in headers and parameter.is_floating_point() and not parameter.is_meta
-        if known and not largest_magnitude(parameter).isfinite():
-            raise CheckpointError(f"{headers[name].path}: tensor {name} holds NaN or Inf")
+def check_kept(model: nn.Module, headers: Mapping[str, Header], *, cast: bool = False) -> None:
+    """Refuse NaN and Inf in parameters that were not quantized; buffers may mask with them.
+
+    cast: they were cast to another dtype, which may make Inf of a number, but never NaN.
+    """
+    for name, largest in non_finite_parameters(model, headers.__contains__):
+        if not cast or largest.isnan():
+            what = "NaN" if cast else "NaN or Inf"
+            raise CheckpointError(f"{headers[name].path}: tensor {name} holds {what}")
 
 
 def assign(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -207,12 +207,7 @@ def _best_alpha(
     """The strength of smoothing of least output error, summed over the readers; None for no
     smoothing. A strength that leaves the range of the model's dtype is none to take."""
     modules = dict(model.named_modules())
-    trial = dataclasses.replace(
-        config,
-        act_clip=1.0 if config.act_clip == "search" else config.act_clip,
-        act_format="zero_point" if config.act_format == "auto" else config.act_format,
-        weight_rounding="nearest",
-    )
+    trial = dataclasses.replace(config.settled(), weight_rounding="nearest")
 
     def error(alpha: float | None) -> float:
         factor = torch.ones(x.shape[1])

@@ -3,7 +3,7 @@
 import copy
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from .families import ATTENTION_INPUTS, LayerInput, known_inputs, layer_inputs, 
 from .linear import (
     QuantizedLinear,
     W4A4Linear,
+    is_finite,
     largest_magnitude,
     linear_class,
     refuse_quantized,
@@ -28,6 +29,7 @@ from .sorting import ChannelStats, check_blocks
 logger = logging.getLogger("smoothquant")
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KEPT_DTYPES = (*WEIGHT_DTYPES, torch.float64)  # of parameters that are looked through for NaN
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,13 @@ def quantize(
     if config.calibration is not None and stats is None and batches is None:
         batches = calibration_batches(model, tokenizer, config)
     check_batches(config, batches)
+    items = layer_inputs(model)
+    check_kept_weights(model, items)
     if stats is None and batches is not None:
         stats = collect_stats(model, batches, progress=progress)
-    items, groups = checked_groups(model, config, stats)
+    items, groups = checked_groups(model, config, stats, items)
     for group in groups:
         check_weights(model, group)
-    check_kept_weights(model, groups)
     warn_of_missing_stats(config, stats, groups)
     records = []
     total = sum(len(group.names) for group in groups)
@@ -190,7 +193,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     elif dtype not in WEIGHT_DTYPES:
         raise TypeError(f"dtype must be float32, float16 or bfloat16; got {dtype}")
     blocks = {n: m for n, m in model.named_modules() if isinstance(m, W4A4Experts)}
-    originals = _float_modules(model)
+    originals, places = _float_modules(model), module_places(model)
     unknown = [name for name in blocks if name not in originals]
     if unknown:
         raise ValueError(
@@ -205,7 +208,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             names = [f"{name}.{expert}.{part}" for expert in range(block.num_experts)]
             weights = [_float_weight(each, layers.pop(each), dtype) for each in names]
             setattr(fused, part, nn.Parameter(torch.stack(weights)))
-        replace_module(model, name, fused)
+        replace_module(model, name, fused, places)
     while layers:
         name, layer = layers.popitem()
         shape, linear = (layer.out_features, layer.in_features), originals.get(name)
@@ -213,7 +216,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             linear = nn.Linear(*reversed(shape), bias=layer.bias is not None, device="meta")
         linear.weight = nn.Parameter(_float_weight(name, layer, dtype))
         linear.bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype))
-        replace_module(model, name, linear)
+        replace_module(model, name, linear, places)
         del layer
     for name in ("mixedquant_config", "mixedquant_report"):
         vars(model).pop(name, None)
@@ -223,7 +226,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
 
 def _float_weight(name: str, layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
     weight = layer.dequantize().to(dtype)
-    if not largest_magnitude(weight).isfinite():
+    if not is_finite(weight):
         raise ValueError(f"weight of {name} is beyond the range of {dtype}")
     return weight
 
@@ -291,12 +294,12 @@ def simulated_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-Places = dict[nn.Module, list[tuple[nn.Module, str]]]
+_Places = dict[nn.Module, list[tuple[nn.Module, str]]]
 
 
-def module_places(model: nn.Module) -> Places:
+def module_places(model: nn.Module) -> _Places:
     """{module: (its parent, its name there) for every place that the model has it in}."""
-    places: Places = {}
+    places: _Places = {}
     for parent in model.modules():
         for name, child in parent._modules.items():
             places.setdefault(child, []).append((parent, name))
@@ -304,18 +307,23 @@ def module_places(model: nn.Module) -> Places:
 
 
 def replace_module(
-    model: nn.Module, name: str, module: nn.Module, places: Places | None = None
+    model: nn.Module, name: str, module: nn.Module, places: _Places | None = None
 ) -> None:
     """Put `module` in the place of a submodule, under every name that the model has for it.
 
-    places: `module_places` of the model, to look for them but once where many are replaced; those
-    of the submodule leave it.
+    places: `module_places` of the model, to look for them but once where many are replaced; the
+    submodule and what is below it leave it, so that nothing keeps their weights.
     """
     old = model.get_submodule(name)
     module.train(old.training)
     places = module_places(model) if places is None else places
     for parent, key in places.pop(old):
         setattr(parent, key, module)
+    below = set(old.modules())
+    for child in below & places.keys():
+        elsewhere = [place for place in places.pop(child) if place[0] not in below]
+        if elsewhere:
+            places[child] = elsewhere
 
 
 def _check_arguments(model, config, stats) -> None:
@@ -348,9 +356,13 @@ def check_batches(config: MixedQuantConfig, batches) -> None:
 
 
 def checked_groups(
-    model: nn.Module, config: MixedQuantConfig, stats: Mapping[str, ChannelStats] | None
+    model: nn.Module,
+    config: MixedQuantConfig,
+    stats: Mapping[str, ChannelStats] | None,
+    items: list[LayerInput] | None = None,
 ) -> tuple[list[LayerInput], list[Group]]:
-    """The model's layer inputs and groups, shapes and statistics having been found fit."""
+    """The model's layer inputs (or items, where they are known) and groups, shapes and statistics
+    having been found fit."""
     means_only = not stats or any(getattr(entry, "mean_only", False) for entry in stats.values())
     for needed, name in (
         (config.smooth_alpha is not None, "smooth_alpha"),
@@ -358,7 +370,7 @@ def checked_groups(
     ):
         if needed and means_only:
             raise ValueError(f"{name} needs stats that know more than each channel's mean")
-    items = layer_inputs(model)
+    items = layer_inputs(model) if items is None else items
     for item in items:
         for name in item.linears:
             module = model.get_submodule(name)
@@ -388,15 +400,32 @@ def check_weights(model: nn.Module, group: Group) -> None:
         _check_weight(name, weight, bias)
 
 
-def check_kept_weights(model: nn.Module, groups: Iterable[Group]) -> None:
-    """Raise ValueError for NaN or Inf in a parameter of no group: what is saved with one is not
-    loaded."""
-    quantized = {f"{group.expert[0]}.{group.expert[2]}" for group in groups if group.expert}
-    linears = {name for group in groups for name in group.names}
-    for name, parameter in model.named_parameters():
-        kept = name not in quantized and name.rpartition(".")[0] not in linears
-        if kept and parameter.is_floating_point() and not largest_magnitude(parameter).isfinite():
-            raise ValueError(f"parameter {name} holds NaN or Inf")
+def check_kept_weights(model: nn.Module, items: Iterable[LayerInput]) -> None:
+    """Raise ValueError for NaN or Inf in a parameter that none of these inputs' readers is: what is
+    saved with one is not loaded."""
+    linears: set[str] = set()
+    fused: set[str] = set()
+    for item in items:
+        linears.update(item.linears)
+        fused.update(f"{item.experts}.{part}" for part in PARTS if item.experts)
+
+    def kept(name: str) -> bool:
+        return name not in fused and name.rpartition(".")[0] not in linears
+
+    for name, _ in non_finite_parameters(model, kept):
+        raise ValueError(f"parameter {name} holds NaN or Inf")
+
+
+def non_finite_parameters(
+    model: nn.Module, wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, largest magnitude) of each parameter of a wanted name that holds NaN or Inf. Those
+    without memory, or of a dtype that is none of a float model, are not looked at."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if wanted(name) and parameter.dtype in KEPT_DTYPES and not parameter.is_meta:
+            largest = largest_magnitude(parameter)
+            if not largest.isfinite():
+                yield name, largest
 
 
 def _check_weight(name: str, weight: Tensor, bias: Tensor | None) -> None:
@@ -408,7 +437,7 @@ def _check_weight(name: str, weight: Tensor, bias: Tensor | None) -> None:
                 f"{what} of {name} must be float32, float16 or bfloat16 with values; "
                 f"got {tensor.dtype} on {tensor.device}"
             )
-        if not largest_magnitude(tensor).isfinite():
+        if not is_finite(tensor):
             raise ValueError(f"{what} of {name} holds NaN or Inf")
     stored = salient_dtype_for(weight.dtype)
     if largest_magnitude(weight).to(stored).isinf():

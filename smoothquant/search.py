@@ -37,6 +37,7 @@ class Trial:
         config = dataclasses.replace(config, backend="fake", quantize_output=False)
         layer = self._layer
         if layer is None or layer.config.rotation != config.rotation:
+            self._layer = layer = None  # not two of them at a time
             layer = FakeW4A4Linear.from_weight(self.weight.float(), None, config, self.plan)
             self._layer = layer
         layer.config = config  # the weight depends on no other choice
@@ -55,10 +56,12 @@ def resolve(
 
     Args:
         x: float32 [t, K], rows to try on; None, for an input that no token reached, gives
-            zero-points and no clip.
+            `MixedQuantConfig.settled`.
         never_negative: whether calibration saw no negative value, so that unsigned codes without
             rotation are a candidate.
     """
+    if x is None:
+        return config.settled()
     formats = [{"act_format": config.act_format}]
     if config.act_format == "auto":
         formats = [{"act_format": "zero_point"}]
@@ -66,8 +69,6 @@ def resolve(
             formats.append({"act_format": "unsigned", "rotation": 0})
     ratios = ACT_CLIPS if config.act_clip == "search" else (config.act_clip,)
     clips = [{"act_clip": ratio} for ratio in ratios]
-    if x is None:
-        return dataclasses.replace(config, **formats[0], **clips[0])
     trial = Trial(x, weight, x @ weight.float().T, plan)
 
     def best(base: dict, candidates: list[dict]) -> dict:

@@ -233,6 +233,10 @@ def test_bad_sources_are_named(source, tmp_path):
     save_file({**tensors, name: torch.full((88, 48), torch.nan)}, folder / TENSORS)
     with pytest.raises(ValueError, match="weight of model.decoder.layers.0.fc1 holds NaN"):
         convert(folder, target, config, progress=False)
+    norm = "model.decoder.layers.0.self_attn_layer_norm.weight"
+    save_file({**tensors, norm: torch.full((48,), torch.nan)}, folder / TENSORS)
+    with pytest.raises(ValueError, match=f"parameter {norm} holds NaN"):  # of no statistics
+        convert(folder, target, config, batches=[torch.ones(1, 8).long()], progress=False)
     (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=TENSORS):
         convert(folder, target, config)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from programs import ROOT
 
-from smoothquant import MixedQuantConfig
+from smoothquant import MixedQuantConfig, collect_stats, cost
 from smoothquant.convert import float_shapes
 from smoothquant.cost import planned_cost
 from smoothquant.inspection import planned_bytes
@@ -59,3 +59,46 @@ def test_plans_follow_what_is_asked_for(make_model, tmp_path):
     assert "Hessians" in plan(best).memory and "Hessians" not in whole.memory
     assert plan(fast, 0).memory.keys() == {"float model", "weights at work"}
     assert plan(best, 2**24).seconds > plan(best, 2**12).seconds
+
+
+@pytest.fixture
+def short_trials(monkeypatch):
+    monkeypatch.setattr(cost, "TRIAL", 64)
+    monkeypatch.setattr(cost, "TRIAL_SECONDS", 0.001)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"backend": "fake", "num_bits": 8, "act_clip": "search", "act_format": "symmetric"},
+        {"backend": "fake", "act_quant": "per_tensor", "act_clip": "search"},
+        {"rotation": 0, "act_format": "unsigned", "act_clip": "search"},
+    ],
+)
+def test_searches_are_planned_whatever_else_is_chosen(choices, make_model, short_trials):
+    config = MixedQuantConfig(group_size=16, **choices)
+    assert planned_cost(make_model("llama"), config, 0, 512).seconds > 0
+
+
+def test_smoothing_is_planned_with_statistics(make_model, token_ids, short_trials):
+    model = make_model("llama-bias")
+    stats = collect_stats(model, [token_ids], progress=False)
+    search = MixedQuantConfig(group_size=16, smooth_alpha="search")
+    with pytest.raises(ValueError, match="smooth_alpha needs stats"):
+        planned_cost(model, search, 0, 512)
+    planned = planned_cost(model, search, 0, 512, stats)
+    assert planned.memory["weights at work"] == 12 * 48 * 2 * 88  # gate and up
+    assert "smoothed weights" not in planned.memory
+    by_layer = planned_cost(model, search, 0, 512, stats, by_layer=True)
+    assert by_layer.memory["smoothed weights"] == 4 * 48 * (48 + 2 * 24 + 2 * 88)
+
+
+def test_the_widest_activation_counts_once(make_model, short_trials):
+    planned = planned_cost(make_model("llama"), MixedQuantConfig(group_size=16), 0, 512)
+    assert planned.memory["activations of a batch"] == cost.BATCH_COPIES * 512 * 88 * 4
+
+
+def test_a_trial_longer_than_its_time_counts(monkeypatch):
+    clock = iter([0.0, 0.4])
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: next(clock))
+    assert cost._seconds(lambda: None) == 0.4

@@ -86,7 +86,7 @@ def test_layers_store_what_gptq_rounded(cls, backend, salient_format):
     assert errors[0] < 0.6 * errors[1]
 
 
-@pytest.mark.parametrize("k, k4", [(300, 285), (257, 257), (5, 0)])
+@pytest.mark.parametrize("k, k4", [(300, 285), (257, 257), (5, 0), (0, 0)])
 def test_curvature_is_that_of_the_damped_hessian(k, k4):
     x = correlated_inputs(2000, k)
     hessian = x.T @ x

@@ -359,6 +359,15 @@ def test_broken_folders_are_refused_by_both_ways_in(load, spoil, message, pristi
         load(folder)
 
 
+def test_what_a_cast_cannot_have_made_is_refused(pristine, tmp_path):
+    folder = shutil.copytree(pristine, tmp_path / "q")
+    set_tensor("lm_head.weight", put(7, 1e30))(folder)
+    assert torch.isinf(from_pretrained(folder, dtype=torch.float16).lm_head.weight).any()
+    set_tensor("lm_head.weight", put(7, float("nan")))(folder)
+    with pytest.raises(CheckpointError, match="tensor lm_head.weight holds NaN$"):
+        from_pretrained(folder, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [

@@ -13,10 +13,11 @@ import pytest
 import torch
 from bits import assert_same_bits, forced_isa
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from smoothquant import ops, reference
 from smoothquant.config import MixedQuantConfig
-from smoothquant.linear import FakeW4A4Linear, W4A4Linear
+from smoothquant.linear import FakeW4A4Linear, W4A4Linear, weight_in_packed_order
 from smoothquant.sorting import ChannelPlan, ChannelStats, choose_channels
 
 SALIENT_FORMATS = ["16bit", "int8"]
@@ -360,6 +361,26 @@ def test_loading_checks_perm_and_takes_the_salient_dtype_over():
     state = half.state_dict() | {"perm": torch.zeros(150, dtype=torch.int32)}
     with pytest.raises(ValueError, match="perm is no permutation of 150 channels"):
         other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("cls, backend", [(W4A4Linear, "int4"), (FakeW4A4Linear, "fake")])
+def test_a_device_that_is_named_overrules_the_one_around(cls, backend):
+    config = MixedQuantConfig(group_size=32, backend=backend)
+    with torch.device("meta"):
+        here, there = cls(64, 48, config=config, device="cpu"), cls(64, 48, config=config)
+    assert {t.device.type for t in here.state_dict().values()} == {"cpu"}
+    assert torch.equal(here.perm, torch.arange(64).int())
+    assert {t.device.type for t in there.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "fast"])
+def test_a_weight_of_another_device_is_packed_on_the_cpu(recipe):
+    with FakeTensorMode():
+        weight, perm = torch.empty(8, 64, device="cuda"), torch.empty(64, device="cuda").int()
+        config = MixedQuantConfig(recipe=recipe, group_size=16)
+        made = weight_in_packed_order(weight, config, ChannelPlan(perm, 4), 16, None)
+    assert [tuple(t.shape) for t in made] == [(8, 64), (8, 4)]
+    assert {t.device.type for t in made} == {"cpu"}
 
 
 def test_a_layer_half_on_meta_is_refused():

@@ -14,7 +14,8 @@ from smoothquant.families import layer_inputs
 from smoothquant.linear import FakeW4A4Linear, QuantizedLinear, W4A4Linear
 from smoothquant.model_size import get_model_size
 from smoothquant.moe import PARTS, W4A4Experts, routed_inputs
-from smoothquant.quantize import module_places, quantize, replace_module
+from smoothquant.pipeline import ready_groups
+from smoothquant.quantize import checked_groups, module_places, pack, quantize, replace_module
 from smoothquant.sorting import ChannelStats, choose_channels
 
 CONFIG = MixedQuantConfig(group_size=20, salient_prop=0.1)
@@ -359,9 +360,51 @@ def test_a_module_of_two_names_is_replaced_under_both():
     assert shared not in places  # nothing keeps its weight
 
 
+def test_what_a_replaced_module_holds_may_stand_elsewhere_too():
+    model, shared = nn.Module(), nn.Linear(3, 3)
+    model.block, model.alone = nn.Sequential(nn.ReLU(), shared), shared
+    places = module_places(model)
+    old = weakref.ref(model.block)
+    replace_module(model, "block", nn.Identity(), places)
+    gc.collect()
+    assert old() is None and places[shared] == [(model, "alone")]
+    replace_module(model, "alone", new := nn.Linear(3, 3), places)
+    assert model.alone is new
+
+
+def test_fused_weights_are_freed_block_by_block(make_model):
+    model = make_model("mixtral")
+    fused = {n: weakref.ref(p) for n, p in model.named_parameters() if n.endswith(PARTS)}
+    assert len(fused) == 4
+    _, groups = checked_groups(model, CONFIG, None)
+    with torch.no_grad():
+        for record in pack(model, CONFIG, ready_groups(model, groups, CONFIG, None)):
+            if record.name == "model.layers.1.self_attn.o_proj":
+                gc.collect()
+                alive = {name for name, parameter in fused.items() if parameter() is not None}
+                assert alive == {name for name in fused if "layers.1" in name}
+
+
 def test_nan_in_what_is_kept_is_refused(make_model):
     model = make_model("llama")
     model.model.norm.weight.data[2] = float("inf")
     with pytest.raises(ValueError, match="parameter model.norm.weight holds NaN or Inf"):
         quantize(model, CONFIG, progress=False)
     assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def test_nan_in_what_is_kept_is_named_before_a_token_is_run(make_model, token_ids):
+    model = make_model("llama")
+    model.model.layers[0].input_layernorm.weight.data[2] = float("nan")
+    with pytest.raises(ValueError, match="parameter model.layers.0.input_layernorm.weight holds"):
+        quantize(model, CONFIG, batches=[token_ids], progress=False)
+
+
+@pytest.mark.parametrize("kind", ["meta", torch.float8_e4m3fn, torch.float64])
+def test_what_is_kept_may_be_without_memory_or_of_an_odd_dtype(kind, make_model):
+    model = make_model("llama-bias")
+    head = model.lm_head.weight.detach().to(kind)
+    model.lm_head.weight = nn.Parameter(head, requires_grad=False)
+    quantize(model, CONFIG, progress=False)
+    assert isinstance(model.model.layers[1].mlp.down_proj, W4A4Linear)
+    assert model.lm_head.weight.data_ptr() == head.data_ptr()

@@ -12,7 +12,7 @@ from smoothquant.calibration import token_blocks
 from smoothquant.config import MixedQuantConfig
 from smoothquant.families import layer_inputs
 from smoothquant.hessian import SAMPLE_ROWS, sample_rows
-from smoothquant.linear import QuantizedLinear, W4A4Linear
+from smoothquant.linear import FakeW4A4Linear, QuantizedLinear, W4A4Linear
 from smoothquant.search import ACT_CLIPS, Trial, resolve
 from smoothquant.sorting import ChannelPlan, ChannelStats
 
@@ -239,3 +239,25 @@ def test_bad_calibration(tiny):
         )
     with pytest.raises(ValueError, match="nowhere.txt"):
         quantize(model, MixedQuantConfig(calibration="nowhere.txt"), tokenizer=tokenizer)
+
+
+def test_settled_leaves_what_is_decided():
+    config = MixedQuantConfig(backend="fake", num_bits=8, act_clip="search")
+    assert config.settled() == MixedQuantConfig(backend="fake", num_bits=8, act_clip=1.0)
+    config = MixedQuantConfig(act_format="auto", act_clip=0.9)
+    assert config.settled() == MixedQuantConfig(act_format="zero_point", act_clip=0.9)
+    assert not MixedQuantConfig(recipe="best").settled().searches
+
+
+def test_a_trial_holds_one_layer_at_a_time(monkeypatch):
+    x, weight = layer()
+    trial = Trial(x, weight, x @ weight.T, PLAN)
+    make = FakeW4A4Linear.from_weight
+
+    def made(*args):
+        assert trial._layer is None
+        return make(*args)
+
+    monkeypatch.setattr(FakeW4A4Linear, "from_weight", made)
+    for rotation in (0, 32, 0):
+        trial.error(MixedQuantConfig(group_size=32, rotation=rotation))
