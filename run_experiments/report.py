@@ -32,6 +32,7 @@ STYLES = (
 )
 REFERENCE_COLOUR = "#404040"
 REFERENCE_DASHES = (0, (2, 2))
+FRONT_HEADROOM = 2.0  # times the largest perplexity on a Pareto front: what is drawn beside it
 
 
 @dataclass(frozen=True)
@@ -397,8 +398,13 @@ def _plots(every: Sequence[Row], name: str, dtype: str) -> dict[str, Plot]:
     best = front(every)
     if len(best) > 2:
         rest = [row for row in every if _is_packed(row) and row not in best]
+        # the front would lie flat under models that are useless
+        highest = FRONT_HEADROOM * max(row.result["perplexity"] for row in best)
+        near = [row for row in rest if row.result["perplexity"] <= highest]
+        above = f"; {len(rest) - len(near)} beyond {highest:,.3g} left out" * (near != rest)
+        rest = near
         plots["pareto"] = Plot(
-            f"{name}: perplexity by real bytes", f"Each point a packed model. {windows}.",
+            f"{name}: perplexity by real bytes", f"Each point a packed model{above}. {windows}.",
             "Model size (MiB)", "Perplexity", "linear", "log",
             (
                 Series(
@@ -615,19 +621,23 @@ def spread(wanted: Sequence[float], spacing: float, low: float, high: float) -> 
     """Move ascending positions as little as needed to be `spacing` apart, within [low, high]."""
     # Clusters of touching labels, each centred on the mean of what its members want.
     clusters: list[list[float]] = []  # [sum of (wanted - offset in cluster), count]
+
+    def start(total: float, count: float) -> float:
+        return max(low, min(total / count, high - (count - 1) * spacing))
+
     for position in wanted:
         clusters.append([position, 1])
         while len(clusters) > 1:
             (total, count), (next_total, next_count) = clusters[-2:]
-            if total / count + count * spacing <= next_total / next_count:
+            if start(total, count) + count * spacing <= start(next_total, next_count):
                 break
             clusters[-2:] = [
                 [total + next_total - next_count * count * spacing, count + next_count]
             ]
     placed = []
     for total, count in clusters:
-        start = max(low, min(total / count, high - (count - 1) * spacing))
-        placed += [start + index * spacing for index in range(int(count))]
+        first = start(total, count)
+        placed += [first + index * spacing for index in range(int(count))]
     return placed
 
 

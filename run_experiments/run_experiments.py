@@ -461,6 +461,16 @@ def _chosen_preset(args: argparse.Namespace) -> Preset:
     return override(PRESETS[args.preset], products, **fields)
 
 
+def _command(argv: Sequence[str], hidden: str | None = None) -> str:
+    """The command of these words, without a hidden option and its value."""
+    words, skip = ["python", "-m", "run_experiments"], False
+    for word in argv:
+        if not (skip or word in ("--plot", hidden) or word.startswith(f"{hidden}=")):
+            words.append(word)
+        skip = word == hidden
+    return shlex.join(words)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     from smoothquant.errors import CheckpointError
@@ -470,8 +480,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv[0] = "--plot"
     args = parse_args(argv)
     started = time.perf_counter()
-    made_by = [word for word in argv if word != "--plot"]
-    command = shlex.join(["python", "-m", "run_experiments", *made_by])
+    command = _command(argv)
+    recorded = _command(argv, hidden="--output")  # a place on this machine, which changes nothing
     try:
         preset = _chosen_preset(args)
         store = Store(args.output)
@@ -487,9 +497,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 plan = find_front(preset, store, args.budget, **workers)
             else:
                 plan = sweep(preset, store, **workers)
-        text, paths = report.write(store, plan, preset.model, args.figures, command)
+        text, paths = report.write(store, plan, preset.model, args.figures, recorded)
         if args.plot:
-            paths.append(page.write(store, plan, preset.model, args.figures, command))
+            paths.append(page.write(store, plan, preset.model, args.figures, recorded))
     except KeyboardInterrupt:
         print(
             f"\nStopped. Finished cells are kept in {args.output}; continue with\n  {command}",

@@ -735,6 +735,9 @@ def test_spread_keeps_order_and_distance():
         assert all(gap >= 0.05 - 1e-9 for gap in gaps)
         assert placed[0] >= 0 and placed[-1] <= 1 + 1e-9
     assert report.spread([0.2, 0.5], 0.1, 0.0, 1.0) == [0.2, 0.5]
+    # a cluster that the lower end pushes up pushes up the next
+    placed = report.spread([*[0.0] * 5, 0.17], 0.05, 0.0, 1.0)
+    assert placed == pytest.approx([0.05 * i for i in range(6)])
 
 
 def test_report_writes_figures_and_a_page_that_needs_no_network(compared, tmp_path):
