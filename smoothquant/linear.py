@@ -185,7 +185,8 @@ class QuantizedLinear(nn.Module):
         quantize_output: bool = False,
         curvature: Curvature | None = None,
     ) -> QuantizedLinear:
-        """Quantize a weight [N, K] (float32, float16 or bfloat16) by a channel plan.
+        """Quantize a weight [N, K] (float32, float16 or bfloat16) by a channel plan, on the CPU,
+        and put the layer on the weight's device.
 
         curvature: of the inputs (`smoothquant.gptq.curvature`), to round by GPTQ.
         """
@@ -203,7 +204,7 @@ class QuantizedLinear(nn.Module):
         layer._store(*weight_in_packed_order(weight, config, plan, layer.group_size, curvature))
         layer.perm = plan.perm.clone()
         layer.bias = None if bias is None else bias.detach().clone()
-        return layer
+        return layer.to(weight.device)
 
     def _store(self, permuted: Tensor, scales: Tensor) -> None:
         """Keep a weight given in packed order, fp32 [N, K], with its scales, fp32 [N, G]."""

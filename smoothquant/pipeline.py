@@ -258,7 +258,8 @@ def _never_negative(stats: ChannelStats | None) -> bool:
 
 def _with_curvature(item: Ready, hessian: Tensor | None) -> Ready:
     """The group with what GPTQ needs, or rounded to nearest where there is none."""
-    factor = None if hessian is None else gptq.inverse_factor(hessian, gptq.DAMPING)
+    # summed up where the model is; the CPU's LAPACK works in place
+    factor = None if hessian is None else gptq.inverse_factor(hessian.cpu(), gptq.DAMPING)
     if factor is not None:
         return item._replace(curvature=gptq.curvature(factor, len(factor) - item.plan.num_salient))
     why = "no token reached it" if hessian is None else "no damping helped"

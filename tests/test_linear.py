@@ -15,7 +15,7 @@ from bits import assert_same_bits, forced_isa
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from smoothquant import ops, reference
+from smoothquant import linear, ops, reference
 from smoothquant.config import MixedQuantConfig
 from smoothquant.linear import FakeW4A4Linear, W4A4Linear, weight_in_packed_order
 from smoothquant.sorting import ChannelPlan, ChannelStats, choose_channels
@@ -374,13 +374,18 @@ def test_a_device_that_is_named_overrules_the_one_around(cls, backend):
 
 
 @pytest.mark.parametrize("recipe", ["rtn", "fast"])
-def test_a_weight_of_another_device_is_packed_on_the_cpu(recipe):
+@pytest.mark.parametrize("cls, backend", [(W4A4Linear, "int4"), (FakeW4A4Linear, "fake")])
+def test_a_layer_is_where_its_weight_was(recipe, cls, backend, monkeypatch):
+    for check in ("is_finite", "is_permutation"):  # of values, which these tensors do not have
+        monkeypatch.setattr(linear, check, lambda *_: True)
     with FakeTensorMode():
-        weight, perm = torch.empty(8, 64, device="cuda"), torch.empty(64, device="cuda").int()
-        config = MixedQuantConfig(recipe=recipe, group_size=16)
-        made = weight_in_packed_order(weight, config, ChannelPlan(perm, 4), 16, None)
-    assert [tuple(t.shape) for t in made] == [(8, 64), (8, 4)]
-    assert {t.device.type for t in made} == {"cpu"}
+        weight, bias = torch.empty(8, 64, device="cuda"), torch.empty(8, device="cuda")
+        plan = ChannelPlan(torch.empty(64, device="cuda").int(), 4)
+        config = MixedQuantConfig(recipe=recipe, group_size=16, backend=backend)
+        packed = weight_in_packed_order(weight, config, plan, 16, None)
+        layer = cls.from_weight(weight, bias, config, plan)
+    assert {t.device.type for t in packed} == {"cpu"}
+    assert {t.device.type for t in layer.state_dict().values()} == {"cuda"}
 
 
 def test_a_layer_half_on_meta_is_refused():
