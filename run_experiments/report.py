@@ -397,12 +397,12 @@ def _plots(every: Sequence[Row], name: str, dtype: str) -> dict[str, Plot]:
     }  # fmt: skip
     best = front(every)
     if len(best) > 2:
-        rest = [row for row in every if _is_packed(row) and row not in best]
+        beaten = [row for row in every if _is_packed(row) and row not in best]
         # the front would lie flat under models that are useless
         highest = FRONT_HEADROOM * max(row.result["perplexity"] for row in best)
-        near = [row for row in rest if row.result["perplexity"] <= highest]
-        above = f"; {len(rest) - len(near)} beyond {highest:,.3g} left out" * (near != rest)
-        rest = near
+        rest = [row for row in beaten if row.result["perplexity"] <= highest]
+        left_out = len(beaten) - len(rest)
+        above = f"; {left_out} beyond {highest:,.3g} left out" if left_out else ""
         plots["pareto"] = Plot(
             f"{name}: perplexity by real bytes", f"Each point a packed model{above}. {windows}.",
             "Model size (MiB)", "Perplexity", "linear", "log",

@@ -553,6 +553,10 @@ def test_interrupt_says_how_to_resume(tmp_path, monkeypatch, capsys):
         (["--seqlen", "1"], "seqlen.*1"),
         (["--seqlen", "1000000"], "seqlen"),
         (["--model", "no/such folder"], "no/such folder"),
+        (["--executor", "cloud"], "^error: executor must be one of local.*cloud"),
+        (["--executor", "dask://host"], "^error: executor must be one of"),
+        (["--jobs", "0"], "^error: jobs.*0"),
+        (["--slurm", "timeout_min=5"], "^error: slurm: .*local"),
     ],
 )
 def test_bad_values_are_named_before_any_work(tmp_path, capsys, monkeypatch, arguments, message):

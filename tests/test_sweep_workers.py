@@ -22,7 +22,6 @@ from run_experiments import executors, grid, runner, sweep  # noqa: E402
 from run_experiments import store as store_module  # noqa: E402
 from run_experiments.claims import Claims  # noqa: E402
 from run_experiments.grid import PRESETS, Cell  # noqa: E402
-from run_experiments.run_experiments import main  # noqa: E402
 from run_experiments.store import Store  # noqa: E402
 from run_experiments.worker import Job, error_from_json, work  # noqa: E402
 from smoothquant.bundled import load_bundled  # noqa: E402
@@ -172,22 +171,6 @@ def test_workers_are_given_json_alone(monkeypatch, tmp_path):
         "calibration", "baseline", "quantized", "quantized", "quantized",
     ]  # fmt: skip
     assert Job.from_json(job).to_json() == job
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--executor", "cloud"], "executor must be one of local.*cloud"),
-        (["--executor", "dask://host"], "executor must be one of"),
-        (["--jobs", "0"], "jobs.*0"),
-        (["--slurm", "timeout_min=5"], "slurm: .*local"),
-    ],
-)
-def test_executors_that_cannot_be_meant_are_refused(arguments, message, tmp_path, capsys):
-    import re
-
-    assert main(["--preset", "tiny", "--output", str(tmp_path), *arguments]) == 1
-    assert re.search(f"^error: {message}", capsys.readouterr().err, re.M)
 
 
 @pytest.mark.parametrize(
