@@ -82,9 +82,7 @@ class Store:
             if file_sha256(artifact) != digest:
                 self._move_aside(artifact, "its contents are not those that were stored")
                 return self._move_aside(path, f"{artifact.name} was damaged")
-        if "run" not in record:
-            record["run"] = self._run(cell)
-        return record
+        return {**record, "run": self._run(cell)}
 
     def _run(self, cell: Cell) -> dict[str, Any]:
         # A result stands without it.
@@ -247,25 +245,10 @@ def _sound(text: str, cell: Cell) -> tuple[dict[str, Any], str | None]:
     if not isinstance(record, dict) or not isinstance(record.get("result"), dict):
         return {}, "no result in it"
     version = record.get("format_version")
-    if version not in (1, FORMAT_VERSION):
+    if version != FORMAT_VERSION:
         return {}, f"format_version {version!r}, not {FORMAT_VERSION}"
     if record.get("key") != cell.key or record.get("spec") != json.loads(cell.to_json()):
         return {}, "it belongs to another cell"
     if record.get("checksum") != _checksum(record["result"]):
         return {}, "the checksum does not fit"
-    return _upgraded(record) if version == 1 else record, None
-
-
-def _upgraded(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of format 1, which held the run inside of the result, in the present format."""
-    result = dict(record["result"])
-    run = dict(result.pop("run"))
-    if "artifact_sha256" in run:
-        result["artifact_sha256"] = run.pop("artifact_sha256")
-    return {
-        **record,
-        "format_version": FORMAT_VERSION,
-        "result": result,
-        "run": run,
-        "checksum": _checksum(result),
-    }
+    return record, None

@@ -411,22 +411,6 @@ def test_a_result_stands_without_its_run(tmp_path):
     assert store.get(cell) == {"value": 1, "run": {}}
 
 
-def test_results_of_the_format_before_are_read(tmp_path):
-    """With the run inside of the result, and all under one checksum."""
-    store = Store(tmp_path)
-    (line, *_) = (ROOT / "figures/grid/tiny-opt_cells.jsonl").read_text().splitlines()
-    record = json.loads(line)
-    assert record["format_version"] == 1
-    cell = Cell(**record["spec"])
-    store.path(cell).write_text(line)
-    assert store.get(cell) == record["result"]
-    assert Store(tmp_path / "other").adopt(ROOT / "figures/grid/tiny-opt_cells.jsonl") == 216
-    assert Store(tmp_path / "other").get(cell) == record["result"]
-    store.path(cell).write_text(line.replace("avx512vnni", "avx2"))
-    with pytest.warns(UserWarning, match="checksum"):
-        assert store.get(cell) is None
-
-
 def test_errors_of_workers_are_those_of_this_process(tmp_path):
     for kind in (ValueError, TypeError, RuntimeError):
         error = error_from_json(json.dumps({"type": kind.__name__, "message": "m"}))
