@@ -220,9 +220,9 @@ def quantize(
     if dry_run:
         for name, value in config.to_dict().items():
             typer.echo(f"{name:<20}{value}")
-        after = planned_bytes(model, config, known)
-        print_bytes(before, after)
         calibrated = config.calibration is not None and (known is None or config.needs_tokens)
+        after = planned_bytes(model, config, known, stats_to_come=calibrated)
+        print_bytes(before, after)
         print_cost(
             planned_cost(
                 model,

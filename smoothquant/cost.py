@@ -30,8 +30,7 @@ BATCH_COPIES = 4  # of the widest activation of a batch
 
 class Cost(NamedTuple):
     """memory: {what for: bytes}, held together at the worst, beside what imports take. seconds: on
-    this machine as busy as it is now, meant to be right to a factor of two; every expert of a
-    mixture counts for every token, so that there it is far over."""
+    this machine as busy as it is now, meant to be right to a factor of two."""
 
     memory: dict[str, int]
     seconds: float
@@ -39,12 +38,13 @@ class Cost(NamedTuple):
 
 class _Input(NamedTuple):
     """A layer input of k channels; n rows read it, in matrices the largest of which has n_largest.
-    layer: the decoder layer that holds them."""
+    layer: the decoder layer that holds them. share: of the tokens, those that reach them."""
 
     k: int
     n: int
     n_largest: int
     layer: str
+    share: float
 
 
 def planned_cost(
@@ -62,17 +62,19 @@ def planned_cost(
     Args:
         quantized_bytes: of the quantized model, as `smoothquant.inspection.planned_bytes` has them.
         tokens: that it is calibrated on; 0 for none, or where statistics are there already.
-        stats: as for `planned_bytes`; what only statistics make possible is refused without.
+        stats: as for `planned_bytes`, tokens meaning that they are to come.
         by_layer, spill: by `smoothquant.convert` and its `spill`, not by `quantize`.
     """
     layers = decoder_layers(model)
     inputs = []
     smoothed: Counter[str] = Counter()  # bytes of the weights that are, by layer
-    for group in checked_groups(model, config, stats)[1]:
+    routed = _routed_share(model)
+    for group in checked_groups(model, config, stats, stats_to_come=tokens > 0)[1]:
         weights = [weight for weight, _ in group.matrices(model)]
         rows, k = [len(weight) for weight in weights], weights[0].shape[1]
         layer = next((name for name in layers if group.name.startswith(name + ".")), "")
-        inputs.append(_Input(k, sum(rows), max(rows), layer))
+        share = routed if group.expert else 1.0
+        inputs.append(_Input(k, sum(rows), max(rows), layer, share))
         if config.smooth_alpha is not None and group.reads_norm:
             smoothed[layer] += sum(weight.nbytes for weight in weights)
     dtype = next(model.parameters()).dtype
@@ -89,6 +91,15 @@ def planned_cost(
     }
     seconds = _planned_seconds(inputs, config, dtype, tokens)
     return Cost({part: size for part, size in memory.items() if size}, seconds)
+
+
+def _routed_share(model: nn.Module) -> float:
+    """Of the tokens, those that reach one expert of a mixture in the mean; 1 if that is unknown."""
+    config = getattr(model, "config", None)
+    taken = getattr(config, "num_experts_per_tok", None)
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((e for e in (getattr(config, name, None) for name in names) if e), None)
+    return min(1.0, taken / experts) if taken and experts else 1.0
 
 
 def _weight_bytes(inputs: Sequence[_Input], config: MixedQuantConfig, dtype: torch.dtype) -> int:
@@ -140,7 +151,8 @@ def _planned_seconds(
     weights = sum(each.n * each.k for each in inputs)
     # what a token takes in the model: its products with weights, and in attention with other tokens
     layers = len({each.layer for each in inputs})
-    products = weights + layers * 2 * min(tokens, CALIBRATION_BLOCK) * inputs[0].k
+    products = sum(each.share * each.n * each.k for each in inputs)
+    products += layers * 2 * min(tokens, CALIBRATION_BLOCK) * inputs[0].k
     # for statistics; where layers are calibrated on those before them, once more to go on
     passes = 1 + bool(config.needs_tokens)
     seconds = weights * packing + passes * tokens * products * running
@@ -150,18 +162,19 @@ def _planned_seconds(
     if config.smooth_alpha == "search":
         trials += 2 + len(ALPHAS)
         seconds += weights * packing * (1 + len(ALPHAS))
-    rows = trials * min(tokens, SAMPLE_ROWS)
     is_gptq = config.weight_rounding == "gptq"
     if trials or is_gptq:
         reading = _seconds(read) / TRIAL**2
-        seconds += rows * (weights * multiplying + sum(each.k for each in inputs) * reading)
+        for each in inputs:
+            rows = trials * min(each.share * tokens, SAMPLE_ROWS)
+            seconds += rows * each.k * (each.n * multiplying + reading)
     if is_gptq:
         of_square = decompose()
         by_gptq = _seconds(lambda: pack(of_square)) / TRIAL**2 - packing
         factor = _seconds(decompose) / TRIAL**3
         seconds += tokens * products * running  # for the Hessians
         for each in inputs:
-            seconds += each.k * tokens * (each.k * multiplying + reading)
+            seconds += each.k * each.share * tokens * (each.k * multiplying + reading)
             seconds += each.n * each.k * by_gptq * max(each.k, TRIAL) / TRIAL
             seconds += each.k**3 * factor
     return seconds

@@ -75,11 +75,19 @@ def bytes_by_kind(model: nn.Module, held: Mapping[str, int] | None = None) -> di
 
 
 def planned_bytes(
-    model: nn.Module, config: MixedQuantConfig, stats: Mapping[str, ChannelStats] | None = None
+    model: nn.Module,
+    config: MixedQuantConfig,
+    stats: Mapping[str, ChannelStats] | None = None,
+    *,
+    stats_to_come: bool = False,
 ) -> dict[str, int]:
     """`bytes_by_kind` of what `quantize` would make of a float model, which stays as it is; the
-    same errors for arguments that do not fit it. Nothing is packed."""
-    _, groups = checked_groups(model, config, stats)
+    same errors for arguments that do not fit it. Nothing is packed.
+
+    stats_to_come: the model will be calibrated; without stats, or weights in memory, each input
+        counts with the average share of salient channels.
+    """
+    _, groups = checked_groups(model, config, stats, stats_to_come=stats_to_come)
     config = config.settled()  # what is found by trial takes no bytes
     planned = module_copy(model)
     places = module_places(planned)

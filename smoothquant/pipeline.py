@@ -106,7 +106,9 @@ def with_shares(model: nn.Module, groups: list[Group], config: MixedQuantConfig)
 def _demand(model: nn.Module, group: Group, config: MixedQuantConfig) -> Demand:
     matrices = [weight for weight, _ in group.matrices(model)]
     score, blocks = None, config.tp_blocks
-    if config.salient_allocation == "output" and group.stats is not None:
+    # what is only planned, without values or statistics, takes the average share
+    known = group.stats is not None and not matrices[0].is_meta
+    if config.salient_allocation == "output" and known:
         score = (group.stats.sq_sum / group.stats.count) * _weight_stats(matrices).sq_sum
     if config.sort_within_heads and group.heads:
         blocks = group.heads[0]

@@ -360,10 +360,14 @@ def checked_groups(
     config: MixedQuantConfig,
     stats: Mapping[str, ChannelStats] | None,
     items: list[LayerInput] | None = None,
+    *,
+    stats_to_come: bool = False,
 ) -> tuple[list[LayerInput], list[Group]]:
     """The model's layer inputs (or items, where they are known) and groups, shapes and statistics
-    having been found fit."""
-    means_only = not stats or any(getattr(entry, "mean_only", False) for entry in stats.values())
+    having been found fit. stats_to_come: where there are none yet, what needs them is no fault."""
+    means_only = not stats_to_come
+    if stats:
+        means_only = any(getattr(entry, "mean_only", False) for entry in stats.values())
     for needed, name in (
         (config.smooth_alpha is not None, "smooth_alpha"),
         (config.salient_allocation == "output", "salient_allocation='output'"),

@@ -1,5 +1,6 @@
 """What a dry run says of memory and time, and the bound that conversion keeps to."""
 
+import dataclasses
 import json
 import platform
 import subprocess
@@ -85,12 +86,38 @@ def test_smoothing_is_planned_with_statistics(make_model, token_ids, short_trial
     stats = collect_stats(model, [token_ids], progress=False)
     search = MixedQuantConfig(group_size=16, smooth_alpha="search")
     with pytest.raises(ValueError, match="smooth_alpha needs stats"):
-        planned_cost(model, search, 0, 512)
+        planned_cost(model, search, 0)
     planned = planned_cost(model, search, 0, 512, stats)
+    assert planned.memory == planned_cost(model, search, 0, 512).memory
     assert planned.memory["weights at work"] == 12 * 48 * 2 * 88  # gate and up
     assert "smoothed weights" not in planned.memory
     by_layer = planned_cost(model, search, 0, 512, stats, by_layer=True)
     assert by_layer.memory["smoothed weights"] == 4 * 48 * (48 + 2 * 24 + 2 * 88)
+
+
+@pytest.mark.parametrize("with_stats", [False, True])
+def test_competing_shares_are_planned_without_weights(with_stats, make_model, token_ids, tmp_path):
+    model = make_model("llama")
+    stats = collect_stats(model, [token_ids], progress=False) if with_stats else None
+    model.save_pretrained(tmp_path / "m")
+    shapes = float_shapes(tmp_path / "m")
+    config = MixedQuantConfig(group_size=16, salient_allocation="output", salient_prop=0.25)
+    with pytest.raises(ValueError, match="needs stats"):
+        planned_bytes(model, config)
+    uniform = planned_bytes(model, dataclasses.replace(config, salient_allocation="uniform"))
+    assert planned_bytes(shapes, config, stats, stats_to_come=True) == uniform
+
+
+def test_an_expert_counts_for_the_tokens_that_reach_it(make_model, short_trials, monkeypatch):
+    monkeypatch.setattr(cost, "_seconds", lambda work: 1.0)
+    model, config = make_model("mixtral"), MixedQuantConfig(group_size=16)
+    routed = [planned_cost(model, config, 0, tokens).seconds for tokens in (1024, 2048)]
+    model.config.num_experts_per_tok = model.config.num_local_experts
+    dense = [planned_cost(model, config, 0, tokens).seconds for tokens in (1024, 2048)]
+    weights = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    spared = [all_experts - some for all_experts, some in zip(dense, routed, strict=True)]
+    half = [tokens * weights / 2 / cost.TRIAL**3 for tokens in (1024, 2048)]
+    assert spared == pytest.approx(half, rel=0.01)
 
 
 def test_the_widest_activation_counts_once(make_model, short_trials):
