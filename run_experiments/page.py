@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import report
+from .drawing import REFERENCE_COLOUR, STYLES, colour_range, styles
 from .grid import Cell
-from .report import Plot, Row
+from .plots import Plot, is_log, plots_of
+from .rows import Row, stored_rows
 from .store import Store, write_atomically
+from .tables import by_layer_and_kind, layer_name
 
 SYMBOLS = {
     "o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down",
@@ -43,9 +45,9 @@ def write(
             f"the page needs a package that is missing ({error}): "
             "pip install 'smoothquant[experiments]'"
         ) from error
-    rows = report.stored_rows(store, cells)
+    rows = stored_rows(store, cells)
     stem = Path(model_name).name
-    plots = report._plots(rows, stem, cells[0].model["dtype"])
+    plots = plots_of(rows, stem, cells[0].model["dtype"])
     sections = [
         f"<section><h2>{html.escape(plot.title)}</h2><p>{html.escape(plot.about)}</p>"
         f"{_html(_chart(plot), name)}</section>"
@@ -112,7 +114,7 @@ def _chart(plot: Plot):
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    for style, line in zip(report._styles(plot.series), plot.series, strict=True):
+    for style, line in zip(styles(plot.series), plot.series, strict=True):
         colour, marker, dashes = style
         figure.add_scatter(
             x=[x for x, _ in line.points],
@@ -125,21 +127,21 @@ def _chart(plot: Plot):
             text=[html.escape(row.cell.settings) for row in line.rows] or None,
             hovertemplate="%{text}<br>%{x}: <b>%{y:.6g}</b>" if line.rows else None,
         )
-    is_log = report.is_log(plot)
+    log = is_log(plot)
     if plot.level:
         name, height = plot.level
-        figure.add_hline(height, line={"color": report.REFERENCE_COLOUR, "dash": "dot"})
+        figure.add_hline(height, line={"color": REFERENCE_COLOUR, "dash": "dot"})
         figure.add_annotation(
             text=f"{name} ({height:,.4g})", x=0, xref="paper", xanchor="left", yshift=-9,
-            y=math.log10(height) if is_log else height, showarrow=False,
-            font={"color": report.REFERENCE_COLOUR},
+            y=math.log10(height) if log else height, showarrow=False,
+            font={"color": REFERENCE_COLOUR},
         )  # fmt: skip
     figure.update_xaxes(title=_broken(plot.x_name), type=plot.x_scale)
     if plot.x_scale == "log":
         xs = sorted({x for line in plot.series for x, _ in line.points})
         figure.update_xaxes(tickvals=xs, ticktext=[f"{x:g}" for x in xs])
-    figure.update_yaxes(title=_broken(plot.y_name), type="log" if is_log else "linear")
-    if is_log:
+    figure.update_yaxes(title=_broken(plot.y_name), type="log" if log else "linear")
+    if log:
         ticks = [m * 10.0**e for e in range(-6, 12) for m in (1, 2, 5)]
         figure.update_yaxes(tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks])
     _settle(figure, 440)
@@ -157,7 +159,7 @@ def _broken(name: str) -> str:
 def _dash(dashes: Any) -> str:
     if isinstance(dashes, str):
         return DASHES[dashes]
-    others = [style[2] for style in report.STYLES if not isinstance(style[2], str)]
+    others = [style[2] for style in STYLES if not isinstance(style[2], str)]
     return LONG_DASHES[others.index(dashes)]
 
 
@@ -168,13 +170,13 @@ def _heat_maps(layers: Sequence[tuple[Cell, dict[str, Any]]]):
     figure, names = go.Figure(), []
     for cell, result in layers:
         for compared in result["compared"]:
-            kinds, numbers, decibels = report._pivot(result["errors"], compared)
+            kinds, numbers, decibels = by_layer_and_kind(result["errors"], compared)
             values = [[decibels.get((layer, kind)) for layer in numbers] for kind in kinds]
-            low, high = report._colour_range(values)
+            low, high = colour_range(values)
             one, _, other = compared.partition(" - ")
             names.append(f"{cell.settings}: {one} against {other or 'the 16-bit model'}")
             figure.add_heatmap(
-                x=[report._layer_name(layer) for layer in numbers],
+                x=[layer_name(layer) for layer in numbers],
                 y=kinds,
                 z=values,
                 zmin=low,

@@ -46,6 +46,7 @@ from run_experiments.identity import (
     wikitext_identity,
 )
 from run_experiments.report import plot_results
+from run_experiments.rows import stored_rows
 from run_experiments.search import Budget, search, space
 from run_experiments.store import Store
 from run_experiments.worker import Job, unload
@@ -106,7 +107,7 @@ def run_experiments(
     plan = sweep(chosen, store)
     found = {
         (row.config["group_size"], row.config["salient_prop"]): row
-        for row in report.stored_rows(store, plan)
+        for row in stored_rows(store, plan)
         if row.config is not None
     }
     results: dict[str, dict[float, list[float]]] = {"perplexity": {}, "model_size": {}}
@@ -170,7 +171,7 @@ def find_front(
         preset, store, progress, workers: as `sweep`.
 
     Returns:
-        all cells of these choices that the store holds by then: `report.front` picks the front.
+        all cells of these choices that the store holds by then: `rows.front` picks the front.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `sweep`; RuntimeError without Optuna, too.

@@ -22,9 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import run_experiments  # noqa: E402
-from run_experiments import grid, page, report, runner  # noqa: E402
+from run_experiments import drawing, grid, page, report, runner, tables  # noqa: E402
 from run_experiments.grid import PRESETS, Cell, Product  # noqa: E402
 from run_experiments.peers import METHODS  # noqa: E402
+from run_experiments.plots import plots_of  # noqa: E402
+from run_experiments.rows import Row  # noqa: E402
 from run_experiments.run_experiments import main  # noqa: E402
 from run_experiments.store import Store  # noqa: E402
 from smoothquant.bundled import load_bundled, wikitext  # noqa: E402
@@ -594,7 +596,7 @@ def fake_row(group_size, salient_prop, perplexity, **config):
     result = {"perplexity": perplexity, "windows": 2, "seqlen": 128, "run": run}
     result |= {"model_bytes": 2**20, "bits_per_weight": 4.5}
     config = fields | {"group_size": group_size, "salient_prop": salient_prop}
-    return report.Row(config, result)
+    return Row(config, result)
 
 
 def test_figures_and_their_data(finished):
@@ -659,7 +661,7 @@ report.write(store, cells, "tiny-opt", sys.argv[3], "command")
 
 
 def test_table_shows_what_is_not_finite():
-    text = report.table([fake_row(8, 0.0, None), fake_row(16, 0.05, 12.5)])
+    text = tables.table([fake_row(8, 0.0, None), fake_row(16, 0.05, 12.5)])
     assert "not finite" in text and "12.50" in text
     assert len({len(line) for line in text.splitlines()}) == 1
 
@@ -668,8 +670,8 @@ def test_table_shows_kl_top1_and_the_bits_of_other_methods():
     row = fake_row(16, 0.05, 12.5)
     row.result.update(kl=0.12345, top1=0.6789)
     other = fake_row(128, 0.0, 20.0)
-    other = report.Row({"method": "atom-style", "group_size": 128}, other.result)
-    text = report.table([row, other, fake_row(8, 0.05, 13.0, backend="fake")])
+    other = Row({"method": "atom-style", "group_size": 128}, other.result)
+    text = tables.table([row, other, fake_row(8, 0.05, 13.0, backend="fake")])
     lines = [[field.strip() for field in line.split("|")[1:-1]] for line in text.splitlines()]
     assert lines[0][:1] + lines[0][-5:-1] == ["method", "PPL", "vs 16-bit", "KL", "top-1"]
     found = dict(zip(lines[0], lines[2], strict=True))
@@ -685,8 +687,8 @@ def test_figures_hold_a_line_per_recipe_and_the_other_methods():
         for p in (0.05, 0.1)
         for g in (32, 128)
     ]
-    other = report.Row({"method": "atom-style", "group_size": 128}, rows[0].result)
-    plots = report._plots([*rows, other, fake_row(8, 0.05, None)], "m", "float32")
+    other = Row({"method": "atom-style", "group_size": 128}, rows[0].result)
+    plots = plots_of([*rows, other, fake_row(8, 0.05, None)], "m", "float32")
     labels = [f"{r}, {p} % salient" for r in ("rtn", "fast", "best") for p in (5, 10)]
     assert [line.label for line in plots["ppl_vs_group_size"].series] == labels
     assert [line.label for line in plots["ppl_vs_bits"].series] == [*labels, "atom-style"]
@@ -694,11 +696,11 @@ def test_figures_hold_a_line_per_recipe_and_the_other_methods():
         "5 % salient",
         "10 % salient",
     ]
-    styles = report._styles(plots["ppl_vs_bits"].series)
+    styles = drawing.styles(plots["ppl_vs_bits"].series)
     assert len(set(styles)) == 7
     assert len({colour for colour, _, _ in styles}) == 4
     assert "kl_vs_bits" not in plots  # no KL was measured
-    assert report._plots([other], "m", "float32") == {}
+    assert plots_of([other], "m", "float32") == {}
 
 
 def test_figure_of_sort_keys_holds_a_line_per_key_of_the_most_compared_share():
@@ -709,11 +711,11 @@ def test_figure_of_sort_keys_holds_a_line_per_key_of_the_most_compared_share():
         for g in (128, 32)
     ]
     rows += [fake_row(32, 0.05, 9.0, sort=sort, backend="fake") for sort in ("max", "argmax")]
-    plot = report._plots(rows, "m", "float32")["ppl_by_sort"]
+    plot = plots_of(rows, "m", "float32")["ppl_by_sort"]
     assert [line.label for line in plot.series] == ["unsorted", "rms"]
     assert plot.series[0].points == ((32, 42.0), (128, 138.0))
     assert "rtn, 10 % salient" in plot.about
-    assert "ppl_by_sort" not in report._plots(rows[:4], "m", "float32")
+    assert "ppl_by_sort" not in plots_of(rows[:4], "m", "float32")
 
 
 def test_layer_table_and_colours_of_what_has_no_number():
@@ -721,26 +723,26 @@ def test_layer_table_and_colours_of_what_has_no_number():
         {"layer": layer, "kind": kind, "decibels": {"int4": value}}
         for layer, kind, value in [(None, "head", 3.0), (0, "fc1", None), (0, "fc2", 20.04)]
     ]
-    lines = report.layer_table(errors).splitlines()
+    lines = tables.layer_table(errors).splitlines()
     assert [field.strip() for field in lines[2].split("|")[1:-1]] == ["-", "3.0", "-", "-"]
     assert [field.strip() for field in lines[3].split("|")[1:-1]] == ["0", "-", "-", "20.0"]
     values = [[float(i) for i in range(100)], [None, 1e6]]
-    low, high = report._colour_range(values)
+    low, high = drawing.colour_range(values)
     assert low == 5 and high == 95
-    assert report._colour_range([[None]]) == (0, 0)
+    assert drawing.colour_range([[None]]) == (0, 0)
 
 
 def test_spread_keeps_order_and_distance():
     generator = random.Random(0)
     for _ in range(200):
         wanted = sorted(generator.uniform(0, 1) for _ in range(generator.randint(1, 8)))
-        placed = report.spread(wanted, 0.05, 0.0, 1.0)
+        placed = drawing.spread(wanted, 0.05, 0.0, 1.0)
         gaps = [b - a for a, b in zip(placed, placed[1:], strict=False)]
         assert all(gap >= 0.05 - 1e-9 for gap in gaps)
         assert placed[0] >= 0 and placed[-1] <= 1 + 1e-9
-    assert report.spread([0.2, 0.5], 0.1, 0.0, 1.0) == [0.2, 0.5]
+    assert drawing.spread([0.2, 0.5], 0.1, 0.0, 1.0) == [0.2, 0.5]
     # a cluster that the lower end pushes up pushes up the next
-    placed = report.spread([*[0.0] * 5, 0.17], 0.05, 0.0, 1.0)
+    placed = drawing.spread([*[0.0] * 5, 0.17], 0.05, 0.0, 1.0)
     assert placed == pytest.approx([0.05 * i for i in range(6)])
 
 

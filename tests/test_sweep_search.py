@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run_experiments import find_front, grid, report, runner  # noqa: E402
+from run_experiments import find_front, grid, runner  # noqa: E402
 from run_experiments.grid import PRESETS  # noqa: E402
+from run_experiments.rows import Row, front, stored_rows  # noqa: E402
 from run_experiments.run_experiments import main  # noqa: E402
 from run_experiments.search import Budget, space  # noqa: E402
 from run_experiments.store import Store  # noqa: E402
@@ -59,7 +60,7 @@ def computed(monkeypatch):
 
 
 def front_of(store, cells):
-    rows = report.front(report.stored_rows(store, cells))
+    rows = front(stored_rows(store, cells))
     return [(row.result["model_bytes"], row.result["perplexity"]) for row in rows]
 
 
@@ -79,10 +80,10 @@ def test_the_space_is_every_combination_of_the_choices():
 def test_front_holds_what_nothing_beats():
     def row(size, perplexity, backend="int4"):
         result = {"model_bytes": size, "perplexity": perplexity}
-        return report.Row({"backend": backend, "group_size": 8}, result)
+        return Row({"backend": backend, "group_size": 8}, result)
 
     rows = [row(5, 9.0), row(3, 20.0), row(4, 21.0), row(4, 15.0), row(6, 9.0), row(2, None)]
-    found = report.front([*rows, row(1, 1.0, "fake"), report.Row(None, {"perplexity": 1.0})])
+    found = front([*rows, row(1, 1.0, "fake"), Row(None, {"perplexity": 1.0})])
     assert found == [rows[1], rows[3], rows[0]]
 
 

@@ -1,0 +1,118 @@
+"""Results as tables: Markdown for reading, CSV for other programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .rows import Row, percent, windows_text
+from .store import write_atomically
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A Markdown table of the results, one line per evaluated model."""
+    reference = next((r.result["perplexity"] for r in rows if r.config is None), None)
+    head = (
+        ["method", "group", "salient", "sort", "backend"]
+        + ["bits/weight", "size MiB", "PPL", "vs 16-bit", "KL", "top-1", "tokens/s"]
+    )  # fmt: skip
+    body = [[*_settings(row), *_numbers(row, reference)] for row in rows]
+    return _markdown(head, body)
+
+
+def _settings(row: Row) -> list[str]:
+    if row.config is None:
+        return ["16-bit model", "-", "-", "-", "-"]
+    c = row.config
+    group = "-" if c["group_size"] is None else str(c["group_size"])
+    if row.is_other_method:
+        return [row.method, group, "-", "-", "fake"]
+    return [row.method, group, percent(c["salient_prop"]), c["sort"], c["backend"]]
+
+
+def _numbers(row: Row, reference: float | None) -> list[str]:
+    result = row.result
+    perplexity = result["perplexity"]
+    # The simulation holds float weights: its bytes say nothing about the method, and its bits only
+    # where they were computed.
+    real = row.config is None or row.config.get("backend") == "int4"
+    bits = f"{row.bits_per_weight:.3f}" if real or row.is_other_method else "-"
+    size = f"{row.size_mib:.1f}" if real else "-"
+    delta = "-"
+    if perplexity is not None and row.config is not None and reference is not None:
+        delta = f"{perplexity - reference:+.2f}"
+    kl, top1 = result.get("kl"), result.get("top1")
+    return [
+        bits,
+        size,
+        "not finite" if perplexity is None else _number(perplexity),
+        delta,
+        "-" if kl is None else f"{kl:.4f}",
+        "-" if top1 is None else f"{100 * top1:.1f} %",
+        f"{speed:,.0f}" if (speed := result["run"].get("tokens_per_s")) else "-",
+    ]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.2f}" if value < 1e5 else f"{value:.2e}"
+
+
+def _markdown(head: list[str], body: list[list[str]]) -> str:
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    # Words to the left, numbers to the right.
+    left = {"method", "sort", "backend"}
+
+    def line(fields: list[str]) -> str:
+        padded = (
+            f.ljust(w) if h in left else f.rjust(w)
+            for f, w, h in zip(fields, widths, head, strict=True)
+        )
+        return "| " + " | ".join(padded) + " |"
+
+    rule = [
+        ("-" * w) if h in left else ("-" * (w - 1) + ":") for w, h in zip(widths, head, strict=True)
+    ]
+    return "\n".join([line(head), line(rule), *map(line, body)])
+
+
+def layer_table(errors: Sequence[dict[str, Any]], of: str = "int4") -> str:
+    """A Markdown table of decibels, decoder layers down, kinds of layers across.
+
+    errors: as a "layers" cell holds them, {"layer", "kind", "decibels": {name: value or None}}.
+    of: the name whose decibels are shown.
+    """
+    kinds, layers, decibels = by_layer_and_kind(errors, of)
+    body = [
+        [layer_name(layer), *(_decibels(decibels.get((layer, kind))) for kind in kinds)]
+        for layer in layers
+    ]
+    return _markdown(["layer", *kinds], body)
+
+
+def by_layer_and_kind(errors: Sequence[dict[str, Any]], of: str) -> tuple[list, list, dict]:
+    """(kinds, layers, {(layer, kind): decibels or None})."""
+    kinds = list(dict.fromkeys(error["kind"] for error in errors))
+    layers = list(dict.fromkeys(error["layer"] for error in errors))
+    return kinds, layers, {(e["layer"], e["kind"]): e["decibels"][of] for e in errors}
+
+
+def layer_name(layer: int | None) -> str:
+    return "-" if layer is None else str(layer)
+
+
+def _decibels(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def layers_title(settings: str, result: dict[str, Any]) -> str:
+    windows = windows_text(result["windows"], result["seqlen"])
+    return f"Signal over error in dB, {settings}, int4, {windows}"
+
+
+def write_csv(path: Path, head: list, rows: Iterable[list]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    write_atomically(path, text.getvalue())
