@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .calibration import evaluating, hooked, no_cache, without_head
 from .families import decoder_layers
+from .spill import empty
 
 logger = logging.getLogger("smoothquant")
 
@@ -85,7 +86,7 @@ def blocks(
 
     Args:
         batches: int64 [B, T] tensors of token ids, without padding.
-        spill: a folder whose files hold the hidden states between layers; None: memory does.
+        spill: a folder for files of the hidden states between layers; None: memory holds them.
     """
     layers = decoder_layers(model)
     inside = all(any(name.startswith(layer + ".") for layer in layers) for name in names)
@@ -104,10 +105,7 @@ def blocks(
             )
         yield Block(model, "", [lambda batch=batch: whole(batch) for batch in batches], batches)
         return
-    hidden = [
-        _kept(_first_hidden(model, layers[0], batch, whole), at, spill)
-        for at, batch in enumerate(batches)
-    ]
+    hidden = [_kept(_first_hidden(model, layers[0], batch, whole), spill) for batch in batches]
     shapes = [batch.shape for batch in batches]
     for index, layer in enumerate(layers):
 
@@ -121,17 +119,12 @@ def blocks(
             return
         with torch.no_grad(), evaluating(model):
             for at in range(len(batches)):
-                hidden[at] = _kept(forward(at), at, spill)
+                hidden[at] = _kept(forward(at), spill)
 
 
-def _kept(hidden: Tensor, at: int, spill: Path | None) -> Tensor:
-    """The hidden states of a batch where they wait: as they are, or mapped from a file, so that
-    the system may write them out and forget them."""
-    if spill is None:
-        return hidden
-    spill.mkdir(exist_ok=True)
-    file = {"filename": str(spill / f"{at}.bin"), "shared": True, "size": hidden.numel()}
-    return torch.from_file(**file, dtype=hidden.dtype).view(hidden.shape).copy_(hidden)
+def _kept(hidden: Tensor, spill: Path | None) -> Tensor:
+    """The hidden states of a batch where they wait."""
+    return hidden if spill is None else empty(hidden.shape, hidden.dtype, spill).copy_(hidden)
 
 
 def _only_hidden(output) -> Tensor:

@@ -169,7 +169,7 @@ def collect_stats(
         batches: int64 [B, T] tensors of token ids, without padding.
         by_layer: run all batches through one decoder layer after the other, not through the model
             one after the other: for weights that do not stay in memory.
-        spill: by layer only: a folder whose files hold the hidden states between two layers.
+        spill: by layer only: a folder for files of the hidden states between two layers.
         progress: show a progress bar.
 
     Returns:

@@ -170,7 +170,7 @@ def quantize(
     ] = False,
     spill: Annotated[
         bool,
-        typer.Option("--spill", help="By layer: let hidden states wait on the disk, too."),
+        typer.Option("--spill", help="By layer: hidden states and GPTQ's matrices in files."),
     ] = False,
     overwrite: Overwrite = False,
     dry_run: Annotated[

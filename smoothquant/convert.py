@@ -131,8 +131,8 @@ def convert(
         config, stats, batches: as for `quantize`. Statistics that are not given are collected
             from the batches, one decoder layer at a time.
         tokenizer: the model's, for ``config.calibration``; None: the one in `source`.
-        spill: let the hidden states of the calibration tokens wait in files beside the target, not
-            in memory, between one decoder layer and the next.
+        spill: let the hidden states of the calibration tokens, which wait between one decoder layer
+            and the next, and the matrices of GPTQ lie in files beside the target, not in memory.
         overwrite: replace a folder that holds a quantized model.
         progress: show progress bars.
 
@@ -157,7 +157,7 @@ def convert(
     work = target.with_name(f".{target.name}.partial")
     _begin(work, _identity(headers, config, stats, batches))
     folder, mapped = work / "folder", Mapped()
-    spilled = work / "hidden" if spill else None
+    spilled = work / "spilled" if spill else None
     if progress:
         print(f"Finished layers are kept in {work} until all are done.", flush=True)
     try:

@@ -84,8 +84,8 @@ def planned_cost(
         "float model": 0 if by_layer else sum(p.nbytes for p in model.parameters()),
         "a packed layer": quantized_bytes // len(layers) if by_layer else 0,
         "smoothed weights": max(smoothed.values(), default=0) if by_layer else 0,
-        "weights at work": _weight_bytes(inputs, config, dtype),
-        "Hessians": _hessian_bytes(inputs) if config.weight_rounding == "gptq" else 0,
+        "weights at work": _weight_bytes(inputs, config, dtype, spill),
+        "Hessians": _hessian_bytes(inputs) if config.weight_rounding == "gptq" and not spill else 0,
         "hidden states": tokens * inputs[0].k * dtype.itemsize if waiting else 0,
         "activations of a batch": BATCH_COPIES * batch * dtype.itemsize,
     }
@@ -102,7 +102,9 @@ def _routed_share(model: nn.Module) -> float:
     return min(1.0, taken / experts) if taken and experts else 1.0
 
 
-def _weight_bytes(inputs: Sequence[_Input], config: MixedQuantConfig, dtype: torch.dtype) -> int:
+def _weight_bytes(
+    inputs: Sequence[_Input], config: MixedQuantConfig, dtype: torch.dtype, spill: bool
+) -> int:
     """Of a matrix that is packed, of all that read an input where choices are tried on them, or the
     room that a factor in float64 takes before that."""
     held = (
@@ -112,7 +114,7 @@ def _weight_bytes(inputs: Sequence[_Input], config: MixedQuantConfig, dtype: tor
         held = max(held, (dtype.itemsize + 8) * max(each.n * each.k for each in inputs))
     if config.smooth_alpha == "search":  # in float32: as they are, smoothed, in packed order
         held = max(held, 12 * max(each.n * each.k for each in inputs))
-    if config.weight_rounding == "gptq":
+    if config.weight_rounding == "gptq" and not spill:
         held = max(held, 4 * max(each.k for each in inputs) ** 2)
     return held
 

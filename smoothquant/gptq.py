@@ -8,6 +8,7 @@ are chosen before the loop ("static groups"), so groups need not follow the loop
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from . import ops
 from .rounding import stored_scale
+from .spill import empty
 
 BLOCK = 128  # columns between two matrix products
 # Of the mean diagonal. More than the published 0.01: with tens of thousands of tokens less damping
@@ -38,20 +40,21 @@ class Curvature(NamedTuple):
     follow: Tensor
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
+def inverse_factor(hessian: Tensor, damping: float, spill: Path | None = None) -> Tensor | None:
     """The upper Cholesky factor U of the inverse of a damped Hessian (inverse = U^T U), put into
     the Hessian's place; None where no damping up to a hundred times the given one makes it positive
     definite. Holds a float64 [K, K] beside it.
 
     Args:
-        hessian: float32 [K, K], sum of x x^T over the calibration tokens.
+        hessian: float32 [K, K] on the CPU, sum of x x^T over the calibration tokens.
         damping: share of the mean diagonal that is added to the diagonal.
+        spill: a folder for the float64 matrix's file; None: memory.
     """
     diagonal = hessian.diagonal().double()
     unused = diagonal <= 0  # a channel that is always 0 says nothing about its weights
     mean = diagonal[~unused].mean() if (~unused).any() else torch.tensor(1.0)
-    matrix = torch.empty_like(hessian, dtype=torch.float64)
-    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    matrix = empty(hessian.shape, torch.float64, spill)
+    failed = torch.empty((), dtype=torch.int32)
     for step in DAMPING_STEPS:
         # Turned by 180 degrees it is L L^T with a lower L; turned back, the inverse of L is U. All
         # in one place, for K may be large.
@@ -67,16 +70,18 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
     return None
 
 
-def curvature(factor: Tensor, k4: int) -> Curvature:
+def curvature(factor: Tensor, k4: int, spill: Path | None = None) -> Curvature:
     """All that rounding needs, from a factor that may be forgotten: its copy and the Hessian lie in
-    what was a float64 [K, K] while the latter was computed."""
+    what was a float64 [K, K] while the latter was computed. spill: as for `inverse_factor`."""
     k = len(factor)
-    follow = torch.linalg.solve_triangular(factor[:k4, :k4], factor[:k4, k4:], upper=True)
-    doubles = torch.empty(k * k, dtype=torch.float64, device=factor.device)
-    inverse = doubles[: k4 * k4].view(k4, k4).mT  # as LAPACK has matrices, so nothing is copied
+    doubles = empty((k * k,), torch.float64, spill)
+    floats = doubles.view(torch.float32)
+    # transposed, as LAPACK has matrices, so nothing is copied
+    corner = floats[: k4 * k4].view(k4, k4).mT.copy_(factor[:k4, :k4])
+    follow = torch.linalg.solve_triangular(corner, factor[:k4, k4:], upper=True)
+    inverse = doubles[: k4 * k4].view(k4, k4).mT
     inverse.copy_(factor[:k4, :k4])
     torch.cholesky_inverse(inverse, upper=True, out=inverse)
-    floats = doubles.view(torch.float32)
     # no value moves over one that is still to come
     for part in _blocks(k4 * k4, max(1, BLOCK * k)):
         floats[part] = doubles[part].float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from .config import MixedQuantConfig
 from .families import LayerInput
 from .linear import layer_group_size, quantized_input
 from .sorting import ChannelPlan
+from .spill import empty
 
 SAMPLE_ROWS = 1024  # of a layer input, to choose by
 SAMPLE_BATCHES = 4  # that they are taken from, more where these hold fewer rows
@@ -44,12 +46,14 @@ def collect_hessians(
     block: Block,
     inputs: Sequence[LayerInput],
     choices: Mapping[str, tuple[ChannelPlan, MixedQuantConfig]],
+    spill: Path | None = None,
 ) -> dict[str, Tensor]:
     """Sums of x x^T over all tokens, x as the quantized layer will compute with it: in perm's
     order, the INT4 part rotated, quantized and dequantized.
 
     Args:
         choices: {name of a layer input: (plan, the layer's own config)}.
+        spill: a folder for their files, where the model is on the CPU; None: memory holds them.
 
     Returns:
         {name: float32 [K, K]}; an expert's matrix that no token reaches has no entry.
@@ -65,7 +69,8 @@ def collect_hessians(
         x = x.detach().reshape(-1, k).float()
         x = quantized_input(x, plan.perm, plan.num_salient, group_size, config)
         if names[0] not in hessians:
-            hessians[names[0]] = torch.zeros(k, k, device=x.device)
+            folder = spill if x.device.type == "cpu" else None
+            hessians[names[0]] = empty((k, k), x.dtype, folder).to(x.device).zero_()
         hessians[names[0]].addmm_(x.T, x)
 
     block.run(input_hooks(inputs, add))

@@ -133,7 +133,7 @@ def ready_groups(
 ) -> Iterator[Ready]:
     """Every group in forward order, calibrated on the layers before it as they are by then.
 
-    spill: as for `smoothquant.blocks.blocks`.
+    spill: as for `smoothquant.blocks.blocks`; GPTQ's matrices go there, too.
     """
     if not config.needs_tokens:
         for group in _smoothed(model, groups, config, {}):
@@ -149,7 +149,7 @@ def ready_groups(
         inside = _smoothed(model, inside, config, rows)
         # without Hessians nothing needs room
         for chunk in _chunks(model, inside) if config.weight_rounding == "gptq" else [inside]:
-            yield from _calibrated(model, block, chunk, config)
+            yield from _calibrated(model, block, chunk, config, spill)
 
 
 def _items(groups: Iterable[Group]) -> list[LayerInput]:
@@ -230,7 +230,11 @@ def _best_alpha(
 
 
 def _calibrated(
-    model: nn.Module, block: Block, groups: list[Group], config: MixedQuantConfig
+    model: nn.Module,
+    block: Block,
+    groups: list[Group],
+    config: MixedQuantConfig,
+    spill: Path | None,
 ) -> Iterator[Ready]:
     """Groups of one block, all planned before the first is packed."""
     inputs = _items(groups)
@@ -248,8 +252,10 @@ def _calibrated(
         ready.append(Ready(group, plan, own, reason))
     if config.weight_rounding == "gptq":
         choices = {item.group.name: (item.plan, item.config) for item in ready}
-        hessians = collect_hessians(block, inputs, choices)
-        ready = (_with_curvature(item, hessians.pop(item.group.name, None)) for item in ready)
+        hessians = collect_hessians(block, inputs, choices, spill)
+        ready = (
+            _with_curvature(item, hessians.pop(item.group.name, None), spill) for item in ready
+        )
     yield from ready
 
 
@@ -258,12 +264,13 @@ def _never_negative(stats: ChannelStats | None) -> bool:
     return stats is not None and not stats.mean_only and bool((stats.minimum >= 0).all())
 
 
-def _with_curvature(item: Ready, hessian: Tensor | None) -> Ready:
+def _with_curvature(item: Ready, hessian: Tensor | None, spill: Path | None) -> Ready:
     """The group with what GPTQ needs, or rounded to nearest where there is none."""
     # summed up where the model is; the CPU's LAPACK works in place
-    factor = None if hessian is None else gptq.inverse_factor(hessian.cpu(), gptq.DAMPING)
+    factor = None if hessian is None else gptq.inverse_factor(hessian.cpu(), gptq.DAMPING, spill)
     if factor is not None:
-        return item._replace(curvature=gptq.curvature(factor, len(factor) - item.plan.num_salient))
+        k4 = len(factor) - item.plan.num_salient
+        return item._replace(curvature=gptq.curvature(factor, k4, spill))
     why = "no token reached it" if hessian is None else "no damping helped"
     logger.warning("%s is rounded to nearest: %s", item.group.name, why)
     return item._replace(reason=f"{item.reason}; rounded to nearest, not by GPTQ: {why}")

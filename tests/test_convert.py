@@ -1,5 +1,6 @@
 """Conversion from folder to folder: what quantize gives, whatever stops it on the way."""
 
+import errno
 import json
 import os
 import random
@@ -14,7 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from spoil import set_tensor
 
-from smoothquant import CheckpointError, MixedQuantConfig, collect_stats, convert, load_quantized
+from smoothquant import (
+    CheckpointError,
+    MixedQuantConfig,
+    collect_stats,
+    convert,
+    load_quantized,
+    spill,
+)
 from smoothquant.checkpoint import INDEX, TENSORS
 from smoothquant.convert import Mapped
 from smoothquant.quantize import quantize
@@ -89,18 +97,39 @@ def test_shards_and_dtypes_are_kept(source, make_model, tmp_path):
     assert len(set(places.values())) == model.config.num_hidden_layers + 1
 
 
-def test_spilled_hidden_states_are_those_in_memory(source, tmp_path, monkeypatch):
+def test_what_is_spilled_is_what_would_be_in_memory(source, tmp_path, monkeypatch):
     config, folder = MixedQuantConfig(**CONFIGS["best"]), source()
     convert(folder, tmp_path / "in memory", config, batches=batches_of(), progress=False)
-    files, original = [], torch.from_file
-    monkeypatch.setattr(
-        torch, "from_file", lambda **file: files.append(file["filename"]) or original(**file)
-    )
+    shapes, original = [], spill.empty
+
+    def empty(shape, dtype, folder):
+        tensor = original(shape, dtype, folder)
+        shapes.append((len(shape), dtype))
+        assert folder.name == "spilled" and not any(folder.iterdir())
+        return tensor
+
+    for module in ("blocks", "gptq", "hessian"):
+        monkeypatch.setattr(f"smoothquant.{module}.empty", empty)
     convert(folder, tmp_path / "q", config, batches=batches_of(), spill=True, progress=False)
+    hidden, hessian, square, curvature = (3, torch.float32), (2, torch.float32), 2, 1
     # for the statistics and for the packing: six batches in front of each of two layers
-    assert len(files) == 2 * 2 * 6 and len(set(files)) == 6
+    assert shapes.count(hidden) == 2 * 2 * 6
+    assert shapes.count(hessian) == shapes.count((square, torch.float64)) == 2 * 4
+    assert shapes.count((curvature, torch.float64)) == 2 * 4
     assert contents(tmp_path / "q") == contents(tmp_path / "in memory")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in memory", "q", folder.name]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="rooms are not reserved here")
+def test_a_full_disk_is_an_error_before_anything_is_spilled(tmp_path, monkeypatch):
+    def full(descriptor, start, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        spill.empty((4, 4), torch.float32, tmp_path / "s")
+    assert not any((tmp_path / "s").iterdir())
+    assert spill.empty((0, 4), torch.float32, tmp_path / "s").shape == (0, 4)
 
 
 @pytest.mark.parametrize("name", ["smoothed", "gptq"])

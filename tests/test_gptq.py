@@ -149,7 +149,7 @@ def test_gptq_needs_tokens(tiny):
 
 def test_a_hopeless_hessian_falls_back_to_nearest_and_says_so(tiny, monkeypatch):
     model, batches, stats = tiny
-    monkeypatch.setattr("smoothquant.gptq.inverse_factor", lambda hessian, damping: None)
+    monkeypatch.setattr("smoothquant.gptq.inverse_factor", lambda *_: None)
     quantized = copy.deepcopy(model)
     config = MixedQuantConfig(weight_rounding="gptq")
     records = quantize(quantized, config, stats, batches[:2], progress=False)
