@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--recipe", default="fast")
-    parser.add_argument("--in-memory", action="store_true", help="Do not spill hidden states.")
+    parser.add_argument("--in-memory", action="store_true", help="Spill nothing.")
     parser.add_argument("--allowance", type=int, default=500, metavar="MB")
     parser.add_argument("--folder", type=Path, help="Where there is room on the disk.")
     args = parser.parse_args()

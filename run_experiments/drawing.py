@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .plots import Plot, Series, heights, is_log
-from .tables import by_layer_and_kind, layer_name, write_csv
+from .plots import Plot, Series
+from .rows import by_layer_and_kind, layer_name
+from .tables import write_csv
 
 # Okabe and Ito's colours stay apart for colour-blind readers; markers and dashes do it in grey.
 STYLES = (
@@ -150,12 +151,12 @@ def _set_scales(axes, plot: Plot) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     xs = sorted({x for line in plot.series for x, _ in line.points})
-    ys = heights(plot)
+    ys = plot.heights
     if plot.x_scale == "log":
         axes.set_xscale("log", base=2)
         axes.set_xticks(xs, [f"{x:g}" for x in xs])
         axes.xaxis.set_minor_locator(NullLocator())
-    if is_log(plot):
+    if plot.is_log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))

@@ -12,10 +12,9 @@ from typing import Any
 
 from .drawing import REFERENCE_COLOUR, STYLES, colour_range, styles
 from .grid import Cell
-from .plots import Plot, is_log, plots_of
-from .rows import Row, stored_rows
+from .plots import Plot, plots_of
+from .rows import Row, by_layer_and_kind, layer_name, stored_rows
 from .store import Store, write_atomically
-from .tables import by_layer_and_kind, layer_name
 
 SYMBOLS = {
     "o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down",
@@ -127,21 +126,20 @@ def _chart(plot: Plot):
             text=[html.escape(row.cell.settings) for row in line.rows] or None,
             hovertemplate="%{text}<br>%{x}: <b>%{y:.6g}</b>" if line.rows else None,
         )
-    log = is_log(plot)
     if plot.level:
         name, height = plot.level
         figure.add_hline(height, line={"color": REFERENCE_COLOUR, "dash": "dot"})
         figure.add_annotation(
             text=f"{name} ({height:,.4g})", x=0, xref="paper", xanchor="left", yshift=-9,
-            y=math.log10(height) if log else height, showarrow=False,
+            y=math.log10(height) if plot.is_log else height, showarrow=False,
             font={"color": REFERENCE_COLOUR},
         )  # fmt: skip
     figure.update_xaxes(title=_broken(plot.x_name), type=plot.x_scale)
     if plot.x_scale == "log":
         xs = sorted({x for line in plot.series for x, _ in line.points})
         figure.update_xaxes(tickvals=xs, ticktext=[f"{x:g}" for x in xs])
-    figure.update_yaxes(title=_broken(plot.y_name), type="log" if log else "linear")
-    if log:
+    figure.update_yaxes(title=_broken(plot.y_name), type="log" if plot.is_log else "linear")
+    if plot.is_log:
         ticks = [m * 10.0**e for e in range(-6, 12) for m in (1, 2, 5)]
         figure.update_yaxes(tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks])
     _settle(figure, 440)

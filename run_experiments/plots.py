@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .rows import Row, front, is_packed, methods, percent, windows_text
+from .rows import Row, front, is_packed, percent, windows_text
 
 FRONT_HEADROOM = 2.0  # times the largest perplexity on a Pareto front: what is drawn beside it
 
@@ -41,17 +41,17 @@ class Plot:
     series: tuple[Series, ...]
     level: tuple[str, float] | None = None
 
+    @property
+    def heights(self) -> list[float]:
+        """All y that are drawn."""
+        ys = [y for line in self.series for _, y in line.points]
+        return ys + [self.level[1]] if self.level else ys
 
-def is_log(plot: Plot) -> bool:
-    """Whether the y axis is logarithmic: with one tick on it that tells less than a plain one."""
-    ys = heights(plot)
-    return bool(ys) and plot.y_scale == "log" and min(ys) > 0 and max(ys) > 4 * min(ys)
-
-
-def heights(plot: Plot) -> list[float]:
-    """All y that are drawn."""
-    ys = [y for line in plot.series for _, y in line.points]
-    return ys + [plot.level[1]] if plot.level else ys
+    @property
+    def is_log(self) -> bool:
+        """Of the y axis: with one tick on it, a logarithmic one tells less than a plain one."""
+        ys = self.heights
+        return bool(ys) and self.y_scale == "log" and min(ys) > 0 and max(ys) > 4 * min(ys)
 
 
 def plots_of(every: Sequence[Row], name: str, dtype: str) -> dict[str, Plot]:
@@ -61,7 +61,7 @@ def plots_of(every: Sequence[Row], name: str, dtype: str) -> dict[str, Plot]:
         return {}
     reference = next((row for row in every if row.config is None), None)
     config, result = rows[0].config, rows[0].result
-    recipes = methods(rows)
+    recipes = _methods(rows)
     method = f"W{config['num_bits']}A{config['num_bits']}, sort {config['sort']}"
     method += f", recipe {recipes[0]}" if len(recipes) == 1 else ""
     if config["backend"] != "int4":
@@ -204,7 +204,7 @@ def _group(row: Row) -> str:
 def _lines(rows: Sequence[Row], point, text=None, others: Sequence[Row] = ()) -> tuple[Series, ...]:
     """A line per recipe and salient share, then one per other method, through `point(row)` =
     (x, y), with `text(row)` at each point. Several recipes differ in colour, shares in dashes."""
-    recipes = methods(rows)
+    recipes = _methods(rows)
     shares = sorted({row.config["salient_prop"] for row in rows})
     lines = []
 
@@ -221,6 +221,11 @@ def _lines(rows: Sequence[Row], point, text=None, others: Sequence[Row] = ()) ->
             if line:
                 add(f"{recipe}, {label}" if several else label, line, (i, j) if several else (j, j))
     colours = len(recipes) if len(recipes) > 1 else len(shares)
-    for i, method in enumerate(methods(others)):
+    for i, method in enumerate(_methods(others)):
         add(method, [row for row in others if row.method == method], (colours + i, 1))
     return tuple(lines)
+
+
+def _methods(rows: Iterable[Row]) -> list[str]:
+    """Those of the rows, each once, in order."""
+    return list(dict.fromkeys(row.method for row in rows))

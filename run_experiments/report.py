@@ -14,7 +14,7 @@ from .grid import Cell
 from .plots import Plot, Series, plots_of, share_label
 from .rows import front, stored_rows, windows_text
 from .store import Store, write_atomically
-from .tables import layer_table, layers_title, table, write_csv
+from .tables import layer_table, table, write_cells
 
 
 def write(
@@ -48,14 +48,14 @@ def write(
         if result is not None:
             paths.append(draw_layers(result, stem, cell.settings, folder))
             page += (
-                f"\n## {layers_title(cell.settings, result)}\n\n{layer_table(result['errors'])}\n"
+                f"\n## {_layers_title(cell.settings, result)}\n\n{layer_table(result['errors'])}\n"
             )
     results = folder / f"{stem}_results.md"
     write_atomically(results, page)
     published = folder / f"{stem}_cells.jsonl"
     store.publish(cells, published)
     tables = [folder / f"{stem}_cells.{kind}" for kind in ("csv", "parquet")]
-    _write_cells(store.rows(cells), *tables)
+    write_cells(store.rows(cells), *tables)
     return text, [*paths, results, published, *tables]
 
 
@@ -118,26 +118,6 @@ def _stem(model_name: str) -> str:
     return Path(model_name).name
 
 
-def _write_cells(rows: Sequence[dict[str, Any]], csv_path: Path, parquet_path: Path) -> None:
-    """The store in one table, for other programs."""
-    import pyarrow
-    from pyarrow import parquet
-
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    write_csv(csv_path, columns, ([row.get(name) for name in columns] for row in rows))
-    table = pyarrow.table({name: _one_type([r.get(name) for r in rows]) for name in columns})
-    sink = pyarrow.BufferOutputStream()
-    parquet.write_table(table, sink)
-    write_atomically(parquet_path, sink.getvalue().to_pybytes())
-
-
-def _one_type(values: list) -> list:
-    """The values, as text where some of them are: a clip may be 0.9 or "search"."""
-    if any(isinstance(value, str) for value in values):
-        return [None if value is None else str(value) for value in values]
-    return values
-
-
 def _results_page(rows, cells, model_name: str, command: str, text: str) -> str:
     first = cells[0]
     runs = [row.result["run"] for row in rows if row.result["run"]]
@@ -194,3 +174,8 @@ def _use(calibrations: Sequence[dict], calibration: dict, cells: Sequence[Cell])
     of = (cell.config for cell in cells if cell.config and cell.calibration == calibration)
     names = dict.fromkeys(c.get("method") or c["recipe"] for c in of)
     return f" of {', '.join(names)}"
+
+
+def _layers_title(settings: str, result: dict[str, Any]) -> str:
+    windows = windows_text(result["windows"], result["seqlen"])
+    return f"Signal over error in dB, {settings}, int4, {windows}"

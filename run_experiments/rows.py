@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,14 +65,20 @@ def is_packed(row: Row) -> bool:
     return (row.config or {}).get("backend") == "int4" and row.result["perplexity"] is not None
 
 
-def methods(rows: Iterable[Row]) -> list[str]:
-    """Those of the rows, each once, in order."""
-    return list(dict.fromkeys(row.method for row in rows))
-
-
 def percent(share: float) -> str:
     return f"{100 * share:g} %"
 
 
 def windows_text(count: int, seqlen: int) -> str:
     return f"{count} window{'' if count == 1 else 's'} of {seqlen:,} tokens"
+
+
+def by_layer_and_kind(errors: Sequence[dict[str, Any]], of: str) -> tuple[list, list, dict]:
+    """(kinds, layers, {(layer, kind): decibels or None})."""
+    kinds = list(dict.fromkeys(error["kind"] for error in errors))
+    layers = list(dict.fromkeys(error["layer"] for error in errors))
+    return kinds, layers, {(e["layer"], e["kind"]): e["decibels"][of] for e in errors}
+
+
+def layer_name(layer: int | None) -> str:
+    return "-" if layer is None else str(layer)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .rows import Row, percent, windows_text
+from .rows import Row, by_layer_and_kind, layer_name, percent
 from .store import write_atomically
 
 
@@ -92,27 +92,31 @@ def layer_table(errors: Sequence[dict[str, Any]], of: str = "int4") -> str:
     return _markdown(["layer", *kinds], body)
 
 
-def by_layer_and_kind(errors: Sequence[dict[str, Any]], of: str) -> tuple[list, list, dict]:
-    """(kinds, layers, {(layer, kind): decibels or None})."""
-    kinds = list(dict.fromkeys(error["kind"] for error in errors))
-    layers = list(dict.fromkeys(error["layer"] for error in errors))
-    return kinds, layers, {(e["layer"], e["kind"]): e["decibels"][of] for e in errors}
-
-
-def layer_name(layer: int | None) -> str:
-    return "-" if layer is None else str(layer)
-
-
 def _decibels(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
-
-
-def layers_title(settings: str, result: dict[str, Any]) -> str:
-    windows = windows_text(result["windows"], result["seqlen"])
-    return f"Signal over error in dB, {settings}, int4, {windows}"
 
 
 def write_csv(path: Path, head: list, rows: Iterable[list]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([head, *rows])
     write_atomically(path, text.getvalue())
+
+
+def write_cells(rows: Sequence[dict[str, Any]], csv_path: Path, parquet_path: Path) -> None:
+    """The store in one table, for other programs."""
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    write_csv(csv_path, columns, ([row.get(name) for name in columns] for row in rows))
+    columnar = pyarrow.table({name: _one_type([r.get(name) for r in rows]) for name in columns})
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(columnar, sink)
+    write_atomically(parquet_path, sink.getvalue().to_pybytes())
+
+
+def _one_type(values: list) -> list:
+    """The values, as text where some of them are: a clip may be 0.9 or "search"."""
+    if any(isinstance(value, str) for value in values):
+        return [None if value is None else str(value) for value in values]
+    return values

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .calibration import evaluating, hooked, no_cache, without_head
 from .families import decoder_layers
-from .spill import empty
+from .spill import scratch
 
 logger = logging.getLogger("smoothquant")
 
@@ -86,7 +86,8 @@ def blocks(
 
     Args:
         batches: int64 [B, T] tensors of token ids, without padding.
-        spill: a folder for files of the hidden states between layers; None: memory holds them.
+        spill: a folder for files of the hidden states between layers, of a model on the CPU; None:
+            memory holds them.
     """
     layers = decoder_layers(model)
     inside = all(any(name.startswith(layer + ".") for layer in layers) for name in names)
@@ -124,7 +125,7 @@ def blocks(
 
 def _kept(hidden: Tensor, spill: Path | None) -> Tensor:
     """The hidden states of a batch where they wait."""
-    return hidden if spill is None else empty(hidden.shape, hidden.dtype, spill).copy_(hidden)
+    return hidden if spill is None else scratch(hidden.shape, hidden.dtype, spill).copy_(hidden)
 
 
 def _only_hidden(output) -> Tensor:

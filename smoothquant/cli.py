@@ -217,10 +217,10 @@ def quantize(
         return
     model, tokenizer = (float_shapes(source), None) if by_layer else load_model(source)
     before = bytes_by_kind(model)
+    calibrated = config.calibration is not None and (known is None or config.needs_tokens)
     if dry_run:
         for name, value in config.to_dict().items():
             typer.echo(f"{name:<20}{value}")
-        calibrated = config.calibration is not None and (known is None or config.needs_tokens)
         after = planned_bytes(model, config, known, stats_to_come=calibrated)
         print_bytes(before, after)
         print_cost(
@@ -235,9 +235,7 @@ def quantize(
             )
         )
         return
-    batches = None
-    if config.calibration is not None and (known is None or config.needs_tokens):
-        batches = calibration_batches(model, tokenizer, config)
+    batches = calibration_batches(model, tokenizer, config) if calibrated else None
     quantize(model, config, known, batches)
     if fold:
         typer.echo(f"Folded the permutations of {len(fold_permutations(model))} layers")

@@ -143,6 +143,7 @@ def convert(
         ValueError: no such folder; a model whose decoder layers are not known; as `quantize` and
             `save_quantized`.
         CheckpointError: a file of the source is broken, or a tensor is missing.
+        OSError: the disk is full.
     """
     target = check_target(target, overwrite=overwrite)
     if not isinstance(config, MixedQuantConfig):

@@ -15,7 +15,7 @@ from . import gptq
 from .calibration import CALIBRATION_BLOCK
 from .config import MixedQuantConfig
 from .families import decoder_layers
-from .hessian import SAMPLE_ROWS
+from .hessian import SAMPLE_BATCHES, SAMPLE_ROWS
 from .linear import layer_group_size, linear_class, quantized_input
 from .quantize import checked_groups
 from .search import ACT_CLIPS, ALPHAS
@@ -30,7 +30,8 @@ BATCH_COPIES = 4  # of the widest activation of a batch
 
 class Cost(NamedTuple):
     """memory: {what for: bytes}, held together at the worst, beside what imports take. seconds: on
-    this machine as busy as it is now, meant to be right to a factor of two."""
+    this machine as busy as it is now, meant to be right to a factor of two; the disk's is not in
+    it."""
 
     memory: dict[str, int]
     seconds: float
@@ -38,7 +39,7 @@ class Cost(NamedTuple):
 
 class _Input(NamedTuple):
     """A layer input of k channels; n rows read it, in matrices the largest of which has n_largest.
-    layer: the decoder layer that holds them. share: of the tokens, those that reach them."""
+    layer: the decoder layer that holds them. share: of the tokens, what part reaches them."""
 
     k: int
     n: int
@@ -62,18 +63,20 @@ def planned_cost(
     Args:
         quantized_bytes: of the quantized model, as `smoothquant.inspection.planned_bytes` has them.
         tokens: that it is calibrated on; 0 for none, or where statistics are there already.
-        stats: as for `planned_bytes`, tokens meaning that they are to come.
+        stats: as for `planned_bytes`; tokens > 0 counts as its stats_to_come.
         by_layer, spill: by `smoothquant.convert` and its `spill`, not by `quantize`.
     """
     layers = decoder_layers(model)
     inputs = []
     smoothed: Counter[str] = Counter()  # bytes of the weights that are, by layer
-    routed = _routed_share(model)
     for group in checked_groups(model, config, stats, stats_to_come=tokens > 0)[1]:
         weights = [weight for weight, _ in group.matrices(model)]
         rows, k = [len(weight) for weight in weights], weights[0].shape[1]
         layer = next((name for name in layers if group.name.startswith(name + ".")), "")
-        share = routed if group.expert else 1.0
+        share = 1.0
+        if group.expert:
+            experts = model.get_submodule(group.expert[0])
+            share = min(1.0, model.config.num_experts_per_tok / len(experts.gate_up_proj))
         inputs.append(_Input(k, sum(rows), max(rows), layer, share))
         if config.smooth_alpha is not None and group.reads_norm:
             smoothed[layer] += sum(weight.nbytes for weight in weights)
@@ -91,15 +94,6 @@ def planned_cost(
     }
     seconds = _planned_seconds(inputs, config, dtype, tokens)
     return Cost({part: size for part, size in memory.items() if size}, seconds)
-
-
-def _routed_share(model: nn.Module) -> float:
-    """Of the tokens, those that reach one expert of a mixture in the mean; 1 if that is unknown."""
-    config = getattr(model, "config", None)
-    taken = getattr(config, "num_experts_per_tok", None)
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    experts = next((e for e in (getattr(config, name, None) for name in names) if e), None)
-    return min(1.0, taken / experts) if taken and experts else 1.0
 
 
 def _weight_bytes(
@@ -167,8 +161,9 @@ def _planned_seconds(
     is_gptq = config.weight_rounding == "gptq"
     if trials or is_gptq:
         reading = _seconds(read) / TRIAL**2
+        sampled = min(tokens, max(SAMPLE_ROWS, SAMPLE_BATCHES * CALIBRATION_BLOCK))
         for each in inputs:
-            rows = trials * min(each.share * tokens, SAMPLE_ROWS)
+            rows = trials * min(each.share * sampled, SAMPLE_ROWS)
             seconds += rows * each.k * (each.n * multiplying + reading)
     if is_gptq:
         of_square = decompose()

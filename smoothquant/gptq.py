@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import ops
 from .rounding import stored_scale
-from .spill import empty
+from .spill import scratch
 
 BLOCK = 128  # columns between two matrix products
 # Of the mean diagonal. More than the published 0.01: with tens of thousands of tokens less damping
@@ -53,7 +53,7 @@ def inverse_factor(hessian: Tensor, damping: float, spill: Path | None = None) -
     diagonal = hessian.diagonal().double()
     unused = diagonal <= 0  # a channel that is always 0 says nothing about its weights
     mean = diagonal[~unused].mean() if (~unused).any() else torch.tensor(1.0)
-    matrix = empty(hessian.shape, torch.float64, spill)
+    matrix = scratch(hessian.shape, torch.float64, spill)
     failed = torch.empty((), dtype=torch.int32)
     for step in DAMPING_STEPS:
         # Turned by 180 degrees it is L L^T with a lower L; turned back, the inverse of L is U. All
@@ -74,7 +74,7 @@ def curvature(factor: Tensor, k4: int, spill: Path | None = None) -> Curvature:
     """All that rounding needs, from a factor that may be forgotten: its copy and the Hessian lie in
     what was a float64 [K, K] while the latter was computed. spill: as for `inverse_factor`."""
     k = len(factor)
-    doubles = empty((k * k,), torch.float64, spill)
+    doubles = scratch((k * k,), torch.float64, spill)
     floats = doubles.view(torch.float32)
     # transposed, as LAPACK has matrices, so nothing is copied
     corner = floats[: k4 * k4].view(k4, k4).mT.copy_(factor[:k4, :k4])
@@ -99,7 +99,7 @@ def _turn(source: Tensor, target: Tensor) -> None:
 def _invert_lower(matrix: Tensor) -> None:
     """Put the inverse of a lower triangular matrix [K, K] into its place."""
     for rows in _blocks(len(matrix), BLOCK):
-        eye = torch.eye(rows.stop - rows.start, dtype=matrix.dtype, device=matrix.device)
+        eye = torch.eye(rows.stop - rows.start, dtype=matrix.dtype)
         corner = torch.linalg.solve_triangular(matrix[rows, rows], eye, upper=False)
         before = slice(0, rows.start)
         matrix[rows, before] = -corner @ (matrix[rows, before] @ matrix[before, before])

@@ -14,7 +14,7 @@ from .config import MixedQuantConfig
 from .families import LayerInput
 from .linear import layer_group_size, quantized_input
 from .sorting import ChannelPlan
-from .spill import empty
+from .spill import scratch
 
 SAMPLE_ROWS = 1024  # of a layer input, to choose by
 SAMPLE_BATCHES = 4  # that they are taken from, more where these hold fewer rows
@@ -53,7 +53,7 @@ def collect_hessians(
 
     Args:
         choices: {name of a layer input: (plan, the layer's own config)}.
-        spill: a folder for their files, where the model is on the CPU; None: memory holds them.
+        spill: a folder for their files, the model being on the CPU; None: memory holds them.
 
     Returns:
         {name: float32 [K, K]}; an expert's matrix that no token reaches has no entry.
@@ -69,8 +69,10 @@ def collect_hessians(
         x = x.detach().reshape(-1, k).float()
         x = quantized_input(x, plan.perm, plan.num_salient, group_size, config)
         if names[0] not in hessians:
-            folder = spill if x.device.type == "cpu" else None
-            hessians[names[0]] = empty((k, k), x.dtype, folder).to(x.device).zero_()
+            if spill is None:
+                hessians[names[0]] = torch.zeros(k, k, device=x.device)
+            else:
+                hessians[names[0]] = scratch((k, k), x.dtype, spill).zero_()
         hessians[names[0]].addmm_(x.T, x)
 
     block.run(input_hooks(inputs, add))

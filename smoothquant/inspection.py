@@ -84,8 +84,8 @@ def planned_bytes(
     """`bytes_by_kind` of what `quantize` would make of a float model, which stays as it is; the
     same errors for arguments that do not fit it. Nothing is packed.
 
-    stats_to_come: the model will be calibrated; without stats, or weights in memory, each input
-        counts with the average share of salient channels.
+    stats_to_come: the model will be calibrated; an input whose statistics or weights' values are
+        not there counts with the average share of salient channels.
     """
     _, groups = checked_groups(model, config, stats, stats_to_come=stats_to_come)
     config = config.settled()  # what is found by trial takes no bytes

@@ -53,10 +53,16 @@ def test_plans_follow_what_is_asked_for(make_model, tmp_path):
             model, config, sum(planned_bytes(model, config).values()), tokens, **how
         )
 
-    whole, layers, spilled = plan(fast), plan(fast, by_layer=True), plan(best, spill=True)
+    whole, layers, spilled = (
+        plan(fast),
+        plan(fast, by_layer=True),
+        plan(best, by_layer=True, spill=True),
+    )
     assert whole.memory["float model"] == sum(p.nbytes for p in model.parameters())
-    assert "float model" not in layers.memory and "hidden states" not in spilled.memory
+    assert "float model" not in layers.memory
     assert layers.memory["hidden states"] == 4096 * 48 * 2
+    in_memory = plan(best, by_layer=True)
+    assert spilled.memory.keys() == in_memory.memory.keys() - {"Hessians", "hidden states"}
     assert "Hessians" in plan(best).memory and "Hessians" not in whole.memory
     assert plan(fast, 0).memory.keys() == {"float model", "weights at work"}
     assert plan(best, 2**24).seconds > plan(best, 2**12).seconds
@@ -108,16 +114,27 @@ def test_competing_shares_are_planned_without_weights(with_stats, make_model, to
     assert planned_bytes(shapes, config, stats, stats_to_come=True) == uniform
 
 
-def test_an_expert_counts_for_the_tokens_that_reach_it(make_model, short_trials, monkeypatch):
-    monkeypatch.setattr(cost, "_seconds", lambda work: 1.0)
-    model, config = make_model("mixtral"), MixedQuantConfig(group_size=16)
-    routed = [planned_cost(model, config, 0, tokens).seconds for tokens in (1024, 2048)]
-    model.config.num_experts_per_tok = model.config.num_local_experts
-    dense = [planned_cost(model, config, 0, tokens).seconds for tokens in (1024, 2048)]
-    weights = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    spared = [all_experts - some for all_experts, some in zip(dense, routed, strict=True)]
-    half = [tokens * weights / 2 / cost.TRIAL**3 for tokens in (1024, 2048)]
-    assert spared == pytest.approx(half, rel=0.01)
+@pytest.mark.parametrize(
+    "choices, passes, of_gptq, trials",
+    [
+        ({}, 1, 0, 0),
+        ({"weight_rounding": "gptq"}, 3, 1, 0),
+        ({"act_clip": "search"}, 2, 0, 2 + len(cost.ACT_CLIPS)),
+    ],
+)
+def test_an_expert_counts_for_the_tokens_that_reach_it(
+    choices, passes, of_gptq, trials, make_model, short_trials, monkeypatch
+):
+    monkeypatch.setattr(cost, "_seconds", lambda work: 1.0)  # of TRIAL^2 values, TRIAL^3 products
+    model, config = make_model("mixtral"), MixedQuantConfig(group_size=16, **choices)
+    routed = planned_cost(model, config, 0, 1024).seconds
+    model.config.num_experts_per_tok *= 2  # all four
+    spared = 0.0
+    for matrix in (w for p in model.parameters() if p.ndim == 3 for w in p):
+        n, k = matrix.shape
+        products = passes * n * k + of_gptq * k * k + trials * n * k
+        spared += 512 * (products / cost.TRIAL**3 + (of_gptq + trials) * k / cost.TRIAL**2)
+    assert planned_cost(model, config, 0, 1024).seconds - routed == pytest.approx(spared)
 
 
 def test_the_widest_activation_counts_once(make_model, short_trials):
