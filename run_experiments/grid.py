@@ -180,6 +180,20 @@ PRESETS = {
         calibration_block_size=1024,
         gptq_blocks=32,
     ),
+    "full-test": Preset(
+        about="the headline rows of recipes, on the whole test split: half an hour a cell and more",
+        model="smollm2-135m",
+        products=(
+            Product((128,), (0.05,), recipes=("rtn", "fast", "best")),
+            Product((128,), (0.1,), recipes=("best",)),
+            Product((128,), (0.05,), backends=("fake",), recipes=("best",)),
+        ),
+        windows=None,
+        seqlen=1024,
+        calibration_blocks=32,
+        calibration_block_size=1024,
+        gptq_blocks=32,
+    ),
     "peers": Preset(
         about='recipes "rtn" and "best" beside other methods, simulated, at g = 128, and "best" '
         "with no more bits than any of them in groups",
