@@ -55,7 +55,8 @@ class Plot:
 
 
 def plots_of(every: Sequence[Row], name: str, dtype: str) -> dict[str, Plot]:
-    """The figures of a sweep by the ends of their names; none without a row of MixedQuant."""
+    """The figures of a sweep that its rows fill, by the ends of their names; none without a row
+    of MixedQuant."""
     rows = _main_rows(every)
     if not rows:
         return {}
@@ -141,7 +142,9 @@ def plots_of(every: Sequence[Row], name: str, dtype: str) -> dict[str, Plot]:
             )[0 if rest else 1 :],
             ppl_level,
         )  # fmt: skip
+    by_size = len({row.config["group_size"] for row in rows}) > 1
     drawn = {"kl_vs_bits": with_kl, "ppl_by_sort": of_sorts}
+    drawn |= {"ppl_vs_group_size": by_size, "size_vs_group_size": by_size}
     return {name: plot for name, plot in plots.items() if drawn.get(name, True)}
 
 
