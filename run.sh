@@ -15,8 +15,9 @@ usage() {
 ./run.sh setup              set up only
 
 Options of a sweep:
-  --preset NAME             default | recipes | peers (other methods beside) | paper (the published
-                            9 x 4 grid) | opt | tiny
+  --preset NAME             default | recipes | full-test (recipes on the whole test split) | peers
+                            (other methods beside) | paper (the published 9 x 4 grid) | grid (the
+                            same by each sort key, and by "best") | opt | tiny
   --model NAME              smollm2-135m, tiny-opt, a folder with a model, or a Hugging Face id
   --group-sizes G ...       channels that share a scale, e.g. 32 128
   --salient-props P ...     shares of channels kept in 16 bits, e.g. 0 0.05
