@@ -42,7 +42,8 @@ from smoothquant.linear import W4A4Linear
 
 COLD_BYTES = 200e6
 MEMORY_BYTES = 256 << 20
-FLOORS = {1: 0.35, 64: 0.45}  # by tokens: least share of the limit, g = 128, one thread
+LIMIT_ROUNDS = 5
+FLOORS = {1: 0.35, 64: 0.6}  # by tokens: least share of the limit, g = 128, one thread
 MATRIX_SHAPES = ["4096x4096", "4096x11008", "11008x4096", "576x1536", "1536x576"]
 MATRIX_TOKENS = [1, 4, 16, 64, 512]
 
@@ -59,7 +60,8 @@ def chip() -> str:
 
 
 def measure_limits(thread_counts: list[int]) -> dict[int, dict[str, float]]:
-    """By threads: 1e9 multiply-accumulates per second by instruction, and "memory" in 1e9 bytes."""
+    """By threads: 1e9 multiply-accumulates per second by instruction, and "memory" in 1e9 bytes,
+    the best of several rounds: whatever shares the machine makes a limit no lower."""
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/limits.so"
         source = Path(__file__).with_name("limits.c")
@@ -78,13 +80,17 @@ def measure_limits(thread_counts: list[int]) -> dict[int, dict[str, float]]:
         start = ctypes.c_void_p(data.data_ptr() + part * size)
         return limits.memory_read(start, ctypes.c_size_t(size))
 
-    result = {}
+    result: dict[int, dict[str, float]] = {}
     for threads in thread_counts:
+        best = result.setdefault(threads, {})
         with ThreadPoolExecutor(threads) as pool:  # ctypes releases the interpreter
-            result[threads] = {
-                name: sum(pool.map(lambda _, f=function: f(), range(threads)))
-                for name, function in functions.items()
-            } | {"memory": sum(pool.map(memory_read, range(threads)))}
+            for _ in range(LIMIT_ROUNDS):
+                for name, function in functions.items():
+                    found = sum(pool.map(lambda _, f=function: f(), range(threads)))
+                    best[name] = max(found, best.get(name, 0))
+                best["memory"] = max(
+                    sum(pool.map(memory_read, range(threads))), best.get("memory", 0)
+                )
     return result
 
 

@@ -4,7 +4,7 @@ Every function takes a weight [N, K], the number of copies to rotate over, the t
 the threads, and returns (layers, bytes of one copy's weights): a layer takes x [M, K] and gives
 [M, N]. It raises ImportError or RuntimeError where its library is not there or cannot do it.
 
-- w8a8: torch's dynamically quantized linear, in the engine that torch takes for x86.
+- w8a8: torch's dynamically quantized linear, by either of its engines, FBGEMM and oneDNN.
 - int4pack: torch's `_weight_int4pack_mm_for_cpu`, bf16 activations, g = 128.
 - onnxruntime: MatMulNBits at accuracy_level 4 (int8 activations), g = 128. Its threads do not spin,
   since each copy is a session with threads of its own.
@@ -16,17 +16,25 @@ import ctypes
 import glob
 import os
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
-def w8a8(w: torch.Tensor, copies: int, m: int, threads: int) -> tuple[list[Layer], float]:
+def w8a8(
+    w: torch.Tensor, copies: int, m: int, threads: int, *, engine: str
+) -> tuple[list[Layer], float]:
     quantized = torch.ops.quantized
     scales = w.abs().amax(1).double() / 127
     codes = torch.quantize_per_channel(w, scales, torch.zeros(len(w)).long(), 0, torch.qint8)
-    packed = [quantized.linear_prepack(codes, None) for _ in range(copies)]
+    chosen = torch.backends.quantized.engine
+    torch.backends.quantized.engine = engine  # a packed weight stays with the one that packed it
+    try:
+        packed = [quantized.linear_prepack(codes, None) for _ in range(copies)]
+    finally:
+        torch.backends.quantized.engine = chosen
     return [lambda x, p=p: quantized.linear_dynamic(x, p, False) for p in packed], w.numel()
 
 
@@ -232,7 +240,8 @@ def ggml(w: torch.Tensor, copies: int, m: int, threads: int) -> tuple[list[Layer
 # name of the row -> how to make its layers, about how many bytes a weight takes there, and the
 # limit of benchmarks/limits.c that it multiplies at (None: the instruction set in use)
 PEERS: dict[str, tuple[Callable, float, str | None]] = {
-    "torch W8A8 dynamic": (w8a8, 1.0, None),
+    "torch W8A8 FBGEMM": (partial(w8a8, engine="fbgemm"), 1.0, None),
+    "torch W8A8 oneDNN": (partial(w8a8, engine="onednn"), 1.0, None),
     "torch int4pack bf16 g128": (int4pack, 0.56, "bf16"),
     "onnxruntime MatMulNBits g128": (onnxruntime, 0.56, None),
     "llama.cpp Q4_0 g32": (ggml, 0.56, None),

@@ -18,6 +18,10 @@ TARGET static MQ_INLINE ints accumulate(ints sums, ints weights, ints codes) {
 }
 
 TARGET static MQ_INLINE ints dots_of(ints sums) {
-    return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
+    static const int16_t ones[16]
+        __attribute__((aligned(32))) = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    const int16_t *in_memory = ones;
+    MQ_IN_MEMORY(in_memory);
+    return _mm256_madd_epi16(sums, _mm256_load_si256((const __m256i *)(const void *)in_memory));
 }
 #endif

@@ -17,6 +17,10 @@
  * accumulator through the loop for it. */
 #define MQ_IN_REGISTER(x) __asm__("" : "+v"(x))
 
+/* Keeps what a pointer points at in memory up to this point: gcc would carry a constant in a
+ * register through the loop before it, and an accumulator in memory for that. */
+#define MQ_IN_MEMORY(pointer) __asm__ volatile("" : "+r"(pointer))
+
 #else
 
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -28,6 +32,7 @@
 #define MQ_AVXVNNI
 #define MQ_AVX512VNNI
 #define MQ_IN_REGISTER(x) ((void)0)
+#define MQ_IN_MEMORY(pointer) ((void)0)
 #define _mm256_dpbusd_avx_epi32 _mm256_dpbusd_epi32
 
 /* What SIMDe lacks; fmadd, which it would round twice; a masked load, which would read all lanes */
