@@ -104,8 +104,10 @@ def _weight_bytes(
     held = (
         4 * MATRIX_COPIES[config.weight_rounding] * max(each.n_largest * each.k for each in inputs)
     )
-    if config.searches:  # as they are, in float32, and in packed order
-        held = max(held, (dtype.itemsize + 8) * max(each.n * each.k for each in inputs))
+    if config.searches:
+        # weights as they are, in float32, and in packed order; three outputs of sampled rows
+        bytes_of_row = [(dtype.itemsize + 8) * each.k + 12 * SAMPLE_ROWS for each in inputs]
+        held = max(held, *(x * each.n for x, each in zip(bytes_of_row, inputs, strict=True)))
     if config.smooth_alpha == "search":  # in float32: as they are, smoothed, in packed order
         held = max(held, 12 * max(each.n * each.k for each in inputs))
     if config.weight_rounding == "gptq" and not spill:
