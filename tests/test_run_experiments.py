@@ -755,8 +755,9 @@ def test_report_writes_figures_and_a_page_that_needs_no_network(compared, tmp_pa
     # nothing is fetched: no reference but to the page itself
     own = text.replace(plotly.offline.get_plotlyjs(), "")
     assert not re.findall(r"""(?:src|href)\s*=\s*["']|@import|url\(""", own)
-    for name in ("ppl_vs_group_size", "ppl_vs_bits", "kl_vs_bits", "layers"):
+    for name in ("ppl_vs_bits", "kl_vs_bits", "layers"):
         assert f'id="chart-{name}"' in own
+    assert "vs_group_size" not in own  # of one group size
     (models,) = re.findall(r'<script id="models" type="application/json">(.*?)</script>', own)
     models = {model["key"]: model for model in json.loads(models)}
     evaluated = [cell for cell in plan if cell.task in ("baseline", "quantized")]
