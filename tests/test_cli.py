@@ -423,7 +423,7 @@ def test_sweep_and_plot(tmp_path, monkeypatch):
     drawn = answer("plot", *words, "--figures", tmp_path / "two")
     assert "3 of 3 cells" in drawn.stdout
     assert sorted((tmp_path / "store").glob("*.json")) == results and len(results) == 3
-    for name in ("tiny-opt_ppl_vs_group_size.png", "tiny-opt_results.md"):
+    for name in ("tiny-opt_ppl_vs_bits.png", "tiny-opt_results.md"):
         assert (tmp_path / "two" / name).is_file()
     table = (tmp_path / "two" / "tiny-opt_results.md").read_text()
     assert "--plot" not in table and "rms" in table
