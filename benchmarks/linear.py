@@ -80,17 +80,16 @@ def measure_limits(thread_counts: list[int]) -> dict[int, dict[str, float]]:
         start = ctypes.c_void_p(data.data_ptr() + part * size)
         return limits.memory_read(start, ctypes.c_size_t(size))
 
-    result: dict[int, dict[str, float]] = {}
+    measures = {name: lambda _, f=function: f() for name, function in functions.items()}
+    measures["memory"] = memory_read
+    result = {}
     for threads in thread_counts:
-        best = result.setdefault(threads, {})
         with ThreadPoolExecutor(threads) as pool:  # ctypes releases the interpreter
-            for _ in range(LIMIT_ROUNDS):
-                for name, function in functions.items():
-                    found = sum(pool.map(lambda _, f=function: f(), range(threads)))
-                    best[name] = max(found, best.get(name, 0))
-                best["memory"] = max(
-                    sum(pool.map(memory_read, range(threads))), best.get("memory", 0)
-                )
+            rounds = [
+                {name: sum(pool.map(measure, range(threads))) for name, measure in measures.items()}
+                for _ in range(LIMIT_ROUNDS)
+            ]
+        result[threads] = {name: max(found[name] for found in rounds) for name in measures}
     return result
 
 

@@ -122,26 +122,7 @@ def plots_of(every: Sequence[Row], name: str, dtype: str) -> dict[str, Plot]:
     }  # fmt: skip
     best = front(every)
     if len(best) > 2:
-        beaten = [row for row in every if is_packed(row) and row not in best]
-        # the front would lie flat under models that are useless
-        highest = FRONT_HEADROOM * max(row.result["perplexity"] for row in best)
-        rest = [row for row in beaten if row.result["perplexity"] <= highest]
-        left_out = len(beaten) - len(rest)
-        above = f"; {left_out} beyond {highest:,.3g} left out" if left_out else ""
-        plots["pareto"] = Plot(
-            f"{name}: perplexity by real bytes", f"Each point a packed model{above}. {windows}.",
-            "Model size (MiB)", "Perplexity", "linear", "log",
-            (
-                Series(
-                    "other models", _sizes(rest), (), (5, 0), joined=False, rows=tuple(rest)
-                ),
-                Series(
-                    "Pareto front", _sizes(best), tuple(map(_front_label, best)), (1, 0),
-                    rows=tuple(best),
-                ),
-            )[0 if rest else 1 :],
-            ppl_level,
-        )  # fmt: skip
+        plots["pareto"] = _pareto(best, every, name, windows, ppl_level)
     by_size = len({row.config["group_size"] for row in rows}) > 1
     drawn = {"kl_vs_bits": with_kl, "ppl_by_sort": of_sorts}
     drawn |= {"ppl_vs_group_size": by_size, "size_vs_group_size": by_size}
@@ -166,6 +147,30 @@ def _main_rows(rows: Sequence[Row]) -> list[Row]:
 
 def share_label(share: float) -> str:
     return f"{percent(share)} salient"
+
+
+def _pareto(
+    best: Sequence[Row],
+    every: Sequence[Row],
+    name: str,
+    windows: str,
+    level: tuple[str, float] | None,
+) -> Plot:
+    """The front and what it beats, without what is so far above that the front would lie flat."""
+    beaten = [row for row in every if is_packed(row) and row not in best]
+    highest = FRONT_HEADROOM * max(row.result["perplexity"] for row in best)
+    rest = [row for row in beaten if row.result["perplexity"] <= highest]
+    left_out = len(beaten) - len(rest)
+    above = f"; {left_out} beyond {highest:,.3g} left out" if left_out else ""
+    texts = tuple(map(_front_label, best))
+    series = [Series("Pareto front", _sizes(best), texts, (1, 0), rows=tuple(best))]
+    if rest:
+        others = Series("other models", _sizes(rest), (), (5, 0), joined=False, rows=tuple(rest))
+        series.insert(0, others)
+    return Plot(
+        f"{name}: perplexity by real bytes", f"Each point a packed model{above}. {windows}.",
+        "Model size (MiB)", "Perplexity", "linear", "log", tuple(series), level,
+    )  # fmt: skip
 
 
 def _sizes(rows: Iterable[Row]) -> tuple[tuple[float, float], ...]:

@@ -106,8 +106,8 @@ def _weight_bytes(
     )
     if config.searches:
         # weights as they are, in float32, and in packed order; three outputs of sampled rows
-        bytes_of_row = [(dtype.itemsize + 8) * each.k + 12 * SAMPLE_ROWS for each in inputs]
-        held = max(held, *(x * each.n for x, each in zip(bytes_of_row, inputs, strict=True)))
+        copies, outputs = dtype.itemsize + 8, 12 * SAMPLE_ROWS
+        held = max(held, *(each.n * (copies * each.k + outputs) for each in inputs))
     if config.smooth_alpha == "search":  # in float32: as they are, smoothed, in packed order
         held = max(held, 12 * max(each.n * each.k for each in inputs))
     if config.weight_rounding == "gptq" and not spill:
