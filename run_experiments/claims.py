@@ -1,14 +1,15 @@
 """Which worker computes which cell: files on a file system that all workers share, no server.
 
-A claim is a file `<key>.<n>` that only one process can create. While its owner works, a thread sets
-its time again and again; where that stops, the owner is gone and another worker takes over by
-creating `<key>.<n + 1>`, which again only one can.
+A claim is a file `<key>.<n>` that only one process can create, with its owner in it from the start.
+While the owner works, a thread sets the file's time again and again; where that stops, the owner is
+gone and another worker takes over by creating `<key>.<n + 1>`, which again only one can.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -36,6 +37,9 @@ class Claims:
         """Whether the block may compute the cell; its claim ends with the block.
 
         A cell may have been finished between the last look at the store and the claim: look again.
+
+        Raises:
+            RuntimeError: the folder cannot be written to.
         """
         path = self._create(key)
         if path is None:
@@ -55,7 +59,7 @@ class Claims:
         """Remove what is left of claims on finished cells, whose owners ended before they could."""
         finished = set(keys)
         for path in self.folder.glob("*.*"):
-            if path.stem in finished:
+            if path.name.split(".")[0] in finished:
                 path.unlink(missing_ok=True)
 
     def _create(self, key: str) -> Path | None:
@@ -64,16 +68,28 @@ class Claims:
             if self._alive(path):
                 return None
             path = self._next(path)
-        self.folder.mkdir(exist_ok=True)
         try:
-            with open(path, "x", encoding="utf-8") as file:
+            return path if self._write(path) else None
+        except OSError as error:
+            raise RuntimeError(
+                f"output: cannot write to {self.folder} ({error}); finished cells are kept, the "
+                "same command goes on from there"
+            ) from error
+
+    def _write(self, path: Path) -> bool:
+        self.folder.mkdir(exist_ok=True)
+        descriptor, draft = tempfile.mkstemp(
+            prefix=f"{path.stem}.", suffix=".draft", dir=self.folder
+        )
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
                 json.dump({"process": os.getpid(), "place": _place()}, file)
-        except FileExistsError:
-            return None
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
-        return path
+            os.chmod(draft, 0o644)  # mkstemp makes files private
+            return _create_from(draft, path)
+        except FileNotFoundError:  # the cell is finished, and `clear` took the draft
+            return False
+        finally:
+            Path(draft).unlink(missing_ok=True)
 
     def _path(self, key: str, generation: int) -> Path:
         return self.folder / f"{key}.{generation}"
@@ -114,11 +130,31 @@ class Claims:
             path = self._path(path.stem, generation)
 
 
+def _create_from(draft: str, path: Path) -> bool:
+    """Create `path` with the contents of `draft`, at once; False where somebody else was first."""
+    try:
+        os.link(draft, path)
+        return True
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # no links on this file system: who is killed in the middle leaves nobody's claim
+    try:
+        with open(path, "xb") as file:
+            file.write(Path(draft).read_bytes())
+        return True
+    except FileExistsError:
+        return False
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
 def _is_gone(text: str) -> bool:
     """Whether the owner was a process of this machine that has ended: no need to wait then."""
     try:
         owner = json.loads(text)
-    except ValueError:  # not written yet
+    except ValueError:  # no links here, and not written yet
         return False
     if _place() is None or owner["place"] != _place():
         return False

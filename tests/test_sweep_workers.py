@@ -67,7 +67,13 @@ def dead_claim(folder, **owner):
     return path
 
 
-def test_one_of_many_has_a_claim(tmp_path):
+def no_links(draft, path):
+    raise OSError(errno.EPERM, "the file system has none")
+
+
+@pytest.mark.parametrize("link", [os.link, no_links])
+def test_one_of_many_has_a_claim(tmp_path, monkeypatch, link):
+    monkeypatch.setattr(os, "link", link)
     holders, together = [], threading.Barrier(16)
 
     def one():
@@ -84,6 +90,25 @@ def test_one_of_many_has_a_claim(tmp_path):
         thread.join()
     assert Counter(holders) == {True: 1, False: 15}
     assert list((tmp_path / "claims").iterdir()) == []
+
+
+def test_a_claim_is_there_with_its_owner_or_not_at_all(tmp_path):
+    """One killed where a claim becomes a file: nobody waits for it."""
+    ended_before_it = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from run_experiments.claims import Claims\n"
+        "os.link = lambda draft, path: os._exit(7)\n"
+        "Claims(Path(sys.argv[1])).claim('key').__enter__()\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", ended_before_it, tmp_path], cwd=ROOT)
+    assert killed.returncode == 7
+    assert len(list(tmp_path.iterdir())) == 1  # the draft
+    claims = Claims(tmp_path)
+    with claims.claim("key") as mine:
+        assert mine
+    claims.clear(["key"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_claim_lives_as_long_as_its_heartbeat(claims):
@@ -366,7 +391,7 @@ def test_a_full_disk_at_any_write_loses_nothing(stub_cells, tmp_path, monkeypatc
         patch.setattr(os, "replace", failing(os.replace))
         patch.setattr(store_module.os, "chmod", failing(os.chmod))
         faults = 0
-        for write_number in range(1, 13):  # of two files a cell: into the second cell
+        for write_number in range(1, 17):  # of a claim and two files a cell: into the second cell
             full_at = write_number
             before, writes = results_in(folder), 0
             with pytest.raises(RuntimeError, match="No space left.*the same command goes on"):
@@ -375,7 +400,7 @@ def test_a_full_disk_at_any_write_loses_nothing(stub_cells, tmp_path, monkeypatc
             now = results_in(folder)
             assert {name: now[name] for name in before} == before
             assert leftovers(folder) == []
-    assert faults == 12 and 0 < len(now) < 12
+    assert faults == 16 and 0 < len(now) < 12
     work(job)
     assert results_in(folder) == results_in(tmp_path / "calm")
 
