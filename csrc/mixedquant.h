@@ -249,8 +249,9 @@ mq_status mq_linear_workspace_size(const mq_linear *lin, int64_t m, size_t *byte
 mq_status mq_linear_tile_rows(const mq_linear *lin, int64_t m, int64_t *rows);
 
 /* Step 1, per token: gather by perm, split off the salient channels, quantize groups. x [m][k], row
- * stride `stride`. Writes the workspace of tokens [row0, row1), row1 a multiple of the tile or m.
- * perm is checked against [0, k) (MQ_INVALID_PERM). */
+ * stride `stride`. Writes the workspace of tokens [row0, row1), row1 a multiple of the tile or m; with
+ * all of them every byte of it, so that equal x give equal bytes.
+ * perm is checked against [0, k) (MQ_INVALID_PERM). Uses about 60 KiB of stack. */
 mq_status mq_linear_quantize(const mq_linear *lin, mq_dtype dtype, const void *x, int64_t stride,
                              int64_t m, int64_t row0, int64_t row1, void *workspace);
 

@@ -746,6 +746,24 @@ def test_an_input_quantized_for_something_else_is_refused():
             ops.w4a4_linear(x, *args, 16, quantized_input=quantized)
 
 
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("tokens", [1, 7, 24, 29])
+def test_equal_inputs_are_quantized_to_equal_bytes(name, tokens):
+    """Those that nobody reads too, whatever was in memory before."""
+    x, perm = torch.randn(tokens, 333), torch.randperm(333).int()
+    at_hand, results = set(), []
+    with forced_isa(name):
+        for _ in range(20):
+            quantized = ops.quantize_input(x, perm, 5, 7)
+            results.append(quantized.clone())
+            quantized.fill_(0xA5)
+            at_hand.add(quantized.data_ptr())
+            del quantized
+    assert len(at_hand) < 20
+    for other in results[1:]:
+        assert torch.equal(other, results[0])
+
+
 def test_isa_errors():
     with pytest.raises(ValueError, match="unknown instruction set 'sse9'.*scalar"):
         ops.set_isa("sse9")

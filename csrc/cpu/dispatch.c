@@ -24,6 +24,7 @@
         .hadamard = mq_hadamard_##quantizer,                  \
         .quantize = mq_quantize_##base,                       \
         .quantize_groups = mq_quantize_groups_##multiplier,   \
+        .interleave = mq_interleave_##base,                   \
         .dequantize = mq_dequantize_##base,                   \
         .pack_nibbles = mq_pack_nibbles_##base,               \
         .unpack_nibbles = mq_unpack_nibbles_##base,           \

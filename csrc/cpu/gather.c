@@ -2,9 +2,11 @@
 
 #include "ops.h"
 
-/* out[i] = x[perm[i]], 16 bytes to a store: vectors read from many smaller ones would wait for them.
- * Every cache line's worth asks for a line from `ahead` on, one by one: all at once would fill the
- * queue that the gather's own loads need. */
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "two indices are read as one");
+
+/* out[i] = x[perm[i]]: loads are what it waits for, so two indices at once; 16 bytes to a store, for
+ * vectors read from many smaller ones would wait for them. Every cache line's worth asks for a line
+ * from `ahead` on, one by one: all at once would fill the queue that the gather's own loads need. */
 #define DEFINE_GATHER(name, type)                                                      \
     static void name(const type *x, const int32_t *perm, int64_t n, const char *ahead, \
                      type *out) {                                                      \
@@ -14,7 +16,12 @@
             __builtin_prefetch(ahead + i * (int64_t)sizeof(type), 0, 2);               \
             for (int64_t first = i; first < i + LINE; first += STORE) {                \
                 type part[STORE];                                                      \
-                for (int e = 0; e < STORE; e++) part[e] = x[perm[first + e]];          \
+                for (int e = 0; e < STORE; e += 2) {                                   \
+                    uint64_t two;                                                      \
+                    memcpy(&two, perm + first + e, sizeof two);                        \
+                    part[e] = x[(uint32_t)two];                                        \
+                    part[e + 1] = x[two >> 32];                                        \
+                }                                                                      \
                 memcpy(out + first, part, sizeof part);                                \
             }                                                                          \
         }                                                                              \

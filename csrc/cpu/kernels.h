@@ -70,6 +70,9 @@ typedef void mq_quantize_fn(const float *x, int64_t n, float inverse, int low, i
 typedef void mq_quantize_groups_fn(const mq_linear *lin, const mq_extent *extent, const float *x,
                                    int64_t n, int64_t group_size, int8_t *codes, float *scales,
                                    int32_t *starts);
+/* to [quads][h][4] = from [rows][stride], of which row r holds `quads` quads of token r; rows <= h */
+typedef void mq_interleave_fn(const int8_t *from, int64_t stride, int64_t rows, int64_t quads,
+                              int8_t *to, int64_t h);
 /* out = q * scale */
 typedef void mq_dequantize_fn(const int8_t *q, int64_t n, int is_unsigned, float scale, float *out);
 typedef void mq_pack_nibbles_fn(const int8_t *q, int64_t n, uint8_t *packed);
@@ -97,6 +100,7 @@ typedef struct mq_kernels {
     mq_hadamard_fn *hadamard;
     mq_quantize_fn *quantize;
     mq_quantize_groups_fn *quantize_groups;
+    mq_interleave_fn *interleave;
     mq_dequantize_fn *dequantize;
     mq_pack_nibbles_fn *pack_nibbles;
     mq_unpack_nibbles_fn *unpack_nibbles;
@@ -117,6 +121,7 @@ const mq_kernels *mq_kernels_of(mq_isa isa);
     mq_hadamard_fn mq_hadamard_##isa;                 \
     mq_quantize_fn mq_quantize_##isa;                 \
     mq_quantize_groups_fn mq_quantize_groups_##isa;   \
+    mq_interleave_fn mq_interleave_##isa;             \
     mq_dequantize_fn mq_dequantize_##isa;             \
     mq_pack_nibbles_fn mq_pack_nibbles_##isa;         \
     mq_unpack_nibbles_fn mq_unpack_nibbles_##isa;     \

@@ -5,14 +5,20 @@
 
 static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 
-/* Bytes of the workspace's parts, in order: codes, scales, starts, salient. */
+/* Bytes that a token has in the workspace's parts, in order: codes, scales, starts, salient. */
+static void token_sizes(const mq_shape *shape, int64_t k_salient, size_t sizes[4]) {
+    sizes[0] = (size_t)shape->quads * MQ_QUAD;
+    sizes[1] = (size_t)shape->groups * sizeof(float);
+    sizes[2] = (size_t)shape->segments * sizeof(int32_t);
+    sizes[3] = (size_t)k_salient * sizeof(float);
+}
+
+/* Bytes of these parts: whole tiles of h tokens, and whole cache lines. */
 static void workspace_sizes(const mq_shape *shape, int64_t k_salient, int64_t m, int64_t h,
                             size_t sizes[4]) {
-    size_t rows = (size_t)(mq_ceil_div(m, h ? h : 1) * h);
-    sizes[0] = aligned(rows * (size_t)shape->quads * MQ_QUAD);
-    sizes[1] = aligned(rows * (size_t)shape->groups * sizeof(float));
-    sizes[2] = aligned(rows * (size_t)shape->segments * sizeof(int32_t));
-    sizes[3] = aligned(rows * (size_t)k_salient * sizeof(float));
+    const size_t rows = (size_t)(mq_ceil_div(m, h ? h : 1) * h);
+    token_sizes(shape, k_salient, sizes);
+    for (int i = 0; i < 4; i++) sizes[i] = aligned(rows * sizes[i]);
 }
 
 size_t mq_workspace_bytes(const mq_shape *shape, int64_t k_salient, int64_t m, int64_t tile_rows) {
@@ -34,12 +40,27 @@ static mq_activations workspace_view(const mq_shape *shape, int64_t k_salient, i
     return act;
 }
 
+/* Zeros where whole tiles end: a last tile of fewer than h tokens and what aligns the parts */
+static void clear_tails(const mq_shape *shape, int64_t k_salient, int64_t m, int64_t h,
+                        void *workspace) {
+    size_t sizes[4], of_token[4];
+    workspace_sizes(shape, k_salient, m, h, sizes);
+    token_sizes(shape, k_salient, of_token);
+    char *at = workspace;
+    for (int i = 0; i < 4; at += sizes[i++]) {
+        const size_t whole = (size_t)(m / h * h) * of_token[i];
+        memset(at + whole, 0, sizes[i] - whole);
+    }
+}
+
+/* Of a token's INT4 channels, those before k0 are quantized; scales, starts: where the next group's and
+ * segment's belong */
 typedef struct token {
-    const mq_shape *shape;
-    const mq_linear *lin;
-    const mq_activations *act;
-    int64_t tile, row_in_tile;
     mq_channels int4, salient; /* the token's channels, rotated and as they are */
+    mq_extent extent;          /* of the token, or of a group longer than a segment */
+    int64_t k0;
+    float *scales, *salient_values;
+    int32_t *starts;
 } token;
 
 /* Channels k0 .. k0 + n, whole groups or a part of one */
@@ -53,86 +74,96 @@ static const float *load_groups(const mq_channels *from, int64_t group_size, int
     return buffer;
 }
 
-/* One token's quads to their places in a tile of h tokens */
-static void scatter_quads(const int8_t *from, int64_t quads, int8_t *to, int64_t h) {
-    int64_t quad = 0;
-    for (; quad + 8 <= quads; quad += 8)
-        for (int i = 0; i < 8; i++)
-            memcpy(to + (quad + i) * h * MQ_QUAD, from + (quad + i) * MQ_QUAD, MQ_QUAD);
-    for (; quad < quads; quad++) memcpy(to + quad * h * MQ_QUAD, from + quad * MQ_QUAD, MQ_QUAD);
-}
-
-static void quantize_groups(const token *t) {
-    const mq_shape *shape = t->shape;
-    const mq_linear *lin = t->lin;
-    const int64_t h = t->act->h, g = lin->group_size, k4 = lin->k - lin->k_salient;
-    int8_t *codes = t->act->codes + (t->tile * shape->quads * h + t->row_in_tile) * MQ_QUAD;
-    float *scales = t->act->scales + t->tile * shape->groups * h + t->row_in_tile;
-    int32_t *starts = t->act->starts + t->tile * shape->segments * h + t->row_in_tile;
-    float buffer[MQ_BUFFER], run_scales[MQ_SEGMENT_QUADS];
-    int8_t run_codes[MQ_BUFFER];
-    int32_t run_starts[MQ_SEGMENT_QUADS];
+/* The next groups, as many as a segment holds, or the next segment of a long group; returns the
+ * number of quads, of which the codes are written. */
+static int64_t quantize_segment(const mq_shape *shape, const mq_linear *lin, int64_t h, token *t,
+                                int8_t *codes) {
+    const int64_t g = lin->group_size, k4 = lin->k - lin->k_salient, k0 = t->k0;
     const int is_long = shape->group_quads > MQ_SEGMENT_QUADS;
-    const int64_t run = is_long ? MQ_BUFFER : MQ_SEGMENT_QUADS / shape->group_quads * g;
-    mq_extent extent = {0, 0, 0};
-    if (lin->per_token)
-        for (int64_t k0 = 0; k0 < k4; k0 += g)
-            extent = mq_extent_union(extent, mq_channels_extent(&t->int4, k0, mq_min(g, k4 - k0)));
-
-    for (int64_t k0 = 0, n; k0 < k4; k0 += n) {
-        /* as many groups as a segment holds, or a segment of a long one */
-        const int64_t of_group = mq_min(g - k0 % g, k4 - k0);
-        n = is_long ? mq_min(run, of_group) : mq_min(run, k4 - k0);
-        if (is_long && !lin->per_token && k0 % g == 0)
-            extent = mq_channels_extent(&t->int4, k0, of_group);
-        const float *x = load_groups(&t->int4, g, k0, n, buffer);
-        t->int4.kernels->quantize_groups(lin, is_long || lin->per_token ? &extent : NULL, x, n, g,
-                                         run_codes, run_scales, run_starts);
-        const int64_t groups = mq_ceil_div(n, g), last = n - (groups - 1) * g;
-        const int64_t quads = (groups - 1) * shape->group_quads + mq_ceil_div(last, MQ_QUAD);
-        for (int64_t j = 0; j < groups; j++, starts += h) {
-            scales[(k0 / g + j) * h] = run_scales[j];
-            *starts = run_starts[j];
-        }
-        scatter_quads(run_codes, quads, codes, h);
-        codes += quads * h * MQ_QUAD;
+    const int64_t of_group = mq_min(g - k0 % g, k4 - k0);
+    const int64_t n = is_long ? mq_min(MQ_BUFFER, of_group)
+                              : mq_min(MQ_SEGMENT_QUADS / shape->group_quads * g, k4 - k0);
+    float buffer[MQ_BUFFER], scales[MQ_SEGMENT_QUADS];
+    int32_t starts[MQ_SEGMENT_QUADS];
+    if (is_long && !lin->per_token && k0 % g == 0)
+        t->extent = mq_channels_extent(&t->int4, k0, of_group);
+    const float *x = load_groups(&t->int4, g, k0, n, buffer);
+    t->int4.kernels->quantize_groups(lin, is_long || lin->per_token ? &t->extent : NULL, x, n, g,
+                                     codes, scales, starts);
+    const int64_t groups = mq_ceil_div(n, g);
+    for (int64_t j = 0; j < groups; j++) {
+        t->scales[(k0 / g + j) * h] = scales[j];
+        t->starts[j * h] = starts[j];
     }
+    t->starts += groups * h;
+    t->k0 += n;
+    return (groups - 1) * shape->group_quads + mq_ceil_div(n - (groups - 1) * g, MQ_QUAD);
 }
 
-static void split_salient(const token *t) {
-    const mq_linear *lin = t->lin;
-    const int64_t h = t->act->h, k4 = lin->k - lin->k_salient;
-    float *salient = t->act->salient + t->tile * lin->k_salient * h + t->row_in_tile;
+static void split_salient(const mq_linear *lin, int64_t h, const token *t) {
+    const int64_t k4 = lin->k - lin->k_salient;
     float buffer[MQ_BUFFER];
     uint32_t bits = 0;
     for (int64_t i = 0, part; i < lin->k_salient; i += part) {
         part = mq_min(MQ_BUFFER, lin->k_salient - i);
         const float *x = mq_load_channels(&t->salient, k4 + i, part, buffer);
         bits = mq_max_bits(bits, t->salient.kernels->extent_of(x, part).abs_bits);
-        for (int64_t e = 0; e < part; e++) salient[(i + e) * h] = x[e];
+        for (int64_t e = 0; e < part; e++) t->salient_values[(i + e) * h] = x[e];
     }
     /* An Inf would leave some outputs Inf, and the sign of a zero weight would decide others */
-    if (bits >= 0x7f800000u) salient[0] = mq_float_of_bits(0x7fc00000u);
+    if (bits >= 0x7f800000u) *t->salient_values = mq_float_of_bits(0x7fc00000u);
+}
+
+/* A tile's tokens. Each one's codes are written in one piece, some segments at a time, and interleaved
+ * from there: written to their places one token after the other, they would pass through the cache
+ * once for each token. */
+static void quantize_tile(const mq_shape *shape, const mq_linear *lin, int64_t h, int64_t rows,
+                          token *tokens, int8_t *to) {
+    enum { SEGMENTS = 8, STRIDE = SEGMENTS * MQ_BUFFER };
+    int8_t codes[MQ_TILE_ROWS_512 * STRIDE];
+    const int64_t k4 = lin->k - lin->k_salient;
+    do {
+        int64_t quads = 0;
+        for (int64_t r = 0; r < rows; r++) {
+            token *t = tokens + r;
+            if (t->k0 == 0) split_salient(lin, h, t);
+            quads = 0;
+            for (int i = 0; i < SEGMENTS && t->k0 < k4; i++)
+                quads += quantize_segment(shape, lin, h, t, codes + r * STRIDE + quads * MQ_QUAD);
+        }
+        tokens->int4.kernels->interleave(codes, STRIDE, rows, quads, to, h);
+        to += quads * h * MQ_QUAD;
+    } while (tokens->k0 < k4);
 }
 
 void mq_run_linear_quantize(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
                             mq_dtype dtype, const void *x, int64_t stride, int64_t m, int64_t row0,
                             int64_t row1, void *workspace) {
     mq_activations act = workspace_view(shape, lin->k_salient, m, kernels->tile_rows, workspace);
-    for (int64_t row = row0; row < row1; row++) {
-        const void *values = (const char *)x + (size_t)(row * stride) * mq_dtype_size(dtype);
-        const int64_t to_next = row + 1 < row1 ? stride * (int64_t)mq_dtype_size(dtype) : 0;
-        const token t = {
-            .shape = shape,
-            .lin = lin,
-            .act = &act,
-            .tile = row / act.h,
-            .row_in_tile = row % act.h,
-            .int4 = {kernels, dtype, values, lin->perm, lin->rotation, to_next},
-            .salient = {kernels, dtype, values, lin->perm, 0, to_next},
-        };
-        if (shape->groups) quantize_groups(&t);
-        split_salient(&t);
+    const int64_t h = act.h, k4 = lin->k - lin->k_salient;
+    if (row1 == m) clear_tails(shape, lin->k_salient, m, h, workspace);
+    for (int64_t tile = row0 / h, rows; tile * h < row1; tile++) {
+        token tokens[MQ_TILE_ROWS_512];
+        rows = mq_min(h, row1 - tile * h);
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t row = tile * h + r;
+            const void *values = (const char *)x + (size_t)(row * stride) * mq_dtype_size(dtype);
+            const int64_t to_next = row + 1 < row1 ? stride * (int64_t)mq_dtype_size(dtype) : 0;
+            token *t = tokens + r;
+            *t = (token){
+                .int4 = {kernels, dtype, values, lin->perm, lin->rotation, to_next},
+                .salient = {kernels, dtype, values, lin->perm, 0, to_next},
+                .scales = act.scales + tile * shape->groups * h + r,
+                .starts = act.starts + tile * shape->segments * h + r,
+                .salient_values = act.salient + tile * lin->k_salient * h + r,
+            };
+            if (lin->per_token)
+                for (int64_t k0 = 0; k0 < k4; k0 += lin->group_size)
+                    t->extent = mq_extent_union(
+                        t->extent,
+                        mq_channels_extent(&t->int4, k0, mq_min(lin->group_size, k4 - k0)));
+        }
+        quantize_tile(shape, lin, h, rows, tokens, act.codes + tile * shape->quads * h * MQ_QUAD);
     }
 }
 

@@ -3,10 +3,12 @@
 #if defined(MQ_X86)
 #include "quantize_x86.h"
 
-MQ_AVX2 mq_extent mq_extent_of_avx2(const float *x, int64_t n) {
+MQ_AVX2 static MQ_INLINE mq_extent extent_of(const float *x, int64_t n) {
     const seen none = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     return extent_of_seen(with_values(none, x, n));
 }
+
+MQ_AVX2 mq_extent mq_extent_of_avx2(const float *x, int64_t n) { return extent_of(x, n); }
 
 MQ_AVX2 void mq_quantize_avx2(const float *x, int64_t n, float inverse, int low, int high,
                               int8_t *q) {
@@ -62,15 +64,67 @@ MQ_AVX2 static MQ_INLINE int32_t quantize_for_int32(const float *x, int64_t n, f
 MQ_AVX2 void mq_quantize_groups_avx2(const mq_linear *lin, const mq_extent *extent, const float *x,
                                      int64_t n, int64_t group_size, int8_t *codes, float *scales,
                                      int32_t *starts) {
-    mq_quantize_groups_by(mq_extent_of_avx2, quantize_for_int16, lin, extent, x, n, group_size,
-                          codes, scales, starts);
+    mq_quantize_groups_by(extent_of, quantize_for_int16, lin, extent, x, n, group_size, codes,
+                          scales, starts);
 }
 
 MQ_AVX2 void mq_quantize_groups_avxvnni(const mq_linear *lin, const mq_extent *extent,
                                         const float *x, int64_t n, int64_t group_size,
                                         int8_t *codes, float *scales, int32_t *starts) {
-    mq_quantize_groups_by(mq_extent_of_avx2, quantize_for_int32, lin, extent, x, n, group_size,
-                          codes, scales, starts);
+    mq_quantize_groups_by(extent_of, quantize_for_int32, lin, extent, x, n, group_size, codes,
+                          scales, starts);
+}
+
+/* Eight quads of a row */
+MQ_AVX2 static MQ_INLINE __m256i eight_quads(const int8_t *from) {
+    return _mm256_loadu_si256((const __m256i *)(const void *)from);
+}
+
+/* In the lower half of v and, four quads later, in its upper half: a quad of each of four rows */
+MQ_AVX2 static MQ_INLINE void store_fours(__m256i v, int8_t *to, int64_t h) {
+    _mm_storeu_si128((__m128i *)(void *)to, _mm256_castsi256_si128(v));
+    _mm_storeu_si128((__m128i *)(void *)(to + 4 * h * MQ_QUAD), _mm256_extracti128_si256(v, 1));
+}
+
+/* Of two rows, quads 0, 1 and 4, 5 of v */
+MQ_AVX2 static MQ_INLINE void store_pairs(__m256i v, int8_t *to, int64_t h) {
+    const __m128i low = _mm256_castsi256_si128(v), high = _mm256_extracti128_si256(v, 1);
+    _mm_storel_epi64((__m128i *)(void *)to, low);
+    _mm_storel_epi64((__m128i *)(void *)(to + h * MQ_QUAD), _mm_unpackhi_epi64(low, low));
+    to += 4 * h * MQ_QUAD;
+    _mm_storel_epi64((__m128i *)(void *)to, high);
+    _mm_storel_epi64((__m128i *)(void *)(to + h * MQ_QUAD), _mm_unpackhi_epi64(high, high));
+}
+
+/* Eight quads as long as there are; of them, four rows as long as there are, then two */
+MQ_AVX2 void mq_interleave_avx2(const int8_t *from, int64_t stride, int64_t rows, int64_t quads,
+                                int8_t *to, int64_t h) {
+    const int64_t quad_stride = h * MQ_QUAD;
+    int64_t quad = 0;
+    for (; quad + 8 <= quads; quad += 8, from += 8 * MQ_QUAD, to += 8 * quad_stride) {
+        const int8_t *x = from;
+        int8_t *y = to;
+        int64_t left = rows;
+        for (; left >= 2; left -= 2, x += 2 * stride, y += 2 * MQ_QUAD) {
+            const __m256i a = eight_quads(x), b = eight_quads(x + stride);
+            const __m256i low = _mm256_unpacklo_epi32(a, b), high = _mm256_unpackhi_epi32(a, b);
+            if (left < 4) {
+                store_pairs(low, y, h);
+                store_pairs(high, y + 2 * quad_stride, h);
+                continue;
+            }
+            left -= 2, x += 2 * stride;
+            const __m256i c = eight_quads(x), d = eight_quads(x + stride);
+            const __m256i low2 = _mm256_unpacklo_epi32(c, d), high2 = _mm256_unpackhi_epi32(c, d);
+            store_fours(_mm256_unpacklo_epi64(low, low2), y, h);
+            store_fours(_mm256_unpackhi_epi64(low, low2), y + quad_stride, h);
+            store_fours(_mm256_unpacklo_epi64(high, high2), y + 2 * quad_stride, h);
+            store_fours(_mm256_unpackhi_epi64(high, high2), y + 3 * quad_stride, h);
+            y += 2 * MQ_QUAD;
+        }
+        mq_interleave_scalar(x, stride, left, 8, y, h);
+    }
+    mq_interleave_scalar(from, stride, rows, quads - quad, to, h);
 }
 
 MQ_AVX2 void mq_dequantize_avx2(const int8_t *q, int64_t n, int is_unsigned, float scale,

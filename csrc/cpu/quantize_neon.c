@@ -71,4 +71,49 @@ void mq_quantize_groups_neon(const mq_linear *lin, const mq_extent *extent, cons
     mq_quantize_groups_by(mq_extent_of_neon, quantize_group, lin, extent, x, n, group_size, codes,
                           scales, starts);
 }
+
+/* Two quads of two rows; of four */
+static MQ_INLINE void store_pairs(int32x4_t v, int8_t *to, int64_t h) {
+    const int32x2_t first = vget_low_s32(v), second = vget_high_s32(v);
+    memcpy(to, &first, sizeof first);
+    memcpy(to + h * MQ_QUAD, &second, sizeof second);
+}
+
+static MQ_INLINE void store_fours(int32x4_t low, int32x4_t high, int8_t *to, int64_t h) {
+    const int64x2_t a = vreinterpretq_s64_s32(low), b = vreinterpretq_s64_s32(high);
+    vst1q_s8(to, vreinterpretq_s8_s64(vzip1q_s64(a, b)));
+    vst1q_s8(to + h * MQ_QUAD, vreinterpretq_s8_s64(vzip2q_s64(a, b)));
+}
+
+static MQ_INLINE int32x4_t four_quads(const int8_t *from) {
+    return vreinterpretq_s32_s8(vld1q_s8(from));
+}
+
+/* Four quads as long as there are; of them, four rows as long as there are, then two */
+void mq_interleave_neon(const int8_t *from, int64_t stride, int64_t rows, int64_t quads, int8_t *to,
+                        int64_t h) {
+    const int64_t two_quads = 2 * h * MQ_QUAD;
+    int64_t quad = 0;
+    for (; quad + 4 <= quads; quad += 4, from += 4 * MQ_QUAD, to += 2 * two_quads) {
+        const int8_t *x = from;
+        int8_t *y = to;
+        int64_t left = rows;
+        for (; left >= 2; left -= 2, x += 2 * stride, y += 2 * MQ_QUAD) {
+            const int32x4_t a = four_quads(x), b = four_quads(x + stride);
+            const int32x4_t low = vzip1q_s32(a, b), high = vzip2q_s32(a, b);
+            if (left < 4) {
+                store_pairs(low, y, h);
+                store_pairs(high, y + two_quads, h);
+                continue;
+            }
+            left -= 2, x += 2 * stride;
+            const int32x4_t c = four_quads(x), d = four_quads(x + stride);
+            store_fours(low, vzip1q_s32(c, d), y, h);
+            store_fours(high, vzip2q_s32(c, d), y + two_quads, h);
+            y += 2 * MQ_QUAD;
+        }
+        mq_interleave_scalar(x, stride, left, 4, y, h);
+    }
+    mq_interleave_scalar(from, stride, rows, quads - quad, to, h);
+}
 #endif

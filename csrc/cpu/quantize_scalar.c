@@ -1,4 +1,5 @@
 #include <math.h>
+#include <string.h>
 
 #include "kernels.h"
 #include "quantize_groups.h"
@@ -37,6 +38,12 @@ void mq_quantize_groups_scalar(const mq_linear *lin, const mq_extent *extent, co
                                int32_t *starts) {
     mq_quantize_groups_by(mq_extent_of_scalar, quantize_group, lin, extent, x, n, group_size, codes,
                           scales, starts);
+}
+
+void mq_interleave_scalar(const int8_t *from, int64_t stride, int64_t rows, int64_t quads,
+                          int8_t *to, int64_t h) {
+    for (int64_t quad = 0; quad < quads; quad++, from += MQ_QUAD, to += h * MQ_QUAD)
+        for (int64_t r = 0; r < rows; r++) memcpy(to + r * MQ_QUAD, from + r * stride, MQ_QUAD);
 }
 
 void mq_dequantize_scalar(const int8_t *q, int64_t n, int is_unsigned, float scale, float *out) {

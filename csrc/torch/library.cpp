@@ -324,8 +324,10 @@ Tensor quantize_input(Tensor x, Tensor perm, int64_t num_salient, int64_t group_
     Tensor quantized =
         allocate(x, {quantized_input_bytes(op, lin, shape, m.rows)}, ScalarType::Byte);
     auto *space = static_cast<char *>(quantized.mutable_data_ptr());
-    std::memset(space, 0,
-                static_cast<size_t>(quantized.numel()));  // gaps too: equal x, equal bytes
+    size_t used;
+    check(op, mq_linear_workspace_size(&lin, m.rows, &used));
+    // what nobody uses too: equal x, equal bytes
+    std::memset(space + used, 0, static_cast<size_t>(quantized.numel()) - used);
     if (m.rows) quantize_tokens(op, lin, dtype, m, tile_rows_of(op, lin, m.rows), space);
     const InputLabel label = label_of(lin, m.rows);
     std::memcpy(space + quantized.numel() - sizeof label, label.data(), sizeof label);
