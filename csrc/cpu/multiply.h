@@ -227,6 +227,9 @@ TARGET static MQ_INLINE void add_groups(const int rows, part p, panels w, const 
             group_dots(rows, &p, &w, quad, end, dots);
         }
         add_scaled(rows, &p, &w, dots, HOLD_SUMS ? held : NULL);
+        /* Unknown to the compiler where they are now: gcc would store sums twice, to have those of
+         * the next group at hand, and spill dots for that. */
+        if (!HOLD_SUMS) __asm__("" : "+r"(p.sums));
         p.scales += p.h;
         w.scales += MQ_PANEL;
     }

@@ -20,8 +20,6 @@ TARGET static MQ_INLINE ints accumulate(ints sums, ints weights, ints codes) {
 TARGET static MQ_INLINE ints dots_of(ints sums) {
     static const int16_t ones[16]
         __attribute__((aligned(32))) = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-    const int16_t *in_memory = ones;
-    MQ_IN_MEMORY(in_memory);
-    return _mm256_madd_epi16(sums, _mm256_load_si256((const __m256i *)(const void *)in_memory));
+    return mq_madd_in_memory(sums, ones);
 }
 #endif

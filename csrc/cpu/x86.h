@@ -7,6 +7,7 @@
 #if !defined(MQ_SIMDE)
 
 #include <immintrin.h>
+#include <stdint.h>
 
 #define MQ_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define MQ_AVXVNNI __attribute__((target("avx2,fma,f16c,avxvnni")))
@@ -17,9 +18,12 @@
  * accumulator through the loop for it. */
 #define MQ_IN_REGISTER(x) __asm__("" : "+v"(x))
 
-/* Keeps what a pointer points at in memory up to this point: gcc would carry a constant in a
- * register through the loop before it, and an accumulator in memory for that. */
-#define MQ_IN_MEMORY(pointer) __asm__ volatile("" : "+r"(pointer))
+/* _mm256_madd_epi16 with 16 values that stay in memory, aligned to 32 bytes: gcc would carry a constant
+ * in a register through the loop before it, and an accumulator in memory for that. */
+MQ_AVX2 static inline __m256i mq_madd_in_memory(__m256i a, const int16_t *values) {
+    __asm__("vpmaddwd %1, %0, %0" : "+x"(a) : "m"(*(const __m256i *)(const void *)values));
+    return a;
+}
 
 #else
 
@@ -32,7 +36,6 @@
 #define MQ_AVXVNNI
 #define MQ_AVX512VNNI
 #define MQ_IN_REGISTER(x) ((void)0)
-#define MQ_IN_MEMORY(pointer) ((void)0)
 #define _mm256_dpbusd_avx_epi32 _mm256_dpbusd_epi32
 
 /* What SIMDe lacks; fmadd, which it would round twice; a masked load, which would read all lanes */
@@ -51,6 +54,10 @@
     }
 MQ_DEFINE_FMADD(mm256, __m256, 8)
 MQ_DEFINE_FMADD(mm512, __m512, 16)
+
+static inline __m256i mq_madd_in_memory(__m256i a, const int16_t *values) {
+    return _mm256_madd_epi16(a, _mm256_loadu_si256((const __m256i *)(const void *)values));
+}
 
 static inline __m512 mq_mm512_maskz_loadu_ps(__mmask16 mask, const void *from) {
     float x[16];
