@@ -194,11 +194,17 @@ static void add_salient(const mq_kernels *kernels, const mq_linear *lin, const m
 static void store_sums(const mq_kernels *kernels, const mq_linear *lin, int64_t panel0,
                        int64_t panels, int64_t first, int64_t last, float *sums, mq_dtype dtype,
                        void *out, int64_t stride) {
+    enum { ROWS_AHEAD = 16 }; /* else each store waits until the one before it has its line */
+    const int64_t size = (int64_t)mq_dtype_size(dtype);
     const int64_t n0 = panel0 * MQ_PANEL, columns = mq_min(panels * MQ_PANEL, lin->n - n0);
     float bias[MQ_PANELS_AT_ONCE * MQ_PANEL];
     if (lin->bias)
         for (int64_t c = 0; c < columns; c++) bias[c] = mq_load(lin->bias_dtype, lin->bias, n0 + c);
     for (int64_t row = first; row < last; row++) {
+        if (row + ROWS_AHEAD < last)
+            for (int64_t c = 0; c < columns; c += MQ_PANEL)
+                __builtin_prefetch((const char *)out +
+                                   ((row + ROWS_AHEAD) * stride + n0 + c) * size);
         for (int64_t c = 0, n; c < columns; c += n) {
             float *sum = sums + (c / MQ_PANEL * MQ_ROW_CHUNK + row - first) * MQ_PANEL;
             const int64_t at = row * stride + n0 + c;
