@@ -105,6 +105,7 @@ MQ_AVX2 void mq_interleave_avx2(const int8_t *from, int64_t stride, int64_t rows
         const int8_t *x = from;
         int8_t *y = to;
         int64_t left = rows;
+        for (int64_t i = 0; i < 8 * quad_stride; i += 64) __builtin_prefetch(to + BYTES_AHEAD + i);
         for (; left >= 2; left -= 2, x += 2 * stride, y += 2 * MQ_QUAD) {
             const __m256i a = eight_quads(x), b = eight_quads(x + stride);
             const __m256i low = _mm256_unpacklo_epi32(a, b), high = _mm256_unpackhi_epi32(a, b);
