@@ -136,18 +136,22 @@ def _create_from(draft: str, path: Path) -> bool:
         os.link(draft, path)
         return True
     except FileExistsError:
-        return False
+        # a network file system may have made the link and say so when it is asked again
+        return os.path.samefile(draft, path)
     except OSError:
-        pass  # no links on this file system: who is killed in the middle leaves nobody's claim
+        pass  # no links here, likely: who is killed in the middle leaves nobody's claim
+    owner, created = Path(draft).read_bytes(), False
     try:
         with open(path, "xb") as file:
-            file.write(Path(draft).read_bytes())
-        return True
+            created = True
+            file.write(owner)
     except FileExistsError:
         return False
     except OSError:
-        path.unlink(missing_ok=True)
+        if created:
+            path.unlink(missing_ok=True)
         raise
+    return True
 
 
 def _is_gone(text: str) -> bool:

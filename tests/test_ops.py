@@ -763,6 +763,19 @@ def test_equal_inputs_are_quantized_to_equal_bytes(name, tokens):
     assert len(at_hand) < 20  # some were made of what was overwritten
 
 
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("group_size", [2**40, 2**60, 2**62, 2**63 - 1])
+def test_a_group_may_be_larger_than_any_layer(name, group_size):
+    w, x, perm = torch.randn(16, 70), torch.randn(9, 70), torch.randperm(70).int()
+    with forced_isa(name):
+        results = [
+            ops.w4a4_linear(x, *ops.pack_weight(w, perm, 3, g), perm, None, 16, g, per_token=per)
+            for g in (67, group_size)
+            for per in (False, True)
+        ]
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+
+
 def test_isa_errors():
     with pytest.raises(ValueError, match="unknown instruction set 'sse9'.*scalar"):
         ops.set_isa("sse9")

@@ -2,7 +2,8 @@
 
 #include "ops.h"
 
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "two indices are read as one");
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+               "two indices are read as one, of which the first is the low half");
 
 /* out[i] = x[perm[i]]: loads are what it waits for, so two indices at once; 16 bytes to a store, for
  * vectors read from many smaller ones would wait for them. Every cache line's worth asks for a line

@@ -37,7 +37,7 @@ typedef struct mq_activations {
     int64_t m, h;
     int8_t *codes;   /* [tiles][quads][h][4] */
     float *scales;   /* [tiles][groups][h] */
-    int32_t *starts; /* [tiles][segments][h]; see below */
+    int32_t *starts; /* [tiles][segments][h] */
     float *salient;  /* [tiles][k_salient][h] */
 } mq_activations;
 

@@ -53,8 +53,8 @@ static void clear_tails(const mq_shape *shape, int64_t k_salient, int64_t m, int
     }
 }
 
-/* Of a token's INT4 channels, those before k0 are quantized; scales, starts: where the next group's and
- * segment's belong */
+/* Of a token's INT4 channels, those before k0 are quantized. scales: the place of the first group's,
+ * starts: that of the next segment's. */
 typedef struct token {
     mq_channels int4, salient; /* the token's channels, rotated and as they are */
     mq_extent extent;          /* of the token, or of a group longer than a segment */
@@ -74,11 +74,11 @@ static const float *load_groups(const mq_channels *from, int64_t group_size, int
     return buffer;
 }
 
-/* The next groups, as many as a segment holds, or the next segment of a long group; returns the
- * number of quads, of which the codes are written. */
+/* Quantizes the next groups, as many as a segment holds, or the next segment of a long group; writes
+ * their codes and returns how many quads they are. */
 static int64_t quantize_segment(const mq_shape *shape, const mq_linear *lin, int64_t h, token *t,
                                 int8_t *codes) {
-    const int64_t g = lin->group_size, k4 = lin->k - lin->k_salient, k0 = t->k0;
+    const int64_t k4 = lin->k - lin->k_salient, g = mq_min(lin->group_size, k4), k0 = t->k0;
     const int is_long = shape->group_quads > MQ_SEGMENT_QUADS;
     const int64_t of_group = mq_min(g - k0 % g, k4 - k0);
     const int64_t n = is_long ? mq_min(MQ_BUFFER, of_group)
@@ -100,6 +100,15 @@ static int64_t quantize_segment(const mq_shape *shape, const mq_linear *lin, int
     return (groups - 1) * shape->group_quads + mq_ceil_div(n - (groups - 1) * g, MQ_QUAD);
 }
 
+/* The extent of all of a token's INT4 channels */
+static mq_extent token_extent(const mq_linear *lin, const token *t) {
+    const int64_t k4 = lin->k - lin->k_salient, g = mq_min(lin->group_size, k4);
+    mq_extent extent = {0, 0, 0};
+    for (int64_t k0 = 0; k0 < k4; k0 += g)
+        extent = mq_extent_union(extent, mq_channels_extent(&t->int4, k0, mq_min(g, k4 - k0)));
+    return extent;
+}
+
 static void split_salient(const mq_linear *lin, int64_t h, const token *t) {
     const int64_t k4 = lin->k - lin->k_salient;
     float buffer[MQ_BUFFER];
@@ -117,8 +126,8 @@ static void split_salient(const mq_linear *lin, int64_t h, const token *t) {
 /* A tile's tokens. Each one's codes are written in one piece, some segments at a time, and interleaved
  * from there: written to their places one token after the other, they would pass through the cache
  * once for each token. */
-static void quantize_tile(const mq_shape *shape, const mq_linear *lin, int64_t h, int64_t rows,
-                          token *tokens, int8_t *to) {
+static void quantize_tile(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
+                          int64_t h, int64_t rows, token *tokens, int8_t *to) {
     enum { SEGMENTS = 8, STRIDE = SEGMENTS * MQ_BUFFER };
     int8_t codes[MQ_TILE_ROWS_512 * STRIDE];
     const int64_t k4 = lin->k - lin->k_salient;
@@ -126,12 +135,15 @@ static void quantize_tile(const mq_shape *shape, const mq_linear *lin, int64_t h
         int64_t quads = 0;
         for (int64_t r = 0; r < rows; r++) {
             token *t = tokens + r;
-            if (t->k0 == 0) split_salient(lin, h, t);
+            if (t->k0 == 0) {
+                split_salient(lin, h, t);
+                if (lin->per_token) t->extent = token_extent(lin, t);
+            }
             quads = 0;
             for (int i = 0; i < SEGMENTS && t->k0 < k4; i++)
                 quads += quantize_segment(shape, lin, h, t, codes + r * STRIDE + quads * MQ_QUAD);
         }
-        tokens->int4.kernels->interleave(codes, STRIDE, rows, quads, to, h);
+        kernels->interleave(codes, STRIDE, rows, quads, to, h);
         to += quads * h * MQ_QUAD;
     } while (tokens->k0 < k4);
 }
@@ -140,7 +152,7 @@ void mq_run_linear_quantize(const mq_kernels *kernels, const mq_shape *shape, co
                             mq_dtype dtype, const void *x, int64_t stride, int64_t m, int64_t row0,
                             int64_t row1, void *workspace) {
     mq_activations act = workspace_view(shape, lin->k_salient, m, kernels->tile_rows, workspace);
-    const int64_t h = act.h, k4 = lin->k - lin->k_salient;
+    const int64_t h = act.h;
     if (row1 == m) clear_tails(shape, lin->k_salient, m, h, workspace);
     for (int64_t tile = row0 / h, rows; tile * h < row1; tile++) {
         token tokens[MQ_TILE_ROWS_512];
@@ -149,21 +161,16 @@ void mq_run_linear_quantize(const mq_kernels *kernels, const mq_shape *shape, co
             const int64_t row = tile * h + r;
             const void *values = (const char *)x + (size_t)(row * stride) * mq_dtype_size(dtype);
             const int64_t to_next = row + 1 < row1 ? stride * (int64_t)mq_dtype_size(dtype) : 0;
-            token *t = tokens + r;
-            *t = (token){
+            tokens[r] = (token){
                 .int4 = {kernels, dtype, values, lin->perm, lin->rotation, to_next},
                 .salient = {kernels, dtype, values, lin->perm, 0, to_next},
                 .scales = act.scales + tile * shape->groups * h + r,
                 .starts = act.starts + tile * shape->segments * h + r,
                 .salient_values = act.salient + tile * lin->k_salient * h + r,
             };
-            if (lin->per_token)
-                for (int64_t k0 = 0; k0 < k4; k0 += lin->group_size)
-                    t->extent = mq_extent_union(
-                        t->extent,
-                        mq_channels_extent(&t->int4, k0, mq_min(lin->group_size, k4 - k0)));
         }
-        quantize_tile(shape, lin, h, rows, tokens, act.codes + tile * shape->quads * h * MQ_QUAD);
+        quantize_tile(kernels, shape, lin, h, rows, tokens,
+                      act.codes + tile * shape->quads * h * MQ_QUAD);
     }
 }
 
@@ -202,7 +209,7 @@ static void store_sums(const mq_kernels *kernels, const mq_linear *lin, int64_t 
         for (int64_t c = 0; c < columns; c++) bias[c] = mq_load(lin->bias_dtype, lin->bias, n0 + c);
     for (int64_t row = first; row < last; row++) {
         if (row + ROWS_AHEAD < last)
-            for (int64_t c = 0; c < columns; c += MQ_PANEL)
+            for (int64_t c = 0; c < columns; c += 64 / size)
                 __builtin_prefetch((const char *)out +
                                    ((row + ROWS_AHEAD) * stride + n0 + c) * size);
         for (int64_t c = 0, n; c < columns; c += n) {

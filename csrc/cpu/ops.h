@@ -45,8 +45,8 @@ void mq_run_linear_multiply(const mq_kernels *kernels, const mq_shape *shape, co
                             const void *workspace, mq_dtype dtype, void *out, int64_t stride);
 
 /* One row and how to read it: channels perm[0 .. k), or all in order where perm is NULL; rotated in
- * blocks where rotation > 1. to_next: bytes to the row that will be read next, to have it at hand;
- * 0: none. */
+ * blocks where rotation > 1. to_next: bytes to the row that is mostly read next, to have it at
+ * hand; 0: none. */
 typedef struct mq_channels {
     const mq_kernels *kernels;
     mq_dtype dtype;

@@ -7,7 +7,9 @@
 #include "quantize_groups.h"
 #include "x86.h"
 
-enum { BYTES_AHEAD = 8192 }; /* from what is read in place, or written, to what is being asked for */
+enum {
+    BYTES_AHEAD = 8192
+}; /* from what is read in place, or written, to what is being asked for */
 
 /* The first n of 8 values, n < 8, and zeros */
 MQ_AVX2 static MQ_INLINE __m256 load_part(const float *x, int64_t n) {

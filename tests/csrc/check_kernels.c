@@ -223,19 +223,22 @@ static void check_linear(void) {
         size_t bytes;
         CHECK(mq_linear_workspace_size(&lin, m, &bytes) == MQ_OK);
         CHECK(mq_linear_tile_rows(&lin, m, &tile) == MQ_OK);
-        guarded workspace = guarded_alloc(bytes, 64);
+        guarded workspace = guarded_alloc(bytes, 64), whole = guarded_alloc(bytes, 64);
+        memset(workspace.data, 1, bytes), memset(whole.data, 2, bytes);
         int64_t split = below(m / tile + 1) * tile;
         CHECK(mq_linear_quantize(&lin, dtype, x.data, x_stride, m, split, m, workspace.data) ==
               MQ_OK);
         CHECK(mq_linear_quantize(&lin, dtype, x.data, x_stride, m, 0, split, workspace.data) ==
               MQ_OK);
+        CHECK(mq_linear_quantize(&lin, dtype, x.data, x_stride, m, 0, m, whole.data) == MQ_OK);
+        CHECK(memcmp(workspace.data, whole.data, bytes) == 0);
         CHECK(mq_linear_multiply(&lin, m, split, m, 0, shape.panels, workspace.data, dtype,
                                  y[i].data, y_stride) == MQ_OK);
         CHECK(mq_linear_multiply(&lin, m, 0, split, middle, shape.panels, workspace.data, dtype,
                                  y[i].data, y_stride) == MQ_OK);
         CHECK(mq_linear_multiply(&lin, m, 0, split, 0, middle, workspace.data, dtype, y[i].data,
                                  y_stride) == MQ_OK);
-        guarded_free(&workspace);
+        guarded_free(&workspace), guarded_free(&whole);
         check_bytes(&qweight[i], &qweight[0]);
         check_bytes(&scales[i], &scales[0]);
         check_bytes(&salient[i], &salient[0]);
