@@ -78,14 +78,15 @@ class Claims:
 
     def _write(self, path: Path) -> bool:
         self.folder.mkdir(exist_ok=True)
+        owner = json.dumps({"process": os.getpid(), "place": _place()})
         descriptor, draft = tempfile.mkstemp(
             prefix=f"{path.stem}.", suffix=".draft", dir=self.folder
         )
         try:
             with open(descriptor, "w", encoding="utf-8") as file:
-                json.dump({"process": os.getpid(), "place": _place()}, file)
+                file.write(owner)
             os.chmod(draft, 0o644)  # mkstemp makes files private
-            return _create_from(draft, path)
+            return _create_from(draft, owner, path)
         except FileNotFoundError:  # the cell is finished, and `clear` took the draft
             return False
         finally:
@@ -130,8 +131,8 @@ class Claims:
             path = self._path(path.stem, generation)
 
 
-def _create_from(draft: str, path: Path) -> bool:
-    """Create `path` with the contents of `draft`, at once; False where somebody else was first."""
+def _create_from(draft: str, owner: str, path: Path) -> bool:
+    """Create `path` from a draft with `owner` in it; False where somebody else was first."""
     try:
         os.link(draft, path)
         return True
@@ -140,9 +141,9 @@ def _create_from(draft: str, path: Path) -> bool:
         return os.path.samefile(draft, path)
     except OSError:
         pass  # no links here, likely: who is killed in the middle leaves nobody's claim
-    owner, created = Path(draft).read_bytes(), False
+    created = False
     try:
-        with open(path, "xb") as file:
+        with open(path, "x", encoding="utf-8") as file:
             created = True
             file.write(owner)
     except FileExistsError:
