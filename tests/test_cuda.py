@@ -451,6 +451,7 @@ def test_every_op_of_the_cpu_has_a_cuda_function(card):
     "command",
     [
         [sys.executable, "benchmarks/card.py"],
+        [sys.executable, "benchmarks/card_kernels.py"],
         [sys.executable, "benchmarks/card_model.py"],
         ["benchmarks/card.sh"],
     ],

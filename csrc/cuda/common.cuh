@@ -35,9 +35,14 @@ __host__ __device__ __forceinline__ T smaller(T a, T b) {
 // of which kernels with any dynamic one have up to 1 KiB.
 constexpr int64_t kOrdinaryShared = (48 << 10) - 1024;
 
-// kernel<<<grid, kThreads, shared, stream>>>(args...); nothing where the grid is empty
+// And what a launch may have that asks for it, on any architecture.
+constexpr int64_t kMostShared = (64 << 10) - 1024;
+
+// kernel<<<grid, kThreads, shared, stream>>>(args...); nothing where the grid is empty. early: it may
+// begin before the kernel in front of it has ended, and waits itself (wait_for_previous).
 template <typename... Parameters, typename... Args>
-int launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, void *stream, Args... args) {
+int launch_as(bool early, void (*kernel)(Parameters...), dim3 grid, size_t shared, void *stream,
+              Args... args) {
     if (!grid.x || !grid.y) return cudaSuccess;
     if (shared > kOrdinaryShared) {
         const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -45,12 +50,36 @@ int launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, void *stream
         if (error) return error;
     }
 #ifdef __CUDACC__
-    kernel<<<grid, kThreads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = shared;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = early ? 1 : 0;
+    const int error = cudaLaunchKernelEx(&config, kernel, args...);
+    if (error) return error;
 #else
-    (void)stream;
+    (void)early, (void)stream;
     emulator::run(grid, kThreads, shared, [=] { kernel(args...); });
 #endif
     return cudaGetLastError();
+}
+
+template <typename... Parameters, typename... Args>
+int launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, void *stream, Args... args) {
+    return launch_as(false, kernel, grid, shared, stream, args...);
+}
+
+// For a kernel that reads what the one before wrote only after wait_for_previous. Its other input is
+// older than that kernel.
+template <typename... Parameters, typename... Args>
+int launch_behind(int arch, void (*kernel)(Parameters...), dim3 grid, size_t shared, void *stream,
+                  Args... args) {
+    return launch_as(arch >= 90, kernel, grid, shared, stream, args...);
 }
 
 // Blocks of kThreads for n jobs of one thread each, for kernels that stride over the grid.

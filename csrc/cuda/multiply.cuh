@@ -89,6 +89,17 @@ struct pair_sums {
         }
     }
 
+    // As add_half for sums that started at 0. Converting costs what starting elsewhere does, and neither
+    // long groups nor large scales are cases of their own.
+    __device__ __forceinline__ void add_plain_half(int h, uint32_t sw, float unit,
+                                                   const float2 (&sa)[NT]) {
+        const float scale[2] = {unit * __uint_as_float(sw << 16),
+                                unit * __uint_as_float(sw & 0xffff0000u)};
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            add_channel(h, i, sa, [&](int dot) { return static_cast<float>(dot) * scale[i]; });
+    }
+
     __device__ __forceinline__ void scale_channels(uint2 by) {
         const float scale[4] = {__uint_as_float(by.x << 16), __uint_as_float(by.x & 0xffff0000u),
                                 __uint_as_float(by.y << 16), __uint_as_float(by.y & 0xffff0000u)};
@@ -118,8 +129,8 @@ struct pair_sums {
 
 // A block's word of a channel as two registers of codes times 16: of the even and of the odd quad.
 __device__ __forceinline__ void unpack(uint32_t word, uint32_t &even, uint32_t &odd) {
-    even = ((word << 4) ^ 0x80808080u) & 0xf0f0f0f0u;
-    odd = (word ^ 0x80808080u) & 0xf0f0f0f0u;
+    even = xor_and(word << 4, 0x80808080u, 0xf0f0f0f0u);
+    odd = xor_and(word, 0x80808080u, 0xf0f0f0f0u);
 }
 
 // Weights of one step as left sides of both products.
@@ -168,15 +179,16 @@ __device__ __forceinline__ uint32_t ones_of(const multiply_args &args, int64_t s
 
 // ---- Salient channels, 16 at a time ----
 //
-// Lane t takes channels 4 t .. + 3 of the chunk, as two pairs.
+// Lane t takes four channels of the chunk, as two pairs: 4 t .. + 3, or those that it has in a row of
+// 16 halves in shared memory, 2 t, + 1, + 8 and + 9.
+enum salient_order { NEIGHBOURS, AS_IN_ROWS };
 
 __device__ __forceinline__ uint32_t pack_halves(float low, float high, bool is_f16) {
     if (is_f16) return f32_to_f16(low) | static_cast<uint32_t>(f32_to_f16(high)) << 16;
     return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
 }
 
-// Weights of the lane's four salient channels, as stored: [i] holds channel 4 t + i of the chunk, for the
-// lane's four output channels.
+// Weights of the lane's four salient channels, as stored, for the lane's four output channels.
 struct salient_words {
     uint2 w[4];  // int8: only x
 };
@@ -188,18 +200,21 @@ __device__ __forceinline__ uint2 salient_word(const unsigned char *row, mq_dtype
 }
 
 // A chunk's, as record `record` of the tokens multiplies it; zeros where there are none
+template <salient_order ORDER = NEIGHBOURS>
 __device__ __forceinline__ salient_words load_salient(const multiply_args &args, int64_t panel,
                                                       int record) {
     const int row_bytes = size_of(args.lin.salient_dtype) * 16;
-    const int channel = record / args.from.terms * 16 + 4 * lane_t();
+    const int channel =
+        record / args.from.terms * 16 + (ORDER == NEIGHBOURS ? 4 * lane_t() : 2 * lane_t());
     const unsigned char *rows = static_cast<const unsigned char *>(args.lin.salient) +
                                 (panel * args.lin.k_salient + channel) * row_bytes;
     salient_words words;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
+        const int more = ORDER == NEIGHBOURS ? i : i % 2 + i / 2 * 8;
         words.w[i] = {0, 0};
-        if (panel < args.shape.panels && channel + i < args.lin.k_salient)
-            words.w[i] = salient_word(rows + i * row_bytes, args.lin.salient_dtype);
+        if (panel < args.shape.panels && channel + more < args.lin.k_salient)
+            words.w[i] = salient_word(rows + more * row_bytes, args.lin.salient_dtype);
     }
     return words;
 }
@@ -269,14 +284,29 @@ __device__ __forceinline__ void add_salient(pair_sums<NT> &sums, const salient_w
 
 // ---- Output ----
 
-// y [4] + bias for output channels first .. first + 3 of a token
-__device__ __forceinline__ void store_channels(const multiply_args &args, int64_t token,
-                                               int64_t first, float (&y)[4]) {
-    const int64_t n = args.lin.n, at = token * n + first;
+struct bias_values {
+    float v[4];
+};
+
+// Of output channels first .. first + 3; zeros where there are none
+__device__ __forceinline__ bias_values load_bias(const multiply_args &args, int64_t first) {
+    bias_values bias = {};
     if (args.lin.bias)
 #pragma unroll
         for (int c = 0; c < 4; c++)
-            if (first + c < n) y[c] += load(args.lin.bias_dtype, args.lin.bias, first + c);
+            if (first + c < args.lin.n)
+                bias.v[c] = load(args.lin.bias_dtype, args.lin.bias, first + c);
+    return bias;
+}
+
+// y [4] + bias for output channels first .. first + 3 of a token
+__device__ __forceinline__ void store_channels(const multiply_args &args, int64_t token,
+                                               int64_t first, const bias_values &bias,
+                                               float (&y)[4]) {
+    const int64_t n = args.lin.n, at = token * n + first;
+    if (args.lin.bias)  // else a -0 would become 0
+#pragma unroll
+        for (int c = 0; c < 4; c++) y[c] += bias.v[c];
     if (n % 4 == 0 && first + 4 <= n) {
         if (args.dtype == MQ_F32) {
             float *to = static_cast<float *>(args.out) + at;
@@ -300,6 +330,8 @@ __device__ __forceinline__ void store_channels(const multiply_args &args, int64_
 template <int NT>
 __device__ __forceinline__ void store_sums(const multiply_args &args, int64_t token, int64_t panel,
                                            const pair_sums<NT> &sums) {
+    const int64_t first = panel * MQ_PANEL + lane_channel();
+    const bias_values bias = load_bias(args, first);
 #pragma unroll
     for (int n = 0; n < NT; n++) {
 #pragma unroll
@@ -308,7 +340,7 @@ __device__ __forceinline__ void store_sums(const multiply_args &args, int64_t to
             float y[4];
 #pragma unroll
             for (int c = 0; c < 4; c++) y[c] = sums.y[c / 2][n][c % 2 * 2 + j];
-            if (at < args.from.m) store_channels(args, at, panel * MQ_PANEL + lane_channel(), y);
+            if (at < args.from.m) store_channels(args, at, first, bias, y);
         }
     }
 }

@@ -50,11 +50,14 @@ struct worker {
 
     // Terms of chunks begin .. end
     __device__ __forceinline__ void add_chunks(int begin, int end) {
+        fragment_b b[NT];
+        salient_words words;
+        if (begin < end) words = load_salient(args, panel, begin);
         for (int record = begin; record < end; record++) {
-            fragment_b b[NT];
+            const salient_words now = words;
+            if (record + 1 < end) words = load_salient(args, panel, record + 1);
             load_right(args.from.salient, record, true, b);
-            add_salient(sums, load_salient(args, panel, record), b, args.lin.salient_dtype,
-                        args.from.is_f16);
+            add_salient(sums, now, b, args.lin.salient_dtype, args.from.is_f16);
         }
         if (args.lin.salient_dtype == MQ_I8 && in_n)
             sums.scale_channels(*reinterpret_cast<const uint2 *>(
@@ -133,15 +136,153 @@ struct worker {
     }
 };
 
+// Where every slot is a step: the same sums by fewer instructions, which are what takes long otherwise.
 template <int NT>
-__global__ void __launch_bounds__(kThreads) decode(const __grid_constant__ multiply_args args) {
-    __shared__ float4 parts[kWarps][NT * 8][2 * MQ_PANEL / 4];  // [warp][token][4 channels]
+struct step_worker {
+    static constexpr int kAhead =
+        NT == 1 ? 6 : 4;  // steps asked for at once, and as many once more
+
+    const multiply_args &args;
+    const unsigned char *weights, *codes;  // the lane's, of step 0
+    const float *scales;
+    const uint16_t *weight_scales;
+    int64_t code_stride, scale_stride;
+    int at[NT], at_scale[NT][2];  // its tokens, those behind the last one being the last
+    int last_block, group_steps;
+
+    struct steps {
+        uint4 words[kAhead];
+        fragment_b b[kAhead][NT];
+    };
+    struct group_scales {
+        uint2 sw;
+        float2 sa[NT];
+    };
+
+    __device__ __forceinline__ step_worker(const multiply_args &args_, int64_t token, int64_t panel)
+        : args(args_) {
+        // a panel that is not there is another one, whose sums nobody stores
+        const int64_t own = smaller(panel, args.shape.panels - 1);
+        weights = args.lin.qweight + own * args.shape.blocks * MQ_BLOCK_BYTES + lane_channel() * 4;
+        weight_scales = args.lin.scales + own * args.shape.groups * MQ_PANEL + lane_channel();
+        codes = args.from.codes + lane_t() * 8;
+        scales = args.from.scales;
+        code_stride = args.from.stride * 32, scale_stride = args.from.stride;
+        last_block = static_cast<int>(args.shape.blocks) - 1;
+        group_steps = static_cast<int>(args.shape.group_quads / 8);
+        const int64_t last = args.from.m - 1;
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            at[n] = static_cast<int>(smaller(token + 8 * n + lane() / 4, last));
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+                at_scale[n][j] = static_cast<int>(smaller(token + 8 * n + 2 * lane_t() + j, last));
+        }
+    }
+
+    // Steps first .. end, at most kAhead
+    __device__ __forceinline__ void load_weights(int first, int end, steps &to) const {
+#pragma unroll
+        for (int i = 0; i < kAhead; i++)
+            if (first + i < end)
+                to.words[i] =
+                    load_once(weights + int64_t{smaller((first + i) * 4 + lane_t(), last_block)} *
+                                            MQ_BLOCK_BYTES);
+    }
+    __device__ __forceinline__ void load_codes(int first, int end, steps &to) const {
+#pragma unroll
+        for (int i = 0; i < kAhead; i++) {
+            if (first + i >= end) break;
+            const unsigned char *record = codes + (first + i) * code_stride;
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                const uint2 bytes = *reinterpret_cast<const uint2 *>(record + at[n] * 32);
+                to.b[i][n] = {{bytes.x, bytes.y}};
+            }
+        }
+    }
+    __device__ __forceinline__ void load_scales(int group, group_scales &to) const {
+        if (group >= args.shape.groups) return;
+        to.sw = *reinterpret_cast<const uint2 *>(weight_scales + group * MQ_PANEL);
+        const float *of_group = scales + group * scale_stride;
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+            to.sa[n] = {of_group[at_scale[n][0]], of_group[at_scale[n][1]]};
+    }
+
+    // Sums of steps begin .. end; groups that other warps have parts of count with the part here.
+    // first: the weights of the first ones, which were asked for.
+    __device__ __forceinline__ void add(int begin, int end, steps &first, steps &second,
+                                        pair_sums<NT> &sums) const {
+        if (begin >= end) return;
+        int group = begin / group_steps, left = group_steps - begin % group_steps;
+        group_scales now, next;  // the next ones are asked for a group ahead
+        load_scales(group, now);
+        load_scales(group + 1, next);
+        clear(sums);
+        const auto multiply = [&](int from, const steps &with) {
+#pragma unroll
+            for (int i = 0; i < kAhead; i++) {
+                if (from + i >= end) break;
+                fragment_a a[2];
+                unpack(with.words[i], a);
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+#pragma unroll
+                    for (int n = 0; n < NT; n++)
+                        multiply_s8(sums.dots[h][n], a[h], with.b[i][n], sums.dots[h][n]);
+                if (--left && from + i + 1 < end) continue;
+                sums.add_plain_half(0, now.sw.x, kUnpackedUnit, now.sa);
+                sums.add_plain_half(1, now.sw.y, kUnpackedUnit, now.sa);
+                clear(sums);
+                left = group_steps;
+                now = next;
+                load_scales(++group + 1, next);
+            }
+        };
+        load_codes(begin, end, first);
+        load_codes(begin + kAhead, end, second);
+        for (int at_step = begin; at_step < end; at_step += 2 * kAhead) {
+            multiply(at_step, first);
+            load_weights(at_step + 2 * kAhead, end, first);
+            load_codes(at_step + 2 * kAhead, end, first);
+            multiply(at_step + kAhead, second);
+            load_weights(at_step + 3 * kAhead, end, second);
+            load_codes(at_step + 3 * kAhead, end, second);
+        }
+    }
+
+   private:
+    static __device__ __forceinline__ void clear(pair_sums<NT> &sums) {
+        fill(sums.dots[0], 0), fill(sums.dots[1], 0);
+    }
+};
+
+template <int NT, bool WHOLE>
+__global__ void __launch_bounds__(kThreads, WHOLE &&NT == 1 ? 2 : 1)
+    decode(const __grid_constant__ multiply_args args) {
+    // [warp][token][4 channels], and a unit more, so that lanes are in different banks
+    __shared__ float4 parts[kWarps][NT * 8][2 * MQ_PANEL / 4 + 1];
     worker<NT> work(args);
     work.sums.clear();
     const int64_t records = args.from.chunks * args.from.terms, slots = args.slot.total;
-    work.add_chunks(static_cast<int>(records * warp() / kWarps),
-                    static_cast<int>(records * (warp() + 1) / kWarps));
-    work.add_slots(slots * warp() / kWarps, slots * (warp() + 1) / kWarps);
+    const int first_record = static_cast<int>(records * warp() / kWarps);
+    const int last_record = static_cast<int>(records * (warp() + 1) / kWarps);
+    if constexpr (WHOLE) {
+        const step_worker<NT> steps(args, work.token, work.panel);
+        const int begin = static_cast<int>(slots * warp() / kWarps);
+        const int end = static_cast<int>(slots * (warp() + 1) / kWarps);
+        typename step_worker<NT>::steps first, second;
+        steps.load_weights(begin, end, first);
+        steps.load_weights(begin + steps.kAhead, end, second);
+        wait_for_previous();
+        work.add_chunks(first_record, last_record);
+        steps.add(begin, end, first, second, work.sums);
+    } else {
+        wait_for_previous();
+        work.add_chunks(first_record, last_record);
+        work.add_slots(slots * warp() / kWarps, slots * (warp() + 1) / kWarps);
+    }
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
@@ -158,28 +299,31 @@ __global__ void __launch_bounds__(kThreads) decode(const __grid_constant__ multi
         }
         const int64_t token = work.token + i / 8;
         const int64_t first = static_cast<int64_t>(blockIdx.y) * 2 * MQ_PANEL + i % 8 * 4;
-        if (token < args.from.m && first < args.lin.n) store_channels(args, token, first, y);
+        if (token < args.from.m && first < args.lin.n)
+            store_channels(args, token, first, load_bias(args, first), y);
     }
 }
 
 template <int NT>
-int run(const multiply_args &args, void *stream) {
+int run(const multiply_args &args, int arch, void *stream) {
     const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(args.from.m, NT * 8)),
                     static_cast<unsigned>(ceil_div<int64_t>(args.shape.panels, 2)));
-    return launch(decode<NT>, grid, 0, stream, args);
+    const auto kernel =
+        args.slot.whole() && args.shape.groups ? decode<NT, true> : decode<NT, false>;
+    return launch_behind(arch, kernel, grid, 0, stream, args);
 }
 
 }  // namespace
 }  // namespace mq
 
-int mq_multiply_decode_8(const mq::multiply_args &args, int, void *stream) {
-    return mq::run<1>(args, stream);
+int mq_multiply_decode_8(const mq::multiply_args &args, int arch, void *stream) {
+    return mq::run<1>(args, arch, stream);
 }
 
-int mq_multiply_decode_16(const mq::multiply_args &args, int, void *stream) {
-    return mq::run<2>(args, stream);
+int mq_multiply_decode_16(const mq::multiply_args &args, int arch, void *stream) {
+    return mq::run<2>(args, arch, stream);
 }
 
-int mq_multiply_decode_32(const mq::multiply_args &args, int, void *stream) {
-    return mq::run<4>(args, stream);
+int mq_multiply_decode_32(const mq::multiply_args &args, int arch, void *stream) {
+    return mq::run<4>(args, arch, stream);
 }

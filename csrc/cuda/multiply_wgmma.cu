@@ -2,6 +2,10 @@
 // them. Tokens come through a ring of stages in shared memory, as in multiply_prefill.cu; weights,
 // which no two warps share, straight into registers, a stage ahead. The two halves of a lane's
 // channels are products of their own: while one is under way, the sums of the other become floats.
+//
+// What takes long is the instructions beside the products (counts in docs/results.md), so addresses are
+// stepped, not computed, and what is not there is read from somewhere else instead of being tested for:
+// weights of no channel meet codes of 0, and sums of no panel are not stored.
 #include "multiply.cuh"
 
 namespace mq {
@@ -17,92 +21,198 @@ struct stage {
     float token_scales[kTokens];                   // of the stage's group
 };
 static_assert(sizeof(stage) % 256 == 0, "products want rows at a multiple of 256 bytes");
+static_assert(kSlots == kLeftSides, "a stage's left sides are fenced together");
 
 #ifdef MQ_HAS_WGMMA
 
 constexpr int kAhead = kStages - 2;  // stages asked for; products of two may be under way
 
+// Fills the ring, in order: first the salient channels' records, then the codes.
+struct loader {
+    static constexpr int kUnits = kTokens * 2;           // of a slot, 16 bytes each
+    static constexpr int kTogether = kThreads / kUnits;  // slots that the block copies at once
+    static constexpr int kCopies = kSlots / kTogether;   // of a thread, for a stage
+    static constexpr int kScaleThreads = kTokens / 4;
+
+    const unsigned char *from;  // the thread's unit of its next record
+    const float *scales;        // the thread's of the next stage's group
+    int64_t slot_bytes, scale_stride;
+    unsigned char *ring;
+    int bytes, scale_bytes;  // that are there of a unit, and of a thread's scales
+    int record, end;         // the thread's next one, and where they end
+    int in_group, group_stages;
+    int at, place;  // the stage to fill, and the thread's unit in it
+
+    __device__ __forceinline__ loader(const multiply_args &args, int64_t token, int group_stages_)
+        : ring(dynamic_shared()), in_group(0), group_stages(group_stages_), at(0) {
+        const int thread = static_cast<int>(threadIdx.x);
+        const int row = thread / 2 % kTokens, unit = thread % 2;
+        place = (thread / kUnits * kTokens + row) * 32 + swizzled(row, unit) * 16;
+        slot_bytes = args.from.stride * 32;
+        bytes = token + row < args.from.m ? 16 : 0;
+        const int64_t left = args.from.m - token - thread * 4;
+        scale_bytes = left >= 4 ? 16 : left > 0 ? static_cast<int>(left) * 4 : 0;
+        scale_stride = args.from.stride;
+        scales = args.from.scales + token + thread * 4;
+    }
+
+    // Goes on with records of [records][stride][32 bytes]
+    __device__ __forceinline__ void begin(const multiply_args &args, const unsigned char *records,
+                                          int64_t token, int count) {
+        const int thread = static_cast<int>(threadIdx.x);
+        record = thread / kUnits, end = count;
+        from =
+            records + record * slot_bytes + (token + thread / 2 % kTokens) * 32 + thread % 2 * 16;
+        (void)args;
+    }
+
+    __device__ __forceinline__ void load(bool is_code) {
+        if (record - static_cast<int>(threadIdx.x) / kUnits < end) {
+            unsigned char *to = ring + at * static_cast<int>(sizeof(stage));
+#pragma unroll
+            for (int i = 0; i < kCopies; i++) {
+                copy_async(to + place + i * kTogether * kUnits * 16, from,
+                           record < end ? bytes : 0);
+                from += kTogether * slot_bytes, record += kTogether;
+            }
+            if (is_code) {
+                if (threadIdx.x < kScaleThreads)
+                    copy_async(to + offsetof(stage, token_scales) + threadIdx.x * 16, scales,
+                               scale_bytes);
+                if (++in_group == group_stages) in_group = 0, scales += scale_stride;
+            }
+        }
+        commit_copies();  // of nothing at the end, so that the count stays
+        at = at + 1 == kStages ? 0 : at + 1;
+    }
+};
+
 struct worker {
     const multiply_args &args;
-    int64_t token, panel;  // the block's first token; the lane's panel
-    bool in_n;             // whether the panel exists
+    int64_t panel;                 // the lane's
+    const unsigned char *weights;  // the lane's, of the next stage
+    const uint16_t *scales;        // of group 0
+    int blocks_left, last_group;
     pair_sums<kTiles> sums;
+    fragment_a left[2][kSlots];
 
     __device__ __forceinline__ explicit worker(const multiply_args &args_)
         : args(args_),
-          token(static_cast<int64_t>(blockIdx.x) * kTokens),
           panel(static_cast<int64_t>(blockIdx.y) * kPanels + warp() * 2 + lane_panel()),
-          in_n(panel < args_.shape.panels) {}
-
-    // ---- Tokens, to shared memory ----
-
-    // Records first .. of [records][stride][32 bytes]; zeros from `end` on
-    __device__ __forceinline__ void load_records(const unsigned char *records, int first, int end,
-                                                 stage &to) const {
-#pragma unroll
-        for (int i = 0; i < kSlots * kTokens * 2 / kThreads; i++) {
-            const int job = i * kThreads + static_cast<int>(threadIdx.x);
-            const int s = job / (2 * kTokens), row = job / 2 % kTokens, unit = job % 2;
-            const bool valid = first + s < end && token + row < args.from.m;
-            copy_async(to.tokens[s][row][swizzled(row, unit)],
-                       records + ((first + s) * args.from.stride + token + row) * 32 + unit * 16,
-                       valid ? 16 : 0);
-        }
+          left{} {
+        const int64_t own = smaller(panel, args.shape.panels - 1);
+        weights = args.lin.qweight + (own * args.shape.blocks + lane_t()) * MQ_BLOCK_BYTES +
+                  lane_channel() * 4;
+        scales = args.lin.scales + own * args.shape.groups * MQ_PANEL + lane_channel();
+        blocks_left = static_cast<int>(args.shape.blocks) - lane_t();
+        last_group = static_cast<int>(args.shape.groups) - 1;
     }
 
-    // ---- Salient channels, as in multiply_prefill.cu ----
+    // ---- Salient channels, a stage of records ----
 
-    __device__ __forceinline__ void add_record(const salient_words &words, const stage &from,
-                                               int s) {
-        fragment_b b[kTiles];
+    struct salient {
+        salient_words words[kSlots];
+    };
+
+    __device__ __forceinline__ salient load_records(int first) const {
+        salient to;
 #pragma unroll
-        for (int n = 0; n < kTiles; n++) {
-            const int row = 8 * n + lane() / 4;
-            const unsigned char *unit = from.tokens[s][row][swizzled(row, lane_t() / 2)];
-            const uint2 bytes = *reinterpret_cast<const uint2 *>(unit + lane_t() % 2 * 8);
-            b[n] = {{bytes.x, bytes.y}};
+        for (int s = 0; s < kSlots; s++)
+            to.words[s] = load_salient<AS_IN_ROWS>(args, panel, first + s);
+        return to;
+    }
+
+    template <bool IS_F16>
+    __device__ __forceinline__ void multiply_records(const stage &from) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            fence_products(sums.y[h], left[h]);
+#pragma unroll
+            for (int s = 0; s < kSlots; s++)
+                multiply_later<IS_F16>(sums.y[h], left[h][s], from.tokens[s]);
+            commit_products();
         }
-        add_salient(sums, words, b, args.lin.salient_dtype, args.from.is_f16);
+#pragma unroll
+        for (int h = 0; h < 2; h++) wait_products<0>(sums.y[h], left[h]);
+    }
+
+    __device__ __forceinline__ void add_records(const salient &of, const stage &from) {
+        fragment_a rest[2][kSlots];
+        const mq_dtype stored = args.lin.salient_dtype;
+        const bool in_two = stored == MQ_F16 && !args.from.is_f16;
+#pragma unroll
+        for (int s = 0; s < kSlots; s++) {
+            fragment_a a[2];
+            salient_left(of.words[s], stored, args.from.is_f16, a);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                if (in_two) split_halves(a[h], rest[h][s]);
+                left[h][s] = a[h];
+            }
+        }
+        __syncwarp();
+        if (args.from.is_f16) {
+            multiply_records<true>(from);
+            return;
+        }
+        multiply_records<false>(from);
+        if (!in_two) return;
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int s = 0; s < kSlots; s++) left[h][s] = rest[h][s];
+        __syncwarp();
+        multiply_records<false>(from);
     }
 
     // ---- INT4 channels ----
 
-    struct weights {
+    struct stage_weights {
         uint4 words[kSlots];
         uint2 scales;
     };
 
-    __device__ __forceinline__ weights load_weights(int i, int group) const {
-        weights to;
+    // The next stage's, of which some may be missing: they stay what they were.
+    __device__ __forceinline__ void load_weights(int group, stage_weights &to) {
 #pragma unroll
-        for (int s = 0; s < kSlots; s++) {
-            const int block = (i * kSlots + s) * 4 + lane_t();
-            to.words[s] = {0, 0, 0, 0};
-            if (in_n && block < args.shape.blocks)
-                to.words[s] = load_once(args.lin.qweight +
-                                        (panel * args.shape.blocks + block) * MQ_BLOCK_BYTES +
-                                        lane_channel() * 4);
-        }
-        to.scales = {0, 0};
-        if (in_n && group < args.shape.groups)
-            to.scales = *reinterpret_cast<const uint2 *>(
-                args.lin.scales + (panel * args.shape.groups + group) * MQ_PANEL + lane_channel());
-        return to;
+        for (int s = 0; s < kSlots; s++)
+            if (s * 4 < blocks_left) to.words[s] = load_once(weights + s * 4 * MQ_BLOCK_BYTES);
+        weights += kSlots * 4 * MQ_BLOCK_BYTES, blocks_left -= kSlots * 4;
+        to.scales = *reinterpret_cast<const uint2 *>(scales + int64_t{smaller(group, last_group)} *
+                                                                  MQ_PANEL);
     }
 
-    __device__ __forceinline__ void add_half(int h, uint32_t sw, const stage &from, bool is_long) {
+    __device__ __forceinline__ void put(const stage_weights &of, int h) {
+#pragma unroll
+        for (int s = 0; s < kSlots; s++) {
+            fragment_a &a = left[h][s];
+            unpack(h ? of.words[s].z : of.words[s].x, a.r[0], a.r[2]);
+            unpack(h ? of.words[s].w : of.words[s].y, a.r[1], a.r[3]);
+        }
+    }
+
+    __device__ __forceinline__ void multiply(int h, const stage &from, bool starts) {
+        __syncwarp();
+        fence_products(sums.dots[h], left[h]);
+#pragma unroll
+        for (int s = 0; s < kSlots; s++)
+            multiply_later(sums.dots[h], left[h][s], from.tokens[s], s > 0 || !starts);
+        commit_products();
+    }
+
+    __device__ __forceinline__ void add_half(int h, uint32_t sw, const stage &from) {
         float2 sa[kTiles];
 #pragma unroll
         for (int n = 0; n < kTiles; n++)
             sa[n] = *reinterpret_cast<const float2 *>(&from.token_scales[8 * n + 2 * lane_t()]);
-        sums.add_half(h, sw, kUnpackedUnit, sa, is_long);
+        sums.add_plain_half(h, sw, kUnpackedUnit, sa);
     }
 };
 
 __device__ __forceinline__ void prefill(const multiply_args &args) {
-    stage *ring = reinterpret_cast<stage *>(dynamic_shared());
+    const stage *ring = reinterpret_cast<const stage *>(dynamic_shared());
+    const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokens;
     worker work(args);
-    const bool is_long = args.shape.group_quads > kMagicQuads;
     const int records = static_cast<int>(args.from.chunks) * args.from.terms;
     const int slots = static_cast<int>(args.slot.total);
     const int salient_stages = ceil_div(records, kSlots), code_stages = ceil_div(slots, kSlots);
@@ -110,89 +220,71 @@ __device__ __forceinline__ void prefill(const multiply_args &args) {
     const int group_stages = args.shape.groups == 1
                                  ? code_stages
                                  : static_cast<int>(args.shape.group_quads) / (8 * kSlots);
-    const auto load = [&](int i) {
-        if (i < salient_stages) {
-            work.load_records(args.from.salient, i * kSlots, records, ring[i % kStages]);
-        } else if (i - salient_stages < code_stages) {
-            const int at = i - salient_stages;
-            work.load_records(args.from.codes, at * kSlots, slots, ring[i % kStages]);
-            const int first = static_cast<int>(threadIdx.x) * 4;
-            if (first < kTokens)
-                copy_by_token(args, args.from.scales, at / group_stages, work.token + first,
-                              &ring[i % kStages].token_scales[first]);
-        }
-        commit_copies();  // of nothing at the end, so that the count stays
+    worker::stage_weights next{};
+    worker::salient next_records{};
+    if (code_stages) work.load_weights(0, next);
+    if (salient_stages) next_records = work.load_records(0);
+    wait_for_previous();
+
+    loader loads(args, token, group_stages);
+    loads.begin(args, args.from.salient, token, records);
+    int loaded = 0;  // stages
+    const auto load = [&] {
+        if (loaded == salient_stages) loads.begin(args, args.from.codes, token, slots);
+        loads.load(loaded >= salient_stages);
+        loaded++;
     };
-    // Makes stage i readable, and asks for the one that takes the place of stage i - 2.
-    const auto advance = [&](int i) -> const stage & {
+    int at = 0;  // of the ring
+    // Makes the next stage readable, and asks for the one that takes the place of the one before the last.
+    const auto advance = [&]() -> const stage & {
         wait_copies<kAhead - 1>();
         fence_for_products();
         __syncthreads();
-        load(i + kAhead);
-        return ring[i % kStages];
+        load();
+        const stage &now = ring[at];
+        at = at + 1 == kStages ? 0 : at + 1;
+        return now;
     };
+    for (int i = 0; i < kAhead; i++) load();
 
-    for (int i = 0; i < kAhead; i++) load(i);
     work.sums.clear();
-    salient_words next_words[kSlots];
-#pragma unroll
-    for (int s = 0; s < kSlots; s++) next_words[s] = load_salient(args, work.panel, s);
     for (int i = 0; i < salient_stages; i++) {
-        const stage &from = advance(i);
-#pragma unroll
-        for (int s = 0; s < kSlots; s++) {
-            const salient_words words = next_words[s];
-            next_words[s] = load_salient(args, work.panel, (i + 1) * kSlots + s);
-            work.add_record(words, from, s);
-        }
+        const stage &from = advance();
+        const worker::salient now = next_records;
+        next_records = work.load_records((i + 1) * kSlots);
+        work.add_records(now, from);
     }
-    if (args.lin.salient_dtype == MQ_I8 && work.in_n)
+    if (args.lin.salient_dtype == MQ_I8 && work.panel < args.shape.panels)
         work.sums.scale_channels(*reinterpret_cast<const uint2 *>(
             args.lin.salient_scales + work.panel * MQ_PANEL + lane_channel()));
 
-    fragment_a left[2][kSlots] = {};
-    work.sums.start_group();
-    worker::weights next = work.load_weights(0, 0);
+    fill(work.sums.dots[1], 0);
     const stage *before = ring;
     uint32_t before_scales = 0;
     bool ended = false;  // the group, with the stage before
     for (int i = 0, in_group = 0, group = 0; i < code_stages; i++) {
-        const stage &from = advance(salient_stages + i);
-        const worker::weights now = next;
+        const stage &from = advance();
         const bool starts = in_group == 0;
         const bool ends = ++in_group == group_stages || i + 1 == code_stages;
         if (ends) in_group = 0, group++;
-        next = work.load_weights(i + 1, group);
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-#pragma unroll
-            for (int s = 0; s < kSlots; s++) {
-                fragment_a &a = left[h][s];
-                unpack(h ? now.words[s].z : now.words[s].x, a.r[0], a.r[2]);
-                unpack(h ? now.words[s].w : now.words[s].y, a.r[1], a.r[3]);
-            }
-            // ptxas does not follow products around a loop: without this wait it adds one
-            if (h == 0) wait_products<0>(work.sums.dots[1], left[1]);
-            if (starts) work.sums.start_half(h);
-            __syncwarp();
-            fence_products(work.sums.dots[h], left[h]);
-#pragma unroll
-            for (int s = 0; s < kSlots; s++)
-                multiply_later(work.sums.dots[h], left[h][s], from.tokens[s]);
-            commit_products();
-            if (h == 0) {
-                if (ended) work.add_half(1, before_scales, *before, is_long);
-            } else {
-                wait_products<1>(work.sums.dots[0], left[0]);
-                if (ends) work.add_half(0, now.scales.x, from, is_long);
-            }
-        }
+        const worker::stage_weights now = next;
+        work.load_weights(group, next);
+
+        work.put(now, 0);
+        // ptxas does not follow products around a loop: without this wait it adds one
+        wait_products<0>(work.sums.dots[1], work.left[1]);
+        work.multiply(0, from, starts);
+        if (ended) work.add_half(1, before_scales, *before);
+        work.put(now, 1);
+        work.multiply(1, from, starts);
+        wait_products<1>(work.sums.dots[0], work.left[0]);
+        if (ends) work.add_half(0, now.scales.x, from);
         before = &from, before_scales = now.scales.y, ended = ends;
     }
     wait_copies<0>();
-    wait_products<0>(work.sums.dots[1], left[1]);
-    if (ended) work.add_half(1, before_scales, *before, is_long);
-    store_sums(args, work.token, work.panel, work.sums);
+    wait_products<0>(work.sums.dots[1], work.left[1]);
+    if (ended) work.add_half(1, before_scales, *before);
+    store_sums(args, token, work.panel, work.sums);
 }
 #endif
 
@@ -208,9 +300,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 }  // namespace mq
 
-int mq_multiply_prefill_wgmma(const mq::multiply_args &args, int, void *stream) {
+int mq_multiply_prefill_wgmma(const mq::multiply_args &args, int arch, void *stream) {
     using namespace mq;
     const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(args.from.m, kTokens)),
                     static_cast<unsigned>(ceil_div<int64_t>(args.shape.panels, kPanels)));
-    return launch(prefill_wgmma, grid, kStages * sizeof(stage), stream, args);
+    return launch_behind(arch, prefill_wgmma, grid, kStages * sizeof(stage), stream, args);
 }

@@ -42,6 +42,30 @@ __device__ __forceinline__ uint4 load_once(const void *from) {
 #endif
 }
 
+// A kernel launched by launch_behind may begin where all blocks of the one before it on the stream
+// have called start_dependents or ended; what that one wrote is there after wait_for_previous.
+__device__ __forceinline__ void start_dependents() {
+#if defined(__CUDACC__) && MQ_ARCH >= 90
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDACC__) && MQ_ARCH >= 90
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// (x ^ a) & b in one instruction, which takes only one constant: what compilers make of the C takes two.
+__device__ __forceinline__ uint32_t xor_and(uint32_t x, uint32_t a, uint32_t b) {
+#ifdef __CUDACC__
+    uint32_t out;
+    asm("lop3.b32 %0, %1, %2, %3, 0x28;" : "=r"(out) : "r"(x), "r"(a), "r"(b));
+    return out;
+#else
+    return (x ^ a) & b;
+#endif
+}
+
 // The first `bytes` of 16 bytes from global to shared memory, then zeros; there after wait_copies.
 __device__ __forceinline__ void copy_async(void *to, const void *from, int bytes) {
 #if !defined(__CUDACC__)
@@ -305,12 +329,13 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[4], const fragment_a &a
 
 // ---- Matrix products of a warpgroup, in the background: Hopper alone has them ----
 //
-// d += a b for a [64][32] bytes, d [64][64] and b [32][64]: a warp's 16 rows of a and d are in
-// fragments as above, d[n] for columns 8 n .. + 7; b's columns are 64 rows of 32 bytes in shared
-// memory. All four warps of a warpgroup must ask for the same. From fence_products on until
-// wait_products, d and a belong to the products.
+// d += a b for a [64][32 bytes], d [64][64] and b [32 bytes][64], of bytes or of halves: a warp's 16 rows
+// of a and d are in fragments as above, d[n] for columns 8 n .. + 7; b's columns are 64 rows of 32
+// bytes in shared memory. All four warps of a warpgroup must ask for the same. From fence_products on
+// until wait_products, d and a belong to the products.
 
 constexpr int kColumnTiles = 8;  // of a product: 8 columns each
+constexpr int kLeftSides = 4;    // registers that products are fenced with
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || (!defined(__CUDACC__) && MQ_ARCH == 90)
 #define MQ_HAS_WGMMA 1
@@ -329,54 +354,110 @@ __device__ __forceinline__ void fence_for_products() {
 #endif
 }
 
-#define MQ_FOUR(v) "+r"(v[0]), "+r"(v[1]), "+r"(v[2]), "+r"(v[3])
-#define MQ_SUMS(d)                                                                            \
-    MQ_FOUR(d[0]), MQ_FOUR(d[1]), MQ_FOUR(d[2]), MQ_FOUR(d[3]), MQ_FOUR(d[4]), MQ_FOUR(d[5]), \
-        MQ_FOUR(d[6]), MQ_FOUR(d[7])
-#define MQ_LEFT(a) MQ_FOUR(a[0].r), MQ_FOUR(a[1].r), MQ_FOUR(a[2].r), MQ_FOUR(a[3].r)
+#define MQ_FOUR(c, v) c(v[0]), c(v[1]), c(v[2]), c(v[3])
+#define MQ_SUMS(c, d)                                                                         \
+    MQ_FOUR(c, d[0]), MQ_FOUR(c, d[1]), MQ_FOUR(c, d[2]), MQ_FOUR(c, d[3]), MQ_FOUR(c, d[4]), \
+        MQ_FOUR(c, d[5]), MQ_FOUR(c, d[6]), MQ_FOUR(c, d[7])
+#define MQ_LEFT(a) \
+    MQ_FOUR("+r", a[0].r), MQ_FOUR("+r", a[1].r), MQ_FOUR("+r", a[2].r), MQ_FOUR("+r", a[3].r)
+#define MQ_D                                                                       \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, " \
+    "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
 
-__device__ __forceinline__ void fence_products(int (&d)[kColumnTiles][4], fragment_a (&a)[4]) {
+// The operands: what wrote to them stays before, what reads them behind the wait.
+__device__ __forceinline__ void fence_products(int (&d)[kColumnTiles][4],
+                                               fragment_a (&a)[kLeftSides]) {
 #ifdef __CUDACC__
-    // the operands: what wrote to them stays before, what reads them behind the wait
-    asm volatile("wgmma.fence.sync.aligned;" : MQ_SUMS(d), MQ_LEFT(a)::"memory");
+    asm volatile("wgmma.fence.sync.aligned;" : MQ_SUMS("+r", d), MQ_LEFT(a)::"memory");
+#else
+    emulator::fence_products(*d, a[0].r);
+#endif
+}
+__device__ __forceinline__ void fence_products(float (&d)[kColumnTiles][4],
+                                               fragment_a (&a)[kLeftSides]) {
+#ifdef __CUDACC__
+    asm volatile("wgmma.fence.sync.aligned;" : MQ_SUMS("+f", d), MQ_LEFT(a)::"memory");
 #else
     emulator::fence_products(*d, a[0].r);
 #endif
 }
 
-__device__ __forceinline__ void multiply_later(int (&d)[kColumnTiles][4], const fragment_a &a,
-                                               const void *rows) {
+// 16 bytes are the unit; from 8 rows to the next 8; 3: the swizzle
+__device__ __forceinline__ uint64_t matrix_at(const void *rows) {
 #ifdef __CUDACC__
     const uint64_t address = __cvta_generic_to_shared(rows);
 #else
     const uint64_t address = emulator::shared_address(rows);
 #endif
-    // 16 bytes are the unit; from 8 rows to the next 8; 3: the swizzle
-    const uint64_t b =
-        address >> 4 | uint64_t{1} << 16 | uint64_t{256 >> 4} << 32 | uint64_t{3} << 62;
-#ifdef __CUDACC__
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, "
-        "%10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, "
-        "%28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1;"
-        : MQ_SUMS(d)
-        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "l"(b));
-#else
+    return address >> 4 | uint64_t{1} << 16 | uint64_t{256 >> 4} << 32 | uint64_t{3} << 62;
+}
+
+#ifndef __CUDACC__
+// PIECES numbers in each register of a, value(word, i) of them
+template <typename D, typename Value>
+void multiply_later_on_host(D (&d)[kColumnTiles][4], const fragment_a &a, uint64_t b, bool adds,
+                            int pieces, const Value &value) {
     const auto all = emulator::exchange(a);
     const unsigned row = emulator::lane() / 4, t = emulator::lane() % 4;
-    int sums[kColumnTiles][4] = {};
-    for (unsigned k = 0; k < 32; k += 4) {
-        const fragment_a left = all[4 * row + k % 16 / 4];
-        for (unsigned n = 0; n < kColumnTiles; n++)
-            for (unsigned e = 0; e < 4; e++) {
-                const uint32_t word = left.r[k / 16 * 2 + e / 2];
-                const unsigned char *right = emulator::byte_of(b, 8 * n + 2 * t + e % 2, k);
-                for (unsigned i = 0; i < 4; i++)
-                    sums[n][e] +=
-                        static_cast<int8_t>(word >> 8 * i) * static_cast<int8_t>(right[i]);
+    D sums[kColumnTiles][4];
+    for (unsigned n = 0; n < kColumnTiles; n++)
+        for (unsigned e = 0; e < 4; e++) {
+            auto sum = value(0, 0) * value(0, 0);  // 0, of the type of the sums
+            for (unsigned k = 0; k < 32; k += 4) {
+                uint32_t right;
+                memcpy(&right, emulator::byte_of(b, 8 * n + 2 * t + e % 2, k), 4);
+                for (int i = 0; i < pieces; i++)
+                    sum +=
+                        value(all[4 * row + k % 16 / 4].r[k / 16 * 2 + e / 2], i) * value(right, i);
             }
-    }
-    emulator::multiply_later(*d, *sums, a.r, b);
+            sums[n][e] = static_cast<D>(sum);
+        }
+    emulator::multiply_later(*d, *sums, a.r, b, adds);
+}
+#endif
+
+// Of signed bytes; adds: to d, else d is the product.
+__device__ __forceinline__ void multiply_later(int (&d)[kColumnTiles][4], const fragment_a &a,
+                                               const void *rows, bool adds) {
+    const uint64_t b = matrix_at(rows);
+#ifdef __CUDACC__
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 " MQ_D
+        ", {%32, %33, %34, %35}, %36, p;\n}"
+        : MQ_SUMS("+r", d)
+        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "l"(b), "r"(static_cast<int>(adds)));
+#else
+    const auto value = [](uint32_t word, int i) {
+        return static_cast<int>(static_cast<int8_t>(word >> 8 * i));
+    };
+    multiply_later_on_host(d, a, b, adds, 4, value);
+#endif
+}
+
+// Of halves, fp16 or bf16; d += a b.
+template <bool IS_F16>
+__device__ __forceinline__ void multiply_later(float (&d)[kColumnTiles][4], const fragment_a &a,
+                                               const void *rows) {
+    const uint64_t b = matrix_at(rows);
+#ifdef __CUDACC__
+#define MQ_MULTIPLY(type)                                                             \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " MQ_D \
+                 ", {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"                           \
+                 : MQ_SUMS("+f", d)                                                   \
+                 : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "l"(b))
+    if (IS_F16)
+        MQ_MULTIPLY("f16");
+    else
+        MQ_MULTIPLY("bf16");
+#undef MQ_MULTIPLY
+#else
+    const auto value = [](uint32_t word, int i) {
+        const uint32_t bits = word >> 16 * i & 0xffffu;
+        return static_cast<double>(IS_F16 ? f16_to_f32(static_cast<uint16_t>(bits))
+                                          : __uint_as_float(bits << 16));
+    };
+    multiply_later_on_host(d, a, b, true, 2, value);
 #endif
 }
 
@@ -390,10 +471,24 @@ __device__ __forceinline__ void commit_products() {
 
 // Until at most PENDING of the committed groups of products are under way, d and a not in them.
 template <int PENDING>
-__device__ __forceinline__ void wait_products(int (&d)[kColumnTiles][4], fragment_a (&a)[4]) {
+__device__ __forceinline__ void wait_products(int (&d)[kColumnTiles][4],
+                                              fragment_a (&a)[kLeftSides]) {
 #ifdef __CUDACC__
     asm volatile("wgmma.wait_group.sync.aligned %48;"
-                 : MQ_SUMS(d), MQ_LEFT(a)
+                 : MQ_SUMS("+r", d), MQ_LEFT(a)
+                 : "n"(PENDING)
+                 : "memory");
+#else
+    (void)d, (void)a;
+    emulator::wait_for_products(PENDING);
+#endif
+}
+template <int PENDING>
+__device__ __forceinline__ void wait_products(float (&d)[kColumnTiles][4],
+                                              fragment_a (&a)[kLeftSides]) {
+#ifdef __CUDACC__
+    asm volatile("wgmma.wait_group.sync.aligned %48;"
+                 : MQ_SUMS("+f", d), MQ_LEFT(a)
                  : "n"(PENDING)
                  : "memory");
 #else
@@ -405,6 +500,7 @@ __device__ __forceinline__ void wait_products(int (&d)[kColumnTiles][4], fragmen
 #undef MQ_FOUR
 #undef MQ_SUMS
 #undef MQ_LEFT
+#undef MQ_D
 #endif
 
 }  // namespace mq

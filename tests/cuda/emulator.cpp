@@ -34,11 +34,13 @@ struct copy {
 constexpr unsigned kRows = 64, kRowBytes = 32;  // of a product's matrix in shared memory
 
 struct product {
-    int *d;
+    void *d;
     const unsigned *a;
     uint64_t descriptor;
-    int before[32], sums[32];  // d as it was; what is added
-    unsigned left[4];          // a as it was
+    bool adds, is_float;
+    unsigned char before[32 * 4],
+        sums[32 * 4];  // d as it was; what is added, or comes in its place
+    unsigned left[4];  // a as it was
     std::vector<unsigned char> right;
 };
 
@@ -54,9 +56,9 @@ struct fiber {
     std::vector<std::vector<product>> products{1};
     int unseen = 0;  // copies that came and were not shown to products
     // the fence since the last commit, if any, and the registers as they were there
-    const int *fenced_d = nullptr;
+    const void *fenced_d = nullptr;
     const unsigned *fenced_a = nullptr;
-    int fenced_sums[32];
+    unsigned char fenced_sums[32 * 4];
     unsigned fenced_left[16];
     size_t asked = 0;  // of what its warpgroup asked for
 };
@@ -272,7 +274,7 @@ void ask(uint64_t what) {
 }
 }  // namespace
 
-void fence_products(const int *d, const unsigned *a) {
+void fence_products(const void *d, const unsigned *a) {
     ask(FENCE);
     running->fenced_d = d, running->fenced_a = a;
     memcpy(running->fenced_sums, d, sizeof running->fenced_sums);
@@ -300,9 +302,9 @@ void copy_matrix(uint64_t descriptor, unsigned char *to) {
         for (unsigned i = 0; i < kRowBytes; i += 16)
             memcpy(to + row * kRowBytes + i, byte_of(descriptor, row, i), 16);
 }
-}  // namespace
 
-void multiply_later(int *d, const int *sums, const unsigned *a, uint64_t descriptor) {
+void multiply(void *d, const void *sums, const unsigned *a, uint64_t descriptor, bool adds,
+              bool is_float) {
     ask(descriptor);
     const fiber &me = *running;
     const ptrdiff_t first = me.fenced_d ? a - me.fenced_a : -1;
@@ -311,7 +313,7 @@ void multiply_later(int *d, const int *sums, const unsigned *a, uint64_t descrip
     if (memcmp(a, me.fenced_left + first, 4 * sizeof *a))
         fail("registers changed behind wgmma.fence");
     product p;
-    p.d = d, p.a = a, p.descriptor = descriptor;
+    p.d = d, p.a = a, p.descriptor = descriptor, p.adds = adds, p.is_float = is_float;
     memcpy(p.before, d, sizeof p.before);
     memcpy(p.sums, sums, sizeof p.sums);
     memcpy(p.left, a, sizeof p.left);
@@ -322,6 +324,25 @@ void multiply_later(int *d, const int *sums, const unsigned *a, uint64_t descrip
     }
     if (unseen) fail("products while what cp.async brought lacks a proxy fence,");
     running->products.back().push_back(p);
+}
+
+template <typename T>
+void put_sums(const product &p) {
+    for (int i = 0; i < 32; i++) {
+        T sum;
+        memcpy(&sum, p.sums + i * sizeof sum, sizeof sum);
+        T *d = static_cast<T *>(p.d) + i;
+        *d = p.adds ? *d + sum : sum;
+    }
+}
+}  // namespace
+
+void multiply_later(int *d, const int *sums, const unsigned *a, uint64_t descriptor, bool adds) {
+    multiply(d, sums, a, descriptor, adds, false);
+}
+void multiply_later(float *d, const float *sums, const unsigned *a, uint64_t descriptor,
+                    bool adds) {
+    multiply(d, sums, a, descriptor, adds, true);
 }
 
 void commit_products() {
@@ -343,8 +364,7 @@ void wait_for_products(int pending) {
             if (memcmp(p.right.data(), now, sizeof now))
                 fail("shared memory changed before the wait");
         }
-        for (const product &p : groups.front())
-            for (int i = 0; i < 32; i++) p.d[i] += p.sums[i];
+        for (const product &p : groups.front()) p.is_float ? put_sums<float>(p) : put_sums<int>(p);
         groups.erase(groups.begin());
     }
 }

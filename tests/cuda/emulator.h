@@ -22,6 +22,9 @@ struct dim3 {
 struct alignas(8) int2 {
     int x, y;
 };
+struct alignas(16) int4 {
+    int x, y, z, w;
+};
 struct alignas(8) uint2 {
     unsigned x, y;
 };
@@ -64,12 +67,13 @@ void copy_later(void *to, const void *from, size_t bytes, size_t zeros);
 void commit_copies();
 void wait_for_copies(int pending);
 
-// Products in the background. d += sums, 32 of each, of a, 4 registers, and of the matrix in shared
-// memory that the descriptor tells of: 64 rows of 32 bytes, swizzled. The fence is for d and for a's
-// 16 registers, which must be as they were there. All warps of a warpgroup must do the same in turn.
+// Products in the background. d += sums, or d = sums, 32 of each, of a, 4 registers, and of the matrix in
+// shared memory that the descriptor tells of: 64 rows of 32 bytes, swizzled. The fence is for d and for
+// a's 16 registers, which must be as they were there. All warps of a warpgroup must do the same in turn.
 void fence_for_products();
-void fence_products(const int *d, const unsigned *a);
-void multiply_later(int *d, const int *sums, const unsigned *a, uint64_t descriptor);
+void fence_products(const void *d, const unsigned *a);
+void multiply_later(int *d, const int *sums, const unsigned *a, uint64_t descriptor, bool adds);
+void multiply_later(float *d, const float *sums, const unsigned *a, uint64_t descriptor, bool adds);
 void commit_products();
 void wait_for_products(int pending);
 uint64_t shared_address(const void *at);
@@ -119,6 +123,12 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 template <typename T>
 T __shfl_sync(unsigned, T value, int source) {
     return emulator::exchange(value)[static_cast<unsigned>(source)];
+}
+inline int __all_sync(unsigned, int value) {
+    const auto all = emulator::exchange(value);
+    int result = 1;
+    for (unsigned i = 0; i < 32; i++) result &= all[i] != 0;
+    return result;
 }
 
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
