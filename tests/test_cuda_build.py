@@ -18,6 +18,7 @@ from unittest import mock
 import pytest
 import torch
 from programs import ROOT, run, run_all
+from setuptools import Distribution, Extension
 
 from smoothquant import ops
 
@@ -118,6 +119,8 @@ AMPERE = (
     {"IMMA.16832.S4", "IMMA.16864.S4"},
     {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
 )
+# in the background: of bytes and of halves
+HOPPER = {"IGMMA.64x64x32.S8.S8", "HGMMA.64x64x16.F32", "HGMMA.64x64x16.F32.BF16"}
 # of nibbles, by the format of the activations: symmetric, unsigned, zero-point
 RIGHT_SIDES = {"mq_act_format0": ".S4", "mq_act_format1": ".U4", "mq_act_format2": ".U4"}
 
@@ -129,11 +132,11 @@ def test_products_are_the_tensor_cores(compiled, archs):
         decode = instructions(compiled["multiply_decode", arch][0])
         prefill = instructions(compiled["multiply_prefill", arch][0])
         wgmma = instructions(compiled["multiply_wgmma", arch][0])
-        assert len(decode) == 3 and len(prefill) == 1 + len(RIGHT_SIDES) and len(wgmma) == 1
+        assert len(decode) == 6 and len(prefill) == 1 + len(RIGHT_SIDES) and len(wgmma) == 1
         for name, code in (decode | prefill | wgmma).items():
             products = {m[0] for text in code if (m := re.search(r"[IH]G?MMA[.\w]*", text))}
             if "wgmma" in name and arch == "90a":
-                assert products == {"IGMMA.64x64x32.S8.S8"} | of_halves, name
+                assert products == HOPPER, name
             elif "wgmma" in name:
                 assert not products, (arch, name)  # an empty kernel, never launched
             elif "prefill_s4" not in name:
@@ -160,6 +163,24 @@ def test_kernels_of_the_linear_use_no_local_memory_and_no_routine_but_division(c
                 calls = [text for text in code if "CALL" in text and "(.L_" not in text]
                 wrong = [text for text in calls if not re.search(allowed, text)]
                 assert not wrong, (arch, name, wrong)
+
+
+def test_weights_are_asked_for_before_the_wait_for_the_tokens(compiled, archs):
+    """ptxas moves some kinds of loads behind it."""
+    for arch in {"90a", "100", "120"} & set(archs):
+        checked = 0
+        for source in ("multiply_decode", "multiply_wgmma"):
+            for name, code in instructions(compiled[source, arch][0]).items():
+                loads = [i for i, text in enumerate(code) if re.search(r"LDG\.E\.NA\.128", text)]
+                waits = [i for i, text in enumerate(code) if "ACQBULK" in text]
+                if "wgmma" in name and arch != "90a":
+                    continue  # an empty kernel
+                assert len(waits) == 1, (arch, name)
+                if "decode" in name and "Lb0" in name:
+                    continue  # for groups of any size: it asks behind the wait
+                assert min(loads) < waits[0], (arch, name)
+                checked += 1
+        assert checked == (4 if arch == "90a" else 3)
 
 
 # ---- What is built, and where it is loaded ----
@@ -226,6 +247,23 @@ def test_architectures_and_ptx(monkeypatch, listing):
     monkeypatch.setenv("MIXEDQUANT_CUDA_ARCHS", "80,sm_90")
     with pytest.raises(SystemExit, match="MIXEDQUANT_CUDA_ARCHS must be like .*'80,sm_90'"):
         SETUP["cuda_archs"](nvcc)
+
+
+def test_pybind11_is_not_the_one_that_torch_brings(tmp_path):
+    """That of torch 2.11 refuses to be read with TORCH_TARGET_VERSION."""
+    header = tmp_path / "include" / "pybind11" / "pybind11.h"
+    header.parent.mkdir(parents=True)
+    header.write_text("#error torch's own\n")
+    extension = Extension("smoothquant._C", ["csrc/torch/module.cpp"])
+    build = SETUP["BuildExtension"](Distribution({"ext_modules": [extension]}))
+    build.build_lib = build.build_temp = str(tmp_path)
+    build.ensure_finalized()
+    build.torch = SimpleNamespace(__file__=str(tmp_path / "__init__.py"), __version__="2.11.0")
+    build.nvcc, commands = None, []
+    build.compile_one = commands.append
+    build.build_extension(extension)
+    compile_module, _ = commands
+    run(*compile_module, "-E")  # what is included, no more
 
 
 @pytest.fixture(scope="module")

@@ -103,12 +103,6 @@ __device__ __forceinline__ float bf16_to_f32(uint16_t bits) {
     return __uint_as_float(static_cast<uint32_t>(bits) << 16);
 }
 
-__device__ __forceinline__ uint16_t f32_to_bf16(float x) {
-    const uint32_t bits = __float_as_uint(x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
-    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
 __device__ __forceinline__ float load(mq_dtype dtype, const void *x, int64_t i) {
     switch (dtype) {
         case MQ_F32: return static_cast<const float *>(x)[i];

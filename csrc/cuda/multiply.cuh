@@ -204,8 +204,8 @@ template <salient_order ORDER = NEIGHBOURS>
 __device__ __forceinline__ salient_words load_salient(const multiply_args &args, int64_t panel,
                                                       int record) {
     const int row_bytes = size_of(args.lin.salient_dtype) * 16;
-    const int channel =
-        record / args.from.terms * 16 + (ORDER == NEIGHBOURS ? 4 * lane_t() : 2 * lane_t());
+    const int chunk = args.from.terms == 1 ? record : record / args.from.terms;
+    const int channel = chunk * 16 + (ORDER == NEIGHBOURS ? 4 * lane_t() : 2 * lane_t());
     const unsigned char *rows = static_cast<const unsigned char *>(args.lin.salient) +
                                 (panel * args.lin.k_salient + channel) * row_bytes;
     salient_words words;
@@ -288,9 +288,9 @@ struct bias_values {
     float v[4];
 };
 
-// Of output channels first .. first + 3; zeros where there are none
+// Of output channels first .. first + 3; where there are none -0, which leaves every sum as it is
 __device__ __forceinline__ bias_values load_bias(const multiply_args &args, int64_t first) {
-    bias_values bias = {};
+    bias_values bias = {-0.0f, -0.0f, -0.0f, -0.0f};
     if (args.lin.bias)
 #pragma unroll
         for (int c = 0; c < 4; c++)
@@ -299,26 +299,26 @@ __device__ __forceinline__ bias_values load_bias(const multiply_args &args, int6
     return bias;
 }
 
-// y [4] + bias for output channels first .. first + 3 of a token
+// Four neighbours, aligned to their bytes
+__device__ __forceinline__ void store_four(mq_dtype dtype, void *to, const float (&y)[4]) {
+    if (dtype == MQ_F32)
+        *static_cast<float4 *>(to) = {y[0], y[1], y[2], y[3]};
+    else if (dtype == MQ_F16)
+        *static_cast<uint2 *>(to) = {f32_to_f16_pair(y[0], y[1]), f32_to_f16_pair(y[2], y[3])};
+    else
+        *static_cast<uint2 *>(to) = {f32_to_bf16_pair(y[0], y[1]), f32_to_bf16_pair(y[2], y[3])};
+}
+
+// y [4] + bias for output channels first .. first + 3 of a token, of which the first is there
 __device__ __forceinline__ void store_channels(const multiply_args &args, int64_t token,
                                                int64_t first, const bias_values &bias,
                                                float (&y)[4]) {
     const int64_t n = args.lin.n, at = token * n + first;
-    if (args.lin.bias)  // else a -0 would become 0
 #pragma unroll
-        for (int c = 0; c < 4; c++) y[c] += bias.v[c];
-    if (n % 4 == 0 && first + 4 <= n) {
-        if (args.dtype == MQ_F32) {
-            float *to = static_cast<float *>(args.out) + at;
-            *reinterpret_cast<float4 *>(to) = {y[0], y[1], y[2], y[3]};
-        } else {
-            uint32_t halves[4];
-#pragma unroll
-            for (int c = 0; c < 4; c++) halves[c] = narrow(args.dtype, y[c]);
-            uint16_t *to = static_cast<uint16_t *>(args.out) + at;
-            *reinterpret_cast<uint2 *>(to) = {halves[0] | halves[1] << 16,
-                                              halves[2] | halves[3] << 16};
-        }
+    for (int c = 0; c < 4; c++) y[c] += bias.v[c];
+    if (n % 4 == 0) {
+        store_four(args.dtype, static_cast<unsigned char *>(args.out) + at * size_of(args.dtype),
+                   y);
         return;
     }
 #pragma unroll
@@ -326,12 +326,44 @@ __device__ __forceinline__ void store_channels(const multiply_args &args, int64_
         if (first + c < n) store(args.dtype, args.out, at + c, y[c]);
 }
 
-// All sums, of the lane's panel and of tokens from `token` on
+// All sums, of the lane's panel and of tokens from `token` on; what does not depend on the token is
+// asked once.
+template <mq_dtype DTYPE, int NT>
+__device__ __forceinline__ void store_fours(const multiply_args &args, int64_t token, int64_t first,
+                                            const bias_values &bias, const pair_sums<NT> &sums) {
+    const int64_t own = token + 2 * lane_t(), row_bytes = args.lin.n * size_of(DTYPE);
+    unsigned char *to =
+        static_cast<unsigned char *>(args.out) + own * row_bytes + first * size_of(DTYPE);
+    const int left = static_cast<int>(smaller<int64_t>(args.from.m - own, 8 * NT));
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            if (8 * n + j >= left) return;
+            float y[4];
+#pragma unroll
+            for (int c = 0; c < 4; c++) y[c] = sums.y[c / 2][n][c % 2 * 2 + j] + bias.v[c];
+            store_four(DTYPE, to + j * row_bytes, y);
+        }
+        to += 8 * row_bytes;
+    }
+}
+
 template <int NT>
 __device__ __forceinline__ void store_sums(const multiply_args &args, int64_t token, int64_t panel,
                                            const pair_sums<NT> &sums) {
     const int64_t first = panel * MQ_PANEL + lane_channel();
+    if (first >= args.lin.n) return;
     const bias_values bias = load_bias(args, first);
+    if (args.lin.n % 4 == 0) {
+        if (args.dtype == MQ_F32)
+            store_fours<MQ_F32>(args, token, first, bias, sums);
+        else if (args.dtype == MQ_F16)
+            store_fours<MQ_F16>(args, token, first, bias, sums);
+        else
+            store_fours<MQ_BF16>(args, token, first, bias, sums);
+        return;
+    }
 #pragma unroll
     for (int n = 0; n < NT; n++) {
 #pragma unroll

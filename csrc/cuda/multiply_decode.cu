@@ -48,11 +48,9 @@ struct worker {
         }
     }
 
-    // Terms of chunks begin .. end
-    __device__ __forceinline__ void add_chunks(int begin, int end) {
+    // Terms of chunks begin .. end; words: load_salient's of the first
+    __device__ __forceinline__ void add_chunks(int begin, int end, salient_words words) {
         fragment_b b[NT];
-        salient_words words;
-        if (begin < end) words = load_salient(args, panel, begin);
         for (int record = begin; record < end; record++) {
             const salient_words now = words;
             if (record + 1 < end) words = load_salient(args, panel, record + 1);
@@ -139,8 +137,8 @@ struct worker {
 // Where every slot is a step: the same sums by fewer instructions, which are what takes long otherwise.
 template <int NT>
 struct step_worker {
-    static constexpr int kAhead =
-        NT == 1 ? 6 : 4;  // steps asked for at once, and as many once more
+    // Steps asked for at once, and as many once more. For more of a few tokens ptxas spills registers.
+    static constexpr int kAhead = NT == 1 && MQ_ARCH >= 80 ? 5 : 4;
 
     const multiply_args &args;
     const unsigned char *weights, *codes;  // the lane's, of step 0
@@ -196,7 +194,7 @@ struct step_worker {
             const unsigned char *record = codes + (first + i) * code_stride;
 #pragma unroll
             for (int n = 0; n < NT; n++) {
-                const uint2 bytes = *reinterpret_cast<const uint2 *>(record + at[n] * 32);
+                const uint2 bytes = *reinterpret_cast<const uint2 *>(record + int64_t{at[n]} * 32);
                 to.b[i][n] = {{bytes.x, bytes.y}};
             }
         }
@@ -211,14 +209,13 @@ struct step_worker {
     }
 
     // Sums of steps begin .. end; groups that other warps have parts of count with the part here.
-    // first: the weights of the first ones, which were asked for.
+    // first, second: the first ones, loaded.
+    // now, next: the scales of its group and of the next one, which are asked for a group ahead.
     __device__ __forceinline__ void add(int begin, int end, steps &first, steps &second,
+                                        group_scales &now, group_scales &next,
                                         pair_sums<NT> &sums) const {
         if (begin >= end) return;
         int group = begin / group_steps, left = group_steps - begin % group_steps;
-        group_scales now, next;  // the next ones are asked for a group ahead
-        load_scales(group, now);
-        load_scales(group + 1, next);
         clear(sums);
         const auto multiply = [&](int from, const steps &with) {
 #pragma unroll
@@ -240,8 +237,6 @@ struct step_worker {
                 load_scales(++group + 1, next);
             }
         };
-        load_codes(begin, end, first);
-        load_codes(begin + kAhead, end, second);
         for (int at_step = begin; at_step < end; at_step += 2 * kAhead) {
             multiply(at_step, first);
             load_weights(at_step + 2 * kAhead, end, first);
@@ -259,7 +254,7 @@ struct step_worker {
 };
 
 template <int NT, bool WHOLE>
-__global__ void __launch_bounds__(kThreads, WHOLE &&NT == 1 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, NT == 1 && WHOLE ? 2 : 1)
     decode(const __grid_constant__ multiply_args args) {
     // [warp][token][4 channels], and a unit more, so that lanes are in different banks
     __shared__ float4 parts[kWarps][NT * 8][2 * MQ_PANEL / 4 + 1];
@@ -268,6 +263,9 @@ __global__ void __launch_bounds__(kThreads, WHOLE &&NT == 1 ? 2 : 1)
     const int64_t records = args.from.chunks * args.from.terms, slots = args.slot.total;
     const int first_record = static_cast<int>(records * warp() / kWarps);
     const int last_record = static_cast<int>(records * (warp() + 1) / kWarps);
+    // whatever does not depend on tokens is asked for before the wait for them
+    salient_words words{};
+    if (first_record < last_record) words = load_salient(args, work.panel, first_record);
     if constexpr (WHOLE) {
         const step_worker<NT> steps(args, work.token, work.panel);
         const int begin = static_cast<int>(slots * warp() / kWarps);
@@ -276,11 +274,16 @@ __global__ void __launch_bounds__(kThreads, WHOLE &&NT == 1 ? 2 : 1)
         steps.load_weights(begin, end, first);
         steps.load_weights(begin + steps.kAhead, end, second);
         wait_for_previous();
-        work.add_chunks(first_record, last_record);
-        steps.add(begin, end, first, second, work.sums);
+        steps.load_codes(begin, end, first);
+        steps.load_codes(begin + steps.kAhead, end, second);
+        typename step_worker<NT>::group_scales now, next;
+        steps.load_scales(begin / steps.group_steps, now);
+        steps.load_scales(begin / steps.group_steps + 1, next);
+        work.add_chunks(first_record, last_record, words);
+        steps.add(begin, end, first, second, now, next, work.sums);
     } else {
         wait_for_previous();
-        work.add_chunks(first_record, last_record);
+        work.add_chunks(first_record, last_record, words);
         work.add_slots(slots * warp() / kWarps, slots * (warp() + 1) / kWarps);
     }
 #pragma unroll

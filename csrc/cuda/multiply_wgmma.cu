@@ -220,9 +220,9 @@ __device__ __forceinline__ void prefill(const multiply_args &args) {
     const int group_stages = args.shape.groups == 1
                                  ? code_stages
                                  : static_cast<int>(args.shape.group_quads) / (8 * kSlots);
-    worker::stage_weights next{};
+    worker::stage_weights words{};
     worker::salient next_records{};
-    if (code_stages) work.load_weights(0, next);
+    if (code_stages) work.load_weights(0, words);
     if (salient_stages) next_records = work.load_records(0);
     wait_for_previous();
 
@@ -267,19 +267,18 @@ __device__ __forceinline__ void prefill(const multiply_args &args) {
         const bool starts = in_group == 0;
         const bool ends = ++in_group == group_stages || i + 1 == code_stages;
         if (ends) in_group = 0, group++;
-        const worker::stage_weights now = next;
-        work.load_weights(group, next);
-
-        work.put(now, 0);
+        const uint2 scales = words.scales;
+        work.put(words, 0);
         // ptxas does not follow products around a loop: without this wait it adds one
         wait_products<0>(work.sums.dots[1], work.left[1]);
         work.multiply(0, from, starts);
         if (ended) work.add_half(1, before_scales, *before);
-        work.put(now, 1);
+        work.put(words, 1);
+        work.load_weights(group, words);  // in their place: copies would cost more than waiting
         work.multiply(1, from, starts);
         wait_products<1>(work.sums.dots[0], work.left[0]);
-        if (ends) work.add_half(0, now.scales.x, from);
-        before = &from, before_scales = now.scales.y, ended = ends;
+        if (ends) work.add_half(0, scales.x, from);
+        before = &from, before_scales = scales.y, ended = ends;
     }
     wait_copies<0>();
     wait_products<0>(work.sums.dots[1], work.left[1]);

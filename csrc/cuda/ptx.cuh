@@ -29,13 +29,15 @@ __device__ __forceinline__ unsigned char *dynamic_shared() {
 #endif
 }
 
-// 16 bytes that are read once: not kept in L1.
+// 16 bytes that are read once: not kept in L1. Not by ld.global.nc, which ptxas moves behind a
+// wait_for_previous.
 __device__ __forceinline__ uint4 load_once(const void *from) {
 #ifdef __CUDACC__
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(from));
+                 : "l"(from)
+                 : "memory");
     return v;
 #else
     return *static_cast<const uint4 *>(from);
@@ -136,6 +138,32 @@ __device__ __forceinline__ uint16_t f32_to_f16(float x) {
     else if (magnitude < 0x477ff000u)
         out = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
     return static_cast<uint16_t>(sign | out);
+#endif
+}
+
+__device__ __forceinline__ uint16_t f32_to_bf16(float x) {
+    const uint32_t bits = __float_as_uint(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+// Two at once, to nearest, ties to even; low in the lower half. NaN stays NaN, of any bits.
+__device__ __forceinline__ uint32_t f32_to_f16_pair(float low, float high) {
+#if defined(__CUDACC__) && MQ_ARCH >= 80
+    uint32_t bits;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+#else
+    return f32_to_f16(low) | static_cast<uint32_t>(f32_to_f16(high)) << 16;
+#endif
+}
+__device__ __forceinline__ uint32_t f32_to_bf16_pair(float low, float high) {
+#if defined(__CUDACC__) && MQ_ARCH >= 80
+    uint32_t bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+#else
+    return f32_to_bf16(low) | static_cast<uint32_t>(f32_to_bf16(high)) << 16;
 #endif
 }
 

@@ -481,8 +481,12 @@ __device__ __forceinline__ uint32_t codes_of(const float *v, const quantization 
                        __byte_perm(words[2], words[3], 0x0040), 0x5410);
 }
 
-template <mq_dtype DTYPE, int ROWS>
-__global__ void __launch_bounds__(kThreads)
+// Many blocks at once: until its tokens have come, a block has nothing to do. For four of them ptxas
+// spills registers on sm_100 and sm_120.
+constexpr int kBlocks = MQ_ARCH < 100 ? 4 : 3;
+
+template <mq_dtype DTYPE, int ROWS, bool ROTATES>
+__global__ void __launch_bounds__(kThreads, ROTATES ? 2 : kBlocks)
     quantize_columns(const __grid_constant__ quantize_args args) {
     __shared__ int bad[ROWS];
     start_dependents();
@@ -534,7 +538,7 @@ __global__ void __launch_bounds__(kThreads)
             float v[kLaneChannels];
 #pragma unroll
             for (int i = 0; i < kLaneChannels; i++) v[i] = to_f32(DTYPE, x[i].row[r]);
-            if (args.lin.rotation > 1) {
+            if constexpr (ROTATES) {
                 const int size = smaller(args.lin.rotation, group_size);
                 if (__all_sync(kAllLanes, n == group_size || n == 0))
                     rotation_of<true>{at, n, size}.apply(v);
@@ -583,16 +587,16 @@ int run_columns(const quantize_args &args, void *stream) {
     const int64_t passes = args.to.m <= kFewTokens ? ceil_div<int64_t>(lanes, kThreads) : 1;
     const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(args.to.m, ROWS)),
                     static_cast<unsigned>(passes));
-    return launch(quantize_columns<DTYPE, ROWS>, grid,
-                  static_cast<size_t>(columns_bytes<DTYPE, ROWS>(args)), stream, args);
+    const auto kernel = args.lin.rotation > 1 ? quantize_columns<DTYPE, ROWS, true>
+                                              : quantize_columns<DTYPE, ROWS, false>;
+    return launch(kernel, grid, static_cast<size_t>(columns_bytes<DTYPE, ROWS>(args)), stream,
+                  args);
 }
 
-// By as many tokens to a block as fill the GPU and fit into shared memory; -1 where not even one does.
+// By two tokens to a block, or one where two do not fit into shared memory or leave the GPU without
+// enough blocks; -1 where not even one fits.
 template <mq_dtype DTYPE>
 int quantize_by_columns(const quantize_args &args, void *stream) {
-    constexpr int kMost = DTYPE == MQ_F32 ? 2 : 4;
-    if (args.to.m >= kManyTokens && columns_bytes<DTYPE, kMost>(args) <= kOrdinaryShared)
-        return run_columns<DTYPE, kMost>(args, stream);
     if (args.to.m >= kManyTokens / 2 && columns_bytes<DTYPE, 2>(args) <= kOrdinaryShared)
         return run_columns<DTYPE, 2>(args, stream);
     if (columns_bytes<DTYPE, 1>(args) <= kMostShared) return run_columns<DTYPE, 1>(args, stream);
