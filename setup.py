@@ -162,7 +162,8 @@ class BuildExtension(build_ext):
             *cxx,
             *CXX_FLAGS,
             *(f"-D{name}={value}" for name, value in defines.items()),
-            *(f"-isystem{path}" for path in (torch_folder / "include", pybind11.get_include())),
+            # pybind11 first: some torch brings its own, which TORCH_TARGET_VERSION turns off
+            *(f"-isystem{path}" for path in (pybind11.get_include(), torch_folder / "include")),
             *(f"-isystem{path}" for path in self.include_dirs),
         ]
         commands = {".c": [*cc, *C_FLAGS, *extra], ".cpp": [*cxx_command, *extra]}

@@ -9,6 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON="${PYTHON:-python3}"
 PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 export MIXEDQUANT_CUDA=1
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # the package need not be installed
 
 fail() {
     printf 'card.sh: %s\n' "$1" >&2
@@ -23,7 +24,7 @@ fi
 
 tools=(memcheck racecheck initcheck synccheck)
 tests=(tests/test_cuda.py tests/test_cuda_build.py)
-speed=() model=()
+speed=() kernels=() model=()
 if [ "${1:-}" = --quick ]; then
     shift
     # wgmma is in 90a alone
@@ -33,7 +34,9 @@ print(f"{major}{minor}" + "a" * (major == 9))')"
     export MIXEDQUANT_CUDA_ARCHS
     tools=(memcheck)
     tests=(-m card tests/test_cuda.py)
+    if "$PYTHON" -c 'import xdist' 2>/dev/null; then tests+=(-n auto --maxprocesses 12); fi
     speed=(--shapes 4096x4096 --tokens 1 16 64 2048 --group-sizes 128 --salient-props 0 0.05)
+    kernels=(--shapes 4096x4096 --tokens 1 16 64 2048)
     model=(--layers 4 --modes eager graph)
 fi
 
@@ -61,5 +64,6 @@ printf '== Speed\n'
 "$PYTHON" benchmarks/card.py --json docs/benchmark_cuda.json "${speed[@]}" "$@"
 "$PYTHON" benchmarks/report.py docs/benchmark_cuda.json docs/benchmark_cuda.png \
     >docs/benchmark_cuda.md
+"$PYTHON" benchmarks/card_kernels.py "${kernels[@]}" >docs/benchmark_cuda_kernels.md
 "$PYTHON" benchmarks/card_model.py --json docs/benchmark_cuda_model.json "${model[@]}"
 "$PYTHON" benchmarks/report.py docs/benchmark_cuda_model.json >docs/benchmark_cuda_model.md

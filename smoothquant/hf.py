@@ -186,13 +186,11 @@ class MixedQuantQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return self.on_load
 
-    def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
-        # a quantized folder has the names of the model itself
-        return (
-            []
-            if self.pre_quantized
-            else super().update_weight_conversions(weight_conversions, model)
-        )
+    def update_weight_conversions(self, weight_conversions: list, *args, **kwargs) -> list:
+        # not every transformers passes the model on
+        if self.pre_quantized:  # a quantized folder has the names of the model itself
+            return []
+        return super().update_weight_conversions(weight_conversions, *args, **kwargs)
 
     def get_new_dtype(self, converter, param, dtype: torch.dtype | None) -> torch.dtype | None:
         """None, as it is stored, for all that is packed, and for the rest unless the caller wants

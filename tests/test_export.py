@@ -57,8 +57,9 @@ def test_its_own_loader_reads_the_same_weights(case, make_model, token_ids, tmp_
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "ct")
     with torch.no_grad():
         found, want = packed(token_ids).logits, plain(token_ids).logits  # unpacks the weights
-        assert torch.equal(dense(token_ids).logits, want)
         assert not torch.equal(found, want)  # its activations are quantized
+        # those of the dense one, too, in older transformers
+        assert any(torch.equal(dense(token_ids).logits, either) for either in (want, found))
     for name, tensor in plain.state_dict().items():
         for loaded in (packed, dense):
             other = loaded.state_dict()[name]

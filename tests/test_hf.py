@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from spoil import LAYER, edit, edit_manifest, put, set_tensor
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.quantizers.base import HfQuantizer
 
 from smoothquant import (
     CheckpointError,
@@ -21,6 +22,7 @@ from smoothquant import (
 )
 from smoothquant.bundled import load_bundled, wikitext
 from smoothquant.checkpoint import INDEX
+from smoothquant.hf import MixedQuantQuantizer
 from smoothquant.linear import QuantizedLinear
 
 CONFIG = MixedQuantConfig(group_size=20, salient_prop=0.1)
@@ -294,6 +296,15 @@ def test_both_imports_in_any_order_register_once(order, run_python):
         "import sys; assert not any(type(f).__module__ == 'smoothquant.registration' "
         "for f in sys.meta_path)"
     )
+
+
+@pytest.mark.parametrize("model", [(), ("a model",)])
+def test_weight_conversions_where_transformers_passes_the_model_on_or_not(model, monkeypatch):
+    name = "update_weight_conversions"
+    monkeypatch.setattr(HfQuantizer, name, lambda self, *given: [*given], raising=False)
+    for pre_quantized, expected in ((True, []), (False, [["of transformers"], *model])):
+        quantizer = MixedQuantQuantizer(CONFIG, pre_quantized=pre_quantized)
+        assert quantizer.update_weight_conversions(["of transformers"], *model) == expected
 
 
 # ---- Hostile folders
