@@ -31,6 +31,11 @@ __host__ __device__ __forceinline__ T smaller(T a, T b) {
     return a < b ? a : b;
 }
 
+template <typename T>
+__host__ __device__ __forceinline__ T larger(T a, T b) {
+    return a > b ? a : b;
+}
+
 // Dynamic shared memory that any launch may have: 48 KiB without the kernel's static shared memory,
 // of which kernels with any dynamic one have up to 1 KiB.
 constexpr int64_t kOrdinaryShared = (48 << 10) - 1024;
@@ -44,11 +49,11 @@ template <typename... Parameters, typename... Args>
 int launch_as(bool early, void (*kernel)(Parameters...), dim3 grid, size_t shared, void *stream,
               Args... args) {
     if (!grid.x || !grid.y) return cudaSuccess;
-    if (shared > kOrdinaryShared) {
-        const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                               static_cast<int>(shared));
-        if (error) return error;
-    }
+    // The same for every launch of a kernel, for threads share it. Where it fails, the launch does.
+    if (shared > kOrdinaryShared)
+        cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+            static_cast<int>(larger<int64_t>(static_cast<int64_t>(shared), kMostShared)));
 #ifdef __CUDACC__
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -60,13 +65,12 @@ int launch_as(bool early, void (*kernel)(Parameters...), dim3 grid, size_t share
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &attribute;
     config.numAttrs = early ? 1 : 0;
-    const int error = cudaLaunchKernelEx(&config, kernel, args...);
-    if (error) return error;
+    cudaLaunchKernelEx(&config, kernel, args...);
 #else
     (void)early, (void)stream;
     emulator::run(grid, kThreads, shared, [=] { kernel(args...); });
 #endif
-    return cudaGetLastError();
+    return cudaGetLastError();  // and forgets it: the next launch shall not report it again
 }
 
 template <typename... Parameters, typename... Args>

@@ -98,7 +98,8 @@ size_t mq_cuda_linear_workspace(const mq_linear *lin, int kernel, mq_dtype dtype
  * than 1e-5 of the sum of the terms' magnitudes in the tests, more than that of a sum that cancels.
  * An index outside [0, k) in perm counts as a NaN. Up to 2^20 channels to a group, and 65535 * 32
  * output channels.
- * The two steps by themselves write and read the workspace. */
+ * The two steps by themselves write and read the workspace. The second must stand directly behind the
+ * first on its stream: it may read lin's arrays before the first has ended, so they must be older. */
 int mq_cuda_linear_quantize(const mq_linear *lin, int kernel, mq_dtype dtype, const void *x,
                             int64_t m, void *workspace, void *stream);
 int mq_cuda_linear_multiply(const mq_linear *lin, int kernel, mq_dtype dtype, int arch,

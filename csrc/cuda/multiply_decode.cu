@@ -3,9 +3,9 @@
 // takes as long; their sums are added in the warps' order.
 //
 // Products are of bytes, also where tensor cores multiply nibbles: weights are nibbles in memory
-// anyway, and of the about 160 instructions that 32 tokens take for 512 bytes of them, 8 are products
-// and 20 unpack (nvcc 13.0, sm_89). Nibbles would save 16 to 20, and half of the tokens' bytes, which the
-// L2 cache brings, for two more kernels of each size: zero-points and unsigned codes.
+// anyway, and unpacking 512 bytes of them takes 12 instructions of the more than 60 of a step. Nibbles
+// would save those, half of the products, and half of the tokens' bytes, which the L2 cache brings, for
+// two more kernels of each size: zero-points and unsigned codes.
 #include "multiply.cuh"
 
 namespace mq {
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, NT == 1 && WHOLE ? 2 : 1)
     const int64_t records = args.from.chunks * args.from.terms, slots = args.slot.total;
     const int first_record = static_cast<int>(records * warp() / kWarps);
     const int last_record = static_cast<int>(records * (warp() + 1) / kWarps);
-    // whatever does not depend on tokens is asked for before the wait for them
+    // weights are asked for before the wait for the tokens
     salient_words words{};
     if (first_record < last_record) words = load_salient(args, work.panel, first_record);
     if constexpr (WHOLE) {

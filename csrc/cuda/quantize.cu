@@ -9,9 +9,8 @@
 namespace mq {
 namespace {
 
-constexpr int kMostRows = 4;           // tokens of a block; they share what is read of perm
-constexpr int64_t kManyTokens = 2048;  // blocks of several tokens still fill any GPU
-constexpr int64_t kFewTokens = 256;
+constexpr int64_t kManyTokens = 1024;  // blocks of two tokens still fill any GPU
+constexpr int64_t kFewTokens = 256;    // blocks of one do not fill one
 
 struct quantize_args {
     mq_linear lin;
@@ -20,8 +19,7 @@ struct quantize_args {
     tokens to;
     mq_dtype dtype;
     const unsigned char *x;
-    int rows;     // of a block
-    bool staged;  // the block's tokens are copied to shared memory first
+    bool staged;  // the block's token is copied to shared memory first
 };
 
 // A token's values, and its place among the records.
@@ -40,35 +38,28 @@ __device__ __forceinline__ int64_t channel_at(const quantize_args &args, int64_t
     return args.lin.perm ? args.lin.perm[i] : i;
 }
 
-// Shared memory is filled 16 bytes at a time; rows start at multiples of 16 bytes there.
-__device__ __forceinline__ int64_t staged_stride(const quantize_args &args) {
-    return ceil_div<int64_t>(args.lin.k * size_of(args.dtype), 16) * 16;
-}
-
-__device__ __forceinline__ void stage(const quantize_args &args, int64_t first, int rows) {
-    const int64_t bytes = args.lin.k * size_of(args.dtype), stride = staged_stride(args);
+// Shared memory is filled 16 bytes at a time.
+__device__ __forceinline__ void stage(const quantize_args &args, int64_t token) {
+    const int64_t bytes = args.lin.k * size_of(args.dtype);
     unsigned char *to = dynamic_shared();
-    const unsigned char *from = args.x + first * bytes;
+    const unsigned char *from = args.x + token * bytes;
     if (bytes % 16 == 0) {
-        for (int64_t i = threadIdx.x * 16; i < rows * bytes; i += kThreads * 16)
+        for (int64_t i = threadIdx.x * 16; i < bytes; i += kThreads * 16)
             *reinterpret_cast<uint4 *>(to + i) = load_once(from + i);
     } else {
-        for (int r = 0; r < rows; r++)
-            for (int64_t i = threadIdx.x * 2; i < bytes; i += kThreads * 2)
-                *reinterpret_cast<uint16_t *>(to + r * stride + i) =
-                    *reinterpret_cast<const uint16_t *>(from + r * bytes + i);
+        for (int64_t i = threadIdx.x * 2; i < bytes; i += kThreads * 2)
+            *reinterpret_cast<uint16_t *>(to + i) = *reinterpret_cast<const uint16_t *>(from + i);
     }
     __syncthreads();
 }
 
 // Zeros where no code will be written: all slots where groups share steps, else the last one.
-__device__ __forceinline__ void clear_codes(const quantize_args &args, int64_t first, int rows) {
+__device__ __forceinline__ void clear_codes(const quantize_args &args, int64_t token) {
     const int64_t from = args.slot.whole() ? args.slot.total - 1 : 0;
     const int words = args.to.record / 4;
-    for (int64_t i = threadIdx.x; i < (args.slot.total - from) * rows * words; i += kThreads) {
-        const int64_t slot = from + i / (rows * words), word = i % (rows * words);
-        const int64_t record = slot * args.to.stride + first + word / words;
-        reinterpret_cast<uint32_t *>(args.to.codes)[record * words + word % words] = 0;
+    for (int64_t i = threadIdx.x; i < (args.slot.total - from) * words; i += kThreads) {
+        const int64_t record = (from + i / words) * args.to.stride + token;
+        reinterpret_cast<uint32_t *>(args.to.codes)[record * words + i % words] = 0;
     }
     __syncthreads();
 }
@@ -169,19 +160,17 @@ __device__ __forceinline__ quantization quantization_for(const quantize_args &ar
     return quantization_of(args.lin.act_bits, args.lin.act_format, args.lin.clip, of);
 }
 
-__device__ __forceinline__ token token_of(const quantize_args &args, int64_t first, int r) {
-    if (args.staged) return {dynamic_shared() + r * staged_stride(args), first + r};
-    return {args.x + (first + r) * args.lin.k * size_of(args.dtype), first + r};
+__device__ __forceinline__ token token_of(const quantize_args &args, int64_t at) {
+    if (args.staged) return {dynamic_shared(), at};
+    return {args.x + at * args.lin.k * size_of(args.dtype), at};
 }
 
 // Every group, of up to 512 channels, has a scale of its own: lanes work for themselves.
 __global__ void __launch_bounds__(kThreads) quantize_groups(quantize_args args) {
-    const int64_t first = static_cast<int64_t>(blockIdx.x) * args.rows;
-    const int rows = static_cast<int>(smaller<int64_t>(args.rows, args.to.m - first));
-    if (args.staged) stage(args, first, rows);
-    if (args.shape.groups) clear_codes(args, first, rows);
-    for (int r = 0; r < rows; r++)
-        if (args.lin.k_salient) split_salient(args, token_of(args, first, r));
+    const token of = token_of(args, blockIdx.x);
+    if (args.staged) stage(args, of.at);
+    if (args.shape.groups) clear_codes(args, of.at);
+    if (args.lin.k_salient) split_salient(args, of);
 
     part values(smaller(args.lin.group_size, args.lin.k));
     const int per_block = kThreads / values.lanes;
@@ -190,23 +179,20 @@ __global__ void __launch_bounds__(kThreads) quantize_groups(quantize_args args) 
         const place at = place_of(args, start + threadIdx.x / values.lanes, 0);
         values.n = static_cast<int>(at.n);
         load_channels(args, at, values, channels);
-        for (int r = 0; r < rows; r++) {
-            const token of = token_of(args, first, r);
-            load_values(args, of, channels, values);
-            extent largest = values.extent_of();
-            reduce(largest, values.lanes);
-            store_codes(args, of, at, values, quantization_for(args, largest));
-        }
+        load_values(args, of, channels, values);
+        extent largest = values.extent_of();
+        reduce(largest, values.lanes);
+        store_codes(args, of, at, values, quantization_for(args, largest));
     }
 }
 
 // A scale for all of a token, or for groups of more than 512 channels: the block works together. For
 // four blocks at a time ptxas spills registers on sm_75.
 __global__ void __launch_bounds__(kThreads, 3) quantize_tokens(quantize_args args) {
-    const int64_t first = blockIdx.x, size = smaller(args.lin.group_size, args.lin.k);
-    if (args.staged) stage(args, first, 1);
-    clear_codes(args, first, 1);
-    const token of = token_of(args, first, 0);
+    const int64_t size = smaller(args.lin.group_size, args.lin.k);
+    const token of = token_of(args, blockIdx.x);
+    if (args.staged) stage(args, of.at);
+    clear_codes(args, of.at);
     if (args.lin.k_salient) split_salient(args, of);
 
     part values(size);
@@ -333,10 +319,10 @@ struct columns {
         }
     }
 
-    // The column of the channel at place i of perm's order
     __device__ __forceinline__ int index(int channel) const {
         return static_cast<unsigned>(channel) < static_cast<unsigned>(k) ? channel : k + kNanColumn;
     }
+    // The column of the channel at place i of perm's order
     __device__ __forceinline__ int place(int64_t i) const {
         return index(static_cast<int>(channel_at(args, i)));
     }
@@ -513,7 +499,7 @@ __global__ void __launch_bounds__(kThreads, ROTATES ? 2 : kBlocks)
         }
     };
 
-    if (begin < groups) find(group_at(begin));  // before the wait for the tokens
+    if (begin < groups) find(group_at(begin));  // while the tokens come
     if (threadIdx.x < ROWS) bad[threadIdx.x] = 0;
     in.fill();
     __syncthreads();
@@ -597,7 +583,7 @@ int run_columns(const quantize_args &args, void *stream) {
 // enough blocks; -1 where not even one fits.
 template <mq_dtype DTYPE>
 int quantize_by_columns(const quantize_args &args, void *stream) {
-    if (args.to.m >= kManyTokens / 2 && columns_bytes<DTYPE, 2>(args) <= kOrdinaryShared)
+    if (args.to.m >= kManyTokens && columns_bytes<DTYPE, 2>(args) <= kOrdinaryShared)
         return run_columns<DTYPE, 2>(args, stream);
     if (columns_bytes<DTYPE, 1>(args) <= kMostShared) return run_columns<DTYPE, 1>(args, stream);
     return -1;
@@ -625,12 +611,10 @@ int mq_quantize(const mq_linear &lin, const tokens &to, mq_dtype dtype, const vo
         if (error >= 0) return error;
     }
     const bool alone = lin.per_token || args.shape.group_quads > part::kMost / MQ_QUAD;
-    args.rows = alone || to.m < kManyTokens ? 1 : kMostRows;
     const int64_t row_bytes = ceil_div<int64_t>(lin.k * size_of(dtype), 16) * 16;
-    while (args.rows > 1 && args.rows * row_bytes > kOrdinaryShared) args.rows /= 2;
-    args.staged = args.rows * row_bytes <= kOrdinaryShared;
-    const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(to.m, args.rows)));
-    const size_t shared = args.staged ? static_cast<size_t>(args.rows * row_bytes) : 0;
+    args.staged = row_bytes <= kOrdinaryShared;
+    const dim3 grid(static_cast<unsigned>(to.m));
+    const size_t shared = args.staged ? static_cast<size_t>(row_bytes) : 0;
     if (alone && args.shape.groups) return launch(quantize_tokens, grid, shared, stream, args);
     return launch(quantize_groups, grid, shared, stream, args);
 }

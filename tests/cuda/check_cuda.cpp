@@ -214,6 +214,7 @@ struct problem {
 struct sizes {
     int64_t m, n, k, group_size, salient;
     mq_act_format format;
+    int rotation = -1;  // else scales are of groups, and rotations of so many channels
 };
 
 sizes random_sizes() {
@@ -240,6 +241,7 @@ problem problem_of(const sizes &of) {
     lin.act_bits = static_cast<int>(2 + below(3));
     lin.act_format = of.format;
     lin.per_token = below(4) == 0;
+    if (of.rotation >= 0) lin.rotation = of.rotation, lin.per_token = 0;
     lin.clip = below(2) ? 1.0f : 0.7f;
     const int64_t m = of.m;
     const mq_dtype dtype = static_cast<mq_dtype>(below(3));
@@ -414,6 +416,20 @@ void count(const problem &p, const std::string &name) {
         wraps[name] += p.shape.groups > 1 && slots_of(p.shape).total > 2 * ring * 4;
 }
 
+// A token's result does not depend on how many there are.
+void check_prefix(const problem &p, int kernel, const bytes &all) {
+    const int64_t m = 1 + below(p.m);
+    const bytes workspace(
+        static_cast<int64_t>(mq_cuda_linear_workspace(&p.lin, kernel, p.dtype, m)));
+    const bytes y(m * p.lin.n * size_of(p.dtype));
+    CHECK(!mq_cuda_linear_quantize(&p.lin, kernel, p.dtype, p.x.as<void>(), m, workspace.as<void>(),
+                                   nullptr));
+    CHECK(!mq_cuda_linear_multiply(&p.lin, kernel, p.dtype, MQ_ARCH, workspace.as<void>(), m,
+                                   y.as<void>(), nullptr));
+    for (int64_t i = 0; i < m * p.lin.n; i++)
+        CHECK(same_value(p.dtype, y.as<void>(), all.as<void>(), i));
+}
+
 bytes check_kernel(const problem &p, int kernel, const std::vector<float> &want,
                    const std::vector<double> &sizes) {
     const std::string name = mq_cuda_kernel_at(kernel)->name;
@@ -449,6 +465,7 @@ bytes check_kernel(const problem &p, int kernel, const std::vector<float> &want,
         abort();
     }
     count(p, name);
+    check_prefix(p, kernel, y[0]);
     return std::move(y[0]);
 }
 
@@ -474,6 +491,17 @@ const sizes kRings[] = {
     {65, 16, 2304, 4096, 230, Z}, {65, 18, 700, 20, 0, Z},
 };
 
+// Every way through the kernel that quantizes groups of 32 to 512 channels: two tokens to a block and
+// one left over, several blocks to a token, several rounds of a block, more shared memory than any
+// launch has, more channels than fit; rotations by blocks below, as large as and above a group, with
+// what is left at the end.
+const sizes kQuantized[] = {
+    {1025, 2, 101, 32, 5, S, 0},  {3, 3, 4700, 128, 100, U, 0}, {260, 1, 4600, 128, 0, S, 0},
+    {1, 3, 24576, 128, 16, S, 0}, {2, 2, 33001, 64, 100, Z, 0}, {3, 5, 100, 32, 0, S, 8},
+    {4, 3, 310, 64, 0, U, 64},    {3, 4, 300, 128, 0, S, 128},  {2, 3, 1100, 512, 0, S, 512},
+    {3, 3, 700, 256, 0, U, 32},   {2, 3, 530, 128, 0, S, 16},   {2, 3, 1100, 128, 20, S, 512},
+};
+
 // By every kernel that serves it, or every one for many tokens.
 void check_by_all(const sizes &of, bool decode) {
     const problem p = problem_of(of);
@@ -492,6 +520,23 @@ void check_by_all(const sizes &of, bool decode) {
     // a token has the same bits by all for few tokens, whatever number chooses one, and by all for many
     for (const auto *list : {&of_few, &of_many})
         for (const bytes &y : *list) check_values(p.dtype, y, list->front());
+}
+
+// The step that quantizes, for kernels of every order of quads, and one linear: multiplying takes longer.
+void check_quantized(const sizes &of) {
+    const problem p = problem_of(of);
+    for (int kernel = 0; kernel < mq_cuda_kernel_count(); kernel++) {
+        const std::string name = mq_cuda_kernel_at(kernel)->name;
+        if (!mq_cuda_kernel_serves(kernel, &p.lin, MQ_ARCH)) continue;
+        const bool is_small = p.m < 100 || p.lin.k_salient;
+        if (name == "decode_8" && is_small) check_kernel(p, kernel, reference(p), magnitudes(p));
+        if (name != "prefill_wgmma" && name != "prefill_s4" && is_small) continue;
+        const bytes workspace(
+            static_cast<int64_t>(mq_cuda_linear_workspace(&p.lin, kernel, p.dtype, p.m)));
+        CHECK(!mq_cuda_linear_quantize(&p.lin, kernel, p.dtype, p.x.as<void>(), p.m,
+                                       workspace.as<void>(), nullptr));
+        check_codes(p, kernel, workspace);
+    }
 }
 
 void check_linear() {
@@ -514,7 +559,9 @@ int main(int argc, char **argv) {
     const int cases = atoi(argv[2]);
     for (const sizes &of : kClasses) check_by_all(of, true);
     for (const sizes &of : kRings) check_by_all(of, false);
+    for (const sizes &of : kQuantized) check_quantized(of);
     for (const auto &run : wraps) CHECK(run.second > 1);
+    if (kinds.count("prefill_wgmma")) CHECK(kinds["prefill_wgmma"].size() == 3);
     for (int kernel = 0; kernel < mq_cuda_kernel_count(); kernel++) {
         const mq_cuda_kernel &row = *mq_cuda_kernel_at(kernel);
         const bool for_any_group = row.group_multiple == 1;
