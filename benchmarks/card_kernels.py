@@ -3,11 +3,11 @@
     python benchmarks/card_kernels.py                                  # Llama-2-7B's shapes
     python benchmarks/card_kernels.py --tokens 1 16 --kernels decode_8 decode_16
 
-Shows from how many tokens on which kernel is the fastest: the order in csrc/cuda/linear.cu's table
-rests on it. Microseconds of torch's profiler, medians over copies of the weights that do not fit
-into the L2 cache together; for W4A4 those of the kernel that quantizes, then those of the one that
-multiplies. Where the second may begin before the first has ended, its time counts the wait too, and
-a linear takes less than the sum.
+Shows from how many tokens on which kernel is the fastest, to check the limits in the table of
+csrc/cuda/linear.cu. Microseconds of torch's profiler, medians over copies of the weights that do
+not fit into the L2 cache together; for W4A4 those of the kernel that quantizes, then those of the
+one that multiplies. Where the second may begin before the first has ended, its time counts the wait
+too, and a linear takes less than the sum.
 """
 
 import argparse

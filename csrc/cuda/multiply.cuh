@@ -326,8 +326,7 @@ __device__ __forceinline__ void store_channels(const multiply_args &args, int64_
         if (first + c < n) store(args.dtype, args.out, at + c, y[c]);
 }
 
-// All sums, of the lane's panel and of tokens from `token` on; what does not depend on the token is
-// asked once.
+// store_sums where n is a multiple of 4: what does not depend on the token is asked once.
 template <mq_dtype DTYPE, int NT>
 __device__ __forceinline__ void store_fours(const multiply_args &args, int64_t token, int64_t first,
                                             const bias_values &bias, const pair_sums<NT> &sums) {
@@ -349,6 +348,7 @@ __device__ __forceinline__ void store_fours(const multiply_args &args, int64_t t
     }
 }
 
+// All sums, of the lane's panel and of tokens from `token` on
 template <int NT>
 __device__ __forceinline__ void store_sums(const multiply_args &args, int64_t token, int64_t panel,
                                            const pair_sums<NT> &sums) {

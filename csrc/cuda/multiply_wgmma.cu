@@ -57,13 +57,11 @@ struct loader {
     }
 
     // Goes on with records of [records][stride][32 bytes]
-    __device__ __forceinline__ void begin(const multiply_args &args, const unsigned char *records,
-                                          int64_t token, int count) {
+    __device__ __forceinline__ void begin(const unsigned char *records, int64_t token, int count) {
         const int thread = static_cast<int>(threadIdx.x);
         record = thread / kUnits, end = count;
         from =
             records + record * slot_bytes + (token + thread / 2 % kTokens) * 32 + thread % 2 * 16;
-        (void)args;
     }
 
     __device__ __forceinline__ void load(bool is_code) {
@@ -227,10 +225,10 @@ __device__ __forceinline__ void prefill(const multiply_args &args) {
     wait_for_previous();
 
     loader loads(args, token, group_stages);
-    loads.begin(args, args.from.salient, token, records);
+    loads.begin(args.from.salient, token, records);
     int loaded = 0;  // stages
     const auto load = [&] {
-        if (loaded == salient_stages) loads.begin(args, args.from.codes, token, slots);
+        if (loaded == salient_stages) loads.begin(args.from.codes, token, slots);
         loads.load(loaded >= salient_stages);
         loaded++;
     };
