@@ -67,8 +67,8 @@ int launch_as(bool early, void (*kernel)(Parameters...), dim3 grid, size_t share
     config.numAttrs = early ? 1 : 0;
     cudaLaunchKernelEx(&config, kernel, args...);
 #else
-    (void)early, (void)stream;
-    emulator::run(grid, kThreads, shared, [=] { kernel(args...); });
+    (void)stream;
+    emulator::run(grid, kThreads, shared, early, [=] { kernel(args...); });
 #endif
     return cudaGetLastError();  // and forgets it: the next launch shall not report it again
 }

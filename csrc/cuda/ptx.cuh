@@ -52,7 +52,9 @@ __device__ __forceinline__ void start_dependents() {
 #endif
 }
 __device__ __forceinline__ void wait_for_previous() {
-#if defined(__CUDACC__) && MQ_ARCH >= 90
+#ifndef __CUDACC__
+    emulator::see_previous();
+#elif MQ_ARCH >= 90
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -44,8 +45,15 @@ struct product {
     std::vector<unsigned char> right;
 };
 
+// Where a thread of control was left, for __builtin_longjmp
+struct place_in_code {
+    void *at[5];
+};
+
 struct fiber {
-    ucontext_t context;
+    ucontext_t entry;
+    place_in_code left;
+    bool entered = false;
     void *stack = nullptr;
     dim3 thread;
     bool done = false;
@@ -79,7 +87,10 @@ int64_t block_arrived;
 int64_t unseen;  // copies of all threads together, see fiber
 int64_t any_set[2];
 fiber *running;
-ucontext_t main_context;
+bool waited;  // a thread of the block, for the kernel before
+unsigned char *hidden_at;
+std::vector<unsigned char> hidden;  // what the kernel before wrote there
+place_in_code main_left;
 const std::function<void()> *kernel;
 
 }  // namespace
@@ -97,15 +108,25 @@ const void *main_bottom;
 size_t main_size;
 #endif
 
-// Leaves the running context for a fiber, or for main where `to` is null.
-void change_to(ucontext_t *from, fiber *to) {
+// Goes on where a fiber, or main where `to` is null, was left. (swapcontext would ask the system for the
+// signal mask each time, and nobody changes that.)
+[[noreturn]] __attribute__((noinline, no_sanitize("address"))) void go_on(fiber *to) {
+    if (!to) __builtin_longjmp(main_left.at, 1);
+    if (to->entered) __builtin_longjmp(to->left.at, 1);
+    to->entered = true;
+    setcontext(&to->entry);
+    fail("no context,");
+}
+
+// Leaves the running thread of control for a fiber, or for main where `to` is null.
+__attribute__((noinline, no_sanitize("address"))) void change_to(place_in_code *from, fiber *to) {
     running = to;
     if (to) here.thread = to->thread;
 #if defined(__SANITIZE_ADDRESS__)
     void *fake = nullptr;
     __sanitizer_start_switch_fiber(&fake, to ? to->stack : main_bottom, to ? kStack : main_size);
 #endif
-    swapcontext(from, to ? &to->context : &main_context);
+    if (!__builtin_setjmp(from->at)) go_on(to);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #endif
@@ -131,7 +152,7 @@ void wait_until(const int64_t *counter, int64_t target) {
     fiber *me = running;
     me->counter = counter;
     me->target = target;
-    if (*counter < target) change_to(&me->context, next_fiber());
+    if (*counter < target) change_to(&me->left, next_fiber());
     me->counter = nullptr;
 }
 
@@ -151,7 +172,7 @@ void fiber_main() {
         if (me->asked != asked[me->thread.x / 128].size())
             fail("a warp that asks for fewer products than its warpgroup");
         me->done = true;
-        change_to(&me->context, next_fiber());
+        change_to(&me->left, next_fiber());
     }
 }
 
@@ -160,11 +181,11 @@ void add_fiber() {
     fiber &f = *fibers.back();
     f.thread = dim3(static_cast<unsigned>(fibers.size() - 1));
     f.stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack;
-    f.context.uc_stack.ss_size = kStack;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, fiber_main, 0);
+    getcontext(&f.entry);
+    f.entry.uc_stack.ss_sp = f.stack;
+    f.entry.uc_stack.ss_size = kStack;
+    f.entry.uc_link = nullptr;
+    makecontext(&f.entry, fiber_main, 0);
 }
 
 }  // namespace
@@ -175,7 +196,17 @@ void allow_shared(int bytes) {
     allowed_shared = bytes;
 }
 
-void run(dim3 grid, dim3 block, size_t shared, const std::function<void()> &body) {
+void hide_from_early(void *at, size_t bytes) {
+    hidden_at = static_cast<unsigned char *>(at);
+    hidden.assign(hidden_at, hidden_at + bytes);
+}
+
+void see_previous() {
+    if (!waited) std::copy(hidden.begin(), hidden.end(), hidden_at);
+    waited = true;
+}
+
+void run(dim3 grid, dim3 block, size_t shared, bool is_early, const std::function<void()> &body) {
     if (block.y != 1 || block.z != 1 || block.x % 32) fail("a block that is no row of warps");
     if (grid.y > 65535 || grid.z > 65535) fail("a grid that no card takes");
     if (shared > static_cast<size_t>(allowed_shared)) fail("more shared memory than was asked for");
@@ -206,9 +237,13 @@ void run(dim3 grid, dim3 block, size_t shared, const std::function<void()> &body
                     f->fenced_d = nullptr;
                     f->asked = 0;
                 }
+                waited = !is_early;
+                if (is_early) std::fill_n(hidden_at, hidden.size(), 0xff);
                 running = nullptr;
-                change_to(&main_context, fibers[order == FORWARD ? 0 : block.x - 1].get());
+                change_to(&main_left, fibers[order == FORWARD ? 0 : block.x - 1].get());
+                if (!waited) fail("no wait for the kernel before");
             }
+    hidden.clear();
 }
 
 void barrier() {

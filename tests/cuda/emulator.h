@@ -56,8 +56,12 @@ extern unsigned char *shared_bytes;  // the block's dynamic shared memory
 // Dynamic shared memory of the next launch, where it is more than any may have.
 void allow_shared(int bytes);
 
-// Runs body once per thread of every block.
-void run(dim3 grid, dim3 block, size_t shared, const std::function<void()> &body);
+// Runs body once per thread of every block. is_early: the kernel may begin before the one in front of it
+// has ended; each block must wait for that (see_previous), and finds NaNs until then where
+// hide_from_early says.
+void run(dim3 grid, dim3 block, size_t shared, bool is_early, const std::function<void()> &body);
+void hide_from_early(void *at, size_t bytes);  // in the next launch
+void see_previous();
 
 void barrier();
 int barrier_or(int value);
