@@ -85,6 +85,7 @@ def convert_limited(
     torch.manual_seed(0)
     batches = [torch.randint(0, 1000, (1, SEQ_LEN)) for _ in range(-(-tokens // SEQ_LEN))]
     torch.ones(512, 512) @ torch.ones(512, 512)  # threads
+    float_shapes(source)  # imports: of the model's class, and of packages that transformers finds
     before, resident = held("VmData"), held("RssAnon")
     resource.setrlimit(resource.RLIMIT_DATA, (before + allowed, before + allowed))
     peak, done = {"VmData": 0, "RssAnon": 0}, threading.Event()

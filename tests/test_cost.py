@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from smoothquant.inspection import planned_bytes
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="the limit counts as Linux counts")
 @pytest.mark.parametrize(
-    "recipe, layers, hidden, allowance", [("fast", 2, 1024, 250), ("best", 1, 1024, 340)]
+    "recipe, layers, hidden, allowance", [("fast", 2, 1024, 40), ("best", 1, 1024, 120)]
 )
 def test_conversion_keeps_to_its_bound_and_its_plan(recipe, layers, hidden, allowance):
     command = [sys.executable, ROOT / "benchmarks" / "convert.py", "--recipe", recipe]
@@ -33,11 +34,13 @@ def test_conversion_keeps_to_its_bound_and_its_plan(recipe, layers, hidden, allo
         2000,
     ]
     command += ["--tokens", 1024, "--allowance", allowance]
-    run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    # Blocks of this size would come from glibc's heap, whose holes differ by 80 MB from run to run.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    # what the allocator keeps and libraries take once, of whatever size the model, is in no plan
-    assert found["peak_resident_mb"] <= found["planned_peak_mb"] + 250, found
+    # what libraries take once, of whatever size the model, is in no plan
+    assert found["peak_resident_mb"] <= found["planned_peak_mb"] + 50, found
     assert found["planned_peak_mb"] <= 2 * found["peak_resident_mb"] + 50, found
     assert found["planned_seconds"] > 0
 
