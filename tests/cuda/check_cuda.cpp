@@ -416,16 +416,27 @@ void count(const problem &p, const std::string &name) {
         wraps[name] += p.shape.groups > 1 && slots_of(p.shape).total > 2 * ring * 4;
 }
 
+// The workspace of the first m tokens
+bytes quantized(const problem &p, int kernel, int64_t m) {
+    bytes workspace(static_cast<int64_t>(mq_cuda_linear_workspace(&p.lin, kernel, p.dtype, m)));
+    CHECK(!mq_cuda_linear_quantize(&p.lin, kernel, p.dtype, p.x.as<void>(), m, workspace.as<void>(),
+                                   nullptr));
+    return workspace;
+}
+
+// Their outputs, from that
+bytes multiplied(const problem &p, int kernel, int64_t m, const bytes &workspace) {
+    bytes y(m * p.lin.n * size_of(p.dtype));
+    emulator::hide_from_early(workspace.as<void>(), workspace.n);
+    CHECK(!mq_cuda_linear_multiply(&p.lin, kernel, p.dtype, MQ_ARCH, workspace.as<void>(), m,
+                                   y.as<void>(), nullptr));
+    return y;
+}
+
 // A token's result does not depend on how many there are.
 void check_prefix(const problem &p, int kernel, const bytes &all) {
     const int64_t m = 1 + below(p.m);
-    const bytes workspace(
-        static_cast<int64_t>(mq_cuda_linear_workspace(&p.lin, kernel, p.dtype, m)));
-    const bytes y(m * p.lin.n * size_of(p.dtype));
-    CHECK(!mq_cuda_linear_quantize(&p.lin, kernel, p.dtype, p.x.as<void>(), m, workspace.as<void>(),
-                                   nullptr));
-    CHECK(!mq_cuda_linear_multiply(&p.lin, kernel, p.dtype, MQ_ARCH, workspace.as<void>(), m,
-                                   y.as<void>(), nullptr));
+    const bytes y = multiplied(p, kernel, m, quantized(p, kernel, m));
     for (int64_t i = 0; i < m * p.lin.n; i++)
         CHECK(same_value(p.dtype, y.as<void>(), all.as<void>(), i));
 }
@@ -435,15 +446,9 @@ bytes check_kernel(const problem &p, int kernel, const std::vector<float> &want,
     const std::string name = mq_cuda_kernel_at(kernel)->name;
     std::vector<bytes> y;
     for (int i = 0; i < 2; i++) {
-        const bytes workspace(
-            static_cast<int64_t>(mq_cuda_linear_workspace(&p.lin, kernel, p.dtype, p.m)));
-        y.emplace_back(p.m * p.lin.n * size_of(p.dtype));
-        CHECK(!mq_cuda_linear_quantize(&p.lin, kernel, p.dtype, p.x.as<void>(), p.m,
-                                       workspace.as<void>(), nullptr));
+        const bytes workspace = quantized(p, kernel, p.m);
         check_codes(p, kernel, workspace);
-        emulator::hide_from_early(workspace.as<void>(), workspace.n);
-        CHECK(!mq_cuda_linear_multiply(&p.lin, kernel, p.dtype, MQ_ARCH, workspace.as<void>(), p.m,
-                                       y[i].as<void>(), nullptr));
+        y.push_back(multiplied(p, kernel, p.m, workspace));
         turn_order();
     }
     check_values(p.dtype, y[0], y[1]);
@@ -532,11 +537,7 @@ void check_quantized(const sizes &of) {
         const bool is_small = p.m < 100 || p.lin.k_salient;
         if (name == "decode_8" && is_small) check_kernel(p, kernel, reference(p), magnitudes(p));
         if (name != "prefill_wgmma" && name != "prefill_s4" && is_small) continue;
-        const bytes workspace(
-            static_cast<int64_t>(mq_cuda_linear_workspace(&p.lin, kernel, p.dtype, p.m)));
-        CHECK(!mq_cuda_linear_quantize(&p.lin, kernel, p.dtype, p.x.as<void>(), p.m,
-                                       workspace.as<void>(), nullptr));
-        check_codes(p, kernel, workspace);
+        check_codes(p, kernel, quantized(p, kernel, p.m));
     }
 }
 
