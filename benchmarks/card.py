@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from peers import four_bits
 from torch import Tensor
 
-from smoothquant import ops
+from smoothquant.kernels import ops
 
 CACHES = 4  # copies of a weight fill the L2 cache so many times
 MOST_ERROR = 1e-2  # relative, beside the same product of the same rounded numbers in fp32

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from card import card
 from torch import Tensor
 
-from smoothquant import ops
+from smoothquant.kernels import ops
 
 CACHES = 3  # copies of a weight fill the L2 cache so many times
 MOST_COPIES = 16

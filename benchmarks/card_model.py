@@ -29,9 +29,10 @@ from report import MODEL_HEAD, model_line
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
-from smoothquant import MixedQuantConfig, ops
-from smoothquant.linear import W4A4Linear
-from smoothquant.quantize import replace_module
+from smoothquant import MixedQuantConfig
+from smoothquant.kernels import ops
+from smoothquant.layers.linear import W4A4Linear
+from smoothquant.models.modules import replace_module
 
 DTYPE = torch.bfloat16
 WARM_UP = 3  # steps

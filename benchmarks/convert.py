@@ -29,11 +29,11 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from smoothquant import MixedQuantConfig, convert
-from smoothquant.checkpoint import INDEX
-from smoothquant.convert import float_shapes
-from smoothquant.cost import planned_cost
-from smoothquant.doctor import chip_name
-from smoothquant.inspection import planned_bytes
+from smoothquant.checkpoints.conversion import float_shapes
+from smoothquant.checkpoints.sizes import planned_bytes
+from smoothquant.cli.doctor import chip_name
+from smoothquant.core.tensor_files import INDEX
+from smoothquant.quantization.memory import planned_memory
 
 MB = 10**6
 SEQ_LEN = 1024
@@ -130,7 +130,7 @@ def main() -> None:
         model, config = float_shapes(source), MixedQuantConfig(recipe=args.recipe)
         size = sum(planned_bytes(model, config).values())
         how = {"by_layer": True, "spill": not args.in_memory}
-        planned = planned_cost(model, config, size, args.tokens, **how)
+        planned = planned_memory(model, config, size, args.tokens, **how)
         words = [source, target, args.recipe, args.tokens, int(not args.in_memory), allowed]
         command = [sys.executable, __file__, "child", *map(str, words)]
         run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -151,9 +151,8 @@ def main() -> None:
         "peak_mb": (found["VmData"] - found["before"]) / MB,
         "peak_resident_mb": (found["RssAnon"] - found["resident"]) / MB,
         "imports_mb": found["before"] / MB,
-        "planned_peak_mb": sum(planned.memory.values()) / MB,
+        "planned_peak_mb": sum(planned.values()) / MB,
         "seconds": found["seconds"],
-        "planned_seconds": planned.seconds,
     }
     print(json.dumps({k: round(v) if isinstance(v, float) else v for k, v in result.items()}))
 

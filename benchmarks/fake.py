@@ -28,9 +28,9 @@ from run_experiments.grid import Product
 from run_experiments.identity import model_identity, package_versions, wikitext_identity
 from run_experiments.store import Store
 from smoothquant.bundled import load_model
-from smoothquant.calibration import collect_stats
-from smoothquant.doctor import chip_name
-from smoothquant.quantize import replace_module
+from smoothquant.calibration.collect import collect_stats
+from smoothquant.cli.doctor import chip_name
+from smoothquant.models.modules import replace_module
 
 PARTS = ("load", "calibrate", "quantize", "evaluate")
 

@@ -37,8 +37,8 @@ import torch
 import torch.nn.functional as F
 from peers import PEERS
 
-from smoothquant import ops
-from smoothquant.linear import W4A4Linear
+from smoothquant.kernels import ops
+from smoothquant.layers.linear import W4A4Linear
 
 COLD_BYTES = 200e6
 MEMORY_BYTES = 256 << 20

@@ -23,12 +23,13 @@ import torch
 import transformers
 from linear import chip
 
-from smoothquant import MixedQuantConfig, collect_stats, ops, quantize
+from smoothquant import MixedQuantConfig, collect_stats, quantize
 from smoothquant.bundled import load_model, wikitext
-from smoothquant.calibration import token_blocks
-from smoothquant.linear import QuantizedLinear
-from smoothquant.quantize import module_copy
-from smoothquant.speed import generate_times
+from smoothquant.calibration.tokens import token_blocks
+from smoothquant.evaluation.speed import generate_times
+from smoothquant.kernels import ops
+from smoothquant.layers.linear import QuantizedLinear
+from smoothquant.models.modules import module_copy
 
 
 def held_bytes(field: str) -> int:

@@ -25,8 +25,8 @@ import torch
 from run_experiments import grid, runner, worker
 from run_experiments.grid import Product
 from run_experiments.identity import model_identity, package_versions, wikitext_identity
-from smoothquant.doctor import chip_name
-from smoothquant.ppl_eval import Evaluator
+from smoothquant.cli.doctor import chip_name
+from smoothquant.evaluation.perplexity import Evaluator
 
 CLOCKS = (time.perf_counter, time.process_time)
 

@@ -15,20 +15,20 @@ from pathlib import Path
 
 import torch
 
+from smoothquant import quantize
 from smoothquant.bundled import check_model_name, load_model, wikitext
-from smoothquant.calibration import (
-    collect_stats,
+from smoothquant.calibration.act_scales import (
     get_act_scales,
     get_static_decoder_layer_scales,
     load_act_scales,
-    token_blocks,
 )
-from smoothquant.checkpoint import check_target, save_quantized
-from smoothquant.config import MixedQuantConfig
-from smoothquant.errors import CheckpointError
-from smoothquant.quantize import quantize
-from smoothquant.smooth import smooth_lm
-from smoothquant.texts import read_texts
+from smoothquant.calibration.collect import collect_stats
+from smoothquant.calibration.tokens import token_blocks
+from smoothquant.checkpoints.folder import check_target, save_quantized
+from smoothquant.core.config import MixedQuantConfig
+from smoothquant.core.errors import CheckpointError
+from smoothquant.core.texts import read_texts
+from smoothquant.quantization.smoothing import smooth_lm
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from smoothquant.bundled import check_model_name, load_model, wikitext
 from smoothquant.calibration import get_act_scales, save_act_scales
-from smoothquant.texts import read_texts
+from smoothquant.core.texts import read_texts
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

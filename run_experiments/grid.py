@@ -295,7 +295,7 @@ def configs(products: Iterable[Product]) -> list[dict[str, Any]]:
 
 
 def _mixedquant(method: str, product: Product) -> Iterator[dict[str, Any]]:
-    from smoothquant.config import MixedQuantConfig
+    from smoothquant.core.config import MixedQuantConfig
 
     for backend, recipe, sort, group_size, salient_prop in itertools.product(
         product.backends,
@@ -316,7 +316,7 @@ def _mixedquant(method: str, product: Product) -> Iterator[dict[str, Any]]:
 
 
 def _other_method(method: str, product: Product) -> Iterator[dict[str, Any]]:
-    from smoothquant.config import check_integer
+    from smoothquant.core.config import check_integer
 
     if method not in OTHER_METHODS:
         raise ValueError(
@@ -364,7 +364,7 @@ def cells(
 def _calibration(
     preset: Preset, data: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> dict[str, Any]:
-    from smoothquant.config import MixedQuantConfig
+    from smoothquant.core.config import MixedQuantConfig
 
     by_tokens = "method" in fields or MixedQuantConfig.from_dict(dict(fields)).needs_tokens
     return {

@@ -25,16 +25,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smoothquant import gptq, ops
-from smoothquant.blocks import blocks
-from smoothquant.calibration import first_argument
-from smoothquant.config import MixedQuantConfig
-from smoothquant.families import LayerInput, layer_inputs
-from smoothquant.linear import refuse_quantized
-from smoothquant.quantize import LinearRecord, replace_module
-from smoothquant.rounding import round_to_grid, weight_group_scales
-from smoothquant.smooth import smooth_lm
-from smoothquant.sorting import ChannelStats
+from smoothquant.calibration.blocks import blocks
+from smoothquant.channels.statistics import ChannelStats
+from smoothquant.core.config import MixedQuantConfig
+from smoothquant.kernels import ops
+from smoothquant.layers import gptq
+from smoothquant.layers.linear import refuse_quantized
+from smoothquant.layers.rounding import round_to_grid, weight_group_scales
+from smoothquant.models.families import LayerInput, layer_inputs
+from smoothquant.models.modules import replace_module
+from smoothquant.models.running import first_argument
+from smoothquant.quantization.records import LinearRecord
+from smoothquant.quantization.smoothing import smooth_lm
 
 BITS = 4
 OUTLIER_BITS = 8
@@ -89,7 +91,7 @@ def per_token_rtn(
     Every method takes these arguments and quantizes the model in place.
 
     Args:
-        model: a float model of `smoothquant.families`, without fused experts.
+        model: a float model of `smoothquant.models.families`, without fused experts.
         stats: {name of a linear: statistics of its input}.
         batches: int64 [B, T] tensors of token ids, for GPTQ.
         group_size: INT4 channels to a scale, where the method has groups.

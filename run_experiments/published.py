@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from smoothquant import ppl_eval
 from smoothquant.bundled import wikitext
+from smoothquant.core.progress import progress_bar
 
 
 def get_calib_dataset(
@@ -80,7 +80,7 @@ def get_calib_feat(model: nn.Module, tokenizer: Any) -> dict[str, list[Tensor]]:
     ]
     device = next(model.parameters()).device
     try:
-        for block in tqdm(get_calib_dataset(tokenizer), desc="calibrating", unit="block"):
+        for block in progress_bar(get_calib_dataset(tokenizer), desc="calibrating", unit="block"):
             model(block.to(device))
     finally:
         for handle in handles:

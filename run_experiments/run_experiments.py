@@ -24,7 +24,6 @@ if not __package__:
     # Run as a file: Python put this folder, not the repository, in front of the path.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from tqdm import tqdm
 
 from run_experiments import executors, page, report
 from run_experiments.grid import (
@@ -50,6 +49,7 @@ from run_experiments.rows import stored_rows
 from run_experiments.search import Budget, search, space
 from run_experiments.store import Store
 from run_experiments.worker import Job, unload
+from smoothquant.core.progress import progress_bar
 
 OF_MODELS = ("Evaluator", "get_calib_dataset", "get_calib_feat")  # in published.py
 __all__ = ["Workers", "find_front", "main", "plot_results", "run_experiments", "sweep", *OF_MODELS]
@@ -256,7 +256,7 @@ def _compute(
         progress=progress and workers.in_this_process,
     )
     reference = next((found.get(cell.key) for cell in plan if cell.task == "baseline"), None)
-    with tqdm(total=len(plan), initial=len(found), unit="cell", disable=not progress) as bar:
+    with progress_bar(total=len(plan), initial=len(found), unit="cell", shown=progress) as bar:
 
         def report_cell(cell: Cell, result: dict[str, Any]) -> None:
             nonlocal reference
@@ -438,7 +438,7 @@ def _windows(text: str) -> float | int:
 
 
 def _field(text: str) -> tuple[str, Any]:
-    from smoothquant.config import parse_field
+    from smoothquant.core.config import parse_field
 
     try:
         return parse_field(text)
@@ -474,7 +474,7 @@ def _command(argv: Sequence[str], hidden: str | None = None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
-    from smoothquant.errors import CheckpointError
+    from smoothquant.core.errors import CheckpointError
 
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["report"]:

@@ -21,18 +21,22 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-import smoothquant
-from smoothquant import ops
+from smoothquant import quantize
 from smoothquant.bundled import load_model, wikitext
-from smoothquant.calibration import collect_stats, draw_blocks, load_stats, save_stats
-from smoothquant.config import MixedQuantConfig
-from smoothquant.doctor import chip_name
-from smoothquant.files import atomic_file
-from smoothquant.hf import attach
-from smoothquant.layer_report import by_kind, layer_report
-from smoothquant.model_size import Byte, distinct_tensors, get_model_size
-from smoothquant.ppl_eval import Evaluator, HeadLogits
-from smoothquant.quantize import LinearRecord, module_copy, quantize, simulate, simulated_copy
+from smoothquant.calibration.collect import collect_stats
+from smoothquant.calibration.stats_files import load_stats, save_stats
+from smoothquant.calibration.tokens import draw_blocks
+from smoothquant.checkpoints.attachment import attach
+from smoothquant.cli.doctor import chip_name
+from smoothquant.core.config import MixedQuantConfig
+from smoothquant.core.files import atomic_file
+from smoothquant.evaluation.layer_report import by_kind, layer_report
+from smoothquant.evaluation.perplexity import Evaluator, HeadLogits
+from smoothquant.kernels import ops
+from smoothquant.model_size import Byte, get_model_size
+from smoothquant.models.modules import distinct_tensors, module_copy
+from smoothquant.quantization.records import LinearRecord
+from smoothquant.quantization.undo import simulate, simulated_copy
 
 from . import peers
 from .grid import Cell
@@ -80,7 +84,6 @@ class Bench:
         """(model, tokenizer); the model is shared by all cells and must not be changed."""
         if self._loaded is None:
             print(f"Loading {self.source} ...", file=sys.stderr, flush=True)
-            smoothquant.load_public()  # the command line has not yet: transformers must know us
             self._loaded = load_model(self.source, dtype=getattr(torch, self.dtype))
         return self._loaded
 

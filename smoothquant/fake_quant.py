@@ -6,16 +6,18 @@ They return a new tensor of the caller's shape; the caller's tensor is never cha
 the smallest scale rounds to zero from 9 bits on, and a group below it becomes NaN, as ever.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import check_integer, published_config
-from .linear import FakeW4A4Linear, W4A4Linear
-from .quantize import quantize
-from .sorting import ChannelStats
+from .channels.statistics import ChannelStats
+from .core.config import check_integer, published_config
+from .in_memory import quantize
+from .layers.linear import FakeW4A4Linear, W4A4Linear
 
 __all__ = [
     "FakeW4A4Linear",
@@ -150,7 +152,7 @@ def quantize_model(
     """Quantize a model of any architecture in place and return it.
 
     Args:
-        model: a float model; see `smoothquant.families`.
+        model: a float model; see `smoothquant.models.families`.
         weight_quant: "per_group", "per_channel" or "per_tensor".
         act_quant: "per_group", "per_token" or "per_tensor". The last depends on the live batch:
             the int4 backend quantizes per token instead and warns.
@@ -224,11 +226,12 @@ def _for_types(
 
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3")
-
 quantize_opt = _for_types("quantize_opt", ["opt"], "per_tensor", "per_tensor", True)
+
 quantize_llama_like = _for_types(
     "quantize_llama_like", LLAMA_LIKE, "per_channel", "per_token", False
 )
+
 quantize_mixtral = _for_types("quantize_mixtral", ["mixtral"], "per_channel", "per_token", False)
 quantize_falcon = _for_types("quantize_falcon", ["falcon"], "per_channel", "per_token", True)
 

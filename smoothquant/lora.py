@@ -10,10 +10,12 @@ save what `on_quantized` adds: give it again when an adapter is loaded:
     model = PeftModel.from_pretrained(model, folder, config=config)
 """
 
+from __future__ import annotations
+
 from peft import LoraConfig
 from peft.tuners.lora import Linear
 
-from .linear import FakeW4A4Linear, W4A4Linear
+from .layers.linear import FakeW4A4Linear, W4A4Linear
 
 
 class LoraQuantizedLinear(Linear):

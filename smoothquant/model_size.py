@@ -1,9 +1,12 @@
 """The size of a model, counted or estimated."""
 
-from torch import Tensor, nn
+from __future__ import annotations
 
-from .config import check_integer, check_real
-from .linear import QuantizedLinear
+from torch import nn
+
+from .core.config import check_integer, check_real
+from .layers.linear import QuantizedLinear
+from .models.modules import stored_bytes
 
 Byte = 8
 KiB = 1024 * Byte
@@ -40,7 +43,7 @@ def get_model_size(
     if group_size != -1:
         check_integer("group_size", group_size, 1)
     if not estimate:
-        return sum(tensor.nbytes for tensor in distinct_tensors(model)[0].values()) * Byte
+        return stored_bytes(model) * Byte
     overhead = 0 if group_size == -1 else (16 + 4) / group_size
     width = (data_width + overhead) * (1 - salient_prop) + (16 + overhead) * salient_prop
     elements = sum(p.numel() for p in model.parameters())
@@ -49,23 +52,3 @@ def get_model_size(
             bias = 0 if module.bias is None else module.bias.numel()
             elements += module.out_features * module.in_features + bias
     return elements * width
-
-
-def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What a checkpoint of the model holds, shared tensors once.
-
-    Returns:
-        ({name: parameter or persistent buffer}, {other name of a shared tensor: its first name}).
-    """
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first: dict[object, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        in_memory = tensor.numel() > 0 and tensor.device.type != "meta"
-        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        owner = first.setdefault(place if in_memory else id(tensor), name)
-        if owner == name:
-            tensors[name] = tensor
-        else:
-            aliases[name] = owner
-    return tensors, aliases

@@ -1,16 +1,19 @@
 """The public names of the package, all of them."""
 
-from . import ops as ops  # loads the compiled kernels, so that torch.ops.mixedquant is there
-from .calibration import collect_stats, load_stats
-from .checkpoint import load_quantized, save_quantized
-from .config import MixedQuantConfig
-from .convert import convert
-from .errors import CheckpointError
+from .calibration.collect import collect_stats
+from .calibration.stats_files import load_stats
+from .checkpoints.conversion import convert
+from .checkpoints.folder import load_quantized, save_quantized
+from .core.config import MixedQuantConfig
+from .core.errors import CheckpointError
 from .fake_quant import quantize_model
-from .folding import fold_permutations
-from .linear import W4A4Linear
-from .quantize import dequantize, quantization_report, quantize
-from .smooth import smooth_lm
+from .in_memory import quantize
+from .kernels import ops as ops
+from .layers.linear import W4A4Linear
+from .quantization.folding import fold_permutations
+from .quantization.records import quantization_report
+from .quantization.smoothing import smooth_lm
+from .quantization.undo import dequantize
 
 __all__ = [
     "CheckpointError",

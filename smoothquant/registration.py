@@ -1,40 +1,57 @@
-"""transformers learns of the method when both are imported, in whichever order, and neither
-imports the other for it: transformers looks for no entry points, and its import takes seconds."""
+"""What other packages learn from this one as soon as they are imported.
 
+torch gets the ops and transformers the quantization method. Neither looks for plug-ins, and
+importing them takes seconds, so their imports are watched instead: in whichever order the packages
+are imported, the registration follows, and none is imported for it.
+"""
+
+import importlib
 import importlib.abc
-import importlib.machinery
 import importlib.util
 import sys
+import warnings
 
-WATCHED = "transformers.quantizers.auto"
+# Imported module -> ours that registers with it
+FOLLOWERS = {
+    "torch": "smoothquant.kernels.ops",
+    "transformers.quantizers.auto": "smoothquant.checkpoints.hf",
+}
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds WATCHED as everyone else does, and has `smoothquant.hf` imported after it."""
+    """Leaves finding a watched module to the other finders, and follows its import."""
+
+    def __init__(self, watched: str) -> None:
+        self.watched = watched
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != WATCHED:
+        if fullname != self.watched:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
-        if spec is not None:
+        if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module) -> None:
                 execute(module)
-                _register()
+                _follow(fullname)
 
             spec.loader.exec_module = exec_module
         return spec
 
 
-def _register() -> None:
-    importlib.import_module("smoothquant.hf")
+def _follow(watched: str) -> None:
+    try:
+        importlib.import_module(FOLLOWERS[watched])
+    except (ImportError, OSError, RuntimeError) as error:
+        # It must not break the import of another package; the first use of ours raises it again.
+        warnings.warn(f"smoothquant cannot register with {watched}: {error}", stacklevel=2)
 
 
 def register() -> None:
-    """Now, if transformers is there, else as soon as it is; any number of calls is as one."""
-    if WATCHED in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Register with what is imported already, and watch for the rest."""
+    for watched in FOLLOWERS:
+        if watched in sys.modules:
+            _follow(watched)
+        else:
+            sys.meta_path.insert(0, _Finder(watched))

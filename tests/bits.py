@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
-from smoothquant import ops
+from smoothquant.kernels import ops
 
 
 def assert_same_bits(actual: torch.Tensor | None, expected: torch.Tensor | None) -> None:

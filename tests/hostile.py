@@ -27,8 +27,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from smoothquant import CheckpointError, load_quantized
-from smoothquant.checkpoint import CONFIG, INDEX
-from smoothquant.manifest import DTYPES, STORED_DTYPES
+from smoothquant.core.tensor_files import CONFIG, INDEX, STORED_DTYPES
+from smoothquant.core.tensors import DTYPES
 
 GENERATION = "generation_config.json"
 HANGS = 300  # seconds; a busy machine may stall for one

@@ -4,8 +4,7 @@ import json
 
 from safetensors.torch import load_file, save_file
 
-from smoothquant.checkpoint import INDEX, TENSORS
-from smoothquant.manifest import CONFIG
+from smoothquant.core.tensor_files import CONFIG, INDEX, TENSORS
 
 LAYER = "model.layers.1.mlp.down_proj"
 

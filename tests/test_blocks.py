@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from smoothquant.blocks import blocks
-from smoothquant.calibration import hooked
-from smoothquant.families import decoder_layers, layer_inputs
+from smoothquant.calibration.blocks import blocks
+from smoothquant.models.families import decoder_layers, layer_inputs
+from smoothquant.models.running import hooked
 
 
 def inputs_of_layers(run, names):

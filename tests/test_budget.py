@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from smoothquant import collect_stats, quantize
-from smoothquant.budget import Demand, bits_per_weight, share_out
 from smoothquant.bundled import load_bundled, wikitext
-from smoothquant.calibration import token_blocks
-from smoothquant.config import MixedQuantConfig
-from smoothquant.sorting import num_salient_channels
+from smoothquant.calibration.tokens import token_blocks
+from smoothquant.channels.budget import Demand, bits_per_weight, share_out
+from smoothquant.channels.sorting import num_salient_channels
+from smoothquant.core.config import MixedQuantConfig
 
 
 def demands():

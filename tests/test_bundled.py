@@ -10,7 +10,7 @@ from torch import nn
 
 from smoothquant import bundled
 from smoothquant.bundled import DATA, load_bundled, load_model, wikitext
-from smoothquant.errors import CheckpointError
+from smoothquant.core.errors import CheckpointError
 
 SHA256 = {
     "wiki.test.raw": "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08",

@@ -7,11 +7,12 @@ import random
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from smoothquant import calibration
+from smoothquant import quantize
 from smoothquant.bundled import load_bundled, load_model, wikitext
 from smoothquant.calibration import (
     collect_stats,
@@ -22,13 +23,13 @@ from smoothquant.calibration import (
     save_act_scales,
     save_stats,
     token_blocks,
+    tokens,
 )
-from smoothquant.config import MixedQuantConfig
-from smoothquant.errors import CheckpointError
-from smoothquant.families import layer_inputs
-from smoothquant.linear import W4A4Linear
-from smoothquant.quantize import quantize
-from smoothquant.sorting import STAT_DTYPES, ChannelStats
+from smoothquant.channels.statistics import STAT_DTYPES, ChannelStats
+from smoothquant.core.config import MixedQuantConfig
+from smoothquant.core.errors import CheckpointError
+from smoothquant.layers.linear import W4A4Linear
+from smoothquant.models.families import layer_inputs
 
 ROWS = wikitext("validation")[:60]
 
@@ -59,7 +60,7 @@ def test_token_blocks_are_windows_of_the_joined_text(tiny_opt, blocks):
 def test_token_blocks_piecewise(tiny_opt, monkeypatch):
     """More blocks start with fewer blocks even when the text is tokenized in pieces."""
     tokenizer = tiny_opt[1]
-    monkeypatch.setattr(calibration, "TOKENIZE_CHARACTERS", 500)
+    monkeypatch.setattr(tokens, "TOKENIZE_CHARACTERS", 500)
     many = token_blocks(ROWS, tokenizer, 40, 32)
     for num_blocks in (1, 5, 17):
         few = token_blocks(ROWS, tokenizer, num_blocks, 32)
@@ -305,7 +306,7 @@ def test_a_failed_write_keeps_the_old_file(stats_file, monkeypatch):
             file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(calibration.safetensors.torch, "save_file", fail)
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         save_stats({"a": ChannelStats.empty(5)}, stats_file)
     assert stats_file.read_bytes() == before

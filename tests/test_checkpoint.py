@@ -15,12 +15,11 @@ from safetensors.torch import load_file, save_file
 from spoil import LAYER, edit, edit_manifest, put, set_tensor
 from tqdm.auto import tqdm
 
-from smoothquant import CheckpointError, collect_stats, load_quantized, save_quantized
+from smoothquant import CheckpointError, collect_stats, load_quantized, quantize, save_quantized
 from smoothquant.bundled import load_bundled, load_model
-from smoothquant.checkpoint import CONFIG, TENSORS
-from smoothquant.config import MixedQuantConfig
+from smoothquant.core.config import MixedQuantConfig
+from smoothquant.core.tensor_files import CONFIG, TENSORS
 from smoothquant.model_size import get_model_size
-from smoothquant.quantize import quantize
 
 
 def logits(model, token_ids):

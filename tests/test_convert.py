@@ -22,11 +22,12 @@ from smoothquant import (
     collect_stats,
     convert,
     load_quantized,
-    spill,
+    quantize,
 )
-from smoothquant.checkpoint import INDEX, TENSORS
-from smoothquant.convert import Mapped
-from smoothquant.quantize import quantize
+from smoothquant.checkpoints import conversion
+from smoothquant.core import spill
+from smoothquant.core.tensor_files import INDEX, TENSORS, Mapped
+from smoothquant.quantization.engine import Plan
 
 SHARE = {"group_size": 16, "salient_prop": 0.1}
 CONFIGS = {
@@ -109,7 +110,7 @@ def test_what_is_spilled_is_what_would_be_in_memory(source, tmp_path, monkeypatc
         assert folder.name == "spilled" and not any(folder.iterdir())
         return tensor
 
-    for module in ("blocks", "gptq", "hessian"):
+    for module in ("calibration.blocks", "layers.gptq", "calibration.hessian"):
         monkeypatch.setattr(f"smoothquant.{module}.scratch", scratch)
     convert(folder, tmp_path / "q", config, batches=batches_of(), spill=True, progress=False)
     assert Counter(shapes) == {
@@ -137,9 +138,8 @@ def test_a_full_disk_is_an_error_before_anything_is_spilled(tmp_path, monkeypatc
 def test_a_stopped_conversion_goes_on_to_the_same_bytes(name, source, tmp_path, monkeypatch):
     config, folder = MixedQuantConfig(**CONFIGS[name]), source()
     convert(folder, tmp_path / "undisturbed", config, batches=batches_of(), progress=False)
-    module = sys.modules[convert.__module__]  # whose name the function has in the package
     work, target = tmp_path / ".target.partial", tmp_path / "target"
-    written, original = [], module._write
+    written, original = [], conversion.write_tensors
 
     def stop(tensors, path):
         if len(written) == stopping:
@@ -148,7 +148,7 @@ def test_a_stopped_conversion_goes_on_to_the_same_bytes(name, source, tmp_path, 
         written.append(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_write", stop)
+        patch.setattr(conversion, "write_tensors", stop)
         for stopping in range(3):  # in the first layer, the second, what is in none
             with pytest.raises(KeyboardInterrupt):
                 convert(folder, target, config, batches=batches_of(), progress=False)
@@ -156,17 +156,16 @@ def test_a_stopped_conversion_goes_on_to_the_same_bytes(name, source, tmp_path, 
             assert len(list((work / "folder").iterdir())) == stopping
     (work / "folder" / ".model.safetensors.0.tmp").write_bytes(b"half")  # of a killed writer
     with monkeypatch.context() as patch:
-        patch.setattr(module, "pack", None)  # nothing is left to pack
+        patch.setattr(Plan, "pack", None)  # nothing is left to pack
         convert(folder, target, config, batches=batches_of(), progress=False)
     assert contents(target) == contents(tmp_path / "undisturbed")
 
 
 def test_another_conversion_starts_anew(source, tmp_path, monkeypatch, caplog):
     folder, target = source(), tmp_path / "target"
-    module = sys.modules[convert.__module__]  # whose name the function has in the package
     for group_size in (8, 16):
         with monkeypatch.context() as patch:
-            patch.setattr(module._Conversion, "write_rest", None)
+            patch.setattr(conversion._Conversion, "write_rest", None)
             with pytest.raises(TypeError):
                 convert(folder, target, MixedQuantConfig(group_size=group_size), progress=False)
     assert "starting anew" in caplog.text

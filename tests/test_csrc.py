@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from programs import CC, FLAGS, SANITIZERS, run, run_all
 
-from smoothquant import ops
+from smoothquant.kernels import ops
 
 ROOT = Path(__file__).resolve().parent.parent
 C_SOURCES = sorted(str(path) for path in (ROOT / "csrc" / "cpu").glob("*.c"))

@@ -18,9 +18,11 @@ from bits import assert_same_bits
 from programs import CC, CXX, EMULATED, ROOT, run, run_all
 from transformers import AutoModelForCausalLM
 
-from smoothquant import MixedQuantConfig, ops, quantize
-from smoothquant.linear import W4A4Linear
-from smoothquant.sorting import ChannelStats, choose_channels
+from smoothquant import MixedQuantConfig, quantize
+from smoothquant.channels.sorting import choose_channels
+from smoothquant.channels.statistics import ChannelStats
+from smoothquant.kernels import ops
+from smoothquant.layers.linear import W4A4Linear
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NO_CARD = "no CUDA card here, or a build without CUDA: this was not run on a GPU"

@@ -20,7 +20,7 @@ import torch
 from programs import ROOT, run, run_all
 from setuptools import Distribution, Extension
 
-from smoothquant import ops
+from smoothquant.kernels import ops
 
 with mock.patch("setuptools.setup"):
     SETUP = runpy.run_path(str(ROOT / "setup.py"))

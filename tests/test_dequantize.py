@@ -6,9 +6,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from smoothquant import MixedQuantConfig, collect_stats, dequantize, fold_permutations, quantize
-from smoothquant.fake_quant import W4A4Linear
-from smoothquant.linear import QuantizedLinear
-from smoothquant.quantize import module_copy
+from smoothquant.layers.linear import QuantizedLinear, W4A4Linear
+from smoothquant.models.modules import module_copy
 
 CONFIG = MixedQuantConfig(group_size=20, salient_prop=0.1, recipe="fast")
 

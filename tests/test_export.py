@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from smoothquant import MixedQuantConfig, dequantize, fold_permutations, quantize
-from smoothquant.export import export_compressed_tensors, pack_int32
-from smoothquant.quantize import module_copy
+from smoothquant.checkpoints.export import export_compressed_tensors, pack_int32
+from smoothquant.models.modules import module_copy
 
 IN_ORDER = {"salient_prop": 0.0, "sort": "none"}
 # architecture, dtype, choices

@@ -7,11 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smoothquant import fake_quant
+from smoothquant import fake_quant, quantize
+from smoothquant.channels.statistics import ChannelStats
 from smoothquant.fake_quant import quantize_model
-from smoothquant.linear import FakeW4A4Linear, QuantizedLinear, W4A4Linear
-from smoothquant.quantize import quantize
-from smoothquant.sorting import ChannelStats
+from smoothquant.layers.linear import FakeW4A4Linear, QuantizedLinear, W4A4Linear
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FUNCTIONS = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from smoothquant.families import FAMILIES, MADE_FROM, layer_inputs, output_heads
+from smoothquant.models.families import FAMILIES, MADE_FROM, layer_inputs, output_heads
 
 
 def traced(model, token_ids):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from smoothquant.files import atomic_file, atomic_folder
+from smoothquant.core.files import atomic_file, atomic_folder
 
 
 def contents(folder):

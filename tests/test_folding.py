@@ -13,9 +13,9 @@ from smoothquant import (
     quantize,
     save_quantized,
 )
-from smoothquant.families import LayerInput, value_rows
-from smoothquant.linear import FakeW4A4Linear, QuantizedLinear, W4A4Linear
-from smoothquant.sorting import ChannelPlan
+from smoothquant.channels.sorting import ChannelPlan
+from smoothquant.layers.linear import FakeW4A4Linear, QuantizedLinear, W4A4Linear
+from smoothquant.models.families import LayerInput, value_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:no token was routed")
 

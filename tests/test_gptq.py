@@ -7,12 +7,13 @@ import torch
 
 from smoothquant import quantize
 from smoothquant.bundled import load_bundled, wikitext
-from smoothquant.calibration import collect_stats, token_blocks
-from smoothquant.config import MixedQuantConfig
-from smoothquant.gptq import curvature, descend, gptq, inverse_factor
-from smoothquant.linear import FakeW4A4Linear, W4A4Linear
-from smoothquant.rounding import round_to_grid, stored_scale, weight_group_scales
-from smoothquant.sorting import ChannelPlan
+from smoothquant.calibration.collect import collect_stats
+from smoothquant.calibration.tokens import token_blocks
+from smoothquant.channels.sorting import ChannelPlan
+from smoothquant.core.config import MixedQuantConfig
+from smoothquant.layers.gptq import curvature, descend, gptq, inverse_factor
+from smoothquant.layers.linear import FakeW4A4Linear, W4A4Linear
+from smoothquant.layers.rounding import round_to_grid, stored_scale, weight_group_scales
 
 
 def correlated_inputs(tokens: int, k: int) -> torch.Tensor:
@@ -56,7 +57,7 @@ def test_descent_lowers_the_error_at_every_sweep(k4, group_size, own_scales, mon
 
     errors = [error(rounded)]
     for sweeps in (1, 2, 4):
-        monkeypatch.setattr("smoothquant.gptq.SWEEPS", sweeps)
+        monkeypatch.setattr("smoothquant.layers.gptq.SWEEPS", sweeps)
         lower, new_scales = rounded.clone(), scales.clone()
         arguments = (weight, lower, curvature(factor, k4), new_scales, group_size, 4)
         descend(*arguments, own_scales=own_scales)
@@ -125,7 +126,7 @@ def tiny():
 @pytest.mark.parametrize("budget", [1 << 30, 200_000])
 def test_quantize_by_gptq_beats_nearest(tiny, budget, monkeypatch):
     """Also with a budget that makes it collect Hessians in several passes."""
-    monkeypatch.setattr("smoothquant.gptq.HESSIAN_BYTES", budget)
+    monkeypatch.setattr("smoothquant.layers.gptq.HESSIAN_BYTES", budget)
     model, batches, stats = tiny
     held_out = batches[-1]
     expected = model(held_out).logits
@@ -149,7 +150,7 @@ def test_gptq_needs_tokens(tiny):
 
 def test_a_hopeless_hessian_falls_back_to_nearest_and_says_so(tiny, monkeypatch):
     model, batches, stats = tiny
-    monkeypatch.setattr("smoothquant.gptq.inverse_factor", lambda *_: None)
+    monkeypatch.setattr("smoothquant.layers.gptq.inverse_factor", lambda *_: None)
     quantized = copy.deepcopy(model)
     config = MixedQuantConfig(weight_rounding="gptq")
     records = quantize(quantized, config, stats, batches[:2], progress=False)

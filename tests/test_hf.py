@@ -21,9 +21,9 @@ from smoothquant import (
     save_quantized,
 )
 from smoothquant.bundled import load_bundled, wikitext
-from smoothquant.checkpoint import INDEX
-from smoothquant.hf import MixedQuantQuantizer
-from smoothquant.linear import QuantizedLinear
+from smoothquant.checkpoints.hf import MixedQuantQuantizer
+from smoothquant.core.tensor_files import INDEX
+from smoothquant.layers.linear import QuantizedLinear
 
 CONFIG = MixedQuantConfig(group_size=20, salient_prop=0.1)
 
@@ -91,7 +91,7 @@ def test_every_family_loads_quantized_and_comes_back(
 
 
 def test_one_input_at_a_time_is_in_memory(float_folder, monkeypatch):
-    import smoothquant.hf as hf
+    from smoothquant.checkpoints import hf
 
     model, folder = float_folder("mixtral")
     largest, held = 0, []
@@ -171,7 +171,9 @@ def test_calibration_texts_in_the_config(tmp_path):
 
 def test_what_cannot_be_done_while_loading_is_refused(float_folder):
     model, folder = float_folder("opt")
-    with pytest.raises(ValueError, match="weight_rounding='gptq' needs calibration tokens: give"):
+    with pytest.raises(
+        ValueError, match="weight_rounding='gptq' needs batches of calibration tokens"
+    ):
         from_pretrained(folder, MixedQuantConfig(recipe="best"))
     with pytest.raises(ValueError, match="smooth_alpha needs stats"):
         from_pretrained(folder, MixedQuantConfig(smooth_alpha=0.5))

@@ -11,7 +11,7 @@ import hostile
 import pytest
 
 from smoothquant import MixedQuantConfig, quantize
-from smoothquant.checkpoint import INDEX, TENSORS
+from smoothquant.core.tensor_files import INDEX, TENSORS
 
 PROGRAM = Path(hostile.__file__)
 CASES, PROCESSES = 10_000, 2

@@ -3,16 +3,11 @@
 import pytest
 import torch
 
-from smoothquant import (
-    CheckpointError,
-    MixedQuantConfig,
-    collect_stats,
-    inspection,
-    quantize,
-    save_quantized,
-)
-from smoothquant.inspection import bytes_by_kind, inspect_folder, planned_bytes, verify_folder
-from smoothquant.linear import W4A4Linear
+from smoothquant import CheckpointError, MixedQuantConfig, collect_stats, quantize, save_quantized
+from smoothquant.checkpoints import inspection
+from smoothquant.checkpoints.inspection import inspect_folder, verify_folder
+from smoothquant.checkpoints.sizes import bytes_by_kind, planned_bytes
+from smoothquant.layers.linear import W4A4Linear
 from smoothquant.model_size import Byte, get_model_size
 
 
@@ -77,6 +72,6 @@ def test_verify_tries_the_layers(make_model, tmp_path, monkeypatch):
         patch.setattr(W4A4Linear, "_forward", lambda self, x: forward(self, x) / 0)
         with pytest.raises(CheckpointError, match="gives NaN or Inf"):
             verify_folder(tmp_path / "q")
-    monkeypatch.setattr(inspection, "get_model_size", lambda model: 8)
+    monkeypatch.setattr(inspection, "stored_bytes", lambda model: 1)
     with pytest.raises(CheckpointError, match="bytes, the model's 1"):
         verify_folder(tmp_path / "q")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from smoothquant.calibration import collect_stats
-from smoothquant.config import MixedQuantConfig
-from smoothquant.families import layer_inputs
-from smoothquant.layer_report import HIDDEN, LayerError, by_kind, layer_report
-from smoothquant.quantize import quantize
+from smoothquant import quantize
+from smoothquant.calibration.collect import collect_stats
+from smoothquant.core.config import MixedQuantConfig
+from smoothquant.evaluation.layer_report import HIDDEN, LayerError, by_kind, layer_report
+from smoothquant.models.families import layer_inputs
 
 
 def quantized_pair(model, token_ids):

@@ -15,10 +15,12 @@ from bits import assert_same_bits, forced_isa
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from smoothquant import linear, ops, reference
-from smoothquant.config import MixedQuantConfig
-from smoothquant.linear import FakeW4A4Linear, W4A4Linear, weight_in_packed_order
-from smoothquant.sorting import ChannelPlan, ChannelStats, choose_channels
+from smoothquant.channels.sorting import ChannelPlan, choose_channels
+from smoothquant.channels.statistics import ChannelStats
+from smoothquant.core.config import MixedQuantConfig
+from smoothquant.kernels import ops, reference
+from smoothquant.layers import linear
+from smoothquant.layers.linear import FakeW4A4Linear, W4A4Linear, weight_in_packed_order
 
 SALIENT_FORMATS = ["16bit", "int8"]
 
@@ -56,9 +58,9 @@ def test_row_has_the_same_bits_in_every_batch_position_and_thread_count(isa):
 def test_more_threads_than_work_and_work_for_all_threads(run_python):
     code = """
 import torch
-from smoothquant.config import MixedQuantConfig
-from smoothquant.linear import W4A4Linear
-from smoothquant.sorting import ChannelPlan
+from smoothquant.core.config import MixedQuantConfig
+from smoothquant.layers.linear import W4A4Linear
+from smoothquant.channels.sorting import ChannelPlan
 torch.manual_seed(0)
 torch.set_num_threads({threads})
 w, x = torch.randn(700, 1100), torch.randn(300, 1100)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from smoothquant import MixedQuantConfig, W4A4Linear, quantize
-from smoothquant.linear import FakeW4A4Linear
+from smoothquant.layers.linear import FakeW4A4Linear
 
 
 @pytest.mark.parametrize("backend", ["int4", "fake"])

@@ -7,7 +7,7 @@ import torch
 
 from smoothquant import MixedQuantConfig, convert, quantize, save_quantized
 from smoothquant.bundled import load_bundled
-from smoothquant.model_card import model_card
+from smoothquant.checkpoints.model_card import model_card
 from smoothquant.model_size import Byte, get_model_size
 
 

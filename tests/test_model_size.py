@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from smoothquant.config import MixedQuantConfig
-from smoothquant.model_size import Byte, GiB, KiB, MiB, distinct_tensors, get_model_size
-from smoothquant.quantize import quantize
+from smoothquant import quantize
+from smoothquant.core.config import MixedQuantConfig
+from smoothquant.model_size import Byte, GiB, KiB, MiB, get_model_size
+from smoothquant.models.modules import distinct_tensors
 
 
 def test_units_are_bits():

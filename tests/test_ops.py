@@ -1,4 +1,4 @@
-"""The oracle chain: smoothquant.reference = C scalar = every instruction set, in bits."""
+"""The oracle chain: smoothquant.kernels.reference = C scalar = every instruction set, in bits."""
 
 import inspect
 import math
@@ -9,8 +9,8 @@ from bits import assert_same_bits, forced_isa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smoothquant import ops, reference
-from smoothquant.sorting import ChannelStats
+from smoothquant.channels.statistics import ChannelStats
+from smoothquant.kernels import ops, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SALIENT_DTYPES = {

@@ -1,22 +1,18 @@
 """Other methods, simulated: what they turn keeps the function, their bits, what they are worth."""
 
 import copy
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from run_experiments import peers  # noqa: E402
-from smoothquant.bundled import load_bundled, wikitext  # noqa: E402
-from smoothquant.calibration import collect_stats, token_blocks  # noqa: E402
-from smoothquant.config import MixedQuantConfig  # noqa: E402
-from smoothquant.ppl_eval import Evaluator  # noqa: E402
-from smoothquant.quantize import quantize  # noqa: E402
+from run_experiments import peers
+from smoothquant import quantize
+from smoothquant.bundled import load_bundled, wikitext
+from smoothquant.calibration.collect import collect_stats
+from smoothquant.calibration.tokens import token_blocks
+from smoothquant.core.config import MixedQuantConfig
+from smoothquant.evaluation.perplexity import Evaluator
 
 # The tiny model has only 128 hidden channels: 16 outliers, where Atom has 128.
 ATOM = partial(peers.atom_style, num_outliers=16)

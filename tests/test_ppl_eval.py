@@ -8,12 +8,13 @@ import sys
 import pytest
 import torch
 
-from smoothquant import ppl_eval
+from smoothquant import ppl_eval, quantize
 from smoothquant.bundled import load_bundled, wikitext
-from smoothquant.checkpoint import save_quantized
-from smoothquant.config import MixedQuantConfig
-from smoothquant.ppl_eval import Evaluator, HeadLogits, main
-from smoothquant.quantize import quantize
+from smoothquant.checkpoints.folder import save_quantized
+from smoothquant.core.config import MixedQuantConfig
+from smoothquant.evaluation import perplexity
+from smoothquant.evaluation.perplexity import Evaluator, HeadLogits
+from smoothquant.ppl_eval import main
 
 ROWS = wikitext("test")[:50]
 
@@ -69,7 +70,7 @@ def test_chunks_do_not_change_the_loss(tiny_opt, monkeypatch):
     evaluator = Evaluator(ROWS, tokenizer, "cpu", 2, seq_len=64, progress=False)
     whole = evaluator.token_nlls(model)
     for chunk in (1, 7, 63):
-        monkeypatch.setattr(ppl_eval, "LOSS_CHUNK", chunk)
+        monkeypatch.setattr(perplexity, "LOSS_CHUNK", chunk)
         assert torch.equal(evaluator.token_nlls(model), whole)
 
 
@@ -129,7 +130,7 @@ def test_kl_is_not_symmetric_and_not_negative(pair):
 def test_chunks_do_not_change_the_comparison(pair, monkeypatch):
     whole = pair[0].token_comparison(*pair[1:])
     for chunk in (1, 7, 79):
-        monkeypatch.setattr(ppl_eval, "LOSS_CHUNK", chunk)
+        monkeypatch.setattr(perplexity, "LOSS_CHUNK", chunk)
         for found, wanted in zip(pair[0].token_comparison(*pair[1:]), whole, strict=True):
             assert torch.allclose(found.double(), wanted.double(), rtol=0, atol=1e-6)
 

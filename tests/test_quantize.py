@@ -2,21 +2,24 @@
 
 import dataclasses
 import gc
+import sys
 import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from smoothquant import collect_stats
-from smoothquant.config import MixedQuantConfig
-from smoothquant.families import layer_inputs, output_heads
-from smoothquant.linear import FakeW4A4Linear, QuantizedLinear, W4A4Linear
+from smoothquant import collect_stats, quantize
+from smoothquant.channels.sorting import choose_channels
+from smoothquant.channels.statistics import ChannelStats
+from smoothquant.core.config import MixedQuantConfig
+from smoothquant.layers.experts import W4A4Experts
+from smoothquant.layers.linear import FakeW4A4Linear, QuantizedLinear, W4A4Linear
 from smoothquant.model_size import get_model_size
-from smoothquant.moe import PARTS, W4A4Experts, routed_inputs
-from smoothquant.pipeline import ready_groups
-from smoothquant.quantize import checked_groups, module_places, pack, quantize, replace_module
-from smoothquant.sorting import ChannelStats, choose_channels
+from smoothquant.models.families import layer_inputs, output_heads
+from smoothquant.models.modules import module_places, replace_module
+from smoothquant.models.routing import PARTS, routed_inputs
+from smoothquant.quantization.engine import Plan
 
 CONFIG = MixedQuantConfig(group_size=20, salient_prop=0.1)
 
@@ -344,7 +347,10 @@ def test_unknown_models_are_quantized_with_a_warning():
     assert relative(model(x), before) < 0.3
 
 
-def test_progress_bar_is_switchable(make_model, capsys):
+def test_a_progress_bar_is_shown_in_a_terminal_alone(make_model, capsys, monkeypatch):
+    quantize(make_model("opt"), CONFIG)
+    assert "quantizing" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     quantize(make_model("opt"), CONFIG, progress=False)
     assert "quantizing" not in capsys.readouterr().err
     quantize(make_model("opt"), CONFIG)
@@ -377,13 +383,11 @@ def test_fused_weights_are_freed_block_by_block(make_model):
     model = make_model("mixtral")
     fused = {n: weakref.ref(p) for n, p in model.named_parameters() if n.endswith(PARTS)}
     assert len(fused) == 4
-    _, groups = checked_groups(model, CONFIG, None)
-    with torch.no_grad():
-        for record in pack(model, CONFIG, ready_groups(model, groups, CONFIG, None)):
-            if record.name == "model.layers.1.self_attn.o_proj":
-                gc.collect()
-                alive = {name for name, parameter in fused.items() if parameter() is not None}
-                assert alive == {name for name in fused if "layers.1" in name}
+    for record in Plan(model, CONFIG).pack():
+        if record.name == "model.layers.1.self_attn.o_proj":
+            gc.collect()
+            alive = {name for name, parameter in fused.items() if parameter() is not None}
+            assert alive == {name for name in fused if "layers.1" in name}
 
 
 def test_nan_in_what_is_kept_is_refused(make_model):

@@ -18,22 +18,22 @@ import pyarrow.parquet
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import run_experiments
+from run_experiments import drawing, grid, page, report, runner, tables
+from run_experiments.grid import PRESETS, Cell, Product
+from run_experiments.peers import METHODS
+from run_experiments.plots import plots_of
+from run_experiments.rows import Row
+from run_experiments.run_experiments import main
+from run_experiments.store import Store
+from smoothquant import quantize
+from smoothquant.bundled import load_bundled, wikitext
+from smoothquant.calibration.collect import collect_stats
+from smoothquant.calibration.stats_files import load_stats
+from smoothquant.core.config import MixedQuantConfig
+from smoothquant.evaluation.perplexity import Evaluator
 
-import run_experiments  # noqa: E402
-from run_experiments import drawing, grid, page, report, runner, tables  # noqa: E402
-from run_experiments.grid import PRESETS, Cell, Product  # noqa: E402
-from run_experiments.peers import METHODS  # noqa: E402
-from run_experiments.plots import plots_of  # noqa: E402
-from run_experiments.rows import Row  # noqa: E402
-from run_experiments.run_experiments import main  # noqa: E402
-from run_experiments.store import Store  # noqa: E402
-from smoothquant.bundled import load_bundled, wikitext  # noqa: E402
-from smoothquant.calibration import collect_stats, load_stats  # noqa: E402
-from smoothquant.config import MixedQuantConfig  # noqa: E402
-from smoothquant.ppl_eval import Evaluator  # noqa: E402
-from smoothquant.quantize import quantize  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 TINY = PRESETS["tiny"]
 

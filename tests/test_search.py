@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from smoothquant import collect_stats, load_quantized, quantize, save_quantized
-from smoothquant.blocks import blocks
 from smoothquant.bundled import load_bundled, wikitext
-from smoothquant.calibration import token_blocks
-from smoothquant.config import MixedQuantConfig
-from smoothquant.families import layer_inputs
-from smoothquant.hessian import SAMPLE_ROWS, sample_rows
-from smoothquant.linear import FakeW4A4Linear, QuantizedLinear, W4A4Linear
-from smoothquant.search import ACT_CLIPS, Trial, resolve
-from smoothquant.sorting import ChannelPlan, ChannelStats
+from smoothquant.calibration.blocks import blocks
+from smoothquant.calibration.hessian import SAMPLE_ROWS, sample_rows
+from smoothquant.calibration.tokens import token_blocks
+from smoothquant.channels.sorting import ChannelPlan
+from smoothquant.channels.statistics import ChannelStats
+from smoothquant.core.config import MixedQuantConfig
+from smoothquant.layers.linear import FakeW4A4Linear, QuantizedLinear, W4A4Linear
+from smoothquant.models.families import layer_inputs
+from smoothquant.quantization.search import ACT_CLIPS, Trial, resolve
 
 PLAN = ChannelPlan(torch.arange(64, dtype=torch.int32), 4)
 

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from bits import assert_same_bits, forced_isa
 
-from smoothquant import linear, ops, shared_input
-from smoothquant.config import MixedQuantConfig
-from smoothquant.linear import W4A4Linear
-from smoothquant.quantize import quantize
+from smoothquant import quantize
+from smoothquant.core.config import MixedQuantConfig
+from smoothquant.kernels import ops
+from smoothquant.layers import linear, shared_input
+from smoothquant.layers.linear import W4A4Linear
 
 K, TOKENS = 64, 24
 

@@ -5,8 +5,8 @@ import torch
 from conftest import ARCHITECTURES
 from torch import nn
 
-from smoothquant.families import layer_inputs
-from smoothquant.smooth import smooth_lm, smooth_ln_fcs, smooth_ln_fcs_llama_like
+from smoothquant.models.families import layer_inputs
+from smoothquant.quantization.smoothing import smooth_lm, smooth_ln_fcs, smooth_ln_fcs_llama_like
 
 POST_NORM = ("opt-post-norm", "bloom-post-norm")
 

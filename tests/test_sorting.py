@@ -3,19 +3,18 @@
 import pytest
 import torch
 
-from smoothquant import collect_stats
-from smoothquant.config import MixedQuantConfig
-from smoothquant.linear import W4A4Linear
-from smoothquant.quantize import quantize
-from smoothquant.sorting import (
+from smoothquant import collect_stats, quantize
+from smoothquant.channels.sorting import (
     MASSIVE_RATIO,
     ChannelPlan,
-    ChannelStats,
     choose_channels,
     choose_within_heads,
     is_massive,
     salient_per_block,
 )
+from smoothquant.channels.statistics import ChannelStats
+from smoothquant.core.config import MixedQuantConfig
+from smoothquant.layers.linear import W4A4Linear
 
 
 def stats_of(x: torch.Tensor) -> ChannelStats:

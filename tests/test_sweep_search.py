@@ -4,19 +4,15 @@ import json
 import math
 import random
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from run_experiments import find_front, grid, runner  # noqa: E402
-from run_experiments.grid import PRESETS  # noqa: E402
-from run_experiments.rows import Row, front, stored_rows  # noqa: E402
-from run_experiments.run_experiments import main  # noqa: E402
-from run_experiments.search import Budget, space  # noqa: E402
-from run_experiments.store import Store  # noqa: E402
+from run_experiments import find_front, grid, runner
+from run_experiments.grid import PRESETS
+from run_experiments.rows import Row, front, stored_rows
+from run_experiments.run_experiments import main
+from run_experiments.search import Budget, space
+from run_experiments.store import Store
 
 GROUPS, SHARES, SORTS = (8, 16, 32, 64, 128, 256), (0.0, 0.01, 0.02, 0.05, 0.1), ("none", "rms")
 PRESET = grid.override(PRESETS["tiny"], {"group_sizes": GROUPS, "salient_props": SHARES})

@@ -16,16 +16,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from run_experiments import executors, grid, runner, sweep
+from run_experiments import store as store_module
+from run_experiments.claims import Claims
+from run_experiments.grid import PRESETS, Cell
+from run_experiments.store import Store
+from run_experiments.worker import Job, error_from_json, work
+from smoothquant.bundled import load_bundled
 
-from run_experiments import executors, grid, runner, sweep  # noqa: E402
-from run_experiments import store as store_module  # noqa: E402
-from run_experiments.claims import Claims  # noqa: E402
-from run_experiments.grid import PRESETS, Cell  # noqa: E402
-from run_experiments.store import Store  # noqa: E402
-from run_experiments.worker import Job, error_from_json, work  # noqa: E402
-from smoothquant.bundled import load_bundled  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 # three cells beside calibration and baseline: enough for workers to meet
 SMALL = grid.override(PRESETS["tiny"], {"group_sizes": (64,), "sorts": ("rms",)})

@@ -7,9 +7,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from smoothquant import texts
 from smoothquant.bundled import wikitext
-from smoothquant.texts import read_texts
+from smoothquant.core import texts
+from smoothquant.core.texts import read_texts
 
 ROWS = wikitext("validation")[:60]
 

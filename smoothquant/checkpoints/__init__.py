@@ -1,0 +1,1 @@
+"""Quantized models on disk: saving, loading, converting, inspecting and exporting folders."""

@@ -1,0 +1,394 @@
+"""A checkpoint of any size quantized with the memory of a decoder layer.
+
+The float weights are mapped from their files, never read as a whole: the system brings in what a
+layer needs and drops it again. The model runs one decoder layer at a time
+(`smoothquant.calibration.blocks`); a packed layer is written to a file at once and mapped from
+there. Memory holds the hidden states of the calibration tokens and the current layer.
+
+While it runs, the folder ``.<name of the target>.partial`` stands beside the target, with a file
+for each finished layer. The same call goes on from there after whatever stopped it, and comes to
+the same bytes; at the end the result takes the target's place, which is whole or not there.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..calibration.collect import collect_stats
+from ..calibration.stats_files import given_stats, load_stats, save_stats
+from ..calibration.tokens import chosen_batches
+from ..channels.statistics import ChannelStats
+from ..core.config import MixedQuantConfig
+from ..core.errors import CheckpointError
+from ..core.files import atomic_file, publish_folder
+from ..core.tensor_files import (
+    CONFIG,
+    INDEX,
+    Header,
+    Mapped,
+    read_headers,
+    read_json,
+    stored_tensors,
+    write_tensors,
+)
+from ..core.tensors import DTYPES
+from ..core.version import __version__
+from ..models.families import decoder_layers
+from ..models.modules import assign, distinct_tensors
+from ..quantization.checks import check_batches
+from ..quantization.engine import Plan
+from ..quantization.pipeline import Group
+from ..quantization.records import LinearRecord
+from .attachment import finish
+from .folder import check_target, float_model
+from .manifest import CARD, Manifest, insert_linears
+from .model_card import model_card
+
+logger = logging.getLogger("smoothquant")
+
+# Of a model's folder, what goes along unchanged.
+COMPANIONS = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "generation_config.json",
+)  # fmt: skip
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    config: MixedQuantConfig,
+    stats: Mapping[str, ChannelStats] | str | os.PathLike | None = None,
+    batches: Sequence[Tensor] | None = None,
+    *,
+    tokenizer=None,
+    spill: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> list[LinearRecord]:
+    """Quantize a folder with a float model into a folder that `load_quantized` reads.
+
+    The result is that of `smoothquant.quantize` on the loaded model, in the dtype it is stored in,
+    and `save_quantized`, bit for bit; its tensors lie in a file for each decoder layer.
+
+    Args:
+        source: a folder with config.json and model.safetensors, or shards of it and their index.
+        target: as for `save_quantized`.
+        config, stats, batches: as for `quantize`. Statistics that are not given are collected
+            from the batches, one decoder layer at a time.
+        tokenizer: the model's, for ``config.calibration``; None: the one in `source`.
+        spill: let the hidden states of the calibration tokens, which wait between one decoder layer
+            and the next, and the matrices of GPTQ lie in files beside the target, not in memory.
+        overwrite: replace a folder that holds a quantized model.
+        progress: show progress bars.
+
+    Returns:
+        A record for every parameter, as `quantization_report` has them.
+
+    Raises:
+        ValueError: no such folder; a model whose decoder layers are not known; as `quantize` and
+            `save_quantized`.
+        CheckpointError: a file of the source is broken, or a tensor is missing.
+        OSError: the disk is full.
+    """
+    target = check_target(target, overwrite=overwrite)
+    if not isinstance(config, MixedQuantConfig):
+        raise TypeError(f"config must be a MixedQuantConfig; got {type(config).__name__}")
+    source, stats = _checked_source(source), given_stats(stats)
+    headers = stored_tensors(source)
+    model, layers = float_source(source, headers)
+    batches = chosen_batches(model, config, stats, batches, tokenizer or source)
+    check_batches(config, batches)
+    work = target.with_name(f".{target.name}.partial")
+    _begin(work, _identity(headers, config, stats, batches))
+    folder, mapped = work / "folder", Mapped()
+    spilled = work / "spilled" if spill else None
+    if progress:
+        print(f"Finished layers are kept in {work} until all are done.", flush=True)
+    try:
+        _map_weights(model, source, headers, mapped, work / "fused")
+
+        def collect(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, ChannelStats]:
+            found = _statistics(work / "stats.safetensors", model, batches, spilled, progress)
+            mapped.release()
+            return found
+
+        plan = Plan(
+            model, config, stats, batches, collect=collect, spill=spilled, progress=progress
+        )
+        conversion = _Conversion(plan, layers, folder, mapped)
+        conversion.run()
+        records = finish(plan)
+        conversion.write_rest(source)
+        publish_folder(folder, target, overwrite=overwrite)
+    except Exception:
+        if folder.exists() and not any(folder.iterdir()):  # nothing to go on from
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work, ignore_errors=True)
+    return records
+
+
+class _Conversion:
+    """The layers of a model, packed one after the other into files of a folder."""
+
+    def __init__(self, plan: Plan, layers: list[str], folder: Path, mapped: Mapped) -> None:
+        self.plan, self.model, self.config = plan, plan.model, plan.config
+        self.layers, self.folder, self.mapped = layers, folder, mapped
+        # A manifest lists where a layer's own config differs from this one.
+        self.model.mixedquant_config = self.config
+
+    def path(self, index: int) -> Path:
+        """The file of a layer; behind the last one's, that of all other tensors."""
+        return self.folder / f"model-{index + 1:05}-of-{len(self.layers) + 1:05}.safetensors"
+
+    def _about(self, index: int) -> Path:
+        """What a finished layer is made of, for a run that goes on."""
+        return self.folder.parent / f"layer-{index + 1:05}.json"
+
+    def run(self) -> None:
+        """Pack and write every decoder layer that an earlier run has not finished."""
+        groups_of: dict[int, list[Group]] = {index: [] for index in range(len(self.layers))}
+        for group in self.plan.groups:
+            groups_of[self._layer_of(group.name)].append(group)
+        waiting = {}
+        for index, groups in groups_of.items():
+            if self.path(index).exists():
+                self._take_up(index)
+            else:
+                waiting[index] = groups
+        # With tokens, a layer is calibrated on the ones before it, so all go in one pass;
+        # without, each layer stands alone.
+        passes = list(waiting.values())
+        if self.config.needs_tokens and passes:
+            passes = [sum(passes, [])]
+        records: dict[int, list[LinearRecord]] = {}
+        with self.plan.bar() as bar:
+            for groups in passes:
+                for record in self.plan.pack(groups):
+                    index = self._layer_of(record.name)
+                    of_layer = records.setdefault(index, [])
+                    of_layer.append(record)
+                    bar.update()
+                    if len(of_layer) == sum(len(group.names) for group in groups_of[index]):
+                        self._put_down(index, of_layer)
+
+    def _layer_of(self, name: str) -> int:
+        for index, layer in enumerate(self.layers):
+            if name.startswith(layer + "."):
+                return index
+        raise ValueError(f"source: {name} is in no decoder layer; call smoothquant.quantize")
+
+    def _tensors(self, index: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """A layer's distinct tensors and its aliases, by full name."""
+        prefix = self.layers[index] + "."
+        tensors, aliases = distinct_tensors(self.model)
+        return (
+            {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)},
+            {name: owner for name, owner in aliases.items() if name.startswith(prefix)},
+        )
+
+    def _put_down(self, index: int, records: list[LinearRecord]) -> None:
+        """Write a packed layer and have it mapped from its file from now on."""
+        prefix = self.layers[index] + "."
+        linears = Manifest.of_model(self.model).to_dict()["linears"]
+        about = {
+            "linears": {name: e for name, e in linears.items() if name.startswith(prefix)},
+            "records": [dataclasses.asdict(record) for record in records],
+        }
+        # beside the tensors, not in them: safetensors writes metadata in no fixed order
+        with atomic_file(self._about(index)) as partial:
+            partial.write_text(json.dumps(about), encoding="utf-8")
+        write_tensors(self._tensors(index)[0], self.path(index))
+        self._map(index)
+        self.mapped.release()
+
+    def _take_up(self, index: int) -> None:
+        """Put a layer of an earlier run in the place of its float one."""
+        path = self._about(index)
+        about = read_json(path)
+        fields = Manifest(self.config, next(self.model.parameters()).dtype).to_dict()
+        fields["linears"] = about["linears"]
+        insert_linears(self.model, Manifest.from_dict(fields, path), path)
+        self._map(index)
+        for fields in about["records"]:
+            record = LinearRecord(**{**fields, "shape": tuple(fields["shape"])})
+            self.plan.records[record.name] = record
+
+    def _map(self, index: int) -> None:
+        tensors, aliases = self._tensors(index)
+        found = self.mapped.read(self.path(index), tensors)
+        found |= {name: found[owner] for name, owner in aliases.items() if owner in found}
+        for name, tensor in found.items():
+            assign(self.model, name, tensor)
+
+    def write_rest(self, source: Path) -> None:
+        """Write all that is in no layer, the index, and what stands beside the tensors."""
+        inside = tuple(layer + "." for layer in self.layers)
+        tensors = distinct_tensors(self.model)[0]
+        last = self.path(len(self.layers))
+        rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(inside)}
+        write_tensors(rest, last)
+        places = {
+            name: (last if name in rest else self.path(self._layer_of(name))).name
+            for name in tensors
+        }
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        self.model.config.architectures = [type(self.model).__name__]
+        self.model.config.dtype = next(self.model.parameters()).dtype
+        self.model.config.save_pretrained(self.folder)
+        for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
+            shutil.copy(path, self.folder / path.name)
+        (self.folder / CARD).write_text(model_card(self.model), encoding="utf-8")
+
+
+def float_source(source: Path, headers: Mapping[str, Header]) -> tuple[nn.Module, list[str]]:
+    """The float model of a folder, its parameters without memory, and its decoder layers."""
+    fields = read_json(source / CONFIG)
+    if "quantization_config" in fields:
+        method = fields["quantization_config"]
+        raise ValueError(f"source must hold a float model; {source} is quantized: {method!r:.80}")
+    model = float_model(source, fields.get("architectures"), len(headers))
+    layers = decoder_layers(model)
+    if not layers:
+        raise ValueError(
+            f"source: the decoder layers of {type(model).__name__} are not in the table of "
+            "families; load it and call smoothquant.quantize"
+        )
+    return model.eval(), layers
+
+
+def float_shapes(source: str | os.PathLike) -> nn.Module:
+    """The float model of a folder, its parameters in the files' dtype but without memory; the
+    errors of `convert` for a folder that holds none."""
+    headers = stored_tensors(_checked_source(source))
+    model, _ = float_source(Path(source), headers)
+    sizes = collections.Counter()
+    for header in headers.values():
+        sizes[header.dtype] += math.prod(header.shape)
+    return model.to(DTYPES[sizes.most_common(1)[0][0]])
+
+
+def _checked_source(source: str | os.PathLike) -> Path:
+    if not (Path(source) / CONFIG).is_file():
+        raise ValueError(f"source must be a folder with a model and its config.json; got {source}")
+    return Path(source)
+
+
+def _map_weights(
+    model: nn.Module, source: Path, headers: Mapping[str, Header], mapped: Mapped, fused: Path
+) -> None:
+    """Give a model its parameters, mapped from the files of `source`. What transformers makes of
+    several tensors while it loads them, such as all experts of a layer, is made once, one at a
+    time, into files of the folder `fused`."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    expected = model.state_dict(keep_vars=True)
+    stored: dict[str, Tensor] = {}
+    for path in sorted({header.path for header in headers.values()}):
+        stored |= mapped.read(path, [n for n, header in headers.items() if header.path == path])
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
+    found: dict[str, tuple[Path, Tensor]] = {}
+    parts: dict[str, WeightConverter] = {}
+    for key in sorted(stored, key=dot_natural_key):
+        name, pattern = key, None
+        if key not in expected:
+            prefix = model.base_model_prefix
+            name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
+        if name in expected and pattern is None:
+            found[name] = headers[key].path, stored[key]
+        elif name in expected:
+            part = parts.setdefault(name, copy.deepcopy(by_pattern[pattern]))
+            part.add_tensor(name, key, pattern, stored[key])
+    for number, (name, part) in enumerate(parts.items()):
+        path = fused / f"{number:05}.safetensors"
+        if not path.exists():
+            try:
+                made = part.convert(name, model=model, config=model.config)
+            except Exception as error:  # whatever odd shapes make transformers do
+                raise CheckpointError(f"{source}: {name} cannot be made: {error}") from error
+            made = {key: t[0] if isinstance(t, list) else t for key, t in made.items()}
+            write_tensors(made, path)
+            del made
+            mapped.release()
+        names = read_headers([path])
+        found |= {key: (source, t) for key, t in mapped.read(path, names).items()}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    lacking = sorted(set(expected) - set(found) - tied)
+    if lacking:
+        raise CheckpointError(f"{source}: lacks tensor {lacking[0]} ({len(lacking)} such)")
+    for name, (path, tensor) in found.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{path}: tensor {name} must have shape {tuple(expected[name].shape)}; "
+                f"got {tuple(tensor.shape)}"
+            )
+        assign(model, name, tensor)
+    model.tie_weights()
+
+
+def _statistics(
+    path: Path, model: nn.Module, batches: Sequence[Tensor], spill: Path | None, progress: bool
+) -> dict[str, ChannelStats]:
+    if not path.exists():
+        stats = collect_stats(model, batches, by_layer=True, spill=spill, progress=progress)
+        save_stats(stats, path)
+    return load_stats(path)
+
+
+def _identity(headers, config, stats, batches) -> dict[str, Any]:
+    """What a started conversion must agree in to be gone on with."""
+    digest = hashlib.sha256()
+    for batch in batches or ():
+        digest.update(json.dumps(batch.tolist()).encode())
+    for name, entry in sorted((stats or {}).items()):
+        digest.update(name.encode())
+        for tensor in entry.to_dict().values():
+            digest.update(tensor.numpy().tobytes())
+    paths = sorted({header.path for header in headers.values()})
+    return {
+        "version": __version__,
+        "config": config.to_dict(),
+        "calibration": digest.hexdigest(),
+        "source": {str(p.resolve()): [p.stat().st_size, p.stat().st_mtime_ns] for p in paths},
+    }
+
+
+def _begin(work: Path, identity: dict[str, Any]) -> None:
+    """Make the working folder, or find that of the same conversion; another's is removed."""
+    path = work / "conversion.json"
+    text = json.dumps(identity, sort_keys=True, indent=1, default=str) + "\n"
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        logger.warning("going on with the conversion in %s", work)
+        for leftover in work.rglob(".*.tmp"):  # of a killed writer
+            leftover.unlink()
+        return
+    if work.exists():
+        logger.warning("starting anew: %s is of another conversion", work)
+        shutil.rmtree(work)
+    (work / "folder").mkdir(parents=True)
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")

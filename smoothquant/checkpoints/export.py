@@ -1,0 +1,184 @@
+"""Quantized models for other engines, where their formats can say what the model is.
+
+compressed-tensors (https://github.com/vllm-project/compressed-tensors), format "pack-quantized":
+weights are the same numbers, bit for bit. Activations are quantized by the reader's own rule for
+"4 bits, dynamic, per token or group"; symmetric ones are scaled by max|x| / 7.5 there, / 7 here.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import ops
+from ..layers.experts import W4A4Experts
+from ..layers.linear import QuantizedLinear, W4A4Linear
+from ..models.modules import is_transformers_model, module_copy, module_places, replace_module
+from .folder import check_target, write_folder
+from .manifest import Manifest
+
+CODES_IN_INT32 = 8
+
+
+class _Packed(nn.Module):
+    """A linear's tensors under the names that compressed-tensors has for them."""
+
+    def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight_packed", pack_int32(codes))
+        self.register_buffer("weight_scale", scales)
+        self.register_buffer("weight_shape", torch.tensor(codes.shape))
+        self.register_buffer("bias", bias)
+
+
+@torch.no_grad()
+def export_compressed_tensors(
+    model: nn.Module, folder: str | os.PathLike, tokenizer=None, *, overwrite: bool = False
+) -> None:
+    """Write a quantized transformers model as compressed-tensors, whole or not at all.
+
+    Args:
+        model: quantized by ``backend="int4"``; it stays as it is.
+        folder: must not exist, or be empty, or with overwrite hold a model.
+        tokenizer: a transformers tokenizer to save with it, or None.
+
+    Raises:
+        ValueError: the format cannot say what the model is: the message names the layer and the
+            reason; or the folder is taken. Nothing has been written then.
+        OSError: the disk's own complaint; nothing is left behind.
+    """
+    if not is_transformers_model(model):
+        raise ValueError(f"model must be one of transformers; got {type(model).__name__}")
+    dtype = Manifest.of_model(model).dtype
+    folder = check_target(folder, overwrite=overwrite, of_any_model=True)
+    for name, module in model.named_modules():
+        if isinstance(module, W4A4Experts):
+            raise _not_expressible(name, "fused experts have no place in the format")
+    exported = module_copy(model)
+    places = module_places(exported)
+    schemes: list[tuple[dict[str, Any], list[str]]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantizedLinear):
+            continue
+        scheme = _scheme(name, module)
+        packed = _Packed(*_natural_weight(name, module, dtype), module.bias)
+        replace_module(exported, name, packed, places)
+        named = next((names for other, names in schemes if other == scheme), None)
+        if named is None:
+            schemes.append((scheme, [name]))
+        else:
+            named.append(name)
+    floats = [name for name, m in exported.named_modules() if isinstance(m, nn.Linear)]
+    if exported.hf_quantizer is not None:
+        exported.hf_quantizer.remove_quantization_config(exported)
+    exported.config.quantization_config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{index}": {**scheme, "targets": ["Linear"] if len(schemes) == 1 else names}
+            for index, (scheme, names) in enumerate(schemes)
+        },
+        "ignore": floats,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+    write_folder(exported, folder, tokenizer, overwrite=overwrite)
+
+
+def pack_int32(codes: Tensor) -> Tensor:
+    """Codes in [-8, 7], int8 [N, K], plus 8, eight to an int32, the first in the lowest bits:
+    int32 [N, ceil(K / 8)]."""
+    n, k = codes.shape
+    padded = torch.zeros(n, -(-k // CODES_IN_INT32) * CODES_IN_INT32, dtype=torch.int64)
+    padded[:, :k] = codes + 8
+    shifts = 4 * torch.arange(CODES_IN_INT32)
+    words = (padded.unflatten(1, (-1, CODES_IN_INT32)) << shifts).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def _not_expressible(name: str, reason: str) -> ValueError:
+    return ValueError(f"compressed-tensors cannot express {name}: {reason}")
+
+
+def _scheme(name: str, layer: QuantizedLinear) -> dict[str, Any]:
+    """A layer's entry of config_groups, without targets."""
+    config = layer.config
+    for unfit, reason in (
+        (not isinstance(layer, W4A4Linear), "it is a simulation (backend='fake')"),
+        (layer.num_salient, f"{layer.num_salient} of its channels are salient, which are 16-bit"),
+        (config.num_bits != 4, f"it has {config.num_bits} bits; only 4 are exported"),
+        (config.rotation > 1, f"its channels are rotated (rotation={config.rotation})"),
+        (config.act_clip != 1.0, f"its activations are clipped (act_clip={config.act_clip:g})"),
+        (config.act_format == "unsigned", "its activations have unsigned codes"),
+        (layer.quantize_output, "its outputs are quantized, too (quantize_output=True)"),
+    ):
+        if unfit:
+            raise _not_expressible(name, reason)
+    size = layer.group_size if _has_groups(layer) else None
+    by_group = size and config.act_quant == "per_group"
+    return {
+        "weights": _arguments(size if config.weight_quant == "per_group" else None, "channel"),
+        "input_activations": _arguments(
+            size if by_group else None, "token", symmetric=config.act_format == "symmetric"
+        ),
+        "output_activations": None,
+        "format": "pack-quantized",
+    }
+
+
+def _arguments(group_size: int | None, whole: str, symmetric: bool = True) -> dict[str, Any]:
+    """QuantizationArgs of compressed-tensors; whole: the strategy where nothing is by group."""
+    return {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "group" if group_size else whole,
+        "group_size": group_size,
+        "dynamic": whole == "token",
+    }
+
+
+def _has_groups(layer: QuantizedLinear) -> bool:
+    return layer.group_size < layer.in_features
+
+
+def _natural_weight(name: str, layer: W4A4Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes int8 [N, K] and scales [N, G] or [N, 1], with the channels in natural order."""
+    n, k, size = layer.out_features, layer.in_features, layer.group_size
+    packed = [getattr(layer, key) for key in ops.PACKED]
+    order = torch.arange(k, dtype=torch.int32)
+    values = ops.unpack_weight(*packed, order, n, size, 0)
+    scales = layer.scales.float().movedim(2, 1).flatten(0, 1)[:n]
+    by_column = scales.repeat_interleave(size, dim=1)[:, :k]
+    codes = torch.where(by_column > 0, values / by_column, 0).to(torch.int8)
+    natural = torch.empty_like(codes)
+    natural[:, layer.perm.long()] = codes
+    if _has_groups(layer):
+        scales = scales[:, _groups_in_order(name, layer)]
+    if not _has_groups(layer) or layer.config.weight_quant != "per_group":
+        scales = scales[:, :1]
+    stored = scales.to(dtype)
+    if not torch.equal(stored.float(), scales):
+        raise _not_expressible(name, f"its scales are beyond the precision or range of {dtype}")
+    return natural, stored.contiguous()
+
+
+def _groups_in_order(name: str, layer: W4A4Linear) -> Tensor:
+    """The group that each run of neighbouring channels is: int64 [G]."""
+    k, size = layer.in_features, layer.group_size
+    if k % size:
+        raise _not_expressible(name, f"its {k} channels are no multiple of group_size={size}")
+    group = torch.empty(k, dtype=torch.int64)
+    group[layer.perm.long()] = torch.arange(k) // size
+    runs = group.view(-1, size)
+    if (runs != runs[:, :1]).any():
+        raise _not_expressible(
+            name,
+            "its groups are no neighbouring channels (sort='none' leaves them in their order, and "
+            "fold_permutations moves the order of some into other layers)",
+        )
+    return runs[:, 0]

@@ -1,0 +1,283 @@
+"""The transformers plug-in: quantize while a model is loaded, save and load it as any other.
+
+    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=MixedQuantConfig())
+    model.save_pretrained(folder)                       # or model.push_to_hub(repository)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+Loading without ``config.calibration`` quantizes one layer input at a time, as its weights come from
+the file: the weights alone choose salient channels and order, and the most memory ever held is the
+quantized model and the float weights of one input (q, k and v; all experts of a layer). With
+``config.calibration`` the float model is loaded first and quantized by `smoothquant.quantize`; the
+most memory held is that of the float model and one decoder layer.
+
+`import smoothquant` has transformers know the method, as soon as transformers is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..core.config import MixedQuantConfig
+from ..core.errors import CheckpointError
+from ..core.tensor_files import Header, read_headers, tensors_file
+from ..layers.linear import QuantizedLinear
+from ..models.families import LayerInput
+from ..models.modules import assign, distinct_tensors, unsaved_buffers
+from ..models.routing import PARTS
+from ..quantization.checks import check_batches
+from ..quantization.engine import Plan
+from ..quantization.undo import dequantize
+from .attachment import finish
+from .manifest import Manifest, check_headers, check_kept, check_linear, insert_linears
+
+QUANTIZED_ELEMENT_BYTES = 0.65  # what a device map plans with: 4 bits, scales, salient channels
+
+
+@register_quantization_config(MixedQuantConfig.quant_method)
+class MixedQuantManifest(Manifest, QuantizationConfigMixin):
+    """What stands in ``model.config.quantization_config``, and under this name in config.json."""
+
+    quant_method = MixedQuantConfig.quant_method
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs):
+        """As `Manifest.from_dict`; CheckpointError for anything that is none."""
+        manifest = super().from_dict(config_dict)
+        return (manifest, kwargs) if return_unused_kwargs else manifest
+
+
+class QuantizeLoadedWeights(ConversionOps):
+    """Takes float weights as they come from the files; packs those of a layer input when the last
+    of them is there."""
+
+    def __init__(self, model: nn.Module, config: MixedQuantConfig) -> None:
+        """model: float, without memory."""
+        self.plan = Plan(model, config)
+        self.error: Exception | None = None
+        self.item_of: dict[str, LayerInput] = {}
+        for item in self.plan.items:
+            for name in item.linears:
+                for leaf, _ in model.get_submodule(name).named_parameters():
+                    self.item_of[f"{name}.{leaf}"] = item
+            if item.experts:
+                self.item_of |= {f"{item.experts}.{part}": item for part in PARTS}
+        self.awaited = dict.fromkeys(self.item_of)  # in forward order
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], *, model: nn.Module, missing_keys: set[str], **_: Any
+    ) -> dict[str, Any]:
+        """Give back what is not to be quantized."""
+        others = {}
+        for name, value in input_dict.items():
+            if name not in self.item_of:
+                others[name] = value
+                continue
+            missing_keys.discard(name)
+            tensor = value[0] if isinstance(value, list) else value
+            try:
+                self._take(model, name, tensor)
+            except (ValueError, TypeError) as error:  # raised in here, it would only be logged
+                self.error = self.error or error
+        return others
+
+    def _take(self, model: nn.Module, name: str, tensor: Tensor) -> None:
+        expected = model.get_parameter(name).shape
+        if tensor.shape != expected:
+            raise ValueError(f"{name} must have shape {tuple(expected)}; got {tuple(tensor.shape)}")
+        assign(model, name, nn.Parameter(tensor, requires_grad=False))
+        self.awaited.pop(name)
+        item = self.item_of[name]
+        if any(self.item_of[other] is item for other in self.awaited):
+            return
+        for _ in self.plan.pack([group for group in self.plan.groups if group.item is item]):
+            pass
+
+    def finish(self, model: nn.Module) -> None:
+        """Raise what went wrong, or CheckpointError for weights that never came."""
+        if self.error is not None:
+            raise self.error
+        if self.awaited:
+            raise CheckpointError(
+                f"{model.name_or_path}: lacks tensor {next(iter(self.awaited))} "
+                f"({len(self.awaited)} such)"
+            )
+        finish(self.plan)
+
+
+@register_quantizer(MixedQuantConfig.quant_method)
+class MixedQuantQuantizer(HfQuantizer):
+    """What transformers asks about the method, before, while and after weights are loaded."""
+
+    requires_calibration = False
+
+    def __init__(
+        self, quantization_config: MixedQuantConfig | MixedQuantManifest, **kwargs
+    ) -> None:
+        if isinstance(quantization_config, MixedQuantConfig):
+            quantization_config = MixedQuantManifest(quantization_config)
+        super().__init__(quantization_config, **kwargs)
+        self.on_load: QuantizeLoadedWeights | None = None
+        self.headers: dict[str, Header] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.packed: set[str] = set()
+        self.shared: dict[str, str] = {}
+        self.dtype: torch.dtype | None = None
+        self.as_stored = False
+
+    def validate_environment(self, *args, device_map=None, **kwargs) -> None:
+        config = self.quantization_config.config
+        if self.pre_quantized:
+            return
+        if config.calibration is None:
+            check_batches(config, None)
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "device_map must leave the disk out while weights are quantized; save the "
+                "quantized model first and load that"
+            )
+
+    @property
+    def quantized_element_size(self) -> float:
+        return QUANTIZED_ELEMENT_BYTES
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
+        return self.on_load is not None and param_name in self.on_load.item_of
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return self.on_load
+
+    def update_weight_conversions(self, weight_conversions: list, *args, **kwargs) -> list:
+        # not every transformers passes the model on
+        if self.pre_quantized:  # a quantized folder has the names of the model itself
+            return []
+        return super().update_weight_conversions(weight_conversions, *args, **kwargs)
+
+    def get_new_dtype(self, converter, param, dtype: torch.dtype | None) -> torch.dtype | None:
+        """None, as it is stored, for all that is packed, and for the rest unless the caller wants
+        another dtype than the model was saved in."""
+        name = converter.target_patterns[0]
+        packed = name in self.packed and not name.endswith(".bias")
+        return None if self.as_stored or packed else super().get_new_dtype(converter, param, dtype)
+
+    def preprocess_model(
+        self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs
+    ) -> None:
+        self.dtype = dtype  # not every transformers passes it on
+        super().preprocess_model(model, dtype=dtype, **kwargs)
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files=None, **kwargs
+    ) -> None:
+        manifest = self.quantization_config
+        if not self.pre_quantized:
+            if manifest.config.calibration is None:
+                self.on_load = QuantizeLoadedWeights(model, manifest.config)
+            return
+        whole = type(model).__name__ in (model.config.architectures or [])
+        rename = (lambda name: name) if whole else _renaming(manifest, model)
+        manifest = manifest if whole else manifest.renamed(rename)
+        insert_linears(model, manifest)
+        self.packed = {
+            f"{name}.{key}"
+            for name, module in model.named_modules()
+            if isinstance(module, QuantizedLinear)
+            for key in module.state_dict()
+        }
+        self.as_stored = self.dtype == manifest.dtype
+        if checkpoint_files:
+            folders = {os.path.dirname(path) for path in checkpoint_files}
+            if len(folders) > 1:
+                raise CheckpointError(f"{max(folders)}: holds tensors of {min(folders)}")
+            headers = read_headers(checkpoint_files)
+            headers = {rename(name): header for name, header in headers.items()}
+            path = tensors_file(checkpoint_files)
+            dtypes = check_headers(model, manifest, headers, path, only_linears=not whole)
+            self.headers, self.dtypes = headers, dtypes
+        self.shared = manifest.shared if whole else {}
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
+        if self.on_load is not None:
+            self.on_load.finish(model)
+            self.on_load = None
+        elif not self.pre_quantized:
+            plan = Plan(
+                model, self.quantization_config.config, tokenizer=model.name_or_path, progress=True
+            )
+            plan.pack_all()
+            finish(plan)
+        else:
+            self._finish_stored(model)
+
+    def _finish_stored(self, model: nn.Module) -> None:
+        """Share what was shared, and refuse what no kernel may see."""
+        for name, owner in self.shared.items():
+            assign(model, name, _tensor(model, owner))
+        if self.as_stored:
+            for name, buffer in unsaved_buffers(model).items():
+                assign(model, name, buffer.to(self.dtypes.get(name, buffer.dtype)))
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                perm = f"{name}.perm"
+                header = self.headers.get(self.shared.get(perm, perm))
+                path = header.path if header else model.name_or_path
+                check_linear(path, name, module, module.state_dict())
+        check_kept(model, self.headers, cast=not self.as_stored)
+        model.mixedquant_config = self.quantization_config.config
+        set_quantizer(model)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict | None, dict]:
+        """Each tensor once, the model's manifest having been brought up to date."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is saved
+            return None, {}
+        set_quantizer(model)
+        return distinct_tensors(model)[0], {}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        dequantize(model, dtype)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on top are; see `smoothquant.lora`."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def set_quantizer(model: nn.Module) -> None:
+    """Let transformers know how its model is quantized, so that `save_pretrained` writes it."""
+    manifest = MixedQuantManifest.of_model(model)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, MixedQuantQuantizer):
+        quantizer = model.hf_quantizer = MixedQuantQuantizer(manifest)
+    quantizer.quantization_config = model.config.quantization_config = manifest
+    model.is_quantized, model.quantization_method = True, manifest.quant_method
+    model._weight_conversions = []  # its tensors are saved under the names that they have
+
+
+def _renaming(manifest: Manifest, model: nn.Module) -> Callable[[str], str]:
+    """From the names of the saved model to those of another one around the same base model."""
+    prefix = f"{model.base_model_prefix}."
+    if all(name.startswith(prefix) for name in manifest.linears):
+        return lambda name: name.removeprefix(prefix)
+    return lambda name: prefix + name
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    block, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(block), leaf)

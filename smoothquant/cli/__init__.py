@@ -1,0 +1,4 @@
+"""The command line, `smoothquant <verb>`."""
+
+from .commands import app as app
+from .commands import main as main

@@ -1,5 +1,0 @@
-"""The one exception of its own that the package raises."""
-
-
-class CheckpointError(Exception):
-    """A file is broken or not what it claims to be; the message names file and tensor."""

@@ -1,0 +1,1 @@
+"""What a quantized model is worth: perplexity, errors layer by layer, speed."""

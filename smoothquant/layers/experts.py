@@ -1,0 +1,41 @@
+"""The quantized experts of a mixture of experts: a pair of quantized linears for each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..models.routing import PARTS
+
+
+class W4A4Experts(nn.Module):
+    """Takes the place of a fused experts module, one pair of quantized linears per expert.
+
+    Children are named by expert index, each with ``gate_up_proj`` (H -> 2I) and ``down_proj``
+    (I -> H). A token's result depends on that token alone.
+
+    Args:
+        linears: {(expert, part): linear}, all experts 0 ... E-1, part in PARTS.
+        act_fn: the activation module between the two, applied to the first half of gate_up.
+    """
+
+    def __init__(self, linears: dict[tuple[int, str], nn.Module], act_fn: nn.Module) -> None:
+        super().__init__()
+        self.num_experts = len(linears) // len(PARTS)
+        self.act_fn = act_fn
+        for expert in range(self.num_experts):
+            pair = nn.ModuleDict({part: linears[expert, part] for part in PARTS})
+            self.add_module(str(expert), pair)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, H], top_k_index int64 [T, k], top_k_weights [T, k] -> [T, H]."""
+        out = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(top_k_index == expert)
+            if token.numel() == 0:
+                continue
+            pair = self.get_submodule(str(expert))
+            gate, up = pair["gate_up_proj"](hidden_states[token]).chunk(2, dim=-1)
+            y = pair["down_proj"](self.act_fn(gate) * up) * top_k_weights[token, slot, None]
+            out.index_add_(0, token, y.to(out.dtype))
+        return out

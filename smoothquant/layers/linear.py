@@ -1,0 +1,564 @@
+"""The two quantized linear layers: packed integers, and their simulation in floating point."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..channels.sorting import ChannelPlan, choose_channels, num_salient_channels
+from ..channels.statistics import ChannelStats
+from ..core.config import MixedQuantConfig, check_integer, layer_group_size, published_config
+from ..core.tensors import is_finite, is_permutation
+from ..kernels import ops
+from .gptq import Curvature, descend, gptq
+from .rounding import round_to_grid, stored_scale, weight_group_scales
+from .shared_input import shared_input
+
+ROWS_VALUES = 1 << 18  # of a weight, that are brought into packed order at a time
+SALIENT_Q_MAX = 127  # largest code of an int8 salient weight
+
+
+def weight_in_packed_order(
+    weight: Tensor,
+    config: MixedQuantConfig,
+    plan: ChannelPlan,
+    group_size: int,
+    curvature: Curvature | None,
+) -> tuple[Tensor, Tensor]:
+    """A weight [N, K] ready to be rounded, and its stored scales: fp32 [N, K] in perm's order with
+    the INT4 part rotated (and already on its grid after GPTQ), fp32 [N, G]."""
+    n, k = weight.shape
+    k4 = k - plan.num_salient
+    permuted = torch.empty(n, k)
+    perm = plan.perm.to(permuted.device)
+    # a few rows at a time: what is held beside the result stays small
+    step = max(1, n) if config.weight_quant == "per_tensor" else _rows_at_a_time(k)
+    scales = []
+    for rows, source in zip(permuted.split(step), weight.detach().split(step), strict=True):
+        torch.index_select(source.to(rows.device).float(), 1, perm, out=rows)
+        if config.rotation:
+            rows[:, :k4] = ops.group_hadamard(rows[:, :k4], group_size, config.rotation)
+        scales.append(weight_group_scales(rows[:, :k4], config, group_size))
+    scales = torch.cat(scales)
+    if curvature is not None:
+        grid = (group_size, config.num_bits)
+        rounded = gptq(permuted, curvature.factor, scales, k4, *grid)
+        own_scales = config.weight_quant == "per_group"
+        descend(permuted, rounded, curvature, scales, *grid, own_scales=own_scales)
+        return rounded, scales
+    return permuted, scales
+
+
+def _rows_at_a_time(k: int) -> int:
+    return max(1, ROWS_VALUES // max(1, k))
+
+
+def check_weight(weight: Tensor, bias: Tensor | None, plan: ChannelPlan) -> None:
+    """Raise ValueError or TypeError unless these make a layer."""
+    if weight.ndim != 2 or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(
+            "weight must be a float32, float16 or bfloat16 matrix; "
+            f"got {weight.dtype} of shape {tuple(weight.shape)}"
+        )
+    n, k = weight.shape
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"bias must have shape ({n},); got {tuple(bias.shape)}")
+    if plan.perm.dtype != torch.int32 or not is_permutation(plan.perm, k):
+        raise ValueError(f"plan.perm must be an int32 permutation of {k} channels")
+    check_integer("plan.num_salient", plan.num_salient, 0, k)
+    if not is_finite(weight):
+        raise ValueError(f"weight of shape ({n}, {k}) holds NaN or Inf")
+
+
+def _identity(k: int, device: Any) -> Tensor:
+    """The permutation of k channels that moves none."""
+    perm = torch.empty(k, dtype=torch.int32, device=device)
+    # torch computes an arange on the meta device in Python, which takes long
+    return perm if perm.is_meta else torch.arange(k, dtype=torch.int32, device=perm.device)
+
+
+def reorder_panels(packed: Tensor, order: Tensor) -> Tensor:
+    """A packed tensor [P, ..., 16 c] of N output channels in a new order of them, int64 [N]."""
+    panels, last = packed.shape[0], packed.shape[-1]
+    rows = packed.unflatten(-1, (ops.PANEL, last // ops.PANEL)).movedim(-2, 1).flatten(0, 1)
+    with_padding = torch.arange(len(rows), device=order.device)
+    with_padding[: len(order)] = order
+    rows = rows[with_padding].unflatten(0, (panels, ops.PANEL))
+    return rows.movedim(1, -2).flatten(-2).contiguous()
+
+
+def salient_dtype_for(dtype: torch.dtype) -> torch.dtype:
+    """What the salient columns of a weight of this dtype are stored in."""
+    return torch.float16 if dtype == torch.float16 else torch.bfloat16
+
+
+def stored_salient(w: Tensor, config: MixedQuantConfig, dtype: torch.dtype) -> Tensor:
+    """Salient columns of a weight of `dtype`, rounded as they are stored: fp32 [N, K_s] to fp32."""
+    if config.salient_format == "16bit" or w.numel() == 0:
+        return w.to(salient_dtype_for(dtype)).float()
+    scale = stored_scale(w.abs().amax(1, keepdim=True) / SALIENT_Q_MAX)
+    return round_to_grid(w, scale, SALIENT_Q_MAX)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """A function of x with the gradient of a product with a weight."""
+
+    @staticmethod
+    def forward(x: Tensor, function: Callable, weight: Callable[[], Tensor]) -> Tensor:
+        return function(x).clone()  # what comes out of F.linear may be a view, which autograd bars
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.weight = inputs[2]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad @ ctx.weight().to(grad.dtype), None, None
+
+
+class QuantizedLinear(nn.Module):
+    """What the packed and the simulated layer share; not built by itself.
+
+    Attributes:
+        in_features, out_features: K and N.
+        config: the :class:`MixedQuantConfig` of the layer.
+        num_salient: K_s, input channels that are not quantized to num_bits.
+        group_size: channels to a scale; K - K_s where nothing is per group.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: MixedQuantConfig,
+        num_salient: int,
+        quantize_output: bool,
+    ) -> None:
+        super().__init__()
+        check_integer("in_features", in_features, 0)
+        check_integer("out_features", out_features, 0)
+        check_integer("num_salient", num_salient, 0, in_features)
+        if config.searches:
+            raise ValueError(f"{config.searches} is chosen by smoothquant.quantize, per layer")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.config = config
+        self.num_salient = num_salient
+        self.quantize_output = quantize_output
+        k4 = in_features - num_salient
+        self.group_size = layer_group_size(config, k4)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        config: MixedQuantConfig,
+        plan: ChannelPlan,
+        *,
+        quantize_output: bool = False,
+        curvature: Curvature | None = None,
+    ) -> QuantizedLinear:
+        """Quantize a weight [N, K] (float32, float16 or bfloat16) by a channel plan, on the CPU,
+        and put the layer on the weight's device.
+
+        curvature: of the inputs (`smoothquant.layers.gptq.curvature`), to round by GPTQ.
+        """
+        check_weight(weight, bias, plan)
+        layer = cls(
+            weight.shape[1],
+            weight.shape[0],
+            bias is not None,
+            config=config,
+            num_salient=plan.num_salient,
+            quantize_output=quantize_output,
+            dtype=weight.dtype,
+            device="meta",
+        )
+        layer._store(*weight_in_packed_order(weight, config, plan, layer.group_size, curvature))
+        layer.perm = plan.perm.clone()
+        layer.bias = None if bias is None else bias.detach().clone()
+        return layer.to(weight.device)
+
+    def _store(self, permuted: Tensor, scales: Tensor) -> None:
+        """Keep a weight given in packed order, fp32 [N, K], with its scales, fp32 [N, G]."""
+        raise NotImplementedError
+
+    def reorder_outputs(self, order: Tensor) -> None:
+        """Make output channel i what output channel order[i] was; order: a permutation, int64 [N].
+
+        Data moves and nothing is rounded. ValueError where outputs are quantized in groups of
+        neighbours.
+        """
+        if self.quantize_output:
+            raise ValueError("outputs that are quantized in groups of neighbours cannot be moved")
+        order = order.to(self.perm.device)
+        for name, tensor in list(self.named_buffers(recurse=False)):
+            if name in ("bias", "simulated_weight"):
+                setattr(self, name, tensor[order])
+            elif name != "perm":
+                setattr(self, name, reorder_panels(tensor, order))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer computes with, [N, K] in natural channel order (made anew)."""
+        return self.dequantize()
+
+    def dequantize(self) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in x's dtype.
+
+        Where a gradient is wanted, it goes straight through the rounding of the activations: the
+        gradient by x is that of y times `weight`. Weight and bias get none.
+        """
+        self._check_input(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _StraightThrough.apply(x, self._forward, self.dequantize)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _check_input(self, x: Tensor) -> None:
+        if self.config.non_finite == "raise" and not torch.isfinite(x).all():
+            raise ValueError(f"x holds NaN or Inf (shape {tuple(x.shape)}, non_finite='raise')")
+
+    def _quantize_output(self, y: Tensor) -> Tensor:
+        return fake_quantize_activation(y, self.config) if self.quantize_output else y
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
+            f"num_bits={self.config.num_bits}, group_size={self.group_size}, "
+            f"num_salient={self.num_salient}, salient_format={self.config.salient_format}, "
+            f"weight_quant={self.config.weight_quant}, "
+            f"act_quant={self.config.act_quant}, act_format={self.config.act_format}, "
+            f"act_clip={self.config.act_clip:g}, rotation={self.config.rotation}, "
+            f"quantize_output={self.quantize_output}"
+        )
+
+
+def fake_quantize_activation(
+    x: Tensor, config: MixedQuantConfig, act_format: str = "symmetric", clip: float = 1.0
+) -> Tensor:
+    """x [..., K] quantized and dequantized by the config's bits and granularity: the kernels' fp32
+    arithmetic, rounded once to x's dtype."""
+    if x.numel() == 0:
+        return x
+    rows = x.reshape(1, -1) if config.act_quant == "per_tensor" else x.reshape(-1, x.shape[-1])
+    k = rows.shape[-1]
+    group_size = min(config.group_size, k) if config.act_quant == "per_group" else k
+    y = ops.group_fake_quantize(rows, group_size, config.num_bits, act_format, clip)
+    return y.reshape(x.shape)
+
+
+def quantized_input(
+    x: Tensor, perm: Tensor, num_salient: int, group_size: int, config: MixedQuantConfig
+) -> Tensor:
+    """x [..., K] as a quantized layer computes with it, in x's dtype: in perm's order, the INT4
+    part rotated, quantized and dequantized."""
+    k4 = x.shape[-1] - num_salient
+    permuted = x.index_select(-1, perm)
+    # in fp32, as in the kernel: rotated values may exceed fp16, and bf16 would round twice
+    int4 = permuted[..., :k4].float()
+    if config.rotation:
+        int4 = ops.group_hadamard(int4, group_size, config.rotation)
+    int4 = fake_quantize_activation(int4, config, config.act_format, config.act_clip)
+    permuted[..., :k4] = int4
+    return permuted
+
+
+class W4A4Linear(QuantizedLinear):
+    """A linear layer whose INT4 weights are packed and whose INT4 activations are quantized per
+    token inside the kernel; the salient channels of both stay in 16 bits, or their weights in INT8.
+    Weights do not train; adapters on top of them do (`smoothquant.lora`).
+
+    Buffers, with P = ceil(N / 16), B blocks, G groups and K_s salient channels (docs/format.md):
+        qweight uint8 [P, B, 64], scales bfloat16 [P, G, 16],
+        salient_weight bfloat16 (float16 for float16 weights) or int8 [P, K_s, 16],
+        salient_scales bfloat16 [P, 16], or None where salient_weight is not int8,
+        perm int32 [K] (INT4 channels first), bias [N] or None.
+    ``.to(dtype)`` casts the bias alone; the others keep their dtypes.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        act_quant: str = "per_token",
+        quantize_output: bool = False,
+        importance: Tensor | None = None,
+        salient_prop: float = 0,
+        quant_bits: int = 4,
+        group_size: int = 128,
+        *,
+        weight_quant: str = "per_channel",
+        num_salient: int | None = None,
+        config: MixedQuantConfig | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: Any = None,
+    ) -> None:
+        """A layer of zeros, to load a state_dict into.
+
+        Args:
+            importance, salient_prop: with both, max(1, floor(salient_prop K)) channels are salient.
+            num_salient: that number given directly.
+            config: all choices in one value, in place of the published arguments.
+            dtype: of the bias; float16 also makes the salient weights float16.
+        """
+        config = config or published_config(
+            "int4",
+            act_quant,
+            weight_quant=weight_quant,
+            num_bits=quant_bits,
+            group_size=group_size,
+            salient_prop=salient_prop,
+        )
+        if num_salient is None:
+            num_salient = 0
+            if importance is not None:
+                num_salient = num_salient_channels(in_features, salient_prop)
+        super().__init__(in_features, out_features, config, num_salient, quantize_output)
+        shapes = ops.packed_shapes(out_features, in_features, num_salient, self.group_size)
+        salient_dtype = torch.int8 if config.salient_format == "int8" else salient_dtype_for(dtype)
+        dtypes = ops.packed_dtypes(salient_dtype)
+        for name, shape, kind in zip(ops.PACKED, shapes, dtypes, strict=True):
+            zeros = None if kind is None else torch.zeros(shape, dtype=kind, device=device)
+            self.register_buffer(name, zeros)
+        self.register_buffer("perm", _identity(in_features, device))
+        zero_bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.register_buffer("bias", zero_bias)
+
+    def _store(self, permuted: Tensor, scales: Tensor) -> None:
+        packed = ops.pack_weight(
+            permuted,
+            torch.arange(self.in_features, dtype=torch.int32),
+            self.num_salient,
+            self.group_size,
+            0,  # the rotation has been done
+            self.config.num_bits,
+            scales,
+            self.salient_weight.dtype,
+        )
+        for name, tensor in zip(ops.PACKED, packed, strict=True):
+            setattr(self, name, tensor)
+
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Linear,
+        weight_quant: str = "per_channel",
+        act_quant: str = "per_token",
+        quantize_output: bool = False,
+        importance: Tensor | None = None,
+        salient_prop: float = 0,
+        quant_bits: int = 4,
+        group_size: int = 128,
+        *,
+        sort: str = "rms",
+        backend: str = "int4",
+        plan: ChannelPlan | None = None,
+    ) -> QuantizedLinear:
+        """Quantize an nn.Linear, which stays as it is.
+
+        Args:
+            importance: [K], mean magnitude per input channel, or None: the weight's columns decide.
+            sort: key of the channel order, taken from the weight.
+            backend: "int4" gives a W4A4Linear, "fake" a FakeW4A4Linear.
+            plan: salient channels and order, in place of importance, salient_prop and sort.
+
+        Raises:
+            TypeError: module is no nn.Linear. ValueError: any other bad argument.
+        """
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"module must be an nn.Linear; got {type(module).__name__}")
+        config = published_config(
+            backend,
+            act_quant,
+            weight_quant=weight_quant,
+            num_bits=quant_bits,
+            group_size=group_size,
+            salient_prop=salient_prop,
+            sort=sort,
+            sort_by="weight",
+        )
+        if plan is None:
+            of_weight = ChannelStats.empty(module.in_features)
+            of_weight.update(module.weight)
+            stats = of_weight
+            if importance is not None:
+                stats = ChannelStats.from_mean(importance)
+                if stats.num_channels != module.in_features:
+                    raise ValueError(
+                        f"importance must have {module.in_features} entries; "
+                        f"got {stats.num_channels}"
+                    )
+            plan = choose_channels(
+                stats, salient_prop=config.salient_prop, sort=sort, sort_stats=of_weight
+            )
+        return linear_class(config).from_weight(
+            module.weight, module.bias, config, plan, quantize_output=quantize_output
+        )
+
+    def _forward(self, x: Tensor) -> Tensor:
+        config, buffers = self.config, self._buffers  # found sooner than as attributes of a module
+        perm = buffers["perm"]
+        choices = (
+            self.group_size,
+            config.rotation,
+            config.num_bits,
+            config.act_format,
+            config.act_quant == "per_token",
+            config.act_clip,
+        )
+        y = ops.w4a4_linear(
+            x,
+            *(buffers[name] for name in ops.PACKED),
+            perm,
+            buffers["bias"],
+            self.out_features,
+            *choices,
+            shared_input(self, ops.quantize_input, x, perm, self.num_salient, *choices),
+        )
+        return self._quantize_output(y)
+
+    def dequantize(self) -> Tensor:
+        """The weight the integers stand for: float32 [N, K], channels in natural order."""
+        return ops.unpack_weight(
+            self.qweight,
+            self.scales,
+            self.salient_weight,
+            self.salient_scales,
+            self.perm,
+            self.out_features,
+            self.group_size,
+            self.config.rotation,
+        )
+
+    def simulated(self, dtype: torch.dtype = torch.float32) -> FakeW4A4Linear:
+        """The simulation of this very layer, with the same codes, in a dtype."""
+        layer = FakeW4A4Linear(
+            self.in_features,
+            self.out_features,
+            config=dataclasses.replace(self.config, backend="fake"),
+            num_salient=self.num_salient,
+            quantize_output=self.quantize_output,
+            device="meta",
+        )
+        order = torch.arange(self.in_features, dtype=torch.int32, device=self.perm.device)
+        packed = [getattr(self, name) for name in ops.PACKED]
+        # not rotated back: the simulation rotates its input too
+        weight = ops.unpack_weight(*packed, order, self.out_features, self.group_size, 0)
+        layer.simulated_weight = weight.to(dtype)
+        layer.perm = self.perm.clone()
+        layer.bias = None if self.bias is None else self.bias.clone()
+        return layer
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        salient = state_dict.get(prefix + "salient_weight")
+        if salient is not None and salient.dtype != self.salient_weight.dtype:
+            if torch.int8 in (salient.dtype, self.salient_weight.dtype):
+                raise ValueError(
+                    f"{prefix}salient_weight is {salient.dtype}, which is not what salient_format="
+                    f"{self.config.salient_format!r} of the layer stores"
+                )
+            # copying would round: take the dtype over
+            self.salient_weight = self.salient_weight.to(salient.dtype)
+        perm = state_dict.get(prefix + "perm")
+        known = perm is not None and perm.device.type != "meta"
+        if known and not is_permutation(perm, self.in_features):
+            raise ValueError(f"{prefix}perm is no permutation of {self.in_features} channels")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _apply(self, fn, recurse: bool = True):
+        # a cast of the module would round the scales and salient weights: they only move
+        kept = {name: self._buffers[name] for name in ops.PACKED}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if before is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+
+class FakeW4A4Linear(QuantizedLinear):
+    """The same choices simulated in the tensor's dtype: weights and activations are quantized and
+    dequantized, the product is a floating-point one. Takes the memory of a float layer.
+
+    Buffers: simulated_weight [N, K] in perm's order, perm int32 [K], bias [N] or None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        config: MixedQuantConfig,
+        num_salient: int = 0,
+        quantize_output: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: Any = None,
+    ) -> None:
+        """A layer of zeros, to load a state_dict into."""
+        super().__init__(in_features, out_features, config, num_salient, quantize_output)
+        weight = torch.zeros(out_features, in_features, dtype=dtype, device=device)
+        self.register_buffer("simulated_weight", weight)
+        self.register_buffer("perm", _identity(in_features, device))
+        zero_bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.register_buffer("bias", zero_bias)
+
+    def _store(self, permuted: Tensor, scales: Tensor) -> None:
+        dtype = self.simulated_weight.dtype
+        k4 = self.in_features - self.num_salient
+        q_max = 2 ** (self.config.num_bits - 1) - 1
+        step = _rows_at_a_time(self.in_features)
+        for rows, own in zip(permuted.split(step), scales.split(step), strict=True):
+            by_column = own.repeat_interleave(self.group_size, dim=1)[:, :k4]
+            rows[:, :k4] = round_to_grid(rows[:, :k4], by_column, q_max)
+            rows[:, k4:] = stored_salient(rows[:, k4:], self.config, dtype)
+        self.simulated_weight = permuted.to(dtype)
+        if not is_finite(self.simulated_weight):
+            raise ValueError(f"a rotated weight is beyond the range of {dtype}")
+
+    def _forward(self, x: Tensor) -> Tensor:
+        choices = self.perm, self.num_salient, self.group_size, self.config
+        quantized = shared_input(self, quantized_input, x, *choices)
+        if quantized is None:
+            quantized = quantized_input(x, *choices)
+        return self._quantize_output(F.linear(quantized, self.simulated_weight, self.bias))
+
+    def dequantize(self) -> Tensor:
+        """The simulated weight, [N, K], channels in natural order."""
+        k4 = self.in_features - self.num_salient
+        permuted = self.simulated_weight.clone()
+        permuted[:, :k4] = ops.group_hadamard(
+            permuted[:, :k4], self.group_size, self.config.rotation
+        )
+        weight = torch.empty_like(permuted)
+        weight[:, self.perm.long()] = permuted
+        return weight
+
+
+def linear_class(config: MixedQuantConfig) -> type[W4A4Linear] | type[FakeW4A4Linear]:
+    """The layer class of a config's backend."""
+    return W4A4Linear if config.backend == "int4" else FakeW4A4Linear
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any module of the model is a quantized linear."""
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Raise ValueError if any module of the model is a quantized linear."""
+    if is_quantized(model):
+        raise ValueError(f"model is quantized already: {type(model).__name__}")

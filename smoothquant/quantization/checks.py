@@ -1,0 +1,180 @@
+"""Checks of what `smoothquant.quantize` is given, before anything changes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..channels.sorting import check_blocks
+from ..channels.statistics import ChannelStats
+from ..core.config import MixedQuantConfig
+from ..core.tensors import is_finite, largest_magnitude
+from ..layers.linear import refuse_quantized, salient_dtype_for
+from ..models.families import LayerInput, layer_inputs
+from ..models.routing import PARTS
+from .pipeline import Group, model_groups, with_shares
+
+logger = logging.getLogger("smoothquant")
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KEPT_DTYPES = (*WEIGHT_DTYPES, torch.float64)  # of parameters that are looked through for NaN
+
+
+def warn_of_missing_stats(config: MixedQuantConfig, stats, groups: list[Group]) -> None:
+    """Log where weights have to choose in the place of statistics."""
+    if stats is None:
+        logger.warning("no calibration statistics: the weights alone choose salience and order")
+    elif config.sort != "none" and any(group.stats and group.stats.mean_only for group in groups):
+        logger.warning(
+            "statistics hold only a mean per channel: sort=%r is taken from the weights",
+            config.sort,
+        )
+    alone = [g.name for g in groups if g.expert and g.stats is None and stats is not None]
+    if alone:
+        logger.warning(
+            "no statistics of %d expert matrices, %s the first: their weights choose salience and "
+            "order",
+            len(alone),
+            alone[0],
+        )
+
+
+def check_arguments(model, config, stats) -> None:
+    """Raise ValueError or TypeError for arguments that `smoothquant.quantize` cannot take."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    if not isinstance(config, MixedQuantConfig):
+        raise TypeError(f"config must be a MixedQuantConfig; got {type(config).__name__}")
+    if stats is not None and not isinstance(stats, Mapping):
+        raise TypeError(f"stats must be a mapping of names or None; got {type(stats).__name__}")
+    if isinstance(model, nn.Linear):
+        raise ValueError("model must hold nn.Linear modules; W4A4Linear.from_float quantizes one")
+    refuse_quantized(model)
+
+
+def check_batches(config: MixedQuantConfig, batches) -> None:
+    """Raise ValueError unless these are the token ids that the config needs."""
+    if batches is None and not config.needs_tokens:
+        return
+    if not isinstance(batches, Sequence) or not batches:
+        raise ValueError(
+            f"{config.needs_tokens or 'stats'} needs batches of calibration tokens: a list of "
+            f"[B, T] token ids, or config.calibration and a tokenizer; got {batches!r:.80}"
+        )
+    for index, batch in enumerate(batches):
+        fits = isinstance(batch, Tensor) and batch.ndim == 2 and batch.numel() > 0
+        if not fits or batch.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"batches[{index}] must be a [B, T] tensor of token ids; got {batch!r:.80}"
+            )
+
+
+def checked_groups(
+    model: nn.Module,
+    config: MixedQuantConfig,
+    stats: Mapping[str, ChannelStats] | None,
+    items: list[LayerInput] | None = None,
+    *,
+    stats_to_come: bool = False,
+) -> list[Group]:
+    """The groups of a model, after a check of their shapes and statistics.
+
+    Args:
+        items: the model's layer inputs; None to find them.
+        stats_to_come: there are no statistics yet, but there will be.
+    """
+    means_only = not stats_to_come
+    if stats:
+        means_only = any(getattr(entry, "mean_only", False) for entry in stats.values())
+    for needed, name in (
+        (config.smooth_alpha is not None, "smooth_alpha"),
+        (config.salient_allocation == "output", "salient_allocation='output'"),
+    ):
+        if needed and means_only:
+            raise ValueError(f"{name} needs stats that know more than each channel's mean")
+    items = layer_inputs(model) if items is None else items
+    for item in items:
+        for name in item.linears:
+            module = model.get_submodule(name)
+            if not isinstance(module, nn.Linear):
+                raise TypeError(f"{name} must be an nn.Linear; got {type(module).__name__}")
+    if config.smooth_alpha is not None and not any(item.norm for item in items):
+        raise ValueError(
+            f"smooth_alpha must be None: no norm of {type(model).__name__} feeds linears only"
+        )
+    groups = model_groups(model, items, stats)
+    for group in groups:
+        for name, (weight, _) in zip(group.names, group.matrices(model), strict=True):
+            if group.stats is not None:
+                _check_stats(name, weight, group)
+            check_blocks(weight.shape[1], config.tp_blocks, name)
+            if config.sort_within_heads and group.heads and group.heads[0] % config.tp_blocks:
+                raise ValueError(
+                    f"tp_blocks must divide the {group.heads[0]} heads of {name} with "
+                    f"sort_within_heads=True; got {config.tp_blocks}"
+                )
+    return with_shares(model, groups, config)
+
+
+def check_weights(model: nn.Module, group: Group) -> None:
+    """Raise ValueError or TypeError for a weight or bias of a group that cannot be quantized."""
+    for name, (weight, bias) in zip(group.names, group.matrices(model), strict=True):
+        _check_weight(name, weight, bias)
+
+
+def check_kept_weights(model: nn.Module, items: Iterable[LayerInput]) -> None:
+    """Raise ValueError for NaN or Inf in a parameter that none of these inputs' readers is: what is
+    saved with one is not loaded."""
+    linears: set[str] = set()
+    fused: set[str] = set()
+    for item in items:
+        linears.update(item.linears)
+        fused.update(f"{item.experts}.{part}" for part in PARTS if item.experts)
+
+    def kept(name: str) -> bool:
+        return name not in fused and name.rpartition(".")[0] not in linears
+
+    for name, _ in non_finite_parameters(model, kept):
+        raise ValueError(f"parameter {name} holds NaN or Inf")
+
+
+def non_finite_parameters(
+    model: nn.Module, wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, largest magnitude) of each parameter of a wanted name that holds NaN or Inf. Those
+    without memory, or of a dtype that is none of a float model, are not looked at."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if wanted(name) and parameter.dtype in KEPT_DTYPES and not parameter.is_meta:
+            largest = largest_magnitude(parameter)
+            if not largest.isfinite():
+                yield name, largest
+
+
+def _check_weight(name: str, weight: Tensor, bias: Tensor | None) -> None:
+    for what, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in WEIGHT_DTYPES or tensor.device.type == "meta":
+            raise TypeError(
+                f"{what} of {name} must be float32, float16 or bfloat16 with values; "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+        if not is_finite(tensor):
+            raise ValueError(f"{what} of {name} holds NaN or Inf")
+    stored = salient_dtype_for(weight.dtype)
+    if largest_magnitude(weight).to(stored).isinf():
+        raise ValueError(f"weight of {name} holds values beyond the range of {stored}")
+
+
+def _check_stats(name: str, weight: Tensor, group: Group) -> None:
+    entry = group.stats
+    if not isinstance(entry, ChannelStats):
+        raise TypeError(f"stats of {name} must be ChannelStats; got {type(entry).__name__}")
+    if entry.num_channels != weight.shape[1]:
+        raise ValueError(
+            f"stats of {name} must have {weight.shape[1]} channels; got {entry.num_channels}"
+        )
+    if entry.count == 0 or not entry.is_finite():
+        raise ValueError(f"stats of {name} must be finite and of at least one row")

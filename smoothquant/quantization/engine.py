@@ -1,0 +1,169 @@
+"""How a float model becomes a quantized one: check, group, warn, ready, pack, finish.
+
+These steps are `Plan`, and only there. Three callers drive it, each at its own pace:
+`smoothquant.quantize` (a model in memory), `smoothquant.convert` (a folder, layer by layer) and the
+transformers plug-in (weights as they are loaded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.collect import collect_stats
+from ..calibration.tokens import chosen_batches
+from ..channels.statistics import ChannelStats
+from ..core.config import MixedQuantConfig
+from ..core.progress import progress_bar
+from ..layers.experts import W4A4Experts
+from ..layers.linear import QuantizedLinear, linear_class
+from ..models.families import ATTENTION_INPUTS, layer_inputs
+from ..models.modules import module_places, replace_module
+from ..models.routing import PARTS
+from .checks import (
+    check_arguments,
+    check_batches,
+    check_kept_weights,
+    check_weights,
+    checked_groups,
+    warn_of_missing_stats,
+)
+from .pipeline import Group, Ready, ready_groups
+from .records import LinearRecord, kept_records, quantized_record
+
+Collect = Callable[[nn.Module, Sequence[Tensor]], Mapping[str, ChannelStats]]
+
+
+class Plan:
+    """The quantization of one model.
+
+    Creating a plan checks the arguments and the model, calibrates, and changes nothing. `pack`
+    quantizes groups of linears, all or a few at a time; `finish` marks the model as quantized.
+
+    Args:
+        model: a float model; its parameters may be without memory until they are packed.
+        config, stats, batches, tokenizer: as for `smoothquant.quantize`.
+        collect: collects the statistics of batches; None for `collect_stats`.
+        spill: a folder for large tensors (`smoothquant.core.spill`), or None for memory.
+        progress: show progress bars.
+
+    Attributes:
+        items: the model's layer inputs, in forward order.
+        groups: the linears that share a channel plan, in forward order.
+        records: {name of a matrix: its record} of what is packed already.
+
+    Raises:
+        ValueError, TypeError: as `smoothquant.quantize`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: MixedQuantConfig,
+        stats: Mapping[str, ChannelStats] | None = None,
+        batches: Sequence[Tensor] | None = None,
+        *,
+        tokenizer: Any = None,
+        collect: Collect | None = None,
+        spill: Path | None = None,
+        progress: bool = False,
+    ) -> None:
+        check_arguments(model, config, stats)
+        batches = chosen_batches(model, config, stats, batches, tokenizer)
+        check_batches(config, batches)
+        self.model, self.config, self.batches = model, config, batches
+        self.spill, self.progress = spill, progress
+        self.items = layer_inputs(model)
+        self._awaits_weights = any(p.is_meta for p in model.parameters())
+        check_kept_weights(model, self.items)
+        if stats is None and batches is not None:
+            if collect is None:
+                stats = collect_stats(model, batches, progress=progress)
+            else:
+                stats = collect(model, batches)
+        self.groups = checked_groups(model, config, stats, self.items)
+        self.records: dict[str, LinearRecord] = {}
+        warn_of_missing_stats(config, stats, self.groups)
+
+    @torch.no_grad()
+    def pack(self, groups: Sequence[Group] | None = None) -> Iterator[LinearRecord]:
+        """Replace the linears of some groups, or of all; yields the record of each matrix.
+
+        All weights of these groups are checked before the first one is packed.
+        """
+        groups = self.groups if groups is None else groups
+        for group in groups:
+            check_weights(self.model, group)
+        ready = ready_groups(self.model, groups, self.config, self.batches, self.spill)
+        for record in _pack(self.model, self.config, ready):
+            self.records[record.name] = record
+            yield record
+
+    def pack_all(self) -> None:
+        """`pack` every group, with a progress bar."""
+        with self.bar() as bar:
+            for _ in self.pack():
+                bar.update()
+
+    def bar(self):
+        """A progress bar over the matrices, at those that are packed already."""
+        total = sum(len(group.names) for group in self.groups)
+        return progress_bar(
+            total=total,
+            initial=len(self.records),
+            desc="quantizing",
+            unit="linear",
+            shown=self.progress,
+        )
+
+    def finish(self) -> list[LinearRecord]:
+        """Mark the model as quantized; returns the records of all its parameters, those of packed
+        matrices first and in forward order."""
+        if self._awaits_weights:  # those of kept parameters have come since the plan was made
+            check_kept_weights(self.model, self.items)
+        packed = [self.records[name] for group in self.groups for name in group.names]
+        self.model.mixedquant_config = self.config
+        self.model.mixedquant_report = packed + kept_records(self.model, self.items)
+        return self.model.mixedquant_report
+
+
+def _pack(
+    model: nn.Module, config: MixedQuantConfig, ready: Iterable[Ready]
+) -> Iterator[LinearRecord]:
+    """Put quantized layers into the model, group after group; yields the record of each matrix."""
+    experts: dict[tuple[int, str], QuantizedLinear] = {}
+    places = module_places(model)
+    for group, plan, layer_config, reason, curvature in ready:
+        records = []
+        for name in group.names:
+            weight, bias = group.matrix(model, name)
+            layer = linear_class(layer_config).from_weight(
+                weight,
+                bias,
+                layer_config,
+                plan,
+                quantize_output=config.quantize_output
+                and name.rpartition(".")[2] in ATTENTION_INPUTS,
+                curvature=curvature,
+            )
+            del weight, bias
+            if not group.expert:
+                replace_module(model, name, layer, places)
+            else:
+                block, *place = group.expert
+                experts[tuple(place)] = layer
+                if len(experts) == _num_matrices(model, block):
+                    act_fn = model.get_submodule(block).act_fn
+                    replace_module(model, block, W4A4Experts(experts, act_fn), places)
+                    experts = {}
+            records.append(quantized_record(name, layer, reason))
+        del curvature  # its memory must be free when the caller writes a layer or the next is made
+        yield from records
+
+
+def _num_matrices(model: nn.Module, experts: str) -> int:
+    return model.get_submodule(experts).gate_up_proj.shape[0] * len(PARTS)

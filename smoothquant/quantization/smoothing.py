@@ -1,0 +1,187 @@
+"""SmoothQuant: move activation outliers into the weights, without changing the function.
+
+Every channel that a norm produces is divided by a factor s, and the weights that read it are
+multiplied by s = max|x|^alpha / max|w|^(1 - alpha).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..core.config import check_real
+from ..models.families import LayerInput, layer_inputs
+from ..models.routing import PARTS, expert_names
+
+FLOOR = 1e-5
+
+
+class Fold(NamedTuple):
+    """One norm, its gain and bias when divided, and the weights [..., K] to multiply, by scales
+    [K]."""
+
+    norm: nn.Module
+    gain: Tensor
+    bias: Tensor | None
+    weights: list[Tensor]
+    scales: Tensor
+
+    def matrices(self) -> list[Tensor]:
+        """The weights as matrices [N, K]."""
+        return [weight.flatten(0, -2) for weight in self.weights]
+
+
+@torch.no_grad()
+def smooth_lm(model: nn.Module, scales: Mapping[str, Tensor], alpha: float = 0.5) -> None:
+    """Smooth every norm of the model that feeds linears only, in place.
+
+    Args:
+        model: a float model of a family in `smoothquant.models.families`.
+        scales: largest magnitude per channel of the linears' inputs, {module name: [K]}, as
+            `smoothquant.calibration.get_act_scales` gives it. Linears that share an input share the
+            entry of the first of them that has one. A mixture of experts takes its router's entry,
+            else the largest of its experts' entries.
+        alpha: in [0, 1]; how much of the activations' range moves into the weights.
+
+    Raises:
+        ValueError: a missing entry, a wrong shape, a negative or non-finite scale, a model without
+            a norm to smooth. Nothing has been changed then.
+        TypeError: an entry that is no tensor, or an argument of a wrong type.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    if not isinstance(scales, Mapping):
+        raise TypeError(f"scales must map module names; got {type(scales).__name__}")
+    modules = dict(model.named_modules())
+    folds = [
+        fold_of_input(modules, item, _act_scales(scales, item, modules), alpha)
+        for item in layer_inputs(model)
+        if item.norm is not None
+    ]
+    if not folds:
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise ValueError(f"model of type {kind!r} has no norm that feeds linears only")
+    for fold in folds:
+        apply_fold(fold)
+
+
+@torch.no_grad()
+def smooth_ln_fcs(
+    ln: nn.Module, fcs: nn.Linear | Sequence[nn.Linear], act_scales: Tensor, alpha: float = 0.5
+) -> None:
+    """Smooth one LayerNorm and the linears that read it, in place.
+
+    Args:
+        ln: module with ``weight [K]`` and perhaps ``bias [K]``.
+        fcs: one or more nn.Linear with K input features.
+        act_scales: [K], largest magnitude of each of the norm's output channels.
+        alpha: in [0, 1].
+
+    Raises ValueError or TypeError, before any change, on a mismatch.
+    """
+    fcs = [fcs] if isinstance(fcs, nn.Module) else list(fcs)
+    for fc in fcs:
+        if not isinstance(fc, nn.Linear):
+            raise TypeError(f"fcs must be nn.Linear; got {type(fc).__name__}")
+    apply_fold(_fold(ln, [fc.weight for fc in fcs], act_scales, alpha))
+
+
+@torch.no_grad()
+def smooth_ln_fcs_llama_like(
+    ln: nn.Module, fcs: nn.Linear | Sequence[nn.Linear], act_scales: Tensor, alpha: float = 0.5
+) -> None:
+    """`smooth_ln_fcs` for an RMSNorm, which has no bias."""
+    if getattr(ln, "bias", None) is not None:
+        raise ValueError(
+            f"ln must have no bias; got {type(ln).__name__}, which smooth_ln_fcs takes"
+        )
+    smooth_ln_fcs(ln, fcs, act_scales, alpha)
+
+
+def _fold(norm, weights, act_scales, alpha, offset=0.0, name="act_scales") -> Fold:
+    check_real("alpha", alpha, 0.0, 1.0)
+    if not isinstance(act_scales, Tensor):
+        raise TypeError(f"scales of {name} must be a tensor; got {type(act_scales).__name__}")
+    if getattr(norm, "weight", None) is None:
+        raise ValueError(f"the norm of {name} has no weight to divide: {type(norm).__name__}")
+    if not weights:
+        raise ValueError("fcs must name at least one linear; got none")
+    k = norm.weight.numel()
+    shapes = [tuple(act_scales.shape)] + [tuple(weight.shape[-1:]) for weight in weights]
+    if any(shape != (k,) for shape in shapes):
+        raise ValueError(f"{name}: the norm has {k} channels; scales and weights have {shapes}")
+    if not (torch.isfinite(act_scales).all() and (act_scales >= 0).all()):
+        raise ValueError(f"scales of {name} must be finite and not negative")
+    device, dtype = weights[0].device, weights[0].dtype
+    act_scales = act_scales.to(device=device, dtype=dtype)
+    largest = torch.stack([weight.abs().flatten(0, -2).amax(0) for weight in weights]).amax(0)
+    scales = act_scales.pow(alpha) / largest.clamp(min=FLOOR).pow(1 - alpha)
+    scales = scales.clamp(min=FLOOR).to(norm.weight.device)
+    gain = norm.weight / scales
+    if offset:
+        gain = ((norm.weight.double() + offset) / scales.double() - offset).to(norm.weight.dtype)
+    bias = None if getattr(norm, "bias", None) is None else norm.bias / scales
+    results = (scales, gain, bias, largest * scales.to(device))
+    if not all(torch.isfinite(t).all() for t in results if t is not None):
+        raise ValueError(f"{name}: smoothing factors leave the range of {gain.dtype}")
+    return Fold(norm, gain, bias, weights, scales)
+
+
+def fold_of_input(
+    modules: Mapping[str, nn.Module], item: LayerInput, act_scales: Tensor, alpha: float
+) -> Fold:
+    """The fold of a layer input that a norm makes; nothing is changed yet.
+
+    Args:
+        modules: all modules of the model by full name.
+        item: with a norm.
+        act_scales: [K], largest magnitude of each channel.
+        alpha: in [0, 1].
+    """
+    weights = _weights(modules, item)
+    return _fold(modules[item.norm], weights, act_scales, alpha, item.norm_offset, item.name)
+
+
+def apply_fold(fold: Fold) -> None:
+    """Divide the norm and multiply the weights, in place."""
+    fold.norm.weight.copy_(fold.gain)
+    if fold.bias is not None:
+        fold.norm.bias.copy_(fold.bias)
+    for weight in fold.weights:
+        weight.mul_(fold.scales.to(weight.device))
+
+
+def _weights(modules: Mapping[str, nn.Module], item: LayerInput) -> list[Tensor]:
+    readers = [modules[name] for name in item.linears]
+    for name, module in zip(item.linears, readers, strict=True):
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"{name} must be an nn.Linear; got {type(module).__name__}")
+    weights = [module.weight for module in readers]
+    if item.router:
+        weights.append(modules[item.router].weight)
+    if item.experts:
+        weights.append(modules[item.experts].gate_up_proj)
+    return weights
+
+
+def _act_scales(
+    scales: Mapping[str, Tensor], item: LayerInput, modules: Mapping[str, nn.Module]
+) -> Tensor:
+    names = item.linears + ((item.router,) if item.router else ())
+    for name in names:
+        if name in scales:
+            return scales[name]
+    if item.experts:
+        # Every token reaches some expert, so the experts' largest is the input's.
+        experts = expert_names(item.experts, modules[item.experts])
+        names += tuple(name for name, (_, part) in experts.items() if part == PARTS[0])
+        found = [scales[name] for name in names if name in scales]
+        if found:
+            return torch.stack(found).amax(0)
+    raise ValueError(
+        f"scales has no entry for {' or '.join(names)}; it has {len(scales)} entries, "
+        f"the first {next(iter(scales), None)!r}"
+    )
