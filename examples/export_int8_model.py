@@ -17,13 +17,13 @@ import torch
 
 from smoothquant import quantize
 from smoothquant.bundled import check_model_name, load_model, wikitext
-from smoothquant.calibration.act_scales import (
+from smoothquant.calibration import (
+    collect_stats,
     get_act_scales,
     get_static_decoder_layer_scales,
     load_act_scales,
+    token_blocks,
 )
-from smoothquant.calibration.collect import collect_stats
-from smoothquant.calibration.tokens import token_blocks
 from smoothquant.checkpoints.folder import check_target, save_quantized
 from smoothquant.core.config import MixedQuantConfig
 from smoothquant.core.errors import CheckpointError
