@@ -1,38 +1,30 @@
 /* The multiplication, written once for all instruction sets with vectors: tiles of tokens x one or two
- * panels of output channels. multiply_<isa>.c includes it, by the header of its family, after
- *   BITS          the vectors' size
- *   TARGET        the instruction set's attribute
- *   KERNEL(name)  name_<isa>
- *   ACCUMULATORS  registers for sums: enough to hide their latency
- *   PANELS        panels multiplied at once: each code is loaded once for all of them
- *   FEW_ROWS      up to so many tokens unpacked weights are not stored
- *   HOLD_SUMS     whether fp32 sums stay in registers from group to group
- *   floats, ints  the vector types, and the operations on them that are declared below
+ * panels of output channels. multiply_<isa>.c includes it last. It needs, defined before it,
+ *   from multiply_<isa>.c
+ *     KERNEL(name)    name_<isa>
+ *     FEW_ROWS        for up to so many tokens, unpacked weights are not stored
+ *     HOLD_SUMS       whether fp32 sums stay in registers from group to group
+ *   from tiles.h      panels, part, load_packed; its own parameters
+ *   from the family (multiply_x86.h, multiply_neon.h)
+ *     set_floats      a float in all lanes
+ *     fused           a * b + c, rounded once
+ *     scaled          float(dots) * scales
+ *     widen_scales    bf16 scales to fp32, one per lane
+ *     add_ints        a + b
+ *   from the family or multiply_<isa>.c
+ *     unpack_vector   a vector of packed weights to codes + 8 in the two vectors that segment_dots
+ *                     reads: even gets the low nibbles, odd the high ones, or any mix of both
+ *     segment_dots    the exact int32 dot products of quads [quad0, quad1) of one segment. unpacked:
+ *                     what unpack wrote, from the block that quads are counted from; NULL: weights
+ *                     are read from w.
  * Sums of products are exact: they start at what cancels the + 8 of all weights (kernels.h). */
 #ifndef MQ_CPU_MULTIPLY_H
 #define MQ_CPU_MULTIPLY_H
 
-#include <string.h>
-
-#include "kernels.h"
-
-/* Unrolled loops over a constant number of tokens, of vectors */
-#if defined(__clang__)
-#define UNROLLED _Pragma("clang loop unroll(full)")
-#else
-#define UNROLLED _Pragma("GCC unroll 12")
-#endif
-#define EACH_ROW(r, rows) UNROLLED for (int r = 0; r < rows; r++)
-#define EACH_VECTOR(v, vectors) UNROLLED for (int v = 0; v < vectors; v++)
+#include "tiles.h"
 
 enum {
-    LANES = BITS / 32,
-    PANEL_VECTORS = MQ_PANEL / LANES,
-    VECTORS = PANELS * PANEL_VECTORS,
-    TILE_ROWS = ACCUMULATORS / PANEL_VECTORS, /* tokens of a tile: x one panel's salient channels */
-    PART_ROWS = ACCUMULATORS / VECTORS,       /* tokens of a part of it: x all panels' groups */
-    AHEAD = MQ_SEGMENT_QUADS / 2, /* blocks from one being read to one being asked for */
-    SCALES_AHEAD = 1024,          /* bytes of scales likewise, where groups are short */
+    SCALES_AHEAD = 1024, /* bytes of scales, where groups are short */
     SUMS_STRIDE = MQ_ROW_CHUNK * MQ_PANEL
 };
 
@@ -60,25 +52,6 @@ _Static_assert(MQ_PANELS_AT_ONCE % PANELS == 0, "a last panel alone must have a 
         CASE_OF_ROWS(11, most, tile, __VA_ARGS__) \
         CASE_OF_ROWS(12, most, tile, __VA_ARGS__) \
     }
-
-/* ---- What an instruction set defines ---------------------------------------------------------- */
-
-typedef struct panels panels;
-typedef struct part part;
-
-TARGET static floats set_floats(float x);                  /* x in all lanes */
-TARGET static floats fused(floats a, floats b, floats c);  /* a * b + c, rounded once */
-TARGET static floats scaled(ints dots, floats scales);     /* float(dots) * scales */
-TARGET static floats widen_scales(const uint16_t *scales); /* one bf16 scale per lane */
-TARGET static ints add_ints(ints a, ints b);
-/* The codes + 8 of a block's vector of packed weights: low and high nibbles to the two, for
- * segment_dots to read */
-TARGET static void unpack_vector(ints packed, ints *even, ints *odd);
-/* dots = exact int32 dot products of quads [quad0, quad1), one segment. unpacked: what unpack wrote
- * of the block that quads are counted from; NULL: weights are read from w. */
-TARGET static void segment_dots(const int rows, const part *p, const panels *w,
-                                const ints *unpacked, int64_t quad0, int64_t quad1,
-                                ints dots[PART_ROWS][VECTORS]);
 
 /* ---- Vectors ---------------------------------------------------------------------------------- */
 
@@ -127,34 +100,6 @@ TARGET void KERNEL(mq_multiply_salient)(const mq_activations *act, int64_t k_sal
 }
 
 /* ---- Groups ---------------------------------------------------------------------------------- */
-
-/* The panels multiplied at once: the first one's arrays from some group on, and the distance to the
- * next one's. */
-struct panels {
-    const uint8_t *qweight;
-    const uint16_t *scales;
-    int64_t qweight_stride, scales_stride;
-};
-
-/* Some of the h tokens of a tile: the first one's entries in the workspace from some group on. */
-struct part {
-    int64_t h;
-    const int8_t *codes;
-    const int32_t *starts;
-    const float *scales;
-    float *sums;
-};
-
-static MQ_INLINE const uint8_t *packed_at(const panels *w, int64_t block, int v) {
-    return w->qweight + v / PANEL_VECTORS * w->qweight_stride + block * MQ_BLOCK_BYTES +
-           v % PANEL_VECTORS * (int)sizeof(ints);
-}
-
-TARGET static MQ_INLINE ints load_packed(const panels *w, int64_t block, int v) {
-    ints packed;
-    memcpy(&packed, packed_at(w, block, v), sizeof packed);
-    return packed;
-}
 
 /* Asks for all panels' blocks [block0, block1); where a panel ends, for those of the panels to come */
 static MQ_INLINE void prefetch(const panels *w, int64_t blocks, int64_t block0, int64_t block1) {

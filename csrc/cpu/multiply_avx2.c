@@ -11,7 +11,7 @@
 #define KERNEL(name) name##_avx2
 enum { PANELS = 1, FEW_ROWS = 6, HOLD_SUMS = 0 };
 
-#include "multiply_x86.h"
+#include "vectors_x86.h"
 
 TARGET static MQ_INLINE ints accumulate(ints sums, ints weights, ints codes) {
     return _mm256_add_epi16(sums, _mm256_maddubs_epi16(weights, codes));
@@ -22,4 +22,8 @@ TARGET static MQ_INLINE ints dots_of(ints sums) {
         __attribute__((aligned(32))) = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     return mq_madd_in_memory(sums, ones);
 }
+
+#include "multiply_x86.h"
+
+#include "multiply.h"
 #endif

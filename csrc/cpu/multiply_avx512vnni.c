@@ -9,11 +9,15 @@
 #define KERNEL(name) name##_avx512vnni
 enum { PANELS = 2, FEW_ROWS = 24, HOLD_SUMS = 1 };
 
-#include "multiply_x86.h"
+#include "vectors_x86.h"
 
 TARGET static MQ_INLINE ints accumulate(ints sums, ints weights, ints codes) {
     return _mm512_dpbusd_epi32(sums, weights, codes);
 }
 
 TARGET static MQ_INLINE ints dots_of(ints sums) { return sums; }
+
+#include "multiply_x86.h"
+
+#include "multiply.h"
 #endif

@@ -27,4 +27,6 @@ TARGET static MQ_INLINE void segment_dots(const int rows, const part *p, const p
     for (int64_t quad = quad0; quad < quad1; quad++, codes += p->h * MQ_QUAD)
         add_quad(rows, dots, unpacked + quad * VECTORS, codes);
 }
+
+#include "multiply.h"
 #endif

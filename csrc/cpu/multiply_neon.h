@@ -1,5 +1,5 @@
-/* The multiplication on NEON: what multiply.h asks for, but for unpack_vector and segment_dots, which
- * multiply_<isa>.c defines. */
+/* The multiplication's vector operations on NEON, all that multiply.h needs but unpack_vector and
+ * segment_dots. multiply_<isa>.c includes it after TARGET and defines those two from it. */
 #ifndef MQ_CPU_MULTIPLY_NEON_H
 #define MQ_CPU_MULTIPLY_NEON_H
 
@@ -12,7 +12,7 @@ typedef int32x4_t ints;
 
 enum { PANELS = 1, ACCUMULATORS = 24, HOLD_SUMS = 0 };
 
-#include "multiply.h"
+#include "tiles.h"
 
 TARGET static MQ_INLINE floats set_floats(float x) { return vdupq_n_f32(x); }
 

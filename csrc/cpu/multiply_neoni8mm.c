@@ -72,4 +72,6 @@ TARGET static MQ_INLINE void segment_dots(const int rows, const part *p, const p
             dots[r][v] = vreinterpretq_s32_s64(r % 2 ? vzip2q_s64(a, b) : vzip1q_s64(a, b));
         }
 }
+
+#include "multiply.h"
 #endif
