@@ -70,7 +70,7 @@ const float *mq_load_channels(const mq_channels *from, int64_t k0, int64_t n, fl
 }
 
 mq_extent mq_channels_extent(const mq_channels *from, int64_t k0, int64_t n) {
-    mq_extent extent = {0, 0, 0};
+    mq_extent extent = {0, 0};
     float buffer[MQ_BUFFER];
     for (int64_t i = 0; i < n; i += MQ_BUFFER) {
         int64_t part = mq_min(MQ_BUFFER, n - i);

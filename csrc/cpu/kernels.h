@@ -6,9 +6,7 @@
 #ifndef MQ_CPU_KERNELS_H
 #define MQ_CPU_KERNELS_H
 
-#include <math.h>
-
-#include "../mixedquant.h"
+#include "../quantization.h"
 
 /* The families whose kernels are compiled. With MQ_SIMDE those of x86 run on any processor, one lane
  * after the other, by SIMDe: so that every kernel is tested on every machine. clang before 16 offers
@@ -53,11 +51,6 @@ typedef void mq_widen_fn(mq_dtype dtype, const uint16_t *x, int64_t n, float *ou
 typedef void mq_widen_codes_fn(const int8_t *q, const uint16_t *scales, int64_t n, float *out);
 /* n fp32 values to 16 bits, round half to even; NaN gives a quiet NaN */
 typedef void mq_narrow_fn(mq_dtype dtype, const float *x, int64_t n, uint16_t *out);
-/* abs_bits: the bits of the largest magnitude, so that Inf < NaN. positive_bits, negative_bits: of the largest
- * positive and of the largest negative value's magnitude, 0 if there is none. */
-typedef struct mq_extent {
-    uint32_t abs_bits, positive_bits, negative_bits;
-} mq_extent;
 typedef mq_extent mq_extent_of_fn(const float *x, int64_t n);
 /* out = x [n] times the orthonormal Hadamard matrix of size n, a power of two up to MQ_MAX_ROTATION; out
  * may be x */
@@ -137,31 +130,7 @@ MQ_DECLARE_KERNELS(neoni8mm)
 
 /* ---- Single values, the same for every instruction set --------------------------------------- */
 
-static inline float mq_float_of_bits(uint32_t bits) {
-    union {
-        uint32_t u;
-        float f;
-    } v = {.u = bits};
-    return v.f;
-}
-
-static inline uint32_t mq_bits_of_float(float value) {
-    union {
-        float f;
-        uint32_t u;
-    } v = {.f = value};
-    return v.u;
-}
-
 static inline int64_t mq_min(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static inline uint32_t mq_max_bits(uint32_t a, uint32_t b) { return a > b ? a : b; }
-
-static inline mq_extent mq_extent_union(mq_extent a, mq_extent b) {
-    return (mq_extent){mq_max_bits(a.abs_bits, b.abs_bits),
-                       mq_max_bits(a.positive_bits, b.positive_bits),
-                       mq_max_bits(a.negative_bits, b.negative_bits)};
-}
 
 static inline int64_t mq_ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
@@ -173,7 +142,8 @@ static inline float mq_bf16_to_f32(uint16_t bits) { return mq_float_of_bits((uin
 
 static inline uint16_t mq_f32_to_bf16(float value) {
     uint32_t bits = mq_bits_of_float(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0; /* rounding could carry a NaN to 0 */
+    if ((bits & 0x7fffffffu) > MQ_INFINITY_BITS)
+        return 0x7fc0; /* rounding could carry a NaN to 0 */
     return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
@@ -208,43 +178,6 @@ static inline float mq_load(mq_dtype dtype, const void *x, int64_t i) {
         case MQ_I8: return (float)((const int8_t *)x)[i];
         default: return ((const float *)x)[i];
     }
-}
-
-/* The scale of a group by mixedquant.h's rule: NaN for a non-finite group, 0 for one too small. */
-static inline float mq_scale_of(float magnitude_times_clip, float q_max) {
-    float scale = magnitude_times_clip / q_max;
-    return scale < 0x1p-126f ? 0.0f : scale;
-}
-
-/* What x is multiplied by: 0 (hence code 0) for a scale that is 0, NaN or below the smallest normal. */
-static inline float mq_inverse_of(float scale) { return scale >= 0x1p-126f ? 1.0f / scale : 0.0f; }
-
-/* How a group becomes codes: code = clamp(round(x * inverse), low, high). */
-typedef struct mq_quantization {
-    float scale, inverse;
-    int low, high;
-} mq_quantization;
-
-static inline mq_quantization mq_quantization_of(int num_bits, mq_act_format format, float clip,
-                                                 mq_extent extent) {
-    if (extent.abs_bits >= 0x7f800000u)
-        return (mq_quantization){.scale = mq_float_of_bits(0x7fc00000u)};
-    const int is_symmetric = format == MQ_ACT_SYMMETRIC;
-    const int levels = (1 << (num_bits - is_symmetric)) - 1;
-    const float positive = mq_float_of_bits(extent.positive_bits);
-    const float negative = mq_float_of_bits(extent.negative_bits);
-    float range = positive;
-    if (is_symmetric) range = mq_float_of_bits(extent.abs_bits);
-    if (format == MQ_ACT_ZERO_POINT) range = positive + negative;
-    mq_quantization to = {.scale = mq_scale_of(clip * range, (float)levels), .high = levels};
-    to.inverse = mq_inverse_of(to.scale);
-    if (is_symmetric) to.low = -levels;
-    if (format == MQ_ACT_ZERO_POINT) {
-        const float zero = clip * negative * to.inverse;
-        to.low = zero < (float)levels ? -(int)lrintf(zero) : -levels;
-        to.high = levels + to.low;
-    }
-    return to;
 }
 
 #endif

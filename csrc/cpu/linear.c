@@ -103,7 +103,7 @@ static int64_t quantize_segment(const mq_shape *shape, const mq_linear *lin, int
 /* The extent of all of a token's INT4 channels */
 static mq_extent token_extent(const mq_linear *lin, const token *t) {
     const int64_t k4 = lin->k - lin->k_salient, g = mq_min(lin->group_size, k4);
-    mq_extent extent = {0, 0, 0};
+    mq_extent extent = {0, 0};
     for (int64_t k0 = 0; k0 < k4; k0 += g)
         extent = mq_extent_union(extent, mq_channels_extent(&t->int4, k0, mq_min(g, k4 - k0)));
     return extent;
@@ -116,11 +116,11 @@ static void split_salient(const mq_linear *lin, int64_t h, const token *t) {
     for (int64_t i = 0, part; i < lin->k_salient; i += part) {
         part = mq_min(MQ_BUFFER, lin->k_salient - i);
         const float *x = mq_load_channels(&t->salient, k4 + i, part, buffer);
-        bits = mq_max_bits(bits, t->salient.kernels->extent_of(x, part).abs_bits);
+        bits = mq_max_bits(bits, mq_magnitude_bits(t->salient.kernels->extent_of(x, part)));
         for (int64_t e = 0; e < part; e++) t->salient_values[(i + e) * h] = x[e];
     }
     /* An Inf would leave some outputs Inf, and the sign of a zero weight would decide others */
-    if (bits >= 0x7f800000u) *t->salient_values = mq_float_of_bits(0x7fc00000u);
+    if (bits >= MQ_INFINITY_BITS) *t->salient_values = mq_float_of_bits(MQ_NAN_BITS);
 }
 
 /* A tile's tokens. Each one's codes are written in one piece, some segments at a time, and interleaved

@@ -19,9 +19,8 @@ mq_extent mq_extent_of_neon(const float *x, int64_t n) {
         min0 = vmaxq_s32(min0, veorq_s32(a, sign));
         min1 = vmaxq_s32(min1, veorq_s32(b, sign));
     }
-    mq_extent extent = {0, (uint32_t)vmaxvq_s32(vmaxq_s32(max0, max1)),
-                        (uint32_t)vmaxvq_s32(vmaxq_s32(min0, min1))};
-    extent.abs_bits = mq_max_bits(extent.positive_bits, extent.negative_bits);
+    const mq_extent extent = {(uint32_t)vmaxvq_s32(vmaxq_s32(max0, max1)),
+                              (uint32_t)vmaxvq_s32(vmaxq_s32(min0, min1))};
     return mq_extent_union(extent, mq_extent_of_scalar(x + i, n - i));
 }
 

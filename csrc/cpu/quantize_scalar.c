@@ -1,28 +1,16 @@
-#include <math.h>
 #include <string.h>
 
 #include "kernels.h"
 #include "quantize_groups.h"
 
 mq_extent mq_extent_of_scalar(const float *x, int64_t n) {
-    mq_extent extent = {0, 0, 0};
-    for (int64_t i = 0; i < n; i++) {
-        const uint32_t bits = mq_bits_of_float(x[i]), magnitude = bits & 0x7fffffffu;
-        const int is_positive = bits == magnitude;
-        extent = mq_extent_union(extent, (mq_extent){magnitude, is_positive ? magnitude : 0,
-                                                     is_positive ? 0 : magnitude});
-    }
+    mq_extent extent = {0, 0};
+    for (int64_t i = 0; i < n; i++) extent = mq_extent_with(extent, x[i]);
     return extent;
 }
 
 void mq_quantize_scalar(const float *x, int64_t n, float inverse, int low, int high, int8_t *q) {
-    float least = (float)low, most = (float)high;
-    for (int64_t i = 0; i < n; i++) {
-        float value = x[i] * inverse;
-        value = value < least ? least : value;
-        value = value > most ? most : value;
-        q[i] = (int8_t)lrintf(value); /* the default rounding mode is half to even */
-    }
+    for (int64_t i = 0; i < n; i++) q[i] = (int8_t)mq_code_of(x[i], inverse, low, high);
 }
 
 static int32_t quantize_group(const float *x, int64_t n, float inverse, int low, int high,

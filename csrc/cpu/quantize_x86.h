@@ -38,9 +38,8 @@ MQ_AVX2 static MQ_INLINE mq_extent extent_of_seen(seen all) {
     most = _mm256_max_epi32(most, _mm256_shuffle_epi32(most, 0x4e));
     most = _mm256_max_epi32(most, _mm256_shuffle_epi32(most, 0xb1));
     most = _mm256_max_epi32(most, _mm256_setzero_si256());
-    mq_extent extent = {0, (uint32_t)_mm256_extract_epi32(most, 0),
-                        (uint32_t)_mm256_extract_epi32(most, 4)};
-    extent.abs_bits = mq_max_bits(extent.positive_bits, extent.negative_bits);
+    const mq_extent extent = {(uint32_t)_mm256_extract_epi32(most, 0),
+                              (uint32_t)_mm256_extract_epi32(most, 4)};
     return extent;
 }
 

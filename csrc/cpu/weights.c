@@ -17,15 +17,17 @@ static uint8_t *code_place(uint8_t *panel, const mq_shape *shape, int64_t j, int
 }
 
 /* A scale as it is stored: rounded to bf16, 0 below the smallest normal fp32 number. */
-static uint16_t scale_to_bf16(float scale) { return scale < 0x1p-126f ? 0 : mq_f32_to_bf16(scale); }
+static uint16_t scale_to_bf16(float scale) {
+    return scale < MQ_SMALLEST_NORMAL ? 0 : mq_f32_to_bf16(scale);
+}
 
 static mq_status pack_group(const mq_channels *row, const mq_shape *shape, const mq_linear *lin,
                             int q_max, const float *given, int64_t j, int64_t c, uint8_t *panel,
                             uint16_t *scale_bits) {
     const int64_t k0 = j * lin->group_size, n = group_channels(lin, j);
     const mq_extent extent = mq_channels_extent(row, k0, n);
-    if (extent.abs_bits >= 0x7f800000u) return MQ_NON_FINITE;
-    const float scale = given ? *given : mq_float_of_bits(extent.abs_bits) / (float)q_max;
+    if (mq_magnitude_bits(extent) >= MQ_INFINITY_BITS) return MQ_NON_FINITE;
+    const float scale = given ? *given : mq_float_of_bits(mq_magnitude_bits(extent)) / (float)q_max;
     if (!(scale >= 0) || scale >= 0x1.ffp127f) return MQ_INVALID_SCALE; /* rounds to Inf in bf16 */
     *scale_bits = scale_to_bf16(scale);
     const float inverse = mq_inverse_of(mq_bf16_to_f32(*scale_bits));
@@ -66,8 +68,8 @@ static mq_status pack_salient_codes(const mq_channels *row, const mq_linear *lin
                                     int8_t *panel, uint16_t *scale_bits) {
     const int64_t k4 = lin->k - lin->k_salient;
     const mq_extent extent = mq_channels_extent(row, k4, lin->k_salient);
-    if (extent.abs_bits >= 0x7f800000u) return MQ_NON_FINITE;
-    *scale_bits = scale_to_bf16(mq_float_of_bits(extent.abs_bits) / 127);
+    if (mq_magnitude_bits(extent) >= MQ_INFINITY_BITS) return MQ_NON_FINITE;
+    *scale_bits = scale_to_bf16(mq_float_of_bits(mq_magnitude_bits(extent)) / 127);
     const float inverse = mq_inverse_of(mq_bf16_to_f32(*scale_bits));
 
     float buffer[MQ_BUFFER];

@@ -8,6 +8,7 @@
 #include <math.h>
 #include <stdint.h>
 
+#include "../quantization.h"
 #include "mixedquant_cuda.h"
 #include "ptx.cuh"
 
@@ -15,8 +16,6 @@ namespace mq {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;  // of every block
-
-constexpr float kSmallestNormal = 0x1p-126f;
 
 __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x & 31); }
 __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x / 32); }
@@ -236,93 +235,28 @@ inline tokens tokens_in(void *workspace, const mq_linear &lin, quad_order order,
 
 // ---- Groups ----
 
-// How a group becomes codes: code = clamp(round(x * inverse), low, high).
-struct quantization {
-    float scale, inverse;
-    int low, high;
-};
-
-// Bits of the largest positive and of the largest negative value's magnitude, so that Inf < NaN.
-struct extent {
-    uint32_t positive = 0, negative = 0;
-
-    __device__ __forceinline__ void add(float x) {
-        const uint32_t bits = __float_as_uint(x);
-        if (bits >> 31)
-            negative = max_of(negative, bits & 0x7fffffffu);
-        else
-            positive = max_of(positive, bits);
-    }
-    __device__ __forceinline__ void add(const extent &other) {
-        positive = max_of(positive, other.positive);
-        negative = max_of(negative, other.negative);
-    }
-    __device__ __forceinline__ uint32_t both() const { return max_of(positive, negative); }
-    static __device__ __forceinline__ uint32_t max_of(uint32_t a, uint32_t b) {
-        return a > b ? a : b;
-    }
-};
-
-constexpr uint32_t kInfinityBits = 0x7f800000u;
-
-__device__ __forceinline__ float scale_of(float magnitude, float levels) {
-    const float scale = magnitude / levels;
-    return scale < kSmallestNormal ? 0.0f : scale;
-}
-
-__device__ __forceinline__ float inverse_of(float scale) {
-    return scale >= kSmallestNormal ? 1.0f / scale : 0.0f;
-}
-
-// mq_quantization_of of csrc/cpu/kernels.h
-__device__ __forceinline__ quantization quantization_of(int num_bits, mq_act_format format,
-                                                        float clip, const extent &of) {
-    quantization to = {__uint_as_float(0x7fc00000u), 0, 0, 0};
-    if (of.both() >= kInfinityBits) return to;
-    const int levels = (1 << (num_bits - (format == MQ_ACT_SYMMETRIC))) - 1;
-    const float positive = __uint_as_float(of.positive), negative = __uint_as_float(of.negative);
-    float range = positive;
-    if (format == MQ_ACT_SYMMETRIC) range = __uint_as_float(of.both());
-    if (format == MQ_ACT_ZERO_POINT) range = positive + negative;
-    to.scale = scale_of(clip * range, static_cast<float>(levels));
-    to.inverse = inverse_of(to.scale);
-    to.high = levels;
-    if (format == MQ_ACT_SYMMETRIC) to.low = -levels;
-    if (format == MQ_ACT_ZERO_POINT) {
-        const float zero = clip * negative * to.inverse;
-        to.low = zero < static_cast<float>(levels) ? -static_cast<int>(rintf(zero)) : -levels;
-        to.high = levels + to.low;
-    }
-    return to;
-}
-
-__device__ __forceinline__ int code_of(float x, const quantization &to) {
-    if (!(to.inverse > 0)) return 0;
-    float value = x * to.inverse;
-    const float low = static_cast<float>(to.low), high = static_cast<float>(to.high);
-    value = value < low ? low : value;
-    value = value > high ? high : value;
-    return static_cast<int>(rintf(value));
+// A code of the group; 0 where the group has no scale.
+__device__ __forceinline__ int code_of(float x, const mq_quantization &to) {
+    return to.inverse > 0 ? mq_code_of(x, to.inverse, to.low, to.high) : 0;
 }
 
 // The largest of all lanes whose number differs below `lanes`, a power of two.
-__device__ __forceinline__ void reduce(extent &of, int lanes) {
+__device__ __forceinline__ void reduce(mq_extent &of, int lanes) {
     for (int step = lanes / 2; step; step /= 2) {
-        extent other;
-        other.positive = __shfl_xor_sync(kAllLanes, of.positive, step);
-        other.negative = __shfl_xor_sync(kAllLanes, of.negative, step);
-        of.add(other);
+        const mq_extent other = {__shfl_xor_sync(kAllLanes, of.positive_bits, step),
+                                 __shfl_xor_sync(kAllLanes, of.negative_bits, step)};
+        of = mq_extent_union(of, other);
     }
 }
 
 // Over the block; every thread gets it.
-__device__ __forceinline__ void reduce_block(extent &of) {
-    __shared__ extent parts[kWarps];
+__device__ __forceinline__ void reduce_block(mq_extent &of) {
+    __shared__ mq_extent parts[kWarps];
     reduce(of, 32);
     __syncthreads();  // parts may still be read from before
     if (lane() == 0) parts[warp()] = of;
     __syncthreads();
-    for (int w = 0; w < kWarps; w++) of.add(parts[w]);
+    for (int w = 0; w < kWarps; w++) of = mq_extent_union(of, parts[w]);
 }
 
 // Up to 512 neighbouring values of one group, held by 1, 2, 4 ... 32 lanes, a quad each in turn: value
@@ -355,11 +289,11 @@ struct part {
         for (int i = 0; i < kValues; i++) v[i] = used(i) && element(i) < n ? value(element(i)) : 0;
     }
 
-    __device__ __forceinline__ extent extent_of() const {
-        extent of;
+    __device__ __forceinline__ mq_extent extent_of() const {
+        mq_extent of = {0, 0};
 #pragma unroll
         for (int i = 0; i < kValues; i++)
-            if (used(i) && element(i) < n) of.add(v[i]);
+            if (used(i) && element(i) < n) of = mq_extent_with(of, v[i]);
         return of;
     }
 

@@ -75,7 +75,7 @@ __device__ __forceinline__ void split_salient(const quantize_args &args, const t
     int non_finite = 0;
     for (int64_t s = threadIdx.x; s < args.to.chunks * 16; s += kThreads) {
         float rest = s < args.lin.k_salient ? value_of(args, of, channel_at(args, k4 + s)) : 0;
-        non_finite |= (__float_as_uint(rest) & kInfinityBits) == kInfinityBits;
+        non_finite |= (__float_as_uint(rest) & MQ_INFINITY_BITS) == MQ_INFINITY_BITS;
         for (int term = 0; term < args.to.terms; term++) {
             // cut off, not rounded: what is left is exact, and nothing overflows
             const uint32_t bits = __float_as_uint(rest) & 0xffff0000u;
@@ -122,7 +122,7 @@ __device__ __forceinline__ void load_values(const quantize_args &args, const tok
 
 __device__ __forceinline__ void store_codes(const quantize_args &args, const token &of,
                                             const place &at, const part &values,
-                                            const quantization &to) {
+                                            const mq_quantization &to) {
     const bool is_nibbles = args.to.order == NIBBLES;
     // a word of nibbles holds two quads: of neighbouring lanes, unless a group may start with the second
     const bool in_pairs = is_nibbles && args.shape.group_quads % 2 == 0;
@@ -155,9 +155,9 @@ __device__ __forceinline__ void store_codes(const quantize_args &args, const tok
     }
 }
 
-__device__ __forceinline__ quantization quantization_for(const quantize_args &args,
-                                                         const extent &of) {
-    return quantization_of(args.lin.act_bits, args.lin.act_format, args.lin.clip, of);
+__device__ __forceinline__ mq_quantization quantization_for(const quantize_args &args,
+                                                            const mq_extent &of) {
+    return mq_quantization_of(args.lin.act_bits, args.lin.act_format, args.lin.clip, of);
 }
 
 __device__ __forceinline__ token token_of(const quantize_args &args, int64_t at) {
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kThreads) quantize_groups(quantize_args args) 
         values.n = static_cast<int>(at.n);
         load_channels(args, at, values, channels);
         load_values(args, of, channels, values);
-        extent largest = values.extent_of();
+        mq_extent largest = values.extent_of();
         reduce(largest, values.lanes);
         store_codes(args, of, at, values, quantization_for(args, largest));
     }
@@ -214,13 +214,13 @@ __global__ void __launch_bounds__(kThreads, 3) quantize_tokens(quantize_args arg
             const int64_t job = start + threadIdx.x / values.lanes;
             return job < end ? job : args.shape.groups * parts;
         };
-        extent largest;
+        mq_extent largest = {0, 0};
         for (int64_t start = begin; start < end; start += per_block) {
             load_part(job_at(start));
-            largest.add(values.extent_of());
+            largest = mq_extent_union(largest, values.extent_of());
         }
         reduce_block(largest);
-        const quantization to = quantization_for(args, largest);
+        const mq_quantization to = quantization_for(args, largest);
         for (int64_t start = begin; start < end; start += per_block) {
             const place at = load_part(job_at(start));
             store_codes(args, of, at, values, to);
@@ -353,7 +353,7 @@ struct columns {
             for (int c = 0; c < 4; c++) {
                 const int from = s + c < args.lin.k_salient ? place(k4 + s + c) : k + kZeroColumn;
                 rest[c] = to_f32(DTYPE, at[from].row[r]);
-                finite &= (__float_as_uint(rest[c]) & kInfinityBits) != kInfinityBits;
+                finite &= (__float_as_uint(rest[c]) & MQ_INFINITY_BITS) != MQ_INFINITY_BITS;
             }
             if (!finite) bad[r] = 1;
             for (int term = 0; term < args.to.terms; term++) {
@@ -435,7 +435,7 @@ struct rotation_of {
 
 // As extent: as signed numbers the bits of floats from 0 on are larger the larger they are, and as
 // unsigned ones those of negative floats are above all of these.
-__device__ __forceinline__ extent extent_of(const float (&v)[kLaneChannels], int lanes) {
+__device__ __forceinline__ mq_extent extent_of(const float (&v)[kLaneChannels], int lanes) {
     int positive = 0;
     uint32_t any = 0;
 #pragma unroll
@@ -445,16 +445,16 @@ __device__ __forceinline__ extent extent_of(const float (&v)[kLaneChannels], int
         positive = positive > as_signed ? positive : as_signed;
         any = any > bits ? any : bits;
     }
-    extent of;
-    of.positive = static_cast<uint32_t>(positive);
-    of.negative = any >> 31 ? any & 0x7fffffffu : 0;
+    mq_extent of = {0, 0};
+    of.positive_bits = static_cast<uint32_t>(positive);
+    of.negative_bits = any >> 31 ? any & 0x7fffffffu : 0;
     reduce(of, lanes);
     return of;
 }
 
 // code_of of four values less `zero`, in bytes. 1.5 * 2^23 more makes a float round to an integer, which is
 // then its lowest bits.
-__device__ __forceinline__ uint32_t codes_of(const float *v, const quantization &to, int zero) {
+__device__ __forceinline__ uint32_t codes_of(const float *v, const mq_quantization &to, int zero) {
     uint32_t words[4];
 #pragma unroll
     for (int c = 0; c < 4; c++) {
@@ -531,7 +531,7 @@ __global__ void __launch_bounds__(kThreads, ROTATES ? 2 : kBlocks)
                 else
                     rotation_of<false>{at, n, size}.apply(v);
             }
-            const quantization to = quantization_for(args, extent_of(v, at.lanes));
+            const mq_quantization to = quantization_for(args, extent_of(v, at.lanes));
             const int zero = args.to.zeros ? -to.low : 0;
             uint32_t words[4];
 #pragma unroll

@@ -50,7 +50,7 @@ struct pack_args {
 
 // A scale as it is stored: bf16, 0 below the smallest normal number.
 __device__ __forceinline__ uint16_t stored_scale(float scale) {
-    return scale < kSmallestNormal ? 0 : f32_to_bf16(scale);
+    return scale < MQ_SMALLEST_NORMAL ? 0 : f32_to_bf16(scale);
 }
 
 // A channel of a row, 0 where perm is bad.
@@ -75,14 +75,14 @@ __global__ void __launch_bounds__(kThreads, 2) pack_groups(pack_args args) {
          block += gridDim.x) {
         const int64_t job = block * per_block + threadIdx.x / values.lanes;
         const row_group of = row_group_of(lin, args.shape, job);
-        extent largest;
+        mq_extent largest = {0, 0};
         MQ_PARTS(i, size) {
             load_part(args, of, i, values);
-            largest.add(values.extent_of());
+            largest = mq_extent_union(largest, values.extent_of());
         }
         reduce(largest, values.lanes);
-        const bool finite = largest.both() < kInfinityBits;
-        float scale = __uint_as_float(largest.both()) / static_cast<float>(args.q_max);
+        const bool finite = mq_magnitude_bits(largest) < MQ_INFINITY_BITS;
+        float scale = __uint_as_float(mq_magnitude_bits(largest)) / static_cast<float>(args.q_max);
         if (args.group_scales && of.n > 0) scale = args.group_scales[job];
         const bool bad_scale = !(scale >= 0) || scale >= 0x1.ffp127f;  // Inf in bf16
         if (of.n > 0 && !finite) atomicOr(args.status, MQ_CUDA_BAD_WEIGHT);
@@ -91,9 +91,9 @@ __global__ void __launch_bounds__(kThreads, 2) pack_groups(pack_args args) {
         if (of.n > 0 && values.lane_in_part == 0)
             args.scales[(of.row / MQ_PANEL * args.shape.groups + of.group) * MQ_PANEL +
                         of.row % MQ_PANEL] = stored;
-        quantization to = {};
+        mq_quantization to = {};
         to.low = -args.q_max, to.high = args.q_max;
-        to.inverse = finite && !bad_scale ? inverse_of(bf16_to_f32(stored)) : 0;
+        to.inverse = finite && !bad_scale ? mq_inverse_of(bf16_to_f32(stored)) : 0;
         MQ_PARTS(i, size) {
             if (size > part::kMost) load_part(args, of, i, values);
 #pragma unroll
@@ -122,21 +122,21 @@ __global__ void __launch_bounds__(kThreads, 4) pack_salient(pack_args args) {
     for (int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp(); row < lin.n;
          row += static_cast<int64_t>(gridDim.x) * kWarps) {
         const int64_t at = row / MQ_PANEL * lin.k_salient * MQ_PANEL + row % MQ_PANEL;
-        extent largest;
+        mq_extent largest = {0, 0};
         for (int64_t s = lane(); s < lin.k_salient; s += 32)
-            largest.add(weight_at(args, row, k4 + s));
+            largest = mq_extent_with(largest, weight_at(args, row, k4 + s));
         reduce(largest, 32);
-        if (largest.both() >= kInfinityBits) {
+        if (mq_magnitude_bits(largest) >= MQ_INFINITY_BITS) {
             if (lane() == 0) atomicOr(args.status, MQ_CUDA_BAD_WEIGHT);
             continue;
         }
-        quantization to = {};
+        mq_quantization to = {};
         to.low = -127, to.high = 127;
         if (lin.salient_dtype == MQ_I8) {
-            const float scale = __uint_as_float(largest.both()) / 127.0f;
+            const float scale = __uint_as_float(mq_magnitude_bits(largest)) / 127.0f;
             const uint16_t stored = stored_scale(scale);
             if (lane() == 0) args.salient_scales[row] = stored;
-            to.inverse = inverse_of(bf16_to_f32(stored));
+            to.inverse = mq_inverse_of(bf16_to_f32(stored));
         }
         const uint16_t infinity = lin.salient_dtype == MQ_F16 ? 0x7c00 : 0x7f80;
         for (int64_t s = lane(); s < lin.k_salient; s += 32) {
@@ -219,7 +219,7 @@ __device__ __forceinline__ float on_grid(const column_args &args, int64_t row, i
                                          float value) {
     const float scale = args.scales[row * args.groups + (args.col0 + i) / args.group_size];
     const float most = static_cast<float>(args.q_max);
-    float q = value * inverse_of(scale);
+    float q = value * mq_inverse_of(scale);
     q = q < -most ? -most : q;
     q = q > most ? most : q;
     return (rintf(q) + 0.0f) * scale;  // + 0: no negative zero
