@@ -1,16 +1,8 @@
 // The linear's two steps, and the table of kernels that multiply.
 #include "multiply.cuh"
+#include "quantize.cuh"
 
 using namespace mq;
-
-int mq_quantize(const mq_linear &lin, const tokens &to, mq_dtype dtype, const void *x,
-                void *stream);
-int mq_multiply_decode_8(const multiply_args &args, int arch, void *stream);
-int mq_multiply_decode_16(const multiply_args &args, int arch, void *stream);
-int mq_multiply_decode_32(const multiply_args &args, int arch, void *stream);
-int mq_multiply_prefill_s8(const multiply_args &args, int arch, void *stream);
-int mq_multiply_prefill_s4(const multiply_args &args, int arch, void *stream);
-int mq_multiply_prefill_wgmma(const multiply_args &args, int arch, void *stream);
 
 namespace {
 

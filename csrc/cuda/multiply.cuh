@@ -379,4 +379,13 @@ __device__ __forceinline__ void store_sums(const multiply_args &args, int64_t to
 
 }  // namespace mq
 
+// The kernels of multiply_*.cu, each behind one entry: out = what args.from holds times the weights.
+// arch: the device's, e.g. 90. Return a cudaError_t.
+int mq_multiply_decode_8(const mq::multiply_args &args, int arch, void *stream);
+int mq_multiply_decode_16(const mq::multiply_args &args, int arch, void *stream);
+int mq_multiply_decode_32(const mq::multiply_args &args, int arch, void *stream);
+int mq_multiply_prefill_s8(const mq::multiply_args &args, int arch, void *stream);
+int mq_multiply_prefill_s4(const mq::multiply_args &args, int arch, void *stream);
+int mq_multiply_prefill_wgmma(const mq::multiply_args &args, int arch, void *stream);
+
 #endif
