@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CC = shlex.split(os.environ.get("CC", "cc"))
 CXX = shlex.split(os.environ.get("CXX", "c++"))
-FLAGS = ["-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]  # of C and C++
+FLAGS = ["-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Wconversion", "-Werror"]  # of C and C++
 # Of CUDA C, compiled for the CPU
 EMULATED = ["-std=c++17", *FLAGS, "-O1", "-Wno-unknown-pragmas", "-DMQ_BUILD_WGMMA"]
 EMULATED += ["-include", str(ROOT / "tests" / "cuda" / "emulator.h"), "-x", "c++"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from bits import assert_same_bits
-from programs import CC, CXX, EMULATED, ROOT, run, run_all
+from programs import CC, CXX, EMULATED, FLAGS, ROOT, run, run_all
 from transformers import AutoModelForCausalLM
 
 from smoothquant import MixedQuantConfig, ops, quantize
@@ -36,13 +36,13 @@ EMULATED_ARCH = 80
 def build_emulated(folder: Path) -> str:
     """The library of CUDA ops with emulated kernels."""
     torch_folder = Path(torch.__file__).parent
-    shim = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror"]
+    shim = ["-std=c++20", "-O1", *FLAGS]
     shim += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem{torch_folder / 'include'}"]
     shim += [f'-DMQ_BUILD_CUDA_ARCHS="{EMULATED_ARCH}"']
     commands = {
         ROOT / "tests" / "cuda" / "device.cpp": [*CXX, *shim],
         ROOT / "csrc" / "torch" / "cuda.cpp": [*CXX, *shim],
-        ROOT / "csrc" / "cpu" / "shape.c": [*CC, "-std=c11"],
+        ROOT / "csrc" / "cpu" / "shape.c": [*CC, "-std=c11", *FLAGS],
     }
     for source in [*(ROOT / "csrc" / "cuda").glob("*.cu"), ROOT / "tests/cuda/emulator.cpp"]:
         commands[source] = [*CXX, f"-DMQ_ARCH={EMULATED_ARCH}", *EMULATED]

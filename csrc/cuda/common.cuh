@@ -276,6 +276,10 @@ struct part {
     __device__ __forceinline__ explicit part(int64_t size) : lanes(lanes_for(size)), n(0) {
         lane_in_part = lane() & (lanes - 1);
     }
+    // Which of the block's parts the lane has values of
+    __device__ __forceinline__ unsigned in_block() const {
+        return threadIdx.x / static_cast<unsigned>(lanes);
+    }
     __device__ __forceinline__ int element(int i) const {
         return (i / 4 * lanes + lane_in_part) * 4 + i % 4;
     }

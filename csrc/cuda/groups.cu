@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) short_groups(group_args args) {
     const int per_block = kThreads / values.lanes;
     const int64_t jobs = args.rows * args.groups;
     for (int64_t block = blockIdx.x; block * per_block < jobs; block += gridDim.x) {
-        const int64_t job = block * per_block + threadIdx.x / values.lanes;
+        const int64_t job = block * per_block + values.in_block();
         const int64_t row = job / args.groups, j = job % args.groups;
         const int64_t at = row * args.cols + j * g;
         load_part(args, at, job < jobs ? smaller(g, args.cols - j * g) : 0, values);

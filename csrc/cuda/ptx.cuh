@@ -73,7 +73,7 @@ __device__ __forceinline__ uint32_t xor_and(uint32_t x, uint32_t a, uint32_t b) 
 // The first `bytes` of 16 bytes from global to shared memory, then zeros; there after wait_copies.
 __device__ __forceinline__ void copy_async(void *to, const void *from, int bytes) {
 #if !defined(__CUDACC__)
-    emulator::copy_later(to, from, bytes, 16 - bytes);
+    emulator::copy_later(to, from, static_cast<size_t>(bytes), static_cast<size_t>(16 - bytes));
 #elif MQ_ARCH >= 80
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :

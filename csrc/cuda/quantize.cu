@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads) quantize_groups(quantize_args args) 
     const int per_block = kThreads / values.lanes;
     int channels[part::kValues];
     for (int64_t start = 0; start < args.shape.groups; start += per_block) {
-        const place at = place_of(args, start + threadIdx.x / values.lanes, 0);
+        const place at = place_of(args, start + values.in_block(), 0);
         values.n = static_cast<int>(at.n);
         load_channels(args, at, values, channels);
         load_values(args, of, channels, values);
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, 3) quantize_tokens(quantize_args arg
         const int64_t begin = group * parts, end = (group + together) * parts;
         // the last jobs of a block may belong to a next group: they hold no values
         const auto job_at = [&](int64_t start) {
-            const int64_t job = start + threadIdx.x / values.lanes;
+            const int64_t job = start + values.in_block();
             return job < end ? job : args.shape.groups * parts;
         };
         mq_extent largest = {0, 0};

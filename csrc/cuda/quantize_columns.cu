@@ -232,10 +232,10 @@ __device__ __forceinline__ uint32_t codes_of(const float *v, const mq_quantizati
 
 // Many blocks at once: until its tokens have come, a block has nothing to do. For four of them ptxas
 // spills registers on sm_100 and sm_120.
-constexpr int kBlocks = MQ_ARCH < 100 ? 4 : 3;
-
 template <mq_dtype DTYPE, int ROWS, bool ROTATES>
-__global__ void __launch_bounds__(kThreads, ROTATES ? 2 : kBlocks)
+__global__ void __launch_bounds__(kThreads, ROTATES         ? 2
+                                            : MQ_ARCH < 100 ? 4
+                                                            : 3)
     quantize_columns(const __grid_constant__ quantize_args args) {
     __shared__ int bad[ROWS];
     start_dependents();

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, 2) pack_groups(pack_args args) {
     const int per_block = kThreads / values.lanes;
     for (int64_t block = blockIdx.x; block * per_block < lin.n * args.shape.groups;
          block += gridDim.x) {
-        const int64_t job = block * per_block + threadIdx.x / values.lanes;
+        const int64_t job = block * per_block + values.in_block();
         const row_group of = row_group_of(lin, args.shape, job);
         mq_extent largest = {0, 0};
         MQ_PARTS(i, size) {
@@ -168,8 +168,7 @@ __global__ void __launch_bounds__(kThreads) unpack_groups(mq_linear lin, mq_shap
     const int per_block = kThreads / values.lanes;
     const uint32_t *words = reinterpret_cast<const uint32_t *>(lin.qweight);
     for (int64_t block = blockIdx.x; block * per_block < lin.n * shape.groups; block += gridDim.x) {
-        const row_group of =
-            row_group_of(lin, shape, block * per_block + threadIdx.x / values.lanes);
+        const row_group of = row_group_of(lin, shape, block * per_block + values.in_block());
         const float scale =
             of.n <= 0
                 ? 0

@@ -88,6 +88,7 @@ void check_groups() {
     zero_point.num_bits = std::min(format.num_bits, 7);
     const int64_t groups = ceil_div(cols, format.group_size), packed = ceil_div<int64_t>(cols, 2);
     const int64_t rotation = below(3) ? 1 << below(10) : 0;
+    const int is_unsigned = rotation % 2 != 0;
     const bytes x = random_values(dtype, rows * cols, true);
     std::vector<bytes> q, scales, out, fake, other, rotated, nibbles, codes;
     for (int i = 0; i < 2; i++) {
@@ -106,7 +107,7 @@ void check_groups() {
     CHECK(!mq_group_hadamard(format.group_size, rotation, dtype, from, rows, cols, cols,
                              rotated[0].as<void>()));
     CHECK(!mq_pack_nibbles(q[0].as<int8_t>(), rows, cols, nibbles[0].as<uint8_t>()));
-    CHECK(!mq_unpack_nibbles(nibbles[0].as<uint8_t>(), rows, cols, rotation % 2,
+    CHECK(!mq_unpack_nibbles(nibbles[0].as<uint8_t>(), rows, cols, is_unsigned,
                              codes[0].as<int8_t>()));
     turn_order();
     CHECK(!mq_cuda_group_quantize(&format, dtype, from, rows, cols, q[1].as<int8_t>(),
@@ -120,7 +121,7 @@ void check_groups() {
     CHECK(!mq_cuda_group_hadamard(format.group_size, rotation, dtype, from, rows, cols,
                                   rotated[1].as<void>(), nullptr));
     CHECK(!mq_cuda_pack_nibbles(q[1].as<int8_t>(), rows, cols, nibbles[1].as<uint8_t>(), nullptr));
-    CHECK(!mq_cuda_unpack_nibbles(nibbles[1].as<uint8_t>(), rows, cols, rotation % 2,
+    CHECK(!mq_cuda_unpack_nibbles(nibbles[1].as<uint8_t>(), rows, cols, is_unsigned,
                                   codes[1].as<int8_t>(), nullptr));
     CHECK(q[0] == q[1] && nibbles[0] == nibbles[1] && codes[0] == codes[1]);
     check_values(MQ_F32, scales[0], scales[1]);
@@ -133,7 +134,7 @@ void check_stats() {
     const bytes x = random_values(dtype, rows * cols, true);
     std::vector<std::vector<bytes>> fields(2);
     std::vector<mq_channel_stats> stats;
-    for (int i = 0; i < 2; i++) {
+    for (size_t i = 0; i < 2; i++) {
         for (int64_t size : {4, 4, 8, 8, 8}) fields[i].emplace_back(size * cols);
         stats.push_back({fields[i][0].as<float>(), fields[i][1].as<float>(),
                          fields[i][2].as<double>(), fields[i][3].as<double>(),
@@ -334,15 +335,15 @@ void check_codes(const problem &p, int kernel, const bytes &workspace) {
     const int64_t g = lin.per_token ? k4 : lin.group_size;
     const mq_group_format format = {g, lin.act_bits, lin.act_format, lin.clip};
     const int64_t groups = ceil_div(k4, g);
-    std::vector<float> row(k4), rotated(k4), scales(groups);
-    std::vector<int8_t> q(k4);
+    const bytes row_bytes(k4 * 4), rotated_bytes(k4 * 4), scale_bytes(groups * 4), code_bytes(k4);
+    float *row = row_bytes.as<float>(), *rotated = rotated_bytes.as<float>();
+    float *scales = scale_bytes.as<float>();
+    int8_t *q = code_bytes.as<int8_t>();
     for (int64_t t = 0; t < p.m; t++) {
         for (int64_t i = 0; i < k4; i++)
             row[i] = load(p.dtype, p.x.as<void>(), t * lin.k + (lin.perm ? lin.perm[i] : i));
-        CHECK(!mq_group_hadamard(lin.group_size, lin.rotation, MQ_F32, row.data(), 1, k4, k4,
-                                 rotated.data()));
-        CHECK(!mq_group_quantize(&format, MQ_F32, rotated.data(), 1, k4, k4, q.data(),
-                                 scales.data()));
+        CHECK(!mq_group_hadamard(lin.group_size, lin.rotation, MQ_F32, row, 1, k4, k4, rotated));
+        CHECK(!mq_group_quantize(&format, MQ_F32, rotated, 1, k4, k4, q, scales));
         for (int64_t i = 0; i < k4; i++) {
             const int64_t group = i / lin.group_size, channel = i % lin.group_size;
             const int64_t quad = group * p.shape.group_quads + channel / 4;

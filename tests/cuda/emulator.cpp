@@ -363,7 +363,7 @@ void multiply(void *d, const void *sums, const unsigned *a, uint64_t descriptor,
 
 template <typename T>
 void put_sums(const product &p) {
-    for (int i = 0; i < 32; i++) {
+    for (size_t i = 0; i < 32; i++) {
         T sum;
         memcpy(&sum, p.sums + i * sizeof sum, sizeof sum);
         T *d = static_cast<T *>(p.d) + i;
