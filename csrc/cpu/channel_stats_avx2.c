@@ -19,6 +19,7 @@ MQ_AVX2 static MQ_INLINE void add8(double *a, __m256d low, __m256d high) {
 MQ_AVX2 void mq_channel_stats_avx2(mq_dtype dtype, const void *x, int64_t rows, int64_t stride,
                                    int64_t col0, int64_t col1, int64_t count,
                                    const mq_channel_stats *stats) {
+    mq_assume_channel_stats(dtype, rows, stride, col0, col1, count);
     const __m256 sign = _mm256_set1_ps(-0.0f);
     const int64_t vector_end = col0 + (col1 - col0) / 8 * 8;
     for (int64_t r = 0; r < rows; r++) {

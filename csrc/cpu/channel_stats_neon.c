@@ -12,6 +12,7 @@ static MQ_INLINE void add4(double *a, float64x2_t x, float64x2_t y) {
 void mq_channel_stats_neon(mq_dtype dtype, const void *x, int64_t rows, int64_t stride,
                            int64_t col0, int64_t col1, int64_t count,
                            const mq_channel_stats *stats) {
+    mq_assume_channel_stats(dtype, rows, stride, col0, col1, count);
     const int64_t vector_end = col0 + (col1 - col0) / 4 * 4;
     for (int64_t r = 0; r < rows; r++) {
         for (int64_t c = col0; c < vector_end; c += 4) {

@@ -14,6 +14,7 @@ static MQ_INLINE float32x4x4_t four(float32x4_t a, float32x4_t b, float32x4_t c,
 }
 
 void mq_hadamard_neon(const float *x, int64_t n, float *out) {
+    mq_assume_hadamard(x, n, out);
     if (n < 16) {
         mq_hadamard_scalar(x, n, out);
         return;

@@ -43,6 +43,7 @@ TARGET static MQ_INLINE void pass(const float *x, int64_t n, float *out, int64_t
 }
 
 TARGET void KERNEL(mq_hadamard)(const float *x, int64_t n, float *out) {
+    mq_assume_hadamard(x, n, out);
     const floats norm = V(set1_ps)(1.0f / sqrtf((float)n));
     if (n < LANES) {
         SMALLER(x, n, out);

@@ -6,6 +6,7 @@
 #ifndef MQ_CPU_KERNELS_H
 #define MQ_CPU_KERNELS_H
 
+#include "../assume.h"
 #include "../quantization.h"
 
 /* The families whose kernels are compiled. With MQ_SIMDE those of x86 run on any processor, one lane
@@ -27,6 +28,10 @@ enum {
     MQ_BUFFER = MQ_SEGMENT_QUADS * MQ_QUAD /* values gathered at a time */
 };
 
+static inline int64_t mq_min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline int64_t mq_ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
 /* Views into a workspace; h = rows of a tile = min(m, tile_rows of the instruction set).
  * starts: what a segment's sum of codes * (weights + 8) starts from, to end at the plain dot product:
  * -8 * sum(codes). AVX2 sums in int16 and wants two of them, for the codes at positions 0, 1 and at
@@ -39,48 +44,159 @@ typedef struct mq_activations {
     float *salient;  /* [tiles][k_salient][h] */
 } mq_activations;
 
-/* x [rows] with `stride`, channels [col0, col1) */
+/* ---- Contracts -------------------------------------------------------------------------------
+ *
+ * Each kernel type is followed by mq_assume_<kernel>, which states what its callers guarantee. Every
+ * kernel begins with it. */
+
+/* Arrays of bytes `a` and `b` do not overlap. */
+static MQ_INLINE int mq_are_apart(const void *a, int64_t a_bytes, const void *b, int64_t b_bytes) {
+    return (uintptr_t)a + (uintptr_t)a_bytes <= (uintptr_t)b ||
+           (uintptr_t)b + (uintptr_t)b_bytes <= (uintptr_t)a;
+}
+
+static MQ_INLINE int mq_is_half(mq_dtype dtype) { return dtype == MQ_F16 || dtype == MQ_BF16; }
+
+/* Adds rows of x [rows][>= col1], row stride `stride`, to the statistics of channels [col0, col1).
+ * count: rows added before. */
 typedef void mq_channel_stats_fn(mq_dtype dtype, const void *x, int64_t rows, int64_t stride,
                                  int64_t col0, int64_t col1, int64_t count,
                                  const mq_channel_stats *stats);
+static MQ_INLINE void mq_assume_channel_stats(mq_dtype dtype, int64_t rows, int64_t stride,
+                                              int64_t col0, int64_t col1, int64_t count) {
+    MQ_ASSUME(dtype == MQ_F32 || mq_is_half(dtype));
+    MQ_ASSUME(rows >= 0 && count >= 0);
+    MQ_ASSUME(0 <= col0 && col0 <= col1 && col1 <= stride);
+}
+
+/* keys [k] from the arrays that the key needs; `count` rows were seen. */
 typedef void mq_sort_keys_fn(mq_sort_key key, int64_t k, int64_t count,
                              const mq_channel_stats *stats, double *keys);
-/* n 16-bit values to fp32; NaN stays NaN */
+static MQ_INLINE void mq_assume_sort_keys(mq_sort_key key, int64_t k, int64_t count) {
+    MQ_ASSUME((unsigned)key <= MQ_KEY_RMS);
+    MQ_ASSUME(k >= 0 && count > 0);
+}
+
+/* x [n], fp16 or bf16, to fp32. NaN stays NaN. */
 typedef void mq_widen_fn(mq_dtype dtype, const uint16_t *x, int64_t n, float *out);
-/* out [n][16] = q [n][16] * scales [16], bf16: a panel's int8 weights to fp32 */
+static MQ_INLINE void mq_assume_widen(mq_dtype dtype, const uint16_t *x, int64_t n,
+                                      const float *out) {
+    MQ_ASSUME(mq_is_half(dtype) && n >= 0);
+    MQ_ASSUME(mq_are_apart(x, 2 * n, out, 4 * n));
+}
+
+/* out [n][16] = q [n][16] * scales [16], bf16: a panel's int8 weights to fp32. */
 typedef void mq_widen_codes_fn(const int8_t *q, const uint16_t *scales, int64_t n, float *out);
-/* n fp32 values to 16 bits, round half to even; NaN gives a quiet NaN */
+static MQ_INLINE void mq_assume_widen_codes(const int8_t *q, int64_t n, const float *out) {
+    MQ_ASSUME(n >= 0);
+    MQ_ASSUME(mq_are_apart(q, n * MQ_PANEL, out, 4 * n * MQ_PANEL));
+}
+
+/* x [n] to fp16 or bf16, rounded half to even. NaN becomes a quiet NaN. */
 typedef void mq_narrow_fn(mq_dtype dtype, const float *x, int64_t n, uint16_t *out);
+static MQ_INLINE void mq_assume_narrow(mq_dtype dtype, const float *x, int64_t n,
+                                       const uint16_t *out) {
+    MQ_ASSUME(mq_is_half(dtype) && n >= 0);
+    MQ_ASSUME(mq_are_apart(x, 4 * n, out, 2 * n));
+}
+
+/* The extent of x [n]. */
 typedef mq_extent mq_extent_of_fn(const float *x, int64_t n);
-/* out = x [n] times the orthonormal Hadamard matrix of size n, a power of two up to MQ_MAX_ROTATION; out
- * may be x */
+static MQ_INLINE void mq_assume_extent_of(int64_t n) { MQ_ASSUME(n >= 0); }
+
+/* out [n] = x [n] times the orthonormal Hadamard matrix of size n. In place, or without overlap. */
 typedef void mq_hadamard_fn(const float *x, int64_t n, float *out);
-/* q = clamp(round_half_even(x * inverse), low, high); x finite */
+static MQ_INLINE void mq_assume_hadamard(const float *x, int64_t n, const float *out) {
+    MQ_ASSUME(0 < n && n <= MQ_MAX_ROTATION && (n & (n - 1)) == 0);
+    MQ_ASSUME(out == x || mq_are_apart(x, 4 * n, out, 4 * n));
+}
+
+/* q [n] = clamp(round_half_even(x * inverse), low, high), as the low 8 bits. x is finite. */
 typedef void mq_quantize_fn(const float *x, int64_t n, float inverse, int low, int high, int8_t *q);
-/* Activations x [n], groups of group_size of which the last may be short -> per group: codes of whole
- * quads, padded with 0; the scale; what its sums of products start from. A group is at most a segment.
- * extent: of each group; NULL: each group's own. */
+static MQ_INLINE void mq_assume_quantize(const float *x, int64_t n, float inverse, int low,
+                                         int high, const int8_t *q) {
+    MQ_ASSUME(n >= 0);
+    MQ_ASSUME(0 <= inverse && inverse <= 0x1p126f);
+    MQ_ASSUME(-128 <= low && low <= 0 && 0 <= high && high - low <= 255);
+    MQ_ASSUME(mq_are_apart(x, 4 * n, q, n));
+}
+
+/* Quantizes activations x [n] in groups of group_size, the last of which may be short. Per group: codes
+ * of whole quads, padded with 0; scales; starts (see mq_activations). The groups fill at most a segment.
+ * extent: one for all groups, or NULL to use each group's own. */
 typedef void mq_quantize_groups_fn(const mq_linear *lin, const mq_extent *extent, const float *x,
                                    int64_t n, int64_t group_size, int8_t *codes, float *scales,
                                    int32_t *starts);
-/* to [quads][h][4] = from [rows][stride], of which row r holds `quads` quads of token r; rows <= h */
+static MQ_INLINE void mq_assume_quantize_groups(const mq_linear *lin, const float *x, int64_t n,
+                                                int64_t group_size, const int8_t *codes) {
+    MQ_ASSUME(n > 0 && group_size > 0);
+    MQ_ASSUME(mq_ceil_div(n, group_size) * mq_ceil_div(mq_min(n, group_size), MQ_QUAD) <=
+              MQ_SEGMENT_QUADS);
+    MQ_ASSUME(2 <= lin->act_bits && lin->act_bits <= 4);
+    MQ_ASSUME((unsigned)lin->act_format <= MQ_ACT_ZERO_POINT);
+    MQ_ASSUME(0 < lin->clip && lin->clip <= 1);
+    MQ_ASSUME(mq_are_apart(x, 4 * n, codes, n));
+}
+
+/* to [quads][h][4] = from [rows][stride]; row r holds `quads` quads of token r. */
 typedef void mq_interleave_fn(const int8_t *from, int64_t stride, int64_t rows, int64_t quads,
                               int8_t *to, int64_t h);
-/* out = q * scale */
+static MQ_INLINE void mq_assume_interleave(const int8_t *from, int64_t stride, int64_t rows,
+                                           int64_t quads, const int8_t *to, int64_t h) {
+    MQ_ASSUME(0 <= rows && rows <= h && h <= MQ_TILE_ROWS_512);
+    MQ_ASSUME(0 <= quads && quads * MQ_QUAD <= stride);
+    MQ_ASSUME(mq_are_apart(from, rows * stride, to, quads * h * MQ_QUAD));
+}
+
+/* out [n] = q [n] * scale. */
 typedef void mq_dequantize_fn(const int8_t *q, int64_t n, int is_unsigned, float scale, float *out);
+static MQ_INLINE void mq_assume_dequantize(const int8_t *q, int64_t n, const float *out) {
+    MQ_ASSUME(n >= 0);
+    MQ_ASSUME(mq_are_apart(q, n, out, 4 * n));
+}
+
+/* q [n] to packed [ceil(n / 2)], as mixedquant.h says of a row, and back. */
 typedef void mq_pack_nibbles_fn(const int8_t *q, int64_t n, uint8_t *packed);
 typedef void mq_unpack_nibbles_fn(const uint8_t *packed, int64_t n, int is_unsigned, int8_t *q);
-/* sums [rows of tiles tile0 .. tile1][16], aligned to 64 bytes, += salient channels [s0, s1) of a
- * panel, whose weights w [s1 - s0][16] are already fp32 */
+static MQ_INLINE void mq_assume_nibbles(const int8_t *q, int64_t n, const uint8_t *packed) {
+    MQ_ASSUME(n >= 0);
+    MQ_ASSUME(mq_are_apart(q, n, packed, n / 2 + n % 2));
+}
+
+/* Tiles [tile0, tile1) exist, and `sums` has room for their rows. */
+static MQ_INLINE void mq_assume_tiles(const mq_activations *act, int64_t tile0, int64_t tile1,
+                                      const float *sums) {
+    MQ_ASSUME(0 < act->h && act->h <= MQ_TILE_ROWS_512);
+    MQ_ASSUME(0 <= tile0 && tile0 <= tile1 && tile1 <= mq_ceil_div(act->m, act->h));
+    MQ_ASSUME((tile1 - tile0) * act->h <= MQ_ROW_CHUNK);
+    MQ_ASSUME(MQ_IS_ALIGNED(sums, 64));
+}
+
+/* sums [rows of the tiles][16] += salient channels [s0, s1) of a panel, with weights w [s1 - s0][16]. */
 typedef void mq_multiply_salient_fn(const mq_activations *act, int64_t k_salient, int64_t tile0,
                                     int64_t tile1, int64_t s0, int64_t s1, const float *w,
                                     float *sums);
-/* sums [MQ_PANELS_AT_ONCE][MQ_ROW_CHUNK][16], aligned to 64 bytes: the rows of tiles tile0 .. tile1
- * of the first `panels` panels, 1 to MQ_PANELS_AT_ONCE, += all groups; what the other panels hold is
- * of no account. qweight and scales are the first panel's. */
+static MQ_INLINE void mq_assume_multiply_salient(const mq_activations *act, int64_t k_salient,
+                                                 int64_t tile0, int64_t tile1, int64_t s0,
+                                                 int64_t s1, const float *sums) {
+    mq_assume_tiles(act, tile0, tile1, sums);
+    MQ_ASSUME(0 <= s0 && s0 <= s1 && s1 <= k_salient);
+}
+
+/* sums [MQ_PANELS_AT_ONCE][MQ_ROW_CHUNK][16] += all groups, for the rows of the tiles and the first
+ * `panels` panels. The other panels' sums are undefined afterwards. qweight and scales start at the first
+ * panel. */
 typedef void mq_multiply_groups_fn(const mq_activations *act, const mq_shape *shape, int64_t tile0,
                                    int64_t tile1, int64_t panels, const uint8_t *qweight,
                                    const uint16_t *scales, float *sums);
+static MQ_INLINE void mq_assume_multiply_groups(const mq_activations *act, const mq_shape *shape,
+                                                int64_t tile0, int64_t tile1, int64_t panels,
+                                                const float *sums) {
+    mq_assume_tiles(act, tile0, tile1, sums);
+    MQ_ASSUME(0 < panels && panels <= MQ_PANELS_AT_ONCE);
+    MQ_ASSUME(shape->groups == 0 || shape->group_quads > 0);
+    MQ_ASSUME(shape->quads <= shape->groups * shape->group_quads);
+}
 
 typedef struct mq_kernels {
     int tile_rows;
@@ -129,10 +245,6 @@ MQ_DECLARE_KERNELS(neon)
 MQ_DECLARE_KERNELS(neoni8mm)
 
 /* ---- Single values, the same for every instruction set --------------------------------------- */
-
-static inline int64_t mq_min(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static inline int64_t mq_ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 static inline size_t mq_dtype_size(mq_dtype dtype) {
     return dtype == MQ_F32 ? 4 : dtype == MQ_I8 ? 1 : 2;

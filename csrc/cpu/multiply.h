@@ -92,6 +92,7 @@ TARGET static MQ_INLINE void salient_tile(const int rows, const float *x, int64_
 TARGET void KERNEL(mq_multiply_salient)(const mq_activations *act, int64_t k_salient, int64_t tile0,
                                         int64_t tile1, int64_t s0, int64_t s1, const float *w,
                                         float *sums) {
+    mq_assume_multiply_salient(act, k_salient, tile0, tile1, s0, s1, sums);
     for (int64_t tile = tile0; tile < tile1; tile++, sums += act->h * MQ_PANEL) {
         const float *x = act->salient + (tile * k_salient + s0) * act->h;
         WITH_CONSTANT_ROWS(mq_min(act->h, act->m - tile * act->h), TILE_ROWS, salient_tile, x,
@@ -291,6 +292,7 @@ TARGET void KERNEL(mq_multiply_groups)(const mq_activations *act, const mq_shape
                                        int64_t tile0, int64_t tile1, int64_t count,
                                        const uint8_t *qweight, const uint16_t *scales,
                                        float *sums) {
+    mq_assume_multiply_groups(act, shape, tile0, tile1, count, sums);
     if (shape->groups == 0) return;
     const int64_t qweight_stride = shape->blocks * MQ_BLOCK_BYTES;
     const int64_t scales_stride = shape->groups * MQ_PANEL;

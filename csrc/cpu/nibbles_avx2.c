@@ -4,6 +4,7 @@
 #include "x86.h"
 
 MQ_AVX2 void mq_pack_nibbles_avx2(const int8_t *q, int64_t n, uint8_t *packed) {
+    mq_assume_nibbles(q, n, packed);
     const __m256i nibble = _mm256_set1_epi8(15), weights = _mm256_set1_epi16(0x1001);
     int64_t i = 0;
     for (; i + 32 <= n; i += 32) {
@@ -17,6 +18,7 @@ MQ_AVX2 void mq_pack_nibbles_avx2(const int8_t *q, int64_t n, uint8_t *packed) {
 }
 
 MQ_AVX2 void mq_unpack_nibbles_avx2(const uint8_t *packed, int64_t n, int is_unsigned, int8_t *q) {
+    mq_assume_nibbles(q, n, packed);
     const __m128i nibble = _mm_set1_epi8(15), eight = _mm_set1_epi8(is_unsigned ? 0 : 8);
     int64_t i = 0;
     for (; i + 32 <= n; i += 32) {

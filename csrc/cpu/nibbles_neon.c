@@ -4,6 +4,7 @@
 #include "neon.h"
 
 void mq_unpack_nibbles_neon(const uint8_t *packed, int64_t n, int is_unsigned, int8_t *q) {
+    mq_assume_nibbles(q, n, packed);
     const uint8x16_t nibble = vdupq_n_u8(15), eight = vdupq_n_u8(is_unsigned ? 0 : 8);
     int64_t i = 0;
     for (; i + 32 <= n; i += 32) {

@@ -8,10 +8,14 @@ MQ_AVX2 static MQ_INLINE mq_extent extent_of(const float *x, int64_t n) {
     return extent_of_seen(with_values(none, x, n));
 }
 
-MQ_AVX2 mq_extent mq_extent_of_avx2(const float *x, int64_t n) { return extent_of(x, n); }
+MQ_AVX2 mq_extent mq_extent_of_avx2(const float *x, int64_t n) {
+    mq_assume_extent_of(n);
+    return extent_of(x, n);
+}
 
 MQ_AVX2 void mq_quantize_avx2(const float *x, int64_t n, float inverse, int low, int high,
                               int8_t *q) {
+    mq_assume_quantize(x, n, inverse, low, high, q);
     const __m256 factor = _mm256_set1_ps(inverse);
     const __m256 least = _mm256_set1_ps((float)low), most = _mm256_set1_ps((float)high);
     const __m256i lanes_in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -99,6 +103,7 @@ MQ_AVX2 static MQ_INLINE void store_pairs(__m256i v, int8_t *to, int64_t h) {
 /* Eight quads as long as there are; of them, four rows as long as there are, then two */
 MQ_AVX2 void mq_interleave_avx2(const int8_t *from, int64_t stride, int64_t rows, int64_t quads,
                                 int8_t *to, int64_t h) {
+    mq_assume_interleave(from, stride, rows, quads, to, h);
     const int64_t quad_stride = h * MQ_QUAD;
     int64_t quad = 0;
     for (; quad + 8 <= quads; quad += 8, from += 8 * MQ_QUAD, to += 8 * quad_stride) {
@@ -130,6 +135,7 @@ MQ_AVX2 void mq_interleave_avx2(const int8_t *from, int64_t stride, int64_t rows
 
 MQ_AVX2 void mq_dequantize_avx2(const int8_t *q, int64_t n, int is_unsigned, float scale,
                                 float *out) {
+    mq_assume_dequantize(q, n, out);
     const __m256 factor = _mm256_set1_ps(scale);
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {

@@ -20,6 +20,7 @@ MQ_AVX512VNNI static MQ_INLINE mq_extent extent_of(const float *x, int64_t n) {
 }
 
 MQ_AVX512VNNI mq_extent mq_extent_of_avx512vnni(const float *x, int64_t n) {
+    mq_assume_extent_of(n);
     return extent_of(x, n);
 }
 

@@ -15,6 +15,7 @@ static MQ_INLINE void mq_quantize_groups_by(mq_extent_of_fn *extent_of,
                                             const mq_linear *lin, const mq_extent *extent,
                                             const float *x, int64_t n, int64_t group_size,
                                             int8_t *codes, float *scales, int32_t *starts) {
+    mq_assume_quantize_groups(lin, x, n, group_size, codes);
     const int64_t groups = mq_ceil_div(n, group_size);
     const int64_t whole = mq_ceil_div(mq_min(group_size, n), MQ_QUAD) * MQ_QUAD;
     mq_quantization to[MQ_SEGMENT_QUADS];

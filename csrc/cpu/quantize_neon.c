@@ -7,6 +7,7 @@
 #include "quantize_groups.h"
 
 mq_extent mq_extent_of_neon(const float *x, int64_t n) {
+    mq_assume_extent_of(n);
     const int32x4_t sign = vdupq_n_s32(INT32_MIN);
     int32x4_t max0 = vdupq_n_s32(0), max1 = max0, min0 = max0, min1 = max0;
     int64_t i = 0;
@@ -61,6 +62,7 @@ static MQ_INLINE int32_t quantize_group(const float *x, int64_t n, float inverse
 }
 
 void mq_quantize_neon(const float *x, int64_t n, float inverse, int low, int high, int8_t *q) {
+    mq_assume_quantize(x, n, inverse, low, high, q);
     quantize_group(x, n, inverse, low, high, q);
 }
 
@@ -91,6 +93,7 @@ static MQ_INLINE int32x4_t four_quads(const int8_t *from) {
 /* Four quads as long as there are; of them, four rows as long as there are, then two */
 void mq_interleave_neon(const int8_t *from, int64_t stride, int64_t rows, int64_t quads, int8_t *to,
                         int64_t h) {
+    mq_assume_interleave(from, stride, rows, quads, to, h);
     const int64_t two_quads = 2 * h * MQ_QUAD;
     int64_t quad = 0;
     for (; quad + 4 <= quads; quad += 4, from += 4 * MQ_QUAD, to += 2 * two_quads) {

@@ -6,6 +6,7 @@
 /* Division, square root and the rest are correctly rounded, so four at a time equal one. */
 MQ_AVX2 void mq_sort_keys_avx2(mq_sort_key key, int64_t k, int64_t count,
                                const mq_channel_stats *stats, double *keys) {
+    mq_assume_sort_keys(key, k, count);
     const __m256d rows = _mm256_set1_pd((double)count);
     int64_t i = 0;
     if (key == MQ_KEY_MAX)

@@ -242,6 +242,7 @@ __device__ __forceinline__ int code_of(float x, const mq_quantization &to) {
 
 // The largest of all lanes whose number differs below `lanes`, a power of two.
 __device__ __forceinline__ void reduce(mq_extent &of, int lanes) {
+    MQ_ASSUME(0 < lanes && lanes <= 32 && (lanes & (lanes - 1)) == 0);
     for (int step = lanes / 2; step; step /= 2) {
         const mq_extent other = {__shfl_xor_sync(kAllLanes, of.positive_bits, step),
                                  __shfl_xor_sync(kAllLanes, of.negative_bits, step)};
@@ -274,6 +275,7 @@ struct part {
     }
 
     __device__ __forceinline__ explicit part(int64_t size) : lanes(lanes_for(size)), n(0) {
+        MQ_ASSUME(size > 0);
         lane_in_part = lane() & (lanes - 1);
     }
     // Which of the block's parts the lane has values of
@@ -308,6 +310,7 @@ struct part {
     }
 
     __device__ __forceinline__ void rotate(int rotation) {
+        MQ_ASSUME(0 <= rotation && rotation <= kMost && (rotation & (rotation - 1)) == 0);
         if (rotation <= 1) return;
         butterflies<1>(rotation, 1);
         butterflies<2>(rotation, 2);

@@ -32,6 +32,18 @@ const row kTable[] = {
 };
 constexpr int kKernels = sizeof kTable / sizeof *kTable;
 
+// What mixedquant_cuda.h requires of both steps' callers.
+void assume_step(const mq_linear &lin, int kernel, mq_dtype dtype, int64_t m,
+                 const void *workspace) {
+    MQ_ASSUME(0 <= kernel && kernel < kKernels);
+    MQ_ASSUME(dtype <= MQ_BF16 && m >= 0);
+    MQ_ASSUME(smaller(lin.group_size, lin.k - lin.k_salient) <= 1 << 20);
+    MQ_ASSUME(lin.n <= int64_t{65535} * 32);
+    MQ_ASSUME(MQ_IS_ALIGNED(workspace, 16) && MQ_IS_ALIGNED(lin.perm, 16));
+    MQ_ASSUME(MQ_IS_ALIGNED(lin.qweight, 16) && MQ_IS_ALIGNED(lin.scales, 16));
+    MQ_ASSUME(MQ_IS_ALIGNED(lin.salient, 16) && MQ_IS_ALIGNED(lin.salient_scales, 16));
+}
+
 }  // namespace
 
 extern "C" const char *mq_cuda_message(int error) {
@@ -89,12 +101,16 @@ extern "C" size_t mq_cuda_linear_workspace(const mq_linear *lin, int kernel, mq_
 
 extern "C" int mq_cuda_linear_quantize(const mq_linear *lin, int kernel, mq_dtype dtype,
                                        const void *x, int64_t m, void *workspace, void *stream) {
+    assume_step(*lin, kernel, dtype, m, workspace);
+    MQ_ASSUME(MQ_IS_ALIGNED(x, 16));
     const tokens to = tokens_in(workspace, *lin, kTable[kernel].order, dtype, m, nullptr);
     return mq_quantize(*lin, to, dtype, x, stream);
 }
 
 extern "C" int mq_cuda_linear_multiply(const mq_linear *lin, int kernel, mq_dtype dtype, int arch,
                                        const void *workspace, int64_t m, void *out, void *stream) {
+    assume_step(*lin, kernel, dtype, m, workspace);
+    MQ_ASSUME(mq_cuda_kernel_serves(kernel, lin, arch));
     multiply_args args = {};
     args.lin = *lin;
     args.shape = shape_of(*lin);

@@ -6,6 +6,8 @@
 
 #include <stdint.h>
 
+#include "../assume.h"
+
 #ifdef __CUDACC__
 #ifdef __CUDA_ARCH__
 #define MQ_ARCH (__CUDA_ARCH__ / 10)
@@ -32,6 +34,7 @@ __device__ __forceinline__ unsigned char *dynamic_shared() {
 // 16 bytes that are read once: not kept in L1. Not by ld.global.nc, which ptxas moves behind a
 // wait_for_previous.
 __device__ __forceinline__ uint4 load_once(const void *from) {
+    MQ_ASSUME(MQ_IS_ALIGNED(from, 16));
 #ifdef __CUDACC__
     uint4 v;
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -72,6 +75,8 @@ __device__ __forceinline__ uint32_t xor_and(uint32_t x, uint32_t a, uint32_t b) 
 
 // The first `bytes` of 16 bytes from global to shared memory, then zeros; there after wait_copies.
 __device__ __forceinline__ void copy_async(void *to, const void *from, int bytes) {
+    MQ_ASSUME(0 <= bytes && bytes <= 16);
+    MQ_ASSUME(MQ_IS_ALIGNED(to, 16) && MQ_IS_ALIGNED(from, 16));
 #if !defined(__CUDACC__)
     emulator::copy_later(to, from, static_cast<size_t>(bytes), static_cast<size_t>(16 - bytes));
 #elif MQ_ARCH >= 80

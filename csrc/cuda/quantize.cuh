@@ -39,6 +39,8 @@ __device__ __forceinline__ uint16_t *salient_at(const quantize_args &args, int64
 // fp32 values, 0 from k_salient on. Returns whether all are finite.
 __device__ __forceinline__ bool store_salient(const quantize_args &args, int64_t token, int64_t s,
                                               const float (&values)[4]) {
+    MQ_ASSUME(s % 4 == 0 && 0 <= s && s < args.to.chunks * 16);
+    MQ_ASSUME(0 <= token && token < args.to.m);
     float rest[4];
     bool finite = true;
 #pragma unroll

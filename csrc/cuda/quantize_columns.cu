@@ -106,6 +106,7 @@ struct columns {
 
     // Those of 4 neighbours in perm's order, of which n are there; i is a multiple of 4
     __device__ __forceinline__ void places(int64_t i, int n, int (&to)[4]) const {
+        MQ_ASSUME(i % 4 == 0);
         if (n >= 4 && args.lin.perm) {
             const int4 channels = *reinterpret_cast<const int4 *>(args.lin.perm + i);
             to[0] = index(channels.x), to[1] = index(channels.y);

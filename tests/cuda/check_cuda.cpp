@@ -554,9 +554,23 @@ void check_linear() {
     if (mq_cuda_kernel_serves(other, &p.lin, MQ_ARCH)) check_kernel(p, other, want, sizes);
 }
 
+// A step with one contract of mixedquant_cuda.h broken, or none.
+void break_contract(const std::string &contract) {
+    const problem p = problem_of({2, 3, 100, 32, 5, S, 0});
+    const bytes workspace(static_cast<int64_t>(mq_cuda_linear_workspace(&p.lin, 0, p.dtype, p.m)));
+    const unsigned char *x = p.x.as<unsigned char>();
+    mq_linear lin = p.lin;
+    if (contract == "x") x += 2;
+    if (contract == "scales") lin.scales++;
+    const int kernel = contract == "kernel" ? mq_cuda_kernel_count() : 0;
+    CHECK(!mq_cuda_linear_quantize(&lin, kernel, p.dtype, x, p.m, workspace.as<void>(), nullptr));
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
+    if (argc == 2) break_contract(argv[1]);
+    if (argc == 2) return 0;
     CHECK(argc == 3);
     srand(static_cast<unsigned>(atoi(argv[1])));
     const int cases = atoi(argv[2]);
