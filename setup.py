@@ -30,7 +30,7 @@ TORCH_FIRST = (
     '"pip install --no-build-isolation ."'
 )
 WARNINGS = ["-Wall", "-Wextra", "-Wconversion"]
-# of a checkout only: who builds a source distribution may have a compiler with new warnings
+# only in a checkout: users of a source distribution may have compilers with new warnings
 WARNINGS += ["-Werror"] * (ROOT / ".git").exists()
 COMMON_FLAGS = ["-fPIC", "-fvisibility=hidden", *WARNINGS]
 C_FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", *COMMON_FLAGS]

@@ -1,6 +1,6 @@
-/* MQ_ASSUME(condition): what a function requires of its caller. With MQ_CHECK_ASSUMPTIONS, which the
- * tests' builds define, it traps if the condition is false; otherwise it generates no code. C, C++ and
- * CUDA C. The condition must have no side effects. */
+/* MQ_ASSUME(condition): what a function requires of its caller. Traps if the condition is false
+ * and MQ_CHECK_ASSUMPTIONS is defined, as in the tests' builds. Otherwise generates no code. For
+ * C, C++ and CUDA C. The condition must have no side effects. */
 #ifndef MQ_ASSUME_H
 #define MQ_ASSUME_H
 

@@ -1,5 +1,6 @@
-/* The quantization rule of mixedquant.h (mq_act_format), once for the CPU and for CUDA: C11, C++17 and
- * CUDA C. All of them compile it without fusing products and sums, so results are equal bit for bit. */
+/* The quantization rule of mixedquant.h (mq_act_format), shared by the CPU and CUDA kernels, in
+ * C11, C++17 and CUDA C. No build fuses products and sums here, so results are equal bit for
+ * bit. */
 #ifndef MQ_QUANTIZATION_H
 #define MQ_QUANTIZATION_H
 
@@ -32,7 +33,7 @@ MQ_RULE uint32_t mq_bits_of_float(float value) {
     return bits;
 }
 
-/* Rounds half to even, the default mode. The compilers inline different spellings. */
+/* Rounds half to even, the default mode. Each compiler inlines one of these. */
 MQ_RULE int mq_round(float value) {
 #if defined(__CUDACC__)
     return (int)rintf(value);
@@ -41,15 +42,15 @@ MQ_RULE int mq_round(float value) {
 #endif
 }
 
-/* The bits of the largest positive and of the largest negative value's magnitude, 0 where there is
- * none. As integers, bits order magnitudes, and Inf < NaN. */
+/* The bits of the largest magnitude among positive values, and among negative ones; 0 if there
+ * are none. As integers, the bits are in the order of the magnitudes, with Inf < NaN. */
 typedef struct mq_extent {
     uint32_t positive_bits, negative_bits;
 } mq_extent;
 
 MQ_RULE uint32_t mq_max_bits(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-/* The bits of the largest magnitude */
+/* The bits of the largest magnitude. */
 MQ_RULE uint32_t mq_magnitude_bits(mq_extent extent) {
     return mq_max_bits(extent.positive_bits, extent.negative_bits);
 }
@@ -67,19 +68,19 @@ MQ_RULE mq_extent mq_extent_with(mq_extent extent, float x) {
     return mq_extent_union(extent, own);
 }
 
-/* How a group becomes codes: code = clamp(round(x * inverse), low, high). */
+/* How a group is quantized: code = clamp(round(x * inverse), low, high). */
 typedef struct mq_quantization {
     float scale, inverse;
     int low, high;
 } mq_quantization;
 
-/* NaN for a group that is not finite, 0 for one too small. */
+/* NaN for a non-finite group, 0 for one that is too small. */
 MQ_RULE float mq_scale_of(float magnitude_times_clip, float q_max) {
     const float scale = magnitude_times_clip / q_max;
     return scale < MQ_SMALLEST_NORMAL ? 0.0f : scale;
 }
 
-/* 1 / scale, or 0, and so code 0, for a scale that is 0, NaN or below the smallest normal number. */
+/* 1 / scale, or 0 for a scale that is 0, NaN or below the smallest normal. Codes are then 0. */
 MQ_RULE float mq_inverse_of(float scale) {
     return scale >= MQ_SMALLEST_NORMAL ? 1.0f / scale : 0.0f;
 }
@@ -107,7 +108,7 @@ MQ_RULE mq_quantization mq_quantization_of(int num_bits, mq_act_format format, f
     return to;
 }
 
-/* The code of x; x * inverse is not NaN. */
+/* The code of x. x * inverse must not be NaN. */
 MQ_RULE int mq_code_of(float x, float inverse, int low, int high) {
     const float least = (float)low, most = (float)high;
     float value = x * inverse;

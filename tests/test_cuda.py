@@ -742,10 +742,10 @@ def test_the_current_device_stays(layer):
 @on_card
 def test_tensors_elsewhere_are_refused(layer):
     on_gpu, x = layer
-    with pytest.raises(ValueError, match="must be on cuda:0, as the other arguments are"):
+    with pytest.raises(ValueError, match="must be on cuda:0, like the other arguments"):
         q, scales = ops.group_quantize(x, 8)
         ops.group_dequantize(q.cuda(), scales, 8)
-    with pytest.raises(ValueError, match="x must be on the CUDA device that other arguments"):
+    with pytest.raises(ValueError, match="x must be on the CUDA device of the other arguments"):
         on_gpu(x)
 
 

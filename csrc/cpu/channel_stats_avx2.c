@@ -34,7 +34,7 @@ MQ_AVX2 void mq_channel_stats_avx2(mq_dtype dtype, const void *x, int64_t rows, 
                 for (; lanes; lanes &= lanes - 1)
                     stats->argmax[c + __builtin_ctz((unsigned)lanes)] = count + r;
             }
-            /* min_ps gives its second operand for a NaN */
+            /* min_ps returns its second operand if either is NaN */
             _mm256_storeu_ps(stats->minimum + c,
                              _mm256_min_ps(value, _mm256_loadu_ps(stats->minimum + c)));
             __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(value));

@@ -8,7 +8,8 @@ MQ_AVX2 void mq_widen_avx2(mq_dtype dtype, const uint16_t *x, int64_t n, float *
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
         __m128i halves = _mm_loadu_si128((const __m128i *)(const void *)(x + i));
-        _mm_prefetch((const char *)(x + i) + 4096, _MM_HINT_T0); /* salient weights from memory */
+        _mm_prefetch((const char *)(x + i) + 4096, _MM_HINT_T0); /* salient weights come from
+                                                                  * memory */
         __m256 wide =
             dtype == MQ_F16
                 ? _mm256_cvtph_ps(halves)

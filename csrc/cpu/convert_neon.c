@@ -8,7 +8,7 @@ void mq_widen_neon(mq_dtype dtype, const uint16_t *x, int64_t n, float *out) {
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
         const uint16x4_t low = vld1_u16(x + i), high = vld1_u16(x + i + 4);
-        __builtin_prefetch((const char *)(x + i) + 4096); /* salient weights from memory */
+        __builtin_prefetch((const char *)(x + i) + 4096); /* salient weights come from memory */
         vst1q_f32(out + i, widen4(dtype, low));
         vst1q_f32(out + i + 4, widen4(dtype, high));
     }

@@ -1,17 +1,17 @@
-/* Micro-kernels of the CPU: one table of them per instruction set, filled in dispatch.c.
+/* The CPU's micro-kernels. dispatch.c holds one table of them per instruction set;
+ * <kernel>_<isa>.c defines mq_<kernel>_<isa>.
  *
- * Contracts that all of them share: no argument checks (api.c has done them), no memory touched
- * outside the stated arrays, results equal to the scalar kernels bit for bit (any NaN is as good as
- * any other). A file <kernel>_<isa>.c defines mq_<kernel>_<isa>. */
+ * Kernels do not check arguments: api.c has. They touch no memory outside the stated arrays.
+ * Their results equal the scalar kernels' bit for bit, except that a NaN may have any bits. */
 #ifndef MQ_CPU_KERNELS_H
 #define MQ_CPU_KERNELS_H
 
 #include "../assume.h"
 #include "../quantization.h"
 
-/* The families whose kernels are compiled. With MQ_SIMDE those of x86 run on any processor, one lane
- * after the other, by SIMDe: so that every kernel is tested on every machine. clang before 16 offers
- * NEON's products only to files with a flag. */
+/* The families whose kernels are compiled. With MQ_SIMDE, x86 kernels run on any processor:
+ * SIMDe emulates them lane by lane, so that every machine tests them. clang before 16 allows
+ * NEON's products only with a flag on the whole file. */
 #if defined(__x86_64__) || defined(MQ_SIMDE)
 #define MQ_X86
 #endif
@@ -22,9 +22,9 @@
 #define MQ_INLINE inline __attribute__((always_inline))
 
 enum {
-    MQ_TILE_ROWS = 6,                      /* tokens of a tile */
-    MQ_TILE_ROWS_512 = 12,                 /* where registers have 512 bits */
-    MQ_ROW_CHUNK = 240,                    /* tokens that unpacked weights are used for */
+    MQ_TILE_ROWS = 6,                      /* tokens per tile */
+    MQ_TILE_ROWS_512 = 12,                 /* the same with 512-bit registers */
+    MQ_ROW_CHUNK = 240,                    /* tokens that share one unpacking of weights */
     MQ_BUFFER = MQ_SEGMENT_QUADS * MQ_QUAD /* values gathered at a time */
 };
 
@@ -32,10 +32,11 @@ static inline int64_t mq_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline int64_t mq_ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
-/* Views into a workspace; h = rows of a tile = min(m, tile_rows of the instruction set).
- * starts: what a segment's sum of codes * (weights + 8) starts from, to end at the plain dot product:
- * -8 * sum(codes). AVX2 sums in int16 and wants two of them, for the codes at positions 0, 1 and at
- * 2, 3 of each quad; its quantize_groups and multiply_groups agree on that. */
+/* Views into a workspace. h, the rows of a tile, is min(m, the instruction set's tile_rows).
+ * starts: a segment's sum of codes * (weights + 8) starts at -8 * sum(codes), so it ends as the
+ * plain dot product. AVX2 sums in int16: its `starts` holds two such values, one for positions 0
+ * and 1 of each quad, one for positions 2 and 3. Its quantize_groups and multiply_groups agree
+ * on this. */
 typedef struct mq_activations {
     int64_t m, h;
     int8_t *codes;   /* [tiles][quads][h][4] */
@@ -46,10 +47,10 @@ typedef struct mq_activations {
 
 /* ---- Contracts -------------------------------------------------------------------------------
  *
- * Each kernel type is followed by mq_assume_<kernel>, which states what its callers guarantee. Every
- * kernel begins with it. */
+ * Each kernel type is followed by mq_assume_<kernel>, which states what callers guarantee. Every
+ * kernel calls it first. */
 
-/* Arrays of bytes `a` and `b` do not overlap. */
+/* True if the arrays a and b, of so many bytes, do not overlap. */
 static MQ_INLINE int mq_are_apart(const void *a, int64_t a_bytes, const void *b, int64_t b_bytes) {
     return (uintptr_t)a + (uintptr_t)a_bytes <= (uintptr_t)b ||
            (uintptr_t)b + (uintptr_t)b_bytes <= (uintptr_t)a;
@@ -121,9 +122,9 @@ static MQ_INLINE void mq_assume_quantize(const float *x, int64_t n, float invers
     MQ_ASSUME(mq_are_apart(x, 4 * n, q, n));
 }
 
-/* Quantizes activations x [n] in groups of group_size, the last of which may be short. Per group: codes
- * of whole quads, padded with 0; scales; starts (see mq_activations). The groups fill at most a segment.
- * extent: one for all groups, or NULL to use each group's own. */
+/* Quantizes activations x [n] in groups of group_size, the last of which may be short. Writes
+ * per group: codes of whole quads, padded with 0; a scale; a start (see mq_activations). The
+ * groups fill at most a segment. extent: one for all groups, or NULL to use each group's own. */
 typedef void mq_quantize_groups_fn(const mq_linear *lin, const mq_extent *extent, const float *x,
                                    int64_t n, int64_t group_size, int8_t *codes, float *scales,
                                    int32_t *starts);
@@ -172,7 +173,8 @@ static MQ_INLINE void mq_assume_tiles(const mq_activations *act, int64_t tile0, 
     MQ_ASSUME(MQ_IS_ALIGNED(sums, 64));
 }
 
-/* sums [rows of the tiles][16] += salient channels [s0, s1) of a panel, with weights w [s1 - s0][16]. */
+/* sums [rows of the tiles][16] += salient channels [s0, s1) of a panel. w [s1 - s0][16]: their
+ * fp32 weights. */
 typedef void mq_multiply_salient_fn(const mq_activations *act, int64_t k_salient, int64_t tile0,
                                     int64_t tile1, int64_t s0, int64_t s1, const float *w,
                                     float *sums);
@@ -183,9 +185,9 @@ static MQ_INLINE void mq_assume_multiply_salient(const mq_activations *act, int6
     MQ_ASSUME(0 <= s0 && s0 <= s1 && s1 <= k_salient);
 }
 
-/* sums [MQ_PANELS_AT_ONCE][MQ_ROW_CHUNK][16] += all groups, for the rows of the tiles and the first
- * `panels` panels. The other panels' sums are undefined afterwards. qweight and scales start at the first
- * panel. */
+/* sums [MQ_PANELS_AT_ONCE][MQ_ROW_CHUNK][16] += all groups, for the rows of the tiles and the
+ * first `panels` panels. The sums of the other panels are undefined afterwards. qweight and
+ * scales point at the first panel. */
 typedef void mq_multiply_groups_fn(const mq_activations *act, const mq_shape *shape, int64_t tile0,
                                    int64_t tile1, int64_t panels, const uint8_t *qweight,
                                    const uint16_t *scales, float *sums);
@@ -217,7 +219,7 @@ typedef struct mq_kernels {
     mq_multiply_groups_fn *multiply_groups;
 } mq_kernels;
 
-/* The table of a supported instruction set. */
+/* Returns the table of a supported instruction set. */
 const mq_kernels *mq_kernels_of(mq_isa isa);
 
 #define MQ_DECLARE_KERNELS(isa)                       \
@@ -261,9 +263,9 @@ static inline uint16_t mq_f32_to_bf16(float value) {
 
 static inline float mq_f16_to_f32(uint16_t bits) {
     uint32_t sign = (uint32_t)(bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
-    if (magnitude >= 0x7c00u) /* Inf, NaN */
+    if (magnitude >= 0x7c00u) /* Inf or NaN */
         return mq_float_of_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-    if (magnitude < 0x400u) /* subnormal: an exact product with 2^-24 */
+    if (magnitude < 0x400u) /* subnormal: the product with 2^-24 is exact */
         return mq_float_of_bits(sign | mq_bits_of_float((float)magnitude * 0x1p-24f));
     return mq_float_of_bits(sign | ((magnitude << 13) + (112u << 23)));
 }
@@ -274,7 +276,7 @@ static inline uint16_t mq_f32_to_f16(float value) {
     if (magnitude > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);
     if (magnitude >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u); /* rounds to 2^16 or more */
     if (magnitude < 0x38800000u) {
-        /* subnormal: adding 0.5 leaves, rounded half to even, the result in the low bits */
+        /* Subnormal: adding 0.5 rounds half to even and leaves the result in the low bits. */
         uint32_t shifted = mq_bits_of_float(mq_float_of_bits(magnitude) + 0.5f);
         return (uint16_t)(sign | (shifted - 0x3f000000u));
     }
@@ -282,7 +284,7 @@ static inline uint16_t mq_f32_to_f16(float value) {
                       ((magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
 }
 
-/* Element i of an array of dtype. */
+/* Element i of an array, as fp32. */
 static inline float mq_load(mq_dtype dtype, const void *x, int64_t i) {
     switch (dtype) {
         case MQ_F16: return mq_f16_to_f32(((const uint16_t *)x)[i]);

@@ -1,8 +1,8 @@
-/* 4-bit codes allow what 8-bit ones do not: maddubs(weight + 8 as u8, activation as s8) sums two
- * products of at most 15 * 15 in int16, and int16 sums of a whole segment stay exact: they wrap
- * modulo 2^16 on the way, but start at -8 * sum(activations), so the last value is the plain dot
- * product, at most 2 * 128 * 8 * 15 < 2^15 in magnitude. A tile's 12 accumulators, 2 weight
- * registers, a broadcast and a temporary fill the 16 ymm registers. */
+/* With 4-bit codes, sums fit in int16. maddubs(weight + 8 as u8, activation as s8) adds two
+ * products of at most 15 * 15. Sums of a segment may wrap modulo 2^16 on the way, but they start
+ * at -8 * sum(activations), so the final value is the plain dot product, at most 2 * 128 * 8 *
+ * 15 < 2^15 in magnitude. 12 accumulators, 2 weight registers, a broadcast and a temporary fill
+ * the 16 ymm registers. */
 #include "kernels.h"
 
 #if defined(MQ_X86)

@@ -1,4 +1,4 @@
-/* As the AVX2 kernel, with one instruction that sums four products in int32. */
+/* The AVX2 kernel with vpdpbusd, which sums four products in int32. */
 #include "kernels.h"
 
 #if defined(MQ_X86)

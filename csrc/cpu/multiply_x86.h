@@ -1,7 +1,7 @@
-/* The multiplication's vector operations on x86, for 256 or 512 bits. multiply_<isa>.c includes it
- * after vectors_x86.h, PANELS and
- *   accumulate   sums + products of a quad's weights + 8 (unsigned bytes) and codes (signed bytes)
- *   dots_of      the int32 dot products that the sums of a whole segment stand for */
+/* The multiplication's vector operations on x86, for 256 or 512 bits. multiply_<isa>.c includes
+ * this header after vectors_x86.h, PANELS and
+ *   accumulate   sums + a quad's weights + 8 (unsigned bytes) times codes (signed bytes)
+ *   dots_of      a whole segment's sums to int32 dot products */
 #ifndef MQ_CPU_MULTIPLY_X86_H
 #define MQ_CPU_MULTIPLY_X86_H
 

@@ -25,7 +25,7 @@ MQ_AVX2 void mq_unpack_nibbles_avx2(const uint8_t *packed, int64_t n, int is_uns
         __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)(packed + i / 2));
         __m128i low = _mm_and_si128(bytes, nibble);
         __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble);
-        /* (code ^ 8) - 8 extends a nibble's sign */
+        /* (code ^ 8) - 8 sign-extends a nibble */
         low = _mm_sub_epi8(_mm_xor_si128(low, eight), eight);
         high = _mm_sub_epi8(_mm_xor_si128(high, eight), eight);
         _mm_storeu_si128((__m128i *)(void *)(q + i), _mm_unpacklo_epi8(low, high));

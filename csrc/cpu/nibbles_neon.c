@@ -10,7 +10,7 @@ void mq_unpack_nibbles_neon(const uint8_t *packed, int64_t n, int is_unsigned, i
     for (; i + 32 <= n; i += 32) {
         const uint8x16_t bytes = vld1q_u8(packed + i / 2);
         const uint8x16_t low = vandq_u8(bytes, nibble), high = vshrq_n_u8(bytes, 4);
-        /* (code ^ 8) - 8 extends a nibble's sign */
+        /* (code ^ 8) - 8 sign-extends a nibble */
         const uint8x16x2_t codes = {
             {vsubq_u8(veorq_u8(low, eight), eight), vsubq_u8(veorq_u8(high, eight), eight)}};
         vst2q_u8((uint8_t *)q + i, codes);

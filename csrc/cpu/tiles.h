@@ -1,10 +1,10 @@
-/* Tiles of tokens x output channels: what a family's vector operations and the template (multiply.h)
- * both build on. The includer defines first
+/* Tiles of tokens x output channels: the base of a family's vector operations and of the
+ * template (multiply.h). The includer defines first
  *   BITS          the vector size
  *   TARGET        the instruction set's attribute
  *   floats, ints  the vector types
- *   ACCUMULATORS  registers for sums: enough to hide the latency of a product
- *   PANELS        panels multiplied together: each code is loaded once for all of them */
+ *   ACCUMULATORS  registers for sums, enough to hide the latency of a product
+ *   PANELS        panels multiplied together, so that each code is loaded once for all of them */
 #ifndef MQ_CPU_TILES_H
 #define MQ_CPU_TILES_H
 
@@ -12,7 +12,7 @@
 
 #include "kernels.h"
 
-/* Unrolled loops over a constant number of tokens, of vectors */
+/* Loops over a constant number of tokens or vectors, unrolled */
 #if defined(__clang__)
 #define UNROLLED _Pragma("clang loop unroll(full)")
 #else
@@ -25,20 +25,23 @@ enum {
     LANES = BITS / 32,
     PANEL_VECTORS = MQ_PANEL / LANES,
     VECTORS = PANELS * PANEL_VECTORS,
-    TILE_ROWS = ACCUMULATORS / PANEL_VECTORS, /* tokens of a tile: x one panel's salient channels */
-    PART_ROWS = ACCUMULATORS / VECTORS,       /* tokens of a part of it: x all panels' groups */
-    AHEAD = MQ_SEGMENT_QUADS / 2 /* blocks from one being read to one being asked for */
+    TILE_ROWS = ACCUMULATORS / PANEL_VECTORS, /* tokens per tile, for one panel's salient
+                                               * channels */
+    PART_ROWS = ACCUMULATORS / VECTORS,       /* tokens per part of a tile, for all panels'
+                                               * groups */
+    AHEAD = MQ_SEGMENT_QUADS / 2              /* prefetch distance in blocks */
 };
 
-/* The panels multiplied at once: the first one's arrays from some group on, and the distance to the
- * next one's. */
+/* The panels multiplied together: pointers into the first one, at some group, and strides to the
+ * next. */
 typedef struct panels {
     const uint8_t *qweight;
     const uint16_t *scales;
     int64_t qweight_stride, scales_stride;
 } panels;
 
-/* Some of the h tokens of a tile: the first one's entries in the workspace from some group on. */
+/* A part of a tile's h tokens: pointers to its first token's entries in the workspace, at some
+ * group. */
 typedef struct part {
     int64_t h;
     const int8_t *codes;

@@ -1,4 +1,4 @@
-/* Packing of weights into the panel layout of mixedquant.h, and back. */
+/* Packs weights into the panels of mixedquant.h, and unpacks them. */
 #include <string.h>
 
 #include "ops.h"
@@ -7,8 +7,7 @@ static int64_t group_channels(const mq_linear *lin, int64_t j) {
     return mq_min(lin->group_size, lin->k - lin->k_salient - j * lin->group_size);
 }
 
-/* Where the code of a group's channel i of output channel c lies: a byte of the panel and a shift.
- */
+/* The byte and the shift of the code of channel i of group j, output channel c of the panel. */
 static uint8_t *code_place(uint8_t *panel, const mq_shape *shape, int64_t j, int64_t i, int64_t c,
                            int *shift) {
     int64_t quad = j * shape->group_quads + i / MQ_QUAD;
@@ -16,7 +15,7 @@ static uint8_t *code_place(uint8_t *panel, const mq_shape *shape, int64_t j, int
     return panel + quad / 2 * MQ_BLOCK_BYTES + c * MQ_QUAD + i % MQ_QUAD;
 }
 
-/* A scale as it is stored: rounded to bf16, 0 below the smallest normal fp32 number. */
+/* Rounds a scale to bf16 for storage; 0 if it is below the smallest normal fp32 number. */
 static uint16_t scale_to_bf16(float scale) {
     return scale < MQ_SMALLEST_NORMAL ? 0 : mq_f32_to_bf16(scale);
 }
@@ -120,11 +119,11 @@ mq_status mq_run_pack_weight(const mq_kernels *kernels, const mq_shape *shape, c
     return MQ_OK;
 }
 
-/* Channels i .. i + n of group j, output channel c of the panel, as rotated values. */
+/* Decodes channels i .. i + n of group j, output channel c, to values that are still rotated. */
 static void decode(const mq_shape *shape, const uint8_t *panel, float scale, int64_t j, int64_t i,
                    int64_t n, int64_t c, float *values) {
     for (int64_t e = 0; e < n; e++) {
-        int shift; /* only read; code_place serves packing too */
+        int shift; /* not written: code_place also serves packing */
         const uint8_t *byte = code_place((uint8_t *)(uintptr_t)panel, shape, j, i + e, c, &shift);
         values[e] = (float)(((*byte >> shift) & 15) - 8) * scale;
     }

@@ -45,7 +45,7 @@ __device__ __forceinline__ mq_quantization quantization_for(const group_args &ar
     return mq_quantization_of(args.format.num_bits, args.format.act_format, args.format.clip, of);
 }
 
-// Groups of up to 512 values: some lanes to each.
+// Groups of up to 512 values: several lanes per group.
 __global__ void __launch_bounds__(kThreads) short_groups(group_args args) {
     const int64_t g = smaller<int64_t>(args.format.group_size, args.cols);
     part values(g);
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) short_groups(group_args args) {
     }
 }
 
-// Longer ones: a block to each.
+// Longer groups: one block per group.
 __global__ void __launch_bounds__(kThreads, 2) long_groups(group_args args) {
     const int64_t g = args.format.group_size;
     for (int64_t job = blockIdx.x; job < args.rows * args.groups; job += gridDim.x) {

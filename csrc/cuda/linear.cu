@@ -1,4 +1,4 @@
-// The linear's two steps, and the table of kernels that multiply.
+// The two steps of the linear, and the table of multiplying kernels.
 #include "multiply.cuh"
 #include "quantize.cuh"
 
@@ -7,15 +7,15 @@ using namespace mq;
 namespace {
 
 #ifdef __CUDACC__
-// Asked after: a device has all kernels of this build, or none.
+// Probes for code for this device: a build has all kernels for it, or none.
 __global__ void probe() {}
 #endif
 
-constexpr int kAny = INT32_MAX;  // architecture
+constexpr int kAny = INT32_MAX;  // any architecture
 
 struct row {
     mq_cuda_kernel kernel;
-    quad_order order;  // of its workspace
+    quad_order order;  // of the workspace
     int (*multiply)(const multiply_args &args, int arch, void *stream);
 };
 
@@ -32,7 +32,7 @@ const row kTable[] = {
 };
 constexpr int kKernels = sizeof kTable / sizeof *kTable;
 
-// What mixedquant_cuda.h requires of both steps' callers.
+// What mixedquant_cuda.h requires of the callers of both steps.
 void assume_step(const mq_linear &lin, int kernel, mq_dtype dtype, int64_t m,
                  const void *workspace) {
     MQ_ASSUME(0 <= kernel && kernel < kKernels);
@@ -66,7 +66,7 @@ extern "C" int mq_cuda_arch(int *arch) {
     *arch = 10 * major + minor;
     cudaFuncAttributes unused;
     error = cudaFuncGetAttributes(&unused, probe);
-    cudaGetLastError();  // the next launch shall not report it again
+    cudaGetLastError();  // clears the error, so that the next launch does not report it again
     return error;
 #else
     *arch = MQ_ARCH;

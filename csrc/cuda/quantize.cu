@@ -1,11 +1,11 @@
-// The first step of the linear for groups of any size, scales of whole tokens, and tokens of any number
-// of channels. quantize_columns.cu takes the groups that most layers have.
+// Quantizes groups of any size, whole tokens with one scale, and tokens with any number of
+// channels. quantize_columns.cu takes the groups that most layers have.
 #include "quantize.cuh"
 
 namespace mq {
 namespace {
 
-// A token's values, and its place among the records.
+// A token's values and its index in the records.
 struct token {
     const void *values;
     int64_t at;
@@ -17,7 +17,7 @@ __device__ __forceinline__ float value_of(const quantize_args &args, const token
     return load(args.dtype, of.values, channel);
 }
 
-// Shared memory is filled 16 bytes at a time.
+// Copies the token to shared memory, 16 bytes at a time if possible.
 __device__ __forceinline__ void stage(const quantize_args &args, int64_t token) {
     const int64_t bytes = args.lin.k * size_of(args.dtype);
     unsigned char *to = dynamic_shared();
@@ -32,7 +32,7 @@ __device__ __forceinline__ void stage(const quantize_args &args, int64_t token) 
     __syncthreads();
 }
 
-// Zeros where no code will be written: all slots where groups share steps, else the last one.
+// Zeros what no code overwrites: all slots if groups share steps, otherwise the last slot.
 __device__ __forceinline__ void clear_codes(const quantize_args &args, int64_t token) {
     const int64_t from = args.slot.whole() ? args.slot.total - 1 : 0;
     const int words = args.to.record / 4;
@@ -57,7 +57,7 @@ __device__ __forceinline__ void split_salient(const quantize_args &args, const t
     if (__syncthreads_or(non_finite) && threadIdx.x == 0) store_salient_nan(args, of.at);
 }
 
-// Which channels a part holds: i .. of a group.
+// The channels of a part: i .. of a group.
 struct place {
     int64_t group, i, n;  // n: channels of the group from i on
 };
@@ -92,7 +92,8 @@ __device__ __forceinline__ void store_codes(const quantize_args &args, const tok
                                             const place &at, const part &values,
                                             const mq_quantization &to) {
     const bool is_nibbles = args.to.order == NIBBLES;
-    // a word of nibbles holds two quads: of neighbouring lanes, unless a group may start with the second
+    // a word of nibbles holds two quads, of neighbouring lanes unless a group may start with the
+    // second
     const bool in_pairs = is_nibbles && args.shape.group_quads % 2 == 0;
     const int zero = args.to.zeros ? -to.low : 0;
     if (at.i == 0 && values.n > 0 && values.lane_in_part == 0) {
@@ -117,7 +118,7 @@ __device__ __forceinline__ void store_codes(const quantize_args &args, const tok
         unsigned char *record = args.to.codes + (slot * args.to.stride + of.at) * args.to.record;
         uint32_t *word = reinterpret_cast<uint32_t *>(record) + args.to.word_of(quad);
         if (is_nibbles && !in_pairs)
-            atomicXor(word, codes << quad % 2 * 4);  // 0 before: clear_codes
+            atomicXor(word, codes << quad % 2 * 4);  // clear_codes set it to 0
         else
             *word = codes;
     }
@@ -128,7 +129,7 @@ __device__ __forceinline__ token token_of(const quantize_args &args, int64_t at)
     return {args.x + at * args.lin.k * size_of(args.dtype), at};
 }
 
-// Every group, of up to 512 channels, has a scale of its own: lanes work for themselves.
+// Groups of up to 512 channels with a scale each. Every few lanes work on a group of their own.
 __global__ void __launch_bounds__(kThreads) quantize_groups(quantize_args args) {
     const token of = token_of(args, blockIdx.x);
     if (args.staged) stage(args, of.at);
@@ -149,8 +150,8 @@ __global__ void __launch_bounds__(kThreads) quantize_groups(quantize_args args) 
     }
 }
 
-// A scale for all of a token, or for groups of more than 512 channels: the block works together. For
-// four blocks at a time ptxas spills registers on sm_75.
+// A scale per token, or groups of more than 512 channels: the whole block works on one group. With
+// four blocks per multiprocessor ptxas spills registers on sm_75.
 __global__ void __launch_bounds__(kThreads, 3) quantize_tokens(quantize_args args) {
     const int64_t size = smaller(args.lin.group_size, args.lin.k);
     const token of = token_of(args, blockIdx.x);
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 3) quantize_tokens(quantize_args arg
     };
     for (int64_t group = 0; group < args.shape.groups; group += together) {
         const int64_t begin = group * parts, end = (group + together) * parts;
-        // the last jobs of a block may belong to a next group: they hold no values
+        // the last jobs of a round may belong to the next group: they hold no values
         const auto job_at = [&](int64_t start) {
             const int64_t job = start + values.in_block();
             return job < end ? job : args.shape.groups * parts;

@@ -1,11 +1,11 @@
-// The first step of the linear for groups of 32, 64 ... 512 channels, which is what most layers have.
+// Quantizes groups of 32, 64 ... 512 channels, which most layers have.
 #include "quantize.cuh"
 
 namespace mq {
 namespace {
 
-constexpr int64_t kManyTokens = 1024;  // blocks of two tokens still fill any GPU
-constexpr int64_t kFewTokens = 256;    // blocks of one do not fill one
+constexpr int64_t kManyTokens = 1024;  // enough that blocks of two tokens fill any GPU
+constexpr int64_t kFewTokens = 256;    // too few for blocks of one token to fill one
 
 constexpr int kSlotChannels = 32, kLaneChannels = 16;  // a lane's channels are half a slot
 
@@ -24,13 +24,13 @@ struct bits_of<MQ_F32> {
     typedef uint32_t type;
 };
 
-// A channel of a block's tokens, side by side in shared memory: a lane reads all of them at once.
+// A channel of the block's tokens, contiguous in shared memory: a lane loads all of them at once.
 template <typename T, int ROWS>
 struct alignas(sizeof(T) * ROWS) column {
     T row[ROWS];
 };
 
-// Behind the tokens' columns: what an index outside [0, k) reads, and what stands for no channel.
+// Extra columns after the channels: for an index outside [0, k), and for no channel.
 constexpr int kNanColumn = 0, kZeroColumn = 1, kMoreColumns = 2;
 
 template <mq_dtype DTYPE, int ROWS>
@@ -50,7 +50,7 @@ struct columns {
           rows(static_cast<int>(smaller<int64_t>(ROWS, args_.to.m - first))),
           k(static_cast<int>(args_.lin.k)) {}
 
-    // The last token stands in for those that the last block lacks.
+    // Tokens past the last one repeat it.
     __device__ __forceinline__ const unsigned char *token_row(int r) const {
         return args.x + (first + smaller(r, rows - 1)) * k * static_cast<int>(sizeof(T));
     }
@@ -58,7 +58,7 @@ struct columns {
     __device__ __forceinline__ void fill() const {
         const int thread = static_cast<int>(threadIdx.x);
         if (k % kPerWord == 0) {
-            constexpr int kAhead = 8 / ROWS;  // loads under way: latency is what takes long here
+            constexpr int kAhead = 8 / ROWS;  // loads in flight; latency is the bottleneck
             const int words = k / kPerWord;
             for (int w = thread; w < words; w += kThreads * kAhead) {
                 uint32_t in[kAhead][ROWS];
@@ -99,12 +99,12 @@ struct columns {
     __device__ __forceinline__ int index(int channel) const {
         return static_cast<unsigned>(channel) < static_cast<unsigned>(k) ? channel : k + kNanColumn;
     }
-    // The column of the channel at place i of perm's order
+    // The column of the channel at position i of perm.
     __device__ __forceinline__ int place(int64_t i) const {
         return index(static_cast<int>(channel_at(args, i)));
     }
 
-    // Those of 4 neighbours in perm's order, of which n are there; i is a multiple of 4
+    // The columns of 4 neighbours in perm, of which n exist. i is a multiple of 4.
     __device__ __forceinline__ void places(int64_t i, int n, int (&to)[4]) const {
         MQ_ASSUME(i % 4 == 0);
         if (n >= 4 && args.lin.perm) {
@@ -117,8 +117,8 @@ struct columns {
         for (int c = 0; c < 4; c++) to[c] = c < n ? place(i + c) : k + kZeroColumn;
     }
 
-    // The salient channels as sums of halves, 4 at a time. bad: [ROWS], 0 before; 1 for a token with
-    // a value that is not finite.
+    // Stores the salient channels as sums of halves, 4 at a time. bad [ROWS], initially 0, becomes
+    // 1 for a token with a non-finite value.
     __device__ __forceinline__ void split(int *bad) const {
         const int64_t k4 = args.lin.k - args.lin.k_salient;
         const int jobs = static_cast<int>(args.to.chunks) * 4 * ROWS;
@@ -136,10 +136,10 @@ struct columns {
     }
 };
 
-// Which of a group's channels the lane's 16 values are: e0 + 4 i + c, or + 8 i in EVEN_FIRST's order, so
-// that their codes are 16 neighbouring bytes of a slot's record.
+// The channels of a group that the lane's 16 values belong to: e0 + 4 i + c, or e0 + 8 i + c in the
+// order EVEN_FIRST. Their codes are 16 contiguous bytes of a slot's record.
 struct lane_place {
-    int lanes, in_group, e0, step;  // lanes: of a group
+    int lanes, in_group, e0, step;  // lanes: per group
     bool even_first;
 
     __device__ __forceinline__ lane_place(const quantize_args &args)
@@ -151,7 +151,7 @@ struct lane_place {
     }
 };
 
-// The values of a group, of which n are there, times the Hadamard matrices: butterflies by stride.
+// Rotates a group of n values by strided butterflies.
 template <bool WHOLE>
 struct rotation_of {
     const lane_place &at;
@@ -162,7 +162,7 @@ struct rotation_of {
         const int e = at.e0 + i / 4 * at.step + i % 4;
         return e < n ? smaller(size, 1 << (31 - __clz(n ^ e))) : 1;
     }
-    // between registers STEP apart, which hold values `stride` apart
+    // Butterflies between registers STEP apart, which hold values `stride` apart.
     template <int STEP>
     __device__ __forceinline__ void in_lane(float (&v)[kLaneChannels], int stride) const {
         if (stride >= size) return;
@@ -197,8 +197,8 @@ struct rotation_of {
     }
 };
 
-// As extent: as signed numbers the bits of floats from 0 on are larger the larger they are, and as
-// unsigned ones those of negative floats are above all of these.
+// The extent of a group. As signed integers, floats >= 0 are in the order of their bits; as
+// unsigned integers, all negative floats are above them.
 __device__ __forceinline__ mq_extent extent_of(const float (&v)[kLaneChannels], int lanes) {
     int positive = 0;
     uint32_t any = 0;
@@ -216,13 +216,13 @@ __device__ __forceinline__ mq_extent extent_of(const float (&v)[kLaneChannels], 
     return of;
 }
 
-// code_of of four values less `zero`, in bytes. 1.5 * 2^23 more makes a float round to an integer, which is
-// then its lowest bits.
+// Four codes plus `zero`, in bytes. Adding 1.5 * 2^23 rounds a float to an integer, in its lowest
+// bits.
 __device__ __forceinline__ uint32_t codes_of(const float *v, const mq_quantization &to, int zero) {
     uint32_t words[4];
 #pragma unroll
     for (int c = 0; c < 4; c++) {
-        // a NaN becomes `low`, which is 0 where there may be one
+        // a NaN becomes `low`, which is 0 if there can be one
         float value = fmaxf(v[c] * to.inverse, static_cast<float>(to.low));
         value = fminf(value, static_cast<float>(to.high)) + 12582912.0f;
         words[c] = __float_as_uint(value) + static_cast<uint32_t>(zero);
@@ -231,7 +231,7 @@ __device__ __forceinline__ uint32_t codes_of(const float *v, const mq_quantizati
                        __byte_perm(words[2], words[3], 0x0040), 0x5410);
 }
 
-// Many blocks at once: until its tokens have come, a block has nothing to do. For four of them ptxas
+// Several blocks per multiprocessor, because each idles until its tokens arrive. With four, ptxas
 // spills registers on sm_100 and sm_120.
 template <mq_dtype DTYPE, int ROWS, bool ROTATES>
 __global__ void __launch_bounds__(kThreads, ROTATES         ? 2
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, ROTATES         ? 2
         }
     };
 
-    if (begin < groups) find(group_at(begin));  // while the tokens come
+    if (begin < groups) find(group_at(begin));  // while the tokens load
     if (threadIdx.x < ROWS) bad[threadIdx.x] = 0;
     in.fill();
     __syncthreads();
@@ -330,7 +330,7 @@ int64_t columns_bytes(const quantize_args &args) {
 
 template <mq_dtype DTYPE, int ROWS>
 int run_columns(const quantize_args &args, void *stream) {
-    // few tokens fill the GPU only if several blocks share one
+    // few tokens fill the GPU only if several blocks share each
     const int64_t lanes = args.shape.groups * args.lin.group_size / kLaneChannels;
     const int64_t passes = args.to.m <= kFewTokens ? ceil_div<int64_t>(lanes, kThreads) : 1;
     const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(args.to.m, ROWS)),
@@ -341,8 +341,8 @@ int run_columns(const quantize_args &args, void *stream) {
                   args);
 }
 
-// By two tokens to a block, or one where two do not fit into shared memory or leave the GPU without
-// enough blocks; -1 where not even one fits.
+// Two tokens per block, or one if two do not fit in shared memory or would leave the GPU without
+// enough blocks. Returns -1 if not even one fits.
 template <mq_dtype DTYPE>
 int run_dtype(const quantize_args &args, void *stream) {
     if (args.to.m >= kManyTokens && columns_bytes<DTYPE, 2>(args) <= kOrdinaryShared)

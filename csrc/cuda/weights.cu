@@ -1,16 +1,16 @@
-// Packing of weights into the CPU's panels (docs/format.md) and back, and GPTQ's column loop.
+// Packs weights into the CPU's panels (docs/format.md), unpacks them, and runs GPTQ's column loops.
 #include "common.cuh"
 
 namespace mq {
 namespace {
 
-// The 32-bit word of a panel that holds a quad of output channel c in one half of its nibbles.
+// The 32-bit word of a panel that holds a quad of an output channel, in one half of its nibbles.
 __device__ __forceinline__ int64_t word_of(const mq_shape &shape, int64_t row, int64_t quad) {
     return (row / MQ_PANEL * shape.blocks + quad / 2) * MQ_PANEL + row % MQ_PANEL;
 }
 
-// What a row's group is given to: some lanes where groups have up to 512 values, else a warp, which
-// goes through its parts one after another.
+// A row's group, as one job: for several lanes if groups have up to 512 values, otherwise for a
+// warp, which loops over its parts.
 struct row_group {
     int64_t row, group, first, n;  // channels first .. first + n of the INT4 part
 };
@@ -26,7 +26,7 @@ __device__ __forceinline__ row_group row_group_of(const mq_linear &lin, const mq
     return of;
 }
 
-// for the part i, i + 512, .. of each group, in every lane as often
+// Loops over parts i = 0, 512, .. of a group; every lane runs as many iterations.
 #define MQ_PARTS(i, size) for (int64_t i = 0; i < (size); i += part::kMost)
 
 __device__ __forceinline__ int64_t channel_of(const mq_linear &lin, int64_t i) {
@@ -41,19 +41,19 @@ struct pack_args {
     mq_dtype dtype;
     const void *w;
     const float *group_scales;
-    uint32_t *qweight;  // 0x88888888 before: code 0
-    uint16_t *scales;   // 0 before
-    void *salient;      // 0 before
+    uint32_t *qweight;  // initially 0x88888888: code 0
+    uint16_t *scales;   // initially 0
+    void *salient;      // initially 0
     uint16_t *salient_scales;
     int *status;
 };
 
-// A scale as it is stored: bf16, 0 below the smallest normal number.
+// Rounds a scale to bf16 for storage; 0 if it is below the smallest normal number.
 __device__ __forceinline__ uint16_t stored_scale(float scale) {
     return scale < MQ_SMALLEST_NORMAL ? 0 : f32_to_bf16(scale);
 }
 
-// A channel of a row, 0 where perm is bad.
+// A channel of a row; 0 where perm is bad.
 __device__ __forceinline__ float weight_at(const pack_args &args, int64_t row, int64_t i) {
     const int64_t channel = channel_of(args.lin, i);
     return channel < 0 ? 0.0f : load(args.dtype, args.w, row * args.lin.k + channel);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 2) pack_groups(pack_args args) {
                     const int code = e + c < values.n ? code_of(values.v[v + c], to) : 0;
                     codes |= static_cast<uint32_t>(code & 15) << 8 * c;
                 }
-                // code & 15 is (code + 8) ^ 8; words are shared by the two quads of a block
+                // code & 15 is (code + 8) ^ 8; the two quads of a block share words
                 const int64_t quad = of.group * args.shape.group_quads + (i + e) / MQ_QUAD;
                 atomicXor(&args.qweight[word_of(args.shape, of.row, quad)],
                           codes << (quad % 2 ? 4 : 0));
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, 2) pack_groups(pack_args args) {
     }
 }
 
-// A warp to a row.
+// One warp per row.
 __global__ void __launch_bounds__(kThreads, 4) pack_salient(pack_args args) {
     const mq_linear &lin = args.lin;
     const int64_t k4 = lin.k - lin.k_salient;
@@ -206,12 +206,12 @@ __global__ void __launch_bounds__(kThreads) unpack_salient(mq_linear lin, float 
     }
 }
 
-// The column loops of GPTQ and of the descent after it: a warp to a row, column by column.
+// The column loops of GPTQ and of coordinate descent: one warp per row, column by column.
 struct column_args {
     int q_max;
     int64_t rows, cols, col0, group_size, groups;
-    const float *scales, *matrix;  // u, or h
-    float *w, *other;              // errors, or the gradient
+    const float *scales, *matrix;  // u or h
+    float *w, *other;              // errors or gradient
 };
 
 __device__ __forceinline__ float on_grid(const column_args &args, int64_t row, int64_t i,
@@ -221,7 +221,7 @@ __device__ __forceinline__ float on_grid(const column_args &args, int64_t row, i
     float q = value * mq_inverse_of(scale);
     q = q < -most ? -most : q;
     q = q > most ? most : q;
-    return (rintf(q) + 0.0f) * scale;  // + 0: no negative zero
+    return (rintf(q) + 0.0f) * scale;  // + 0.0f removes negative zeros
 }
 
 template <bool DESCEND>

@@ -1,5 +1,6 @@
-/* Calls one kernel with a contract of csrc/cpu/kernels.h kept or broken; a broken one must trap.
- * Usage: check_assumptions ISA CONTRACT BROKEN, BROKEN 0 or 1. Without arguments: lists the contracts. */
+/* Calls one kernel and keeps or breaks one contract of csrc/cpu/kernels.h. A broken contract
+ * must trap. Usage: check_assumptions ISA CONTRACT BROKEN, where BROKEN is 0 or 1. Without
+ * arguments it lists the contracts. */
 #include <string.h>
 
 #include "../../csrc/cpu/kernels.h"
