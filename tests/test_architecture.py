@@ -1,4 +1,4 @@
-"""The map of the package: who imports whom, what an import does, and the paths that others import."""
+"""The map of the package: who imports whom, what an import does, which paths are promised."""
 
 import importlib
 import pkgutil
