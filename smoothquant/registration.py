@@ -7,7 +7,6 @@ are imported, the registration follows, and none is imported for it.
 
 import importlib
 import importlib.abc
-import importlib.util
 import sys
 import warnings
 
@@ -27,13 +26,17 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
         if fullname != self.watched:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next(filter(None, specs), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module) -> None:
                 execute(module)
+                # Only now: a spec may be asked for to see whether the module is installed.
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 _follow(fullname)
 
             spec.loader.exec_module = exec_module

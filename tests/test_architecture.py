@@ -156,6 +156,14 @@ def test_torch_has_the_ops_in_whichever_order(order, run_python):
     run_python(f"import {order}\nassert callable(torch.ops.mixedquant.w4a4_linear)")
 
 
+def test_looking_for_torch_without_importing_it_changes_nothing(run_python):
+    run_python(
+        "import importlib.util, smoothquant\n"
+        "assert importlib.util.find_spec('torch') and importlib.util.find_spec('torch')\n"
+        "import torch; assert callable(torch.ops.mixedquant.w4a4_linear)"
+    )
+
+
 def test_torch_imports_where_the_kernels_do_not_load(run_python):
     found = run_python(
         "import sys, smoothquant\n"
