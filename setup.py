@@ -8,7 +8,7 @@ CUDA build of torch. Environment:
                              (default: for a torch with CUDA, where nvcc is found)
     MIXEDQUANT_CUDA_ARCHS    architectures for nvcc (default: those of "75,80,86,89,90a,100,120"
                              that it knows); 90a has kernels that 90 lacks
-    MIXEDQUANT_CFLAGS        further flags for C and C++, e.g. sanitizers
+    MIXEDQUANT_CFLAGS        further flags for C and C++, e.g. sanitizers, or -Wno-error
 """
 
 import os
@@ -29,12 +29,15 @@ TORCH_FIRST = (
     'run "pip install torch==2.13.0", then "pip install setuptools wheel pybind11", then '
     '"pip install --no-build-isolation ."'
 )
-COMMON_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-C_FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wconversion", *COMMON_FLAGS]
+WARNINGS = ["-Wall", "-Wextra", "-Wconversion"]
+# only in a checkout: users of a source distribution may have compilers with new warnings
+WARNINGS += ["-Werror"] * (ROOT / ".git").exists()
+COMMON_FLAGS = ["-fPIC", "-fvisibility=hidden", *WARNINGS]
+C_FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", *COMMON_FLAGS]
 CXX_FLAGS = ["-std=c++20", "-O2", *COMMON_FLAGS]
 # -fmad=false: kernels write a fused multiply-add as one, as C does
 NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Werror=all-warnings"]
-NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+NVCC_FLAGS += [f"-Xcompiler={','.join(COMMON_FLAGS)}"]
 CUDA_ARCHS = "75,80,86,89,90a,100,120"
 CUDA_LIBRARY = "smoothquant._cuda"
 

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 
 from .bundled import BUNDLED_MODELS, check_model_name, load_model, wikitext
-from .calibration.act_scales import load_act_scales
+from .calibration import load_act_scales
 from .calibration.collect import collect_stats
 from .calibration.tokens import token_blocks
 from .core.config import MixedQuantConfig, check_integer, check_real

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CC = shlex.split(os.environ.get("CC", "cc"))
 CXX = shlex.split(os.environ.get("CXX", "c++"))
-FLAGS = ["-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]  # of C and C++
+# Of C and C++
+FLAGS = ["-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Wconversion", "-Werror"]
+FLAGS += ["-DMQ_CHECK_ASSUMPTIONS"]
 # Of CUDA C, compiled for the CPU
 EMULATED = ["-std=c++17", *FLAGS, "-O1", "-Wno-unknown-pragmas", "-DMQ_BUILD_WGMMA"]
 EMULATED += ["-include", str(ROOT / "tests" / "cuda" / "emulator.h"), "-x", "c++"]
@@ -22,6 +25,17 @@ def run(*command: str) -> str:
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
+
+
+def traps(*command: str) -> bool:
+    """Whether a command, sanitized or not, dies by a false MQ_ASSUME."""
+    environment = {
+        **os.environ,
+        "ASAN_OPTIONS": "handle_sigill=0",
+        "UBSAN_OPTIONS": "handle_sigill=0",
+    }
+    result = subprocess.run(command, capture_output=True, env=environment)
+    return result.returncode in (-signal.SIGILL, -signal.SIGTRAP)
 
 
 def run_all(commands: Iterable[list[str]]) -> list[str]:

@@ -5,7 +5,7 @@ import torch
 
 from smoothquant import collect_stats, quantize
 from smoothquant.bundled import load_bundled, wikitext
-from smoothquant.calibration.tokens import token_blocks
+from smoothquant.calibration import token_blocks
 from smoothquant.channels.budget import Demand, bits_per_weight, share_out
 from smoothquant.channels.sorting import num_salient_channels
 from smoothquant.core.config import MixedQuantConfig

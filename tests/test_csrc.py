@@ -6,13 +6,13 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
-from programs import CC, FLAGS, SANITIZERS, run, run_all
+from programs import CC, FLAGS, SANITIZERS, run, run_all, traps
 
 from smoothquant.kernels import ops
 
 ROOT = Path(__file__).resolve().parent.parent
 C_SOURCES = sorted(str(path) for path in (ROOT / "csrc" / "cpu").glob("*.c"))
-CHECK = str(ROOT / "tests" / "csrc" / "check_kernels.c")
+CHECKS = [str(ROOT / "tests" / "csrc" / f"check_{name}.c") for name in ("kernels", "assumptions")]
 X86_ISAS = "scalar avx2 avxvnni avx512vnni"
 ARM_CC, ARM_EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 ARM_ISAS = {
@@ -22,13 +22,16 @@ ARM_ISAS = {
 }
 
 
-def build_check(folder: Path, *flags: str, cc: list[str] = CC) -> str:
-    objects = {source: str(folder / f"{Path(source).stem}.o") for source in [*C_SOURCES, CHECK]}
+def build_check(folder: Path, *flags: str, cc: list[str] = CC) -> Path:
+    """The folder, with a program for each of CHECKS."""
+    objects = {source: str(folder / f"{Path(source).stem}.o") for source in [*C_SOURCES, *CHECKS]}
     common = [*cc, "-std=c11", *FLAGS, *flags, "-c"]
     run_all([*common, source, "-o", target] for source, target in objects.items())
-    program = str(folder / "check_kernels")
-    run(*cc, *flags, *objects.values(), "-o", program, "-lm")
-    return program
+    kernels = [objects[source] for source in C_SOURCES]
+    for check in CHECKS:
+        program = str(folder / Path(check).stem)
+        run(*cc, *flags, objects[check], *kernels, "-o", program, "-lm")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +63,28 @@ def arm_check(tmp_path_factory):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_kernels_of_this_processor_equal_scalar(native_check, seed):
     isas = " ".join(ops.supported_isas())
-    assert run(native_check, str(seed), "3000") == f"3000 cases: {isas}\n"
+    assert run(str(native_check / "check_kernels"), str(seed), "3000") == f"3000 cases: {isas}\n"
 
 
 @pytest.mark.parametrize("seed", [3, 4])
 def test_kernels_of_every_x86_processor_equal_scalar(simde_check, seed):
-    assert run(simde_check, str(seed), "400") == f"400 cases: {X86_ISAS}\n"
+    assert run(str(simde_check / "check_kernels"), str(seed), "400") == f"400 cases: {X86_ISAS}\n"
 
 
 @pytest.mark.parametrize(("processor", "isas"), ARM_ISAS.items())
 def test_kernels_of_arm_processors_equal_scalar(arm_check, processor, isas):
     emulator = [ARM_EMULATOR, "-L", "/usr/aarch64-linux-gnu", "-cpu", processor]
-    assert run(*emulator, arm_check, "5", "500") == f"500 cases: {isas}\n"
+    assert run(*emulator, str(arm_check / "check_kernels"), "5", "500") == f"500 cases: {isas}\n"
+
+
+def test_kernels_trap_where_a_contract_is_broken(native_check):
+    program = str(native_check / "check_assumptions")
+    contracts = run(program).split()
+    assert len(contracts) > 10
+    for isa in ops.supported_isas():
+        for contract in contracts:
+            run(program, isa, contract, "0")
+            assert traps(program, isa, contract, "1"), (isa, contract)
 
 
 def test_header_is_plain_c_and_cpp():

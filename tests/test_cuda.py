@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from bits import assert_same_bits
-from programs import CC, CXX, EMULATED, ROOT, run, run_all
+from programs import CC, CXX, EMULATED, FLAGS, ROOT, run, run_all
 from transformers import AutoModelForCausalLM
 
 from smoothquant import MixedQuantConfig, quantize
@@ -38,13 +38,13 @@ EMULATED_ARCH = 80
 def build_emulated(folder: Path) -> str:
     """The library of CUDA ops with emulated kernels."""
     torch_folder = Path(torch.__file__).parent
-    shim = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror"]
+    shim = ["-std=c++20", "-O1", *FLAGS]
     shim += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem{torch_folder / 'include'}"]
     shim += [f'-DMQ_BUILD_CUDA_ARCHS="{EMULATED_ARCH}"']
     commands = {
         ROOT / "tests" / "cuda" / "device.cpp": [*CXX, *shim],
         ROOT / "csrc" / "torch" / "cuda.cpp": [*CXX, *shim],
-        ROOT / "csrc" / "cpu" / "shape.c": [*CC, "-std=c11"],
+        ROOT / "csrc" / "cpu" / "shape.c": [*CC, "-std=c11", *FLAGS],
     }
     for source in [*(ROOT / "csrc" / "cuda").glob("*.cu"), ROOT / "tests/cuda/emulator.cpp"]:
         commands[source] = [*CXX, f"-DMQ_ARCH={EMULATED_ARCH}", *EMULATED]
@@ -744,10 +744,10 @@ def test_the_current_device_stays(layer):
 @on_card
 def test_tensors_elsewhere_are_refused(layer):
     on_gpu, x = layer
-    with pytest.raises(ValueError, match="must be on cuda:0, as the other arguments are"):
+    with pytest.raises(ValueError, match="must be on cuda:0, like the other arguments"):
         q, scales = ops.group_quantize(x, 8)
         ops.group_dequantize(q.cuda(), scales, 8)
-    with pytest.raises(ValueError, match="x must be on the CUDA device that other arguments"):
+    with pytest.raises(ValueError, match="x must be on the CUDA device of the other arguments"):
         on_gpu(x)
 
 

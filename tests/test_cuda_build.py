@@ -26,6 +26,7 @@ with mock.patch("setuptools.setup"):
     SETUP = runpy.run_path(str(ROOT / "setup.py"))
 NO_NVCC = "nvcc was not found: what it makes of the CUDA kernels was not checked"
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+QUANTIZERS = ("quantize", "quantize_columns")
 TORCH = SimpleNamespace(
     version=SimpleNamespace(cuda=None)
 )  # as cuda_compiler sees one without CUDA
@@ -74,7 +75,7 @@ def test_kernels_compile_without_warnings_and_without_spills(compiled):
         for name, *sizes in frames:
             assert sizes == ["0", "0", "0"], (cell, name, sizes)
         # kOrdinaryShared of common.cuh counts on it
-        has_dynamic = cell[0] in ("quantize", "multiply_prefill", "multiply_wgmma")
+        has_dynamic = cell[0] in (*QUANTIZERS, "multiply_prefill", "multiply_wgmma")
         most = 1024 if has_dynamic else 48 << 10
         assert all(int(smem) <= most for smem in re.findall(r"(\d+) bytes smem", says)), cell
 
@@ -154,10 +155,10 @@ def test_kernels_of_the_linear_use_no_local_memory_and_no_routine_but_division(c
         if arch == "75":
             # no instruction for products of bf16: lanes ask each other for the factors
             allowed += "|__cuda_sm70_shflsync"
-        for source in ("multiply_decode", "multiply_prefill", "multiply_wgmma", "quantize"):
+        for source in ("multiply_decode", "multiply_prefill", "multiply_wgmma", *QUANTIZERS):
             for name, code in instructions(compiled[source, arch][0]).items():
                 assert not [text for text in code if re.search(r"\b(LDL|STL)\b", text)], name
-                if source == "quantize":  # reciprocals and roots have routines for odd values
+                if source in QUANTIZERS:  # reciprocals and roots have routines for odd values
                     continue
                 # a place in the kernel itself is a jump that comes back
                 calls = [text for text in code if "CALL" in text and "(.L_" not in text]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from programs import CC, CXX, EMULATED, FLAGS, ROOT, SANITIZERS, run, run_all
+from programs import CC, CXX, EMULATED, FLAGS, ROOT, SANITIZERS, run, run_all, traps
 
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 CHECK = [ROOT / "tests" / "cuda" / name for name in ("check_cuda.cpp", "emulator.cpp")]
@@ -48,3 +48,9 @@ def test_kernels_equal_the_scalar_ones_on_every_kind_of_architecture(checks):
     every = {"decode_8", "decode_16", "decode_32", "prefill_s8"}
     assert set(runs[90]) == every | {"prefill_wgmma"}
     assert set(runs[75]) == set(runs[80]) == every | {"prefill_s4"}
+
+
+def test_a_step_traps_where_a_contract_is_broken(checks):
+    run(checks[80], "none")
+    for contract in ("x", "scales", "kernel"):
+        assert traps(checks[80], contract), contract

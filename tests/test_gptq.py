@@ -7,8 +7,7 @@ import torch
 
 from smoothquant import quantize
 from smoothquant.bundled import load_bundled, wikitext
-from smoothquant.calibration.collect import collect_stats
-from smoothquant.calibration.tokens import token_blocks
+from smoothquant.calibration import collect_stats, token_blocks
 from smoothquant.channels.sorting import ChannelPlan
 from smoothquant.core.config import MixedQuantConfig
 from smoothquant.layers.gptq import curvature, descend, gptq, inverse_factor

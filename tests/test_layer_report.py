@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from smoothquant import quantize
-from smoothquant.calibration.collect import collect_stats
+from smoothquant.calibration import collect_stats
 from smoothquant.core.config import MixedQuantConfig
 from smoothquant.evaluation.layer_report import HIDDEN, LayerError, by_kind, layer_report
 from smoothquant.models.families import layer_inputs

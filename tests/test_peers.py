@@ -9,8 +9,7 @@ import torch
 from run_experiments import peers
 from smoothquant import quantize
 from smoothquant.bundled import load_bundled, wikitext
-from smoothquant.calibration.collect import collect_stats
-from smoothquant.calibration.tokens import token_blocks
+from smoothquant.calibration import collect_stats, token_blocks
 from smoothquant.core.config import MixedQuantConfig
 from smoothquant.evaluation.perplexity import Evaluator
 

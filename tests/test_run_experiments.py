@@ -28,8 +28,7 @@ from run_experiments.run_experiments import main
 from run_experiments.store import Store
 from smoothquant import quantize
 from smoothquant.bundled import load_bundled, wikitext
-from smoothquant.calibration.collect import collect_stats
-from smoothquant.calibration.stats_files import load_stats
+from smoothquant.calibration import collect_stats, load_stats
 from smoothquant.core.config import MixedQuantConfig
 from smoothquant.evaluation.perplexity import Evaluator
 

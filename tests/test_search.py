@@ -7,9 +7,9 @@ import torch
 
 from smoothquant import collect_stats, load_quantized, quantize, save_quantized
 from smoothquant.bundled import load_bundled, wikitext
+from smoothquant.calibration import token_blocks
 from smoothquant.calibration.blocks import blocks
 from smoothquant.calibration.hessian import SAMPLE_ROWS, sample_rows
-from smoothquant.calibration.tokens import token_blocks
 from smoothquant.channels.sorting import ChannelPlan
 from smoothquant.channels.statistics import ChannelStats
 from smoothquant.core.config import MixedQuantConfig

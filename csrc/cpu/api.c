@@ -1,4 +1,4 @@
-/* The public entries: all argument checks stand here, but for those of shape.c, and only here. */
+/* The public entries. Every argument is checked here, or in shape.c, and nowhere else. */
 #include "ops.h"
 
 #define REQUIRE(condition, status)       \
@@ -61,7 +61,7 @@ static mq_status check_format(const mq_group_format *format, mq_dtype dtype, int
     REQUIRE(format->group_size >= 1, MQ_INVALID_GROUP_SIZE);
     REQUIRE(format->num_bits >= 2 && format->num_bits <= 8, MQ_INVALID_BITS);
     REQUIRE((unsigned)format->act_format <= MQ_ACT_ZERO_POINT, MQ_INVALID_FORMAT);
-    /* codes of 8 bits around a zero-point would not fit a byte */
+    /* 8-bit codes minus a zero-point would not fit a byte */
     REQUIRE(format->act_format != MQ_ACT_ZERO_POINT || format->num_bits <= 7, MQ_INVALID_BITS);
     REQUIRE(format->clip > 0 && format->clip <= 1, MQ_INVALID_SCALE);
     REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
@@ -138,9 +138,10 @@ mq_status mq_unpack_nibbles(const uint8_t *packed, int64_t rows, int64_t cols, i
     return MQ_OK;
 }
 
-/* Copies lin, a perm that is the identity as NULL: the kernels then read channels where they are. */
+/* Copies lin; replaces a perm that is the identity by NULL, so that kernels read channels in
+ * place. */
 static mq_status resolve_perm(const mq_linear *lin, mq_linear *resolved) {
-    /* flags for all entries and a bound of their type: the loop vectorizes */
+    /* Flags for the whole array and a bound of the same type let the loop vectorize. */
     uint32_t wrong = 0, moved = 0;
     const int32_t last = (int32_t)mq_min(lin->k - 1, INT32_MAX);
     if (lin->perm)
@@ -153,7 +154,7 @@ static mq_status resolve_perm(const mq_linear *lin, mq_linear *resolved) {
     return wrong ? MQ_INVALID_PERM : MQ_OK;
 }
 
-/* What pack, unpack, quantize and multiply all need of lin. */
+/* Checks what pack, unpack, quantize and multiply all need. */
 static mq_status check_layer(const mq_linear *lin, mq_shape *shape) {
     REQUIRE(lin, MQ_INVALID_POINTER);
     TRY(mq_shape_of(lin->n, lin->k, lin->k_salient, lin->group_size, shape));
@@ -188,7 +189,7 @@ mq_status mq_pack_weight(const mq_linear *lin, int q_max, mq_dtype dtype, const 
                               salient_scales);
 }
 
-/* What the two column loops share */
+/* Checks the arguments that both column loops take. */
 static mq_status check_columns(int q_max, int64_t rows, int64_t cols, int64_t col0,
                                int64_t group_size, int64_t groups) {
     REQUIRE(q_max >= 1 && q_max <= 7, MQ_INVALID_BITS);
@@ -260,7 +261,7 @@ mq_status mq_linear_tile_rows(const mq_linear *lin, int64_t m, int64_t *rows) {
     return MQ_OK;
 }
 
-/* row0 starts a tile and row1 ends one, or the matrix. */
+/* row0 must start a tile; row1 must end one or be m. */
 static mq_status check_rows(const mq_linear *lin, int64_t m, int64_t row0, int64_t row1) {
     int64_t h;
     TRY(mq_linear_tile_rows(lin, m, &h));

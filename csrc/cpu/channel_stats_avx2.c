@@ -19,6 +19,7 @@ MQ_AVX2 static MQ_INLINE void add8(double *a, __m256d low, __m256d high) {
 MQ_AVX2 void mq_channel_stats_avx2(mq_dtype dtype, const void *x, int64_t rows, int64_t stride,
                                    int64_t col0, int64_t col1, int64_t count,
                                    const mq_channel_stats *stats) {
+    mq_assume_channel_stats(dtype, rows, stride, col0, col1, count);
     const __m256 sign = _mm256_set1_ps(-0.0f);
     const int64_t vector_end = col0 + (col1 - col0) / 8 * 8;
     for (int64_t r = 0; r < rows; r++) {
@@ -33,7 +34,7 @@ MQ_AVX2 void mq_channel_stats_avx2(mq_dtype dtype, const void *x, int64_t rows, 
                 for (; lanes; lanes &= lanes - 1)
                     stats->argmax[c + __builtin_ctz((unsigned)lanes)] = count + r;
             }
-            /* min_ps gives its second operand for a NaN */
+            /* min_ps returns its second operand if either is NaN */
             _mm256_storeu_ps(stats->minimum + c,
                              _mm256_min_ps(value, _mm256_loadu_ps(stats->minimum + c)));
             __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(value));

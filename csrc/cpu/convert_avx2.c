@@ -4,10 +4,12 @@
 #include "x86.h"
 
 MQ_AVX2 void mq_widen_avx2(mq_dtype dtype, const uint16_t *x, int64_t n, float *out) {
+    mq_assume_widen(dtype, x, n, out);
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
         __m128i halves = _mm_loadu_si128((const __m128i *)(const void *)(x + i));
-        _mm_prefetch((const char *)(x + i) + 4096, _MM_HINT_T0); /* salient weights from memory */
+        _mm_prefetch((const char *)(x + i) + 4096, _MM_HINT_T0); /* salient weights come from
+                                                                  * memory */
         __m256 wide =
             dtype == MQ_F16
                 ? _mm256_cvtph_ps(halves)
@@ -18,6 +20,7 @@ MQ_AVX2 void mq_widen_avx2(mq_dtype dtype, const uint16_t *x, int64_t n, float *
 }
 
 MQ_AVX2 void mq_widen_codes_avx2(const int8_t *q, const uint16_t *scales, int64_t n, float *out) {
+    mq_assume_widen_codes(q, n, out);
     float factors[MQ_PANEL];
     mq_widen_avx2(MQ_BF16, scales, MQ_PANEL, factors);
     const __m256 low = _mm256_loadu_ps(factors), high = _mm256_loadu_ps(factors + 8);
@@ -41,6 +44,7 @@ MQ_AVX2 static MQ_INLINE __m128i narrow_bf16(__m256 x) {
 }
 
 MQ_AVX2 void mq_narrow_avx2(mq_dtype dtype, const float *x, int64_t n, uint16_t *out) {
+    mq_assume_narrow(dtype, x, n, out);
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
         __m256 wide = _mm256_loadu_ps(x + i);

@@ -4,10 +4,11 @@
 #include "neon.h"
 
 void mq_widen_neon(mq_dtype dtype, const uint16_t *x, int64_t n, float *out) {
+    mq_assume_widen(dtype, x, n, out);
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
         const uint16x4_t low = vld1_u16(x + i), high = vld1_u16(x + i + 4);
-        __builtin_prefetch((const char *)(x + i) + 4096); /* salient weights from memory */
+        __builtin_prefetch((const char *)(x + i) + 4096); /* salient weights come from memory */
         vst1q_f32(out + i, widen4(dtype, low));
         vst1q_f32(out + i + 4, widen4(dtype, high));
     }
@@ -15,6 +16,7 @@ void mq_widen_neon(mq_dtype dtype, const uint16_t *x, int64_t n, float *out) {
 }
 
 void mq_widen_codes_neon(const int8_t *q, const uint16_t *scales, int64_t n, float *out) {
+    mq_assume_widen_codes(q, n, out);
     float32x4_t factors[4];
     for (int v = 0; v < 4; v++) factors[v] = widen4(MQ_BF16, vld1_u16(scales + 4 * v));
     for (int64_t i = 0; i < n; i++, q += MQ_PANEL, out += MQ_PANEL) {
@@ -36,6 +38,7 @@ static MQ_INLINE uint16x4_t narrow4(mq_dtype dtype, float32x4_t x) {
 }
 
 void mq_narrow_neon(mq_dtype dtype, const float *x, int64_t n, uint16_t *out) {
+    mq_assume_narrow(dtype, x, n, out);
     int64_t i = 0;
     for (; i + 4 <= n; i += 4) vst1_u16(out + i, narrow4(dtype, vld1q_f32(x + i)));
     mq_narrow_scalar(dtype, x + i, n - i, out + i);

@@ -1,4 +1,4 @@
-/* One table of micro-kernels per instruction set, and which of them is in use. */
+/* The tables of micro-kernels, one per instruction set, and the choice between them. */
 #include <stdatomic.h>
 
 #include "kernels.h"
@@ -11,7 +11,7 @@
 #include <sys/auxv.h>
 #endif
 
-/* Where an instruction set has no kernel of its own, it takes that of a set that it includes. */
+/* An instruction set without a kernel of its own uses that of a set it includes. */
 #define MQ_KERNELS(rows, base, quantizer, multiplier)         \
     {                                                         \
         .tile_rows = rows,                                    \
@@ -32,7 +32,7 @@
         .multiply_groups = mq_multiply_groups_##multiplier,   \
     }
 
-/* Where plain C is as good: the compiler uses NEON for it, or nobody waits for it */
+/* Plain C is good enough here: the compiler vectorizes it, or it is not time-critical. */
 #define mq_sort_keys_neon mq_sort_keys_scalar
 #define mq_dequantize_neon mq_dequantize_scalar
 #define mq_pack_nibbles_neon mq_pack_nibbles_scalar
@@ -61,13 +61,13 @@ const char *mq_isa_name(mq_isa isa) {
     return (unsigned)isa < MQ_ISA_COUNT ? names[isa] : NULL;
 }
 
-/* What this processor has, one bit for each instruction set. */
+/* Returns one bit for each instruction set that this processor has. */
 static unsigned detect(void) {
     unsigned isas = 1u << MQ_ISA_SCALAR;
 #if defined(MQ_SIMDE)
     isas |= 1u << MQ_ISA_AVX2 | 1u << MQ_ISA_AVXVNNI | 1u << MQ_ISA_AVX512VNNI;
 #elif defined(__x86_64__)
-    /* not every compiler that builds these kernels knows "f16c" and "avxvnni" */
+    /* Not every supported compiler knows the names "f16c" and "avxvnni". */
     unsigned eax, ebx, ecx, edx;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
         __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & 1u << 29)) {
@@ -88,7 +88,7 @@ static unsigned detect(void) {
     sysctlbyname("hw.optional.arm.FEAT_I8MM", &i8mm, &size, NULL, 0);
 #elif defined(__linux__)
     dotprod = getauxval(AT_HWCAP) >> 20 & 1; /* HWCAP_ASIMDDP, HWCAP2_I8MM: */
-    i8mm = getauxval(AT_HWCAP2) >> 13 & 1;   /* older headers have no names for them */
+    i8mm = getauxval(AT_HWCAP2) >> 13 & 1;   /* older headers do not name them */
 #endif
     if (dotprod) isas |= 1u << MQ_ISA_NEON;
     if (dotprod && i8mm) isas |= 1u << MQ_ISA_NEONI8MM;
@@ -97,8 +97,7 @@ static unsigned detect(void) {
 }
 
 int mq_isa_supported(mq_isa isa) {
-    static atomic_uint known =
-        0; /* asked once, as a virtual machine takes microseconds to answer */
+    static atomic_uint known = 0; /* cached: cpuid takes microseconds in a virtual machine */
     unsigned isas = atomic_load(&known);
     if (!isas) {
         isas = detect();
@@ -110,7 +109,7 @@ int mq_isa_supported(mq_isa isa) {
 mq_isa mq_isa_active(void) {
     int isa = atomic_load(&active);
     if (isa < 0) {
-        /* two threads may both get here; they store the same value */
+        /* Two threads may race here; both store the same value. */
         for (isa = MQ_ISA_COUNT - 1; !mq_isa_supported((mq_isa)isa); isa--) {
         }
         atomic_store(&active, isa);

@@ -3,11 +3,12 @@
 #include "ops.h"
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
-               "two indices are read as one, of which the first is the low half");
+               "two indices are loaded as one integer, the first in its low half");
 
-/* out[i] = x[perm[i]]: loads are what it waits for, so two indices at once; 16 bytes to a store, for
- * vectors read from many smaller ones would wait for them. Every cache line's worth asks for a line
- * from `ahead` on, one by one: all at once would fill the queue that the gather's own loads need. */
+/* out[i] = x[perm[i]]. The loads limit the speed, so two indices are loaded at once. Stores are
+ * 16 bytes wide: a vector load that spans several smaller stores would stall. Each cache line of
+ * output prefetches one line of `ahead`; prefetching them all at once would fill the queue that
+ * the gather's own loads need. */
 #define DEFINE_GATHER(name, type)                                                      \
     static void name(const type *x, const int32_t *perm, int64_t n, const char *ahead, \
                      type *out) {                                                      \
@@ -49,7 +50,7 @@ static const float *gather(const mq_channels *from, int64_t k0, int64_t n, float
     return buffer;
 }
 
-/* The size of the rotated block that starts where `left` channels of a group are left. */
+/* The size of the rotated block that starts where `left` channels of the group remain. */
 static int64_t block_size(int64_t rotation, int64_t left) {
     while (rotation > left) rotation /= 2;
     return rotation;
@@ -70,7 +71,7 @@ const float *mq_load_channels(const mq_channels *from, int64_t k0, int64_t n, fl
 }
 
 mq_extent mq_channels_extent(const mq_channels *from, int64_t k0, int64_t n) {
-    mq_extent extent = {0, 0, 0};
+    mq_extent extent = {0, 0};
     float buffer[MQ_BUFFER];
     for (int64_t i = 0; i < n; i += MQ_BUFFER) {
         int64_t part = mq_min(MQ_BUFFER, n - i);

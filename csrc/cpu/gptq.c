@@ -1,6 +1,6 @@
-/* The column loops of GPTQ and of the descent after it. One version for all instruction sets: the
- * compiler vectorizes their inner loops, and most of the time goes into the matrix products between
- * blocks, which are the caller's. */
+/* The column loops of GPTQ and of coordinate descent, once for all instruction sets. The
+ * compiler vectorizes the inner loops, and the caller's matrix products between blocks take most
+ * of the time. */
 #include <math.h>
 
 #include "ops.h"
@@ -9,7 +9,7 @@ static float on_grid(float w, float scale, float q_max) {
     float q = w * mq_inverse_of(scale);
     q = q < -q_max ? -q_max : q;
     q = q > q_max ? q_max : q;
-    return (float)lrintf(q) * scale; /* no negative zero */
+    return (float)lrintf(q) * scale; /* the integer conversion removes negative zeros */
 }
 
 void mq_run_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,

@@ -1,4 +1,4 @@
-/* Group quantization of plain matrices, built from the micro-kernels. */
+/* Group quantization of plain matrices, built from micro-kernels. */
 #include <string.h>
 
 #include "ops.h"
@@ -9,7 +9,7 @@ static mq_quantization quantization_of(const mq_group_format *format, const mq_c
                               mq_channels_extent(row, k0, n));
 }
 
-/* The codes of a group's values k0 .. k0 + n, n <= MQ_BUFFER. */
+/* Quantizes values k0 .. k0 + n of a group, n <= MQ_BUFFER. */
 static void quantize(const mq_channels *row, mq_quantization to, int64_t k0, int64_t n, int8_t *q) {
     float buffer[MQ_BUFFER];
     if (to.inverse > 0)
@@ -23,7 +23,7 @@ static const void *row_at(mq_dtype dtype, const void *x, int64_t offset) {
     return (const char *)x + (size_t)offset * mq_dtype_size(dtype);
 }
 
-/* Stores n values at out[i ...] in dtype. */
+/* Converts n values to dtype and stores them at out[i ...]. */
 static void store(const mq_kernels *kernels, mq_dtype dtype, const float *x, int64_t n, void *out,
                   int64_t i) {
     if (dtype == MQ_F32)

@@ -8,7 +8,7 @@
 
 #include "vectors_x86.h"
 
-/* partner + v in the lower place of a pair, partner - v in the upper one */
+/* The butterflies within a vector: each pair becomes (a + b, a - b). */
 TARGET static MQ_INLINE floats in_vector(floats v) {
     const floats by1 = _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1);
     const floats by2 = _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1);

@@ -5,7 +5,7 @@
 #if defined(MQ_NEON)
 #include "neon.h"
 
-/* Butterflies of two strides at a time: half the loads and stores */
+/* Two strides of butterflies at a time, which halves loads and stores. */
 static MQ_INLINE float32x4x4_t four(float32x4_t a, float32x4_t b, float32x4_t c, float32x4_t d) {
     const float32x4_t ab = vaddq_f32(a, b), a_b = vsubq_f32(a, b);
     const float32x4_t cd = vaddq_f32(c, d), c_d = vsubq_f32(c, d);
@@ -14,11 +14,13 @@ static MQ_INLINE float32x4x4_t four(float32x4_t a, float32x4_t b, float32x4_t c,
 }
 
 void mq_hadamard_neon(const float *x, int64_t n, float *out) {
+    mq_assume_hadamard(x, n, out);
     if (n < 16) {
         mq_hadamard_scalar(x, n, out);
         return;
     }
-    for (int64_t i = 0; i < n; i += 16) { /* strides 1 and 2: value i mod 4 in register i mod 4 */
+    for (int64_t i = 0; i < n; i += 16) { /* strides 1 and 2: register r holds the values with i
+                                           * % 4 == r */
         const float32x4x4_t v = vld4q_f32(x + i);
         vst4q_f32(out + i, four(v.val[0], v.val[1], v.val[2], v.val[3]));
     }
@@ -39,7 +41,7 @@ void mq_hadamard_neon(const float *x, int64_t n, float *out) {
             vst1q_f32(out + i, vmulq_n_f32(vld1q_f32(out + i), norm));
         return;
     }
-    for (int64_t i = 0; i < stride; i += 4) { /* one stride is left */
+    for (int64_t i = 0; i < stride; i += 4) { /* one stride remains */
         const float32x4_t a = vld1q_f32(out + i), b = vld1q_f32(out + i + stride);
         vst1q_f32(out + i, vmulq_n_f32(vaddq_f32(a, b), norm));
         vst1q_f32(out + i + stride, vmulq_n_f32(vsubq_f32(a, b), norm));

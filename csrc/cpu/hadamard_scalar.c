@@ -4,6 +4,7 @@
 #include "kernels.h"
 
 void mq_hadamard_scalar(const float *x, int64_t n, float *out) {
+    mq_assume_hadamard(x, n, out);
     if (out != x) memcpy(out, x, (size_t)n * sizeof *x);
     for (int64_t stride = 1; stride < n; stride *= 2) {
         for (int64_t i = 0; i < n; i += 2 * stride) {

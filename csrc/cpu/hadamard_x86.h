@@ -1,10 +1,11 @@
-/* The Walsh-Hadamard transform on x86, in vectors of 256 or 512 bits. hadamard_<isa>.c includes it after
- *   BITS          the vectors' size
+/* The Walsh-Hadamard transform on x86, for vectors of 256 or 512 bits. hadamard_<isa>.c includes
+ * this header after it defines
+ *   BITS          the vector size
  *   TARGET        the instruction set's attribute
  *   KERNEL(name)  name_<isa>
  *   SMALLER       the kernel for n < LANES
  *   in_vector     the butterflies of strides below LANES
- * Butterflies and their order are the scalar kernel's, so every result is, too. */
+ * The butterflies run in the scalar kernel's order, so results are equal bit for bit. */
 #ifndef MQ_CPU_HADAMARD_X86_H
 #define MQ_CPU_HADAMARD_X86_H
 
@@ -14,12 +15,12 @@
 #include "vectors_x86.h"
 
 enum {
-    LANES = BITS / 32, /* floats to a vector */
-    AT_ONCE = 8        /* vectors in registers */
+    LANES = BITS / 32, /* floats per vector */
+    AT_ONCE = 8        /* vectors held in registers */
 };
 
-/* Strides of 1, 2 ... count / 2 times `stride`, and before them, where that is LANES, all below; after
- * them the norm, where there is one. count is a constant. */
+/* Applies the strides stride, 2 * stride ... count / 2 * stride. If stride is LANES, applies all
+ * smaller strides first. Multiplies by *norm last, unless it is NULL. count is a constant. */
 TARGET static MQ_INLINE void pass(const float *x, int64_t n, float *out, int64_t stride, int count,
                                   const floats *norm) {
     for (int64_t block = 0; block < n; block += count * stride) {
@@ -43,6 +44,7 @@ TARGET static MQ_INLINE void pass(const float *x, int64_t n, float *out, int64_t
 }
 
 TARGET void KERNEL(mq_hadamard)(const float *x, int64_t n, float *out) {
+    mq_assume_hadamard(x, n, out);
     const floats norm = V(set1_ps)(1.0f / sqrtf((float)n));
     if (n < LANES) {
         SMALLER(x, n, out);

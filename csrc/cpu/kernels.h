@@ -1,18 +1,17 @@
-/* Micro-kernels of the CPU: one table of them per instruction set, filled in dispatch.c.
+/* The CPU's micro-kernels. dispatch.c holds one table of them per instruction set;
+ * <kernel>_<isa>.c defines mq_<kernel>_<isa>.
  *
- * Contracts that all of them share: no argument checks (api.c has done them), no memory touched
- * outside the stated arrays, results equal to the scalar kernels bit for bit (any NaN is as good as
- * any other). A file <kernel>_<isa>.c defines mq_<kernel>_<isa>. */
+ * Kernels do not check arguments: api.c has. They touch no memory outside the stated arrays.
+ * Their results equal the scalar kernels' bit for bit, except that a NaN may have any bits. */
 #ifndef MQ_CPU_KERNELS_H
 #define MQ_CPU_KERNELS_H
 
-#include <math.h>
+#include "../assume.h"
+#include "../quantization.h"
 
-#include "../mixedquant.h"
-
-/* The families whose kernels are compiled. With MQ_SIMDE those of x86 run on any processor, one lane
- * after the other, by SIMDe: so that every kernel is tested on every machine. clang before 16 offers
- * NEON's products only to files with a flag. */
+/* The families whose kernels are compiled. With MQ_SIMDE, x86 kernels run on any processor:
+ * SIMDe emulates them lane by lane, so that every machine tests them. clang before 16 allows
+ * NEON's products only with a flag on the whole file. */
 #if defined(__x86_64__) || defined(MQ_SIMDE)
 #define MQ_X86
 #endif
@@ -23,16 +22,21 @@
 #define MQ_INLINE inline __attribute__((always_inline))
 
 enum {
-    MQ_TILE_ROWS = 6,                      /* tokens of a tile */
-    MQ_TILE_ROWS_512 = 12,                 /* where registers have 512 bits */
-    MQ_ROW_CHUNK = 240,                    /* tokens that unpacked weights are used for */
+    MQ_TILE_ROWS = 6,                      /* tokens per tile */
+    MQ_TILE_ROWS_512 = 12,                 /* the same with 512-bit registers */
+    MQ_ROW_CHUNK = 240,                    /* tokens that share one unpacking of weights */
     MQ_BUFFER = MQ_SEGMENT_QUADS * MQ_QUAD /* values gathered at a time */
 };
 
-/* Views into a workspace; h = rows of a tile = min(m, tile_rows of the instruction set).
- * starts: what a segment's sum of codes * (weights + 8) starts from, to end at the plain dot product:
- * -8 * sum(codes). AVX2 sums in int16 and wants two of them, for the codes at positions 0, 1 and at
- * 2, 3 of each quad; its quantize_groups and multiply_groups agree on that. */
+static inline int64_t mq_min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline int64_t mq_ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
+/* Views into a workspace. h, the rows of a tile, is min(m, the instruction set's tile_rows).
+ * starts: a segment's sum of codes * (weights + 8) starts at -8 * sum(codes), so it ends as the
+ * plain dot product. AVX2 sums in int16: its `starts` holds two such values, one for positions 0
+ * and 1 of each quad, one for positions 2 and 3. Its quantize_groups and multiply_groups agree
+ * on this. */
 typedef struct mq_activations {
     int64_t m, h;
     int8_t *codes;   /* [tiles][quads][h][4] */
@@ -41,53 +45,160 @@ typedef struct mq_activations {
     float *salient;  /* [tiles][k_salient][h] */
 } mq_activations;
 
-/* x [rows] with `stride`, channels [col0, col1) */
+/* ---- Contracts -------------------------------------------------------------------------------
+ *
+ * Each kernel type is followed by mq_assume_<kernel>, which states what callers guarantee. Every
+ * kernel calls it first. */
+
+/* True if the arrays a and b, of so many bytes, do not overlap. */
+static MQ_INLINE int mq_are_apart(const void *a, int64_t a_bytes, const void *b, int64_t b_bytes) {
+    return (uintptr_t)a + (uintptr_t)a_bytes <= (uintptr_t)b ||
+           (uintptr_t)b + (uintptr_t)b_bytes <= (uintptr_t)a;
+}
+
+static MQ_INLINE int mq_is_half(mq_dtype dtype) { return dtype == MQ_F16 || dtype == MQ_BF16; }
+
+/* Adds rows of x [rows][>= col1], row stride `stride`, to the statistics of channels [col0, col1).
+ * count: rows added before. */
 typedef void mq_channel_stats_fn(mq_dtype dtype, const void *x, int64_t rows, int64_t stride,
                                  int64_t col0, int64_t col1, int64_t count,
                                  const mq_channel_stats *stats);
+static MQ_INLINE void mq_assume_channel_stats(mq_dtype dtype, int64_t rows, int64_t stride,
+                                              int64_t col0, int64_t col1, int64_t count) {
+    MQ_ASSUME(dtype == MQ_F32 || mq_is_half(dtype));
+    MQ_ASSUME(rows >= 0 && count >= 0);
+    MQ_ASSUME(0 <= col0 && col0 <= col1 && col1 <= stride);
+}
+
+/* keys [k] from the arrays that the key needs; `count` rows were seen. */
 typedef void mq_sort_keys_fn(mq_sort_key key, int64_t k, int64_t count,
                              const mq_channel_stats *stats, double *keys);
-/* n 16-bit values to fp32; NaN stays NaN */
+static MQ_INLINE void mq_assume_sort_keys(mq_sort_key key, int64_t k, int64_t count) {
+    MQ_ASSUME((unsigned)key <= MQ_KEY_RMS);
+    MQ_ASSUME(k >= 0 && count > 0);
+}
+
+/* x [n], fp16 or bf16, to fp32. NaN stays NaN. */
 typedef void mq_widen_fn(mq_dtype dtype, const uint16_t *x, int64_t n, float *out);
-/* out [n][16] = q [n][16] * scales [16], bf16: a panel's int8 weights to fp32 */
+static MQ_INLINE void mq_assume_widen(mq_dtype dtype, const uint16_t *x, int64_t n,
+                                      const float *out) {
+    MQ_ASSUME(mq_is_half(dtype) && n >= 0);
+    MQ_ASSUME(mq_are_apart(x, 2 * n, out, 4 * n));
+}
+
+/* out [n][16] = q [n][16] * scales [16], bf16: a panel's int8 weights to fp32. */
 typedef void mq_widen_codes_fn(const int8_t *q, const uint16_t *scales, int64_t n, float *out);
-/* n fp32 values to 16 bits, round half to even; NaN gives a quiet NaN */
+static MQ_INLINE void mq_assume_widen_codes(const int8_t *q, int64_t n, const float *out) {
+    MQ_ASSUME(n >= 0);
+    MQ_ASSUME(mq_are_apart(q, n * MQ_PANEL, out, 4 * n * MQ_PANEL));
+}
+
+/* x [n] to fp16 or bf16, rounded half to even. NaN becomes a quiet NaN. */
 typedef void mq_narrow_fn(mq_dtype dtype, const float *x, int64_t n, uint16_t *out);
-/* abs_bits: the bits of the largest magnitude, so that Inf < NaN. positive_bits, negative_bits: of the largest
- * positive and of the largest negative value's magnitude, 0 if there is none. */
-typedef struct mq_extent {
-    uint32_t abs_bits, positive_bits, negative_bits;
-} mq_extent;
+static MQ_INLINE void mq_assume_narrow(mq_dtype dtype, const float *x, int64_t n,
+                                       const uint16_t *out) {
+    MQ_ASSUME(mq_is_half(dtype) && n >= 0);
+    MQ_ASSUME(mq_are_apart(x, 4 * n, out, 2 * n));
+}
+
+/* The extent of x [n]. */
 typedef mq_extent mq_extent_of_fn(const float *x, int64_t n);
-/* out = x [n] times the orthonormal Hadamard matrix of size n, a power of two up to MQ_MAX_ROTATION; out
- * may be x */
+static MQ_INLINE void mq_assume_extent_of(int64_t n) { MQ_ASSUME(n >= 0); }
+
+/* out [n] = x [n] times the orthonormal Hadamard matrix of size n. In place, or without overlap. */
 typedef void mq_hadamard_fn(const float *x, int64_t n, float *out);
-/* q = clamp(round_half_even(x * inverse), low, high); x finite */
+static MQ_INLINE void mq_assume_hadamard(const float *x, int64_t n, const float *out) {
+    MQ_ASSUME(0 < n && n <= MQ_MAX_ROTATION && (n & (n - 1)) == 0);
+    MQ_ASSUME(out == x || mq_are_apart(x, 4 * n, out, 4 * n));
+}
+
+/* q [n] = clamp(round_half_even(x * inverse), low, high), as the low 8 bits. x is finite. */
 typedef void mq_quantize_fn(const float *x, int64_t n, float inverse, int low, int high, int8_t *q);
-/* Activations x [n], groups of group_size of which the last may be short -> per group: codes of whole
- * quads, padded with 0; the scale; what its sums of products start from. A group is at most a segment.
- * extent: of each group; NULL: each group's own. */
+static MQ_INLINE void mq_assume_quantize(const float *x, int64_t n, float inverse, int low,
+                                         int high, const int8_t *q) {
+    MQ_ASSUME(n >= 0);
+    MQ_ASSUME(0 <= inverse && inverse <= 0x1p126f);
+    MQ_ASSUME(-128 <= low && low <= 0 && 0 <= high && high - low <= 255);
+    MQ_ASSUME(mq_are_apart(x, 4 * n, q, n));
+}
+
+/* Quantizes activations x [n] in groups of group_size, the last of which may be short. Writes
+ * per group: codes of whole quads, padded with 0; a scale; a start (see mq_activations). The
+ * groups fill at most a segment. extent: one for all groups, or NULL to use each group's own. */
 typedef void mq_quantize_groups_fn(const mq_linear *lin, const mq_extent *extent, const float *x,
                                    int64_t n, int64_t group_size, int8_t *codes, float *scales,
                                    int32_t *starts);
-/* to [quads][h][4] = from [rows][stride], of which row r holds `quads` quads of token r; rows <= h */
+static MQ_INLINE void mq_assume_quantize_groups(const mq_linear *lin, const float *x, int64_t n,
+                                                int64_t group_size, const int8_t *codes) {
+    MQ_ASSUME(n > 0 && group_size > 0);
+    MQ_ASSUME(mq_ceil_div(n, group_size) * mq_ceil_div(mq_min(n, group_size), MQ_QUAD) <=
+              MQ_SEGMENT_QUADS);
+    MQ_ASSUME(2 <= lin->act_bits && lin->act_bits <= 4);
+    MQ_ASSUME((unsigned)lin->act_format <= MQ_ACT_ZERO_POINT);
+    MQ_ASSUME(0 < lin->clip && lin->clip <= 1);
+    MQ_ASSUME(mq_are_apart(x, 4 * n, codes, n));
+}
+
+/* to [quads][h][4] = from [rows][stride]; row r holds `quads` quads of token r. */
 typedef void mq_interleave_fn(const int8_t *from, int64_t stride, int64_t rows, int64_t quads,
                               int8_t *to, int64_t h);
-/* out = q * scale */
+static MQ_INLINE void mq_assume_interleave(const int8_t *from, int64_t stride, int64_t rows,
+                                           int64_t quads, const int8_t *to, int64_t h) {
+    MQ_ASSUME(0 <= rows && rows <= h && h <= MQ_TILE_ROWS_512);
+    MQ_ASSUME(0 <= quads && quads * MQ_QUAD <= stride);
+    MQ_ASSUME(mq_are_apart(from, rows * stride, to, quads * h * MQ_QUAD));
+}
+
+/* out [n] = q [n] * scale. */
 typedef void mq_dequantize_fn(const int8_t *q, int64_t n, int is_unsigned, float scale, float *out);
+static MQ_INLINE void mq_assume_dequantize(const int8_t *q, int64_t n, const float *out) {
+    MQ_ASSUME(n >= 0);
+    MQ_ASSUME(mq_are_apart(q, n, out, 4 * n));
+}
+
+/* q [n] to packed [ceil(n / 2)], as mixedquant.h says of a row, and back. */
 typedef void mq_pack_nibbles_fn(const int8_t *q, int64_t n, uint8_t *packed);
 typedef void mq_unpack_nibbles_fn(const uint8_t *packed, int64_t n, int is_unsigned, int8_t *q);
-/* sums [rows of tiles tile0 .. tile1][16], aligned to 64 bytes, += salient channels [s0, s1) of a
- * panel, whose weights w [s1 - s0][16] are already fp32 */
+static MQ_INLINE void mq_assume_nibbles(const int8_t *q, int64_t n, const uint8_t *packed) {
+    MQ_ASSUME(n >= 0);
+    MQ_ASSUME(mq_are_apart(q, n, packed, n / 2 + n % 2));
+}
+
+/* Tiles [tile0, tile1) exist, and `sums` has room for their rows. */
+static MQ_INLINE void mq_assume_tiles(const mq_activations *act, int64_t tile0, int64_t tile1,
+                                      const float *sums) {
+    MQ_ASSUME(0 < act->h && act->h <= MQ_TILE_ROWS_512);
+    MQ_ASSUME(0 <= tile0 && tile0 <= tile1 && tile1 <= mq_ceil_div(act->m, act->h));
+    MQ_ASSUME((tile1 - tile0) * act->h <= MQ_ROW_CHUNK);
+    MQ_ASSUME(MQ_IS_ALIGNED(sums, 64));
+}
+
+/* sums [rows of the tiles][16] += salient channels [s0, s1) of a panel. w [s1 - s0][16]: their
+ * fp32 weights. */
 typedef void mq_multiply_salient_fn(const mq_activations *act, int64_t k_salient, int64_t tile0,
                                     int64_t tile1, int64_t s0, int64_t s1, const float *w,
                                     float *sums);
-/* sums [MQ_PANELS_AT_ONCE][MQ_ROW_CHUNK][16], aligned to 64 bytes: the rows of tiles tile0 .. tile1
- * of the first `panels` panels, 1 to MQ_PANELS_AT_ONCE, += all groups; what the other panels hold is
- * of no account. qweight and scales are the first panel's. */
+static MQ_INLINE void mq_assume_multiply_salient(const mq_activations *act, int64_t k_salient,
+                                                 int64_t tile0, int64_t tile1, int64_t s0,
+                                                 int64_t s1, const float *sums) {
+    mq_assume_tiles(act, tile0, tile1, sums);
+    MQ_ASSUME(0 <= s0 && s0 <= s1 && s1 <= k_salient);
+}
+
+/* sums [MQ_PANELS_AT_ONCE][MQ_ROW_CHUNK][16] += all groups, for the rows of the tiles and the
+ * first `panels` panels. The sums of the other panels are undefined afterwards. qweight and
+ * scales point at the first panel. */
 typedef void mq_multiply_groups_fn(const mq_activations *act, const mq_shape *shape, int64_t tile0,
                                    int64_t tile1, int64_t panels, const uint8_t *qweight,
                                    const uint16_t *scales, float *sums);
+static MQ_INLINE void mq_assume_multiply_groups(const mq_activations *act, const mq_shape *shape,
+                                                int64_t tile0, int64_t tile1, int64_t panels,
+                                                const float *sums) {
+    mq_assume_tiles(act, tile0, tile1, sums);
+    MQ_ASSUME(0 < panels && panels <= MQ_PANELS_AT_ONCE);
+    MQ_ASSUME(shape->groups == 0 || shape->group_quads > 0);
+    MQ_ASSUME(shape->quads <= shape->groups * shape->group_quads);
+}
 
 typedef struct mq_kernels {
     int tile_rows;
@@ -108,7 +219,7 @@ typedef struct mq_kernels {
     mq_multiply_groups_fn *multiply_groups;
 } mq_kernels;
 
-/* The table of a supported instruction set. */
+/* Returns the table of a supported instruction set. */
 const mq_kernels *mq_kernels_of(mq_isa isa);
 
 #define MQ_DECLARE_KERNELS(isa)                       \
@@ -137,34 +248,6 @@ MQ_DECLARE_KERNELS(neoni8mm)
 
 /* ---- Single values, the same for every instruction set --------------------------------------- */
 
-static inline float mq_float_of_bits(uint32_t bits) {
-    union {
-        uint32_t u;
-        float f;
-    } v = {.u = bits};
-    return v.f;
-}
-
-static inline uint32_t mq_bits_of_float(float value) {
-    union {
-        float f;
-        uint32_t u;
-    } v = {.f = value};
-    return v.u;
-}
-
-static inline int64_t mq_min(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static inline uint32_t mq_max_bits(uint32_t a, uint32_t b) { return a > b ? a : b; }
-
-static inline mq_extent mq_extent_union(mq_extent a, mq_extent b) {
-    return (mq_extent){mq_max_bits(a.abs_bits, b.abs_bits),
-                       mq_max_bits(a.positive_bits, b.positive_bits),
-                       mq_max_bits(a.negative_bits, b.negative_bits)};
-}
-
-static inline int64_t mq_ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
-
 static inline size_t mq_dtype_size(mq_dtype dtype) {
     return dtype == MQ_F32 ? 4 : dtype == MQ_I8 ? 1 : 2;
 }
@@ -173,15 +256,16 @@ static inline float mq_bf16_to_f32(uint16_t bits) { return mq_float_of_bits((uin
 
 static inline uint16_t mq_f32_to_bf16(float value) {
     uint32_t bits = mq_bits_of_float(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0; /* rounding could carry a NaN to 0 */
+    if ((bits & 0x7fffffffu) > MQ_INFINITY_BITS)
+        return 0x7fc0; /* rounding could carry a NaN to 0 */
     return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 static inline float mq_f16_to_f32(uint16_t bits) {
     uint32_t sign = (uint32_t)(bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
-    if (magnitude >= 0x7c00u) /* Inf, NaN */
+    if (magnitude >= 0x7c00u) /* Inf or NaN */
         return mq_float_of_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-    if (magnitude < 0x400u) /* subnormal: an exact product with 2^-24 */
+    if (magnitude < 0x400u) /* subnormal: the product with 2^-24 is exact */
         return mq_float_of_bits(sign | mq_bits_of_float((float)magnitude * 0x1p-24f));
     return mq_float_of_bits(sign | ((magnitude << 13) + (112u << 23)));
 }
@@ -192,7 +276,7 @@ static inline uint16_t mq_f32_to_f16(float value) {
     if (magnitude > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);
     if (magnitude >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u); /* rounds to 2^16 or more */
     if (magnitude < 0x38800000u) {
-        /* subnormal: adding 0.5 leaves, rounded half to even, the result in the low bits */
+        /* Subnormal: adding 0.5 rounds half to even and leaves the result in the low bits. */
         uint32_t shifted = mq_bits_of_float(mq_float_of_bits(magnitude) + 0.5f);
         return (uint16_t)(sign | (shifted - 0x3f000000u));
     }
@@ -200,7 +284,7 @@ static inline uint16_t mq_f32_to_f16(float value) {
                       ((magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
 }
 
-/* Element i of an array of dtype. */
+/* Element i of an array, as fp32. */
 static inline float mq_load(mq_dtype dtype, const void *x, int64_t i) {
     switch (dtype) {
         case MQ_F16: return mq_f16_to_f32(((const uint16_t *)x)[i]);
@@ -208,43 +292,6 @@ static inline float mq_load(mq_dtype dtype, const void *x, int64_t i) {
         case MQ_I8: return (float)((const int8_t *)x)[i];
         default: return ((const float *)x)[i];
     }
-}
-
-/* The scale of a group by mixedquant.h's rule: NaN for a non-finite group, 0 for one too small. */
-static inline float mq_scale_of(float magnitude_times_clip, float q_max) {
-    float scale = magnitude_times_clip / q_max;
-    return scale < 0x1p-126f ? 0.0f : scale;
-}
-
-/* What x is multiplied by: 0 (hence code 0) for a scale that is 0, NaN or below the smallest normal. */
-static inline float mq_inverse_of(float scale) { return scale >= 0x1p-126f ? 1.0f / scale : 0.0f; }
-
-/* How a group becomes codes: code = clamp(round(x * inverse), low, high). */
-typedef struct mq_quantization {
-    float scale, inverse;
-    int low, high;
-} mq_quantization;
-
-static inline mq_quantization mq_quantization_of(int num_bits, mq_act_format format, float clip,
-                                                 mq_extent extent) {
-    if (extent.abs_bits >= 0x7f800000u)
-        return (mq_quantization){.scale = mq_float_of_bits(0x7fc00000u)};
-    const int is_symmetric = format == MQ_ACT_SYMMETRIC;
-    const int levels = (1 << (num_bits - is_symmetric)) - 1;
-    const float positive = mq_float_of_bits(extent.positive_bits);
-    const float negative = mq_float_of_bits(extent.negative_bits);
-    float range = positive;
-    if (is_symmetric) range = mq_float_of_bits(extent.abs_bits);
-    if (format == MQ_ACT_ZERO_POINT) range = positive + negative;
-    mq_quantization to = {.scale = mq_scale_of(clip * range, (float)levels), .high = levels};
-    to.inverse = mq_inverse_of(to.scale);
-    if (is_symmetric) to.low = -levels;
-    if (format == MQ_ACT_ZERO_POINT) {
-        const float zero = clip * negative * to.inverse;
-        to.low = zero < (float)levels ? -(int)lrintf(zero) : -levels;
-        to.high = levels + to.low;
-    }
-    return to;
 }
 
 #endif

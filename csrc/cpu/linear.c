@@ -1,11 +1,12 @@
-/* The two steps of the W4A4 linear: quantize tokens into the workspace, multiply panels with it. */
+/* The two steps of the W4A4 linear: quantize tokens into a workspace, multiply it by panels of
+ * weights. */
 #include <string.h>
 
 #include "ops.h"
 
 static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 
-/* Bytes that a token has in the workspace's parts, in order: codes, scales, starts, salient. */
+/* Bytes per token of the workspace's parts, in order: codes, scales, starts, salient. */
 static void token_sizes(const mq_shape *shape, int64_t k_salient, size_t sizes[4]) {
     sizes[0] = (size_t)shape->quads * MQ_QUAD;
     sizes[1] = (size_t)shape->groups * sizeof(float);
@@ -13,7 +14,7 @@ static void token_sizes(const mq_shape *shape, int64_t k_salient, size_t sizes[4
     sizes[3] = (size_t)k_salient * sizeof(float);
 }
 
-/* Bytes of these parts: whole tiles of h tokens, and whole cache lines. */
+/* Bytes of each part, rounded up to whole tiles of h tokens and to whole cache lines. */
 static void workspace_sizes(const mq_shape *shape, int64_t k_salient, int64_t m, int64_t h,
                             size_t sizes[4]) {
     const size_t rows = (size_t)(mq_ceil_div(m, h ? h : 1) * h);
@@ -40,7 +41,7 @@ static mq_activations workspace_view(const mq_shape *shape, int64_t k_salient, i
     return act;
 }
 
-/* Zeros where whole tiles end: a last tile of fewer than h tokens and what aligns the parts */
+/* Zeros the padding: the missing tokens of the last tile, and the bytes that align the parts. */
 static void clear_tails(const mq_shape *shape, int64_t k_salient, int64_t m, int64_t h,
                         void *workspace) {
     size_t sizes[4], of_token[4];
@@ -53,17 +54,17 @@ static void clear_tails(const mq_shape *shape, int64_t k_salient, int64_t m, int
     }
 }
 
-/* Of a token's INT4 channels, those before k0 are quantized. scales: the place of the first group's,
- * starts: that of the next segment's. */
+/* A token in progress: its INT4 channels before k0 are quantized. scales points at the first
+ * group's scale, starts at the next segment's start. */
 typedef struct token {
-    mq_channels int4, salient; /* the token's channels, rotated and as they are */
+    mq_channels int4, salient; /* the token's channels, rotated and unrotated */
     mq_extent extent;          /* of the token, or of a group longer than a segment */
     int64_t k0;
     float *scales, *salient_values;
     int32_t *starts;
 } token;
 
-/* Channels k0 .. k0 + n, whole groups or a part of one */
+/* Loads channels k0 .. k0 + n: whole groups, or part of one. */
 static const float *load_groups(const mq_channels *from, int64_t group_size, int64_t k0, int64_t n,
                                 float *buffer) {
     if (from->rotation <= 1) return mq_load_channels(from, k0, n, buffer);
@@ -74,8 +75,8 @@ static const float *load_groups(const mq_channels *from, int64_t group_size, int
     return buffer;
 }
 
-/* Quantizes the next groups, as many as a segment holds, or the next segment of a long group; writes
- * their codes and returns how many quads they are. */
+/* Quantizes the next groups that fit in a segment, or the next segment of a long group. Returns
+ * the number of quads of codes written. */
 static int64_t quantize_segment(const mq_shape *shape, const mq_linear *lin, int64_t h, token *t,
                                 int8_t *codes) {
     const int64_t k4 = lin->k - lin->k_salient, g = mq_min(lin->group_size, k4), k0 = t->k0;
@@ -100,10 +101,10 @@ static int64_t quantize_segment(const mq_shape *shape, const mq_linear *lin, int
     return (groups - 1) * shape->group_quads + mq_ceil_div(n - (groups - 1) * g, MQ_QUAD);
 }
 
-/* The extent of all of a token's INT4 channels */
+/* The extent of all INT4 channels of a token. */
 static mq_extent token_extent(const mq_linear *lin, const token *t) {
     const int64_t k4 = lin->k - lin->k_salient, g = mq_min(lin->group_size, k4);
-    mq_extent extent = {0, 0, 0};
+    mq_extent extent = {0, 0};
     for (int64_t k0 = 0; k0 < k4; k0 += g)
         extent = mq_extent_union(extent, mq_channels_extent(&t->int4, k0, mq_min(g, k4 - k0)));
     return extent;
@@ -116,16 +117,17 @@ static void split_salient(const mq_linear *lin, int64_t h, const token *t) {
     for (int64_t i = 0, part; i < lin->k_salient; i += part) {
         part = mq_min(MQ_BUFFER, lin->k_salient - i);
         const float *x = mq_load_channels(&t->salient, k4 + i, part, buffer);
-        bits = mq_max_bits(bits, t->salient.kernels->extent_of(x, part).abs_bits);
+        bits = mq_max_bits(bits, mq_magnitude_bits(t->salient.kernels->extent_of(x, part)));
         for (int64_t e = 0; e < part; e++) t->salient_values[(i + e) * h] = x[e];
     }
-    /* An Inf would leave some outputs Inf, and the sign of a zero weight would decide others */
-    if (bits >= 0x7f800000u) *t->salient_values = mq_float_of_bits(0x7fc00000u);
+    /* An Inf would make only some outputs Inf, and NaN where a weight is 0; NaN makes all of
+     * them NaN. */
+    if (bits >= MQ_INFINITY_BITS) *t->salient_values = mq_float_of_bits(MQ_NAN_BITS);
 }
 
-/* A tile's tokens. Each one's codes are written in one piece, some segments at a time, and interleaved
- * from there: written to their places one token after the other, they would pass through the cache
- * once for each token. */
+/* Quantizes the tokens of a tile. Each token's codes are written contiguously, a few segments at
+ * a time, then interleaved. Writing them straight to their places would pull the tile through
+ * the cache once per token. */
 static void quantize_tile(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
                           int64_t h, int64_t rows, token *tokens, int8_t *to) {
     enum { SEGMENTS = 8, STRIDE = SEGMENTS * MQ_BUFFER };
@@ -174,7 +176,7 @@ void mq_run_linear_quantize(const mq_kernels *kernels, const mq_shape *shape, co
     }
 }
 
-/* The weights of the panel's salient channels [s0, s1) as fp32: w [s1 - s0][16] */
+/* Converts the weights of a panel's salient channels [s0, s1) to fp32: w [s1 - s0][16]. */
 static void widen_salient(const mq_kernels *kernels, const mq_linear *lin, int64_t panel,
                           int64_t s0, int64_t s1, float *w) {
     const int64_t at = (panel * lin->k_salient + s0) * MQ_PANEL, n = s1 - s0;
@@ -196,12 +198,12 @@ static void add_salient(const mq_kernels *kernels, const mq_linear *lin, const m
     }
 }
 
-/* out = sums + bias, for tokens [first, last) and `panels` panels from panel0 on; sums
- * [panels][MQ_ROW_CHUNK][16] */
+/* out = sums + bias for tokens [first, last) and `panels` panels from panel0 on. sums is
+ * [panels][MQ_ROW_CHUNK][16]. */
 static void store_sums(const mq_kernels *kernels, const mq_linear *lin, int64_t panel0,
                        int64_t panels, int64_t first, int64_t last, float *sums, mq_dtype dtype,
                        void *out, int64_t stride) {
-    enum { ROWS_AHEAD = 16 }; /* else each store waits until the one before it has its line */
+    enum { ROWS_AHEAD = 16 }; /* otherwise each store waits for its cache line */
     const int64_t size = (int64_t)mq_dtype_size(dtype);
     const int64_t n0 = panel0 * MQ_PANEL, columns = mq_min(panels * MQ_PANEL, lin->n - n0);
     float bias[MQ_PANELS_AT_ONCE * MQ_PANEL];
@@ -220,7 +222,7 @@ static void store_sums(const mq_kernels *kernels, const mq_linear *lin, int64_t 
                 for (int64_t i = 0; i < n; i++) sum[i] += bias[c + i];
             if (dtype != MQ_F32)
                 kernels->narrow(dtype, sum, n, (uint16_t *)out + at);
-            else if (n == MQ_PANEL) /* a size that the compiler knows */
+            else if (n == MQ_PANEL) /* a constant size */
                 memcpy((float *)out + at, sum, MQ_PANEL * sizeof *sum);
             else
                 memcpy((float *)out + at, sum, (size_t)n * sizeof *sum);
@@ -231,7 +233,7 @@ static void store_sums(const mq_kernels *kernels, const mq_linear *lin, int64_t 
 void mq_run_linear_multiply(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
                             int64_t m, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1,
                             const void *workspace, mq_dtype dtype, void *out, int64_t stride) {
-    /* the views are written in step 1 only */
+    /* the workspace is only read */
     mq_activations act =
         workspace_view(shape, lin->k_salient, m, kernels->tile_rows, (void *)(uintptr_t)workspace);
     _Alignas(64) float sums[MQ_PANELS_AT_ONCE][MQ_ROW_CHUNK * MQ_PANEL];

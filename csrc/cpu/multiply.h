@@ -1,46 +1,39 @@
-/* The multiplication, written once for all instruction sets with vectors: tiles of tokens x one or two
- * panels of output channels. multiply_<isa>.c includes it, by the header of its family, after
- *   BITS          the vectors' size
- *   TARGET        the instruction set's attribute
- *   KERNEL(name)  name_<isa>
- *   ACCUMULATORS  registers for sums: enough to hide their latency
- *   PANELS        panels multiplied at once: each code is loaded once for all of them
- *   FEW_ROWS      up to so many tokens unpacked weights are not stored
- *   HOLD_SUMS     whether fp32 sums stay in registers from group to group
- *   floats, ints  the vector types, and the operations on them that are declared below
- * Sums of products are exact: they start at what cancels the + 8 of all weights (kernels.h). */
+/* The multiplication, once for all instruction sets with vectors, in tiles of tokens x one or
+ * two panels of output channels. multiply_<isa>.c includes this header last. Defined before it
+ * are
+ *   by multiply_<isa>.c
+ *     KERNEL(name)    name_<isa>
+ *     FEW_ROWS        the most tokens for which weights are unpacked on the fly, not stored
+ *     HOLD_SUMS       whether fp32 sums stay in registers between groups
+ *   by tiles.h        panels, part, load_packed and tile sizes
+ *   by the family (multiply_x86.h, multiply_neon.h)
+ *     set_floats      a float in all lanes
+ *     fused           a * b + c, rounded once
+ *     scaled          float(dots) * scales
+ *     widen_scales    bf16 scales to fp32, one per lane
+ *     add_ints        a + b
+ *   by the family or multiply_<isa>.c
+ *     unpack_vector   a vector of packed weights to the codes + 8 of its even and odd quad; the two
+ *                     outputs may mix the quads in any way that segment_dots understands
+ *     segment_dots    the exact int32 dot products of quads [quad0, quad1), at most a segment.
+ *                     unpacked: the output of `unpack`, in which quads are counted; NULL: weights
+ *                     are read from w.
+ * Dot products are exact: `starts` (kernels.h) cancels the + 8 of the weights. */
 #ifndef MQ_CPU_MULTIPLY_H
 #define MQ_CPU_MULTIPLY_H
 
-#include <string.h>
-
-#include "kernels.h"
-
-/* Unrolled loops over a constant number of tokens, of vectors */
-#if defined(__clang__)
-#define UNROLLED _Pragma("clang loop unroll(full)")
-#else
-#define UNROLLED _Pragma("GCC unroll 12")
-#endif
-#define EACH_ROW(r, rows) UNROLLED for (int r = 0; r < rows; r++)
-#define EACH_VECTOR(v, vectors) UNROLLED for (int v = 0; v < vectors; v++)
+#include "tiles.h"
 
 enum {
-    LANES = BITS / 32,
-    PANEL_VECTORS = MQ_PANEL / LANES,
-    VECTORS = PANELS * PANEL_VECTORS,
-    TILE_ROWS = ACCUMULATORS / PANEL_VECTORS, /* tokens of a tile: x one panel's salient channels */
-    PART_ROWS = ACCUMULATORS / VECTORS,       /* tokens of a part of it: x all panels' groups */
-    AHEAD = MQ_SEGMENT_QUADS / 2, /* blocks from one being read to one being asked for */
-    SCALES_AHEAD = 1024,          /* bytes of scales likewise, where groups are short */
+    SCALES_AHEAD = 1024, /* prefetch distance in bytes, for short groups' scales */
     SUMS_STRIDE = MQ_ROW_CHUNK * MQ_PANEL
 };
 
 _Static_assert((int)TILE_ROWS == (int)(BITS == 512 ? MQ_TILE_ROWS_512 : MQ_TILE_ROWS),
-               "dispatch.c gives the workspace tiles of these rows");
-_Static_assert(MQ_PANELS_AT_ONCE % PANELS == 0, "a last panel alone must have a neighbour's room");
+               "must equal tile_rows in dispatch.c");
+_Static_assert(MQ_PANELS_AT_ONCE % PANELS == 0, "sums must have room for a pair of panels");
 
-/* Calls tile(rows, ...) with a constant first argument, so that its loops over rows unroll. */
+/* Calls tile(rows, ...) with a constant for rows, so that its loops unroll. */
 #define CASE_OF_ROWS(n, most, tile, ...)     \
     case n:                                  \
         if (n <= most) tile(n, __VA_ARGS__); \
@@ -61,26 +54,7 @@ _Static_assert(MQ_PANELS_AT_ONCE % PANELS == 0, "a last panel alone must have a 
         CASE_OF_ROWS(12, most, tile, __VA_ARGS__) \
     }
 
-/* ---- What an instruction set defines ---------------------------------------------------------- */
-
-typedef struct panels panels;
-typedef struct part part;
-
-TARGET static floats set_floats(float x);                  /* x in all lanes */
-TARGET static floats fused(floats a, floats b, floats c);  /* a * b + c, rounded once */
-TARGET static floats scaled(ints dots, floats scales);     /* float(dots) * scales */
-TARGET static floats widen_scales(const uint16_t *scales); /* one bf16 scale per lane */
-TARGET static ints add_ints(ints a, ints b);
-/* The codes + 8 of a block's vector of packed weights: low and high nibbles to the two, for
- * segment_dots to read */
-TARGET static void unpack_vector(ints packed, ints *even, ints *odd);
-/* dots = exact int32 dot products of quads [quad0, quad1), one segment. unpacked: what unpack wrote
- * of the block that quads are counted from; NULL: weights are read from w. */
-TARGET static void segment_dots(const int rows, const part *p, const panels *w,
-                                const ints *unpacked, int64_t quad0, int64_t quad1,
-                                ints dots[PART_ROWS][VECTORS]);
-
-/* ---- Vectors ---------------------------------------------------------------------------------- */
+/* ---- Vectors --------------------------------------------------------------------------------- */
 
 TARGET static MQ_INLINE floats load_floats(const float *from) {
     floats v;
@@ -88,7 +62,7 @@ TARGET static MQ_INLINE floats load_floats(const float *from) {
     return v;
 }
 
-/* Where vector v starts in an array [panels][stride] of which a panel's vectors are neighbours */
+/* Offset of vector v in an array [panels][stride]; the vectors of a panel are contiguous. */
 static MQ_INLINE int64_t vector_at(int v, int64_t stride) {
     return v / PANEL_VECTORS * stride + v % PANEL_VECTORS * LANES;
 }
@@ -119,6 +93,7 @@ TARGET static MQ_INLINE void salient_tile(const int rows, const float *x, int64_
 TARGET void KERNEL(mq_multiply_salient)(const mq_activations *act, int64_t k_salient, int64_t tile0,
                                         int64_t tile1, int64_t s0, int64_t s1, const float *w,
                                         float *sums) {
+    mq_assume_multiply_salient(act, k_salient, tile0, tile1, s0, s1, sums);
     for (int64_t tile = tile0; tile < tile1; tile++, sums += act->h * MQ_PANEL) {
         const float *x = act->salient + (tile * k_salient + s0) * act->h;
         WITH_CONSTANT_ROWS(mq_min(act->h, act->m - tile * act->h), TILE_ROWS, salient_tile, x,
@@ -128,35 +103,8 @@ TARGET void KERNEL(mq_multiply_salient)(const mq_activations *act, int64_t k_sal
 
 /* ---- Groups ---------------------------------------------------------------------------------- */
 
-/* The panels multiplied at once: the first one's arrays from some group on, and the distance to the
- * next one's. */
-struct panels {
-    const uint8_t *qweight;
-    const uint16_t *scales;
-    int64_t qweight_stride, scales_stride;
-};
-
-/* Some of the h tokens of a tile: the first one's entries in the workspace from some group on. */
-struct part {
-    int64_t h;
-    const int8_t *codes;
-    const int32_t *starts;
-    const float *scales;
-    float *sums;
-};
-
-static MQ_INLINE const uint8_t *packed_at(const panels *w, int64_t block, int v) {
-    return w->qweight + v / PANEL_VECTORS * w->qweight_stride + block * MQ_BLOCK_BYTES +
-           v % PANEL_VECTORS * (int)sizeof(ints);
-}
-
-TARGET static MQ_INLINE ints load_packed(const panels *w, int64_t block, int v) {
-    ints packed;
-    memcpy(&packed, packed_at(w, block, v), sizeof packed);
-    return packed;
-}
-
-/* Asks for all panels' blocks [block0, block1); where a panel ends, for those of the panels to come */
+/* Prefetches blocks [block0, block1) of all panels. Past the end of a panel, skips to the next
+ * panels to be multiplied. */
 static MQ_INLINE void prefetch(const panels *w, int64_t blocks, int64_t block0, int64_t block1) {
     for (int64_t block = block0; block < block1; block++) {
         const int64_t skip = block < blocks ? 0 : (PANELS - 1) * w->qweight_stride;
@@ -165,7 +113,7 @@ static MQ_INLINE void prefetch(const panels *w, int64_t blocks, int64_t block0, 
     }
 }
 
-/* The blocks of quads [quad0, quad1) */
+/* Unpacks the blocks that hold quads [quad0, quad1). */
 TARGET static MQ_INLINE void unpack(const panels *w, int64_t quad0, int64_t quad1,
                                     ints (*to)[VECTORS]) {
     for (int64_t block = quad0 / 2; block < mq_ceil_div(quad1, 2); block++, to += 2)
@@ -177,7 +125,7 @@ static MQ_INLINE void next_segment(part *p, int64_t quads) {
     p->starts += p->h;
 }
 
-/* The same for a group of any size, from packed weights; p is then behind it. */
+/* The dot products of a group of any size, from packed weights. Advances p past the group. */
 TARGET static MQ_INLINE void group_dots(const int rows, part *p, const panels *w, int64_t quad0,
                                         int64_t quad1, ints dots[PART_ROWS][VECTORS]) {
     int64_t end = mq_min(quad0 + MQ_SEGMENT_QUADS, quad1);
@@ -193,7 +141,8 @@ TARGET static MQ_INLINE void group_dots(const int rows, part *p, const panels *w
     }
 }
 
-/* The part's sums, or held in their place, += dots * weight scale * activation scale */
+/* sums += dots * weight scale * activation scale. The sums are in `held` or, if that is NULL, in
+ * p->sums. */
 TARGET static MQ_INLINE void add_scaled(const int rows, const part *p, const panels *w,
                                         ints dots[PART_ROWS][VECTORS], floats (*held)[VECTORS]) {
     floats sw[VECTORS];
@@ -207,7 +156,7 @@ TARGET static MQ_INLINE void add_scaled(const int rows, const part *p, const pan
     }
 }
 
-/* Groups of quads [quad0, quad1); where unpacked is not NULL, of one segment each. */
+/* Adds the groups of quads [quad0, quad1). If unpacked is not NULL, each is at most a segment. */
 TARGET static MQ_INLINE void add_groups(const int rows, part p, panels w, const ints *unpacked,
                                         int64_t group_quads, int64_t quad0, int64_t quad1) {
     floats held[PART_ROWS][VECTORS];
@@ -227,8 +176,8 @@ TARGET static MQ_INLINE void add_groups(const int rows, part p, panels w, const 
             group_dots(rows, &p, &w, quad, end, dots);
         }
         add_scaled(rows, &p, &w, dots, HOLD_SUMS ? held : NULL);
-        /* Unknown to the compiler where they are now: gcc would store sums twice, to have those of
-         * the next group at hand, and spill dots for that. */
+        /* Hides the pointer from gcc, which would store sums twice to keep the next group's at
+         * hand, and spill dots for that. */
         if (!HOLD_SUMS) __asm__("" : "+r"(p.sums));
         p.scales += p.h;
         w.scales += MQ_PANEL;
@@ -238,7 +187,8 @@ TARGET static MQ_INLINE void add_groups(const int rows, part p, panels w, const 
             EACH_VECTOR (v, VECTORS) *sum_at(p.sums, r, v) = held[r][v];
 }
 
-/* One segment of a group of several: adds the dot products to totals, scales them after the last */
+/* Multiplies one segment of a longer group: adds its dot products to totals, and scales them
+ * after the last segment. */
 TARGET static MQ_INLINE void add_segment(const int rows, part p, panels w, const ints *unpacked,
                                          int64_t quad0, int64_t quad1, int first, int last,
                                          ints (*totals)[VECTORS]) {
@@ -252,22 +202,22 @@ TARGET static MQ_INLINE void add_segment(const int rows, part p, panels w, const
     if (last) add_scaled(rows, &p, &w, dots, NULL);
 }
 
-/* Runs what follows for the parts of tiles [tile0, tile1): `rows` tokens, the first of which is
- * number `at` of its tile and number `row` of the sums. */
+/* Runs the statement that follows for each part of tiles [tile0, tile1). The part has `rows`
+ * tokens and starts at token `at` of its tile, row `row` of the sums. */
 #define EACH_PART(act, tile, at, rows, row)                                       \
     for (int64_t tile = tile0; tile < tile1; tile++)                              \
         for (int64_t at = 0, row = (tile - tile0) * act->h, rows;                 \
              (rows = part_rows(mq_min(act->h, act->m - tile * act->h) - at)) > 0; \
              at += rows, row += rows)
 
-/* The tokens of the next part where `left` of a tile are left; parts of a tile are of one size, or
- * differ by one. */
+/* The tokens of the next part if `left` remain in the tile. The parts of a tile differ by at
+ * most one token. */
 static MQ_INLINE int64_t part_rows(int64_t left) {
     return left ? mq_ceil_div(left, mq_ceil_div(left, PART_ROWS)) : 0;
 }
 
-/* The part that starts at token `at` of a tile: from quad quad0, segment `segment` and group j on,
- * token `row` of the sums */
+/* The part that starts at token `at` of a tile, seen from quad quad0, segment `segment` and
+ * group j. */
 static MQ_INLINE part part_at(const mq_activations *act, const mq_shape *shape, int64_t tile,
                               int64_t at, int64_t quad0, int64_t segment, int64_t j, float *sums) {
     return (part){
@@ -279,8 +229,9 @@ static MQ_INLINE part part_at(const mq_activations *act, const mq_shape *shape, 
     };
 }
 
-/* Asks for one of `parts` parts of the segment behind quad1, from block `ahead` on; returns the block
- * behind it. Spread over the work on this segment, since few loads can be under way at once. */
+/* Prefetches one of `parts` shares of the segment after quad1, from block `ahead` on. Returns
+ * the block after it. The prefetches are spread over the work on the current segment because few
+ * loads can be in flight at once. */
 static MQ_INLINE int64_t prefetch_part(const panels *w, const mq_shape *shape, int64_t ahead,
                                        int64_t quad1, int64_t parts) {
     const int64_t end = mq_min(ahead + mq_ceil_div(AHEAD, parts), quad1 / 2 + AHEAD);
@@ -288,7 +239,7 @@ static MQ_INLINE int64_t prefetch_part(const panels *w, const mq_shape *shape, i
     return end;
 }
 
-/* Groups longer than a segment, group by group; the totals wait in memory between segments. */
+/* Groups longer than a segment, one by one. The totals stay in memory between segments. */
 TARGET static void multiply_long_groups(const mq_activations *act, const mq_shape *shape,
                                         int64_t tile0, int64_t tile1, panels w, float *sums) {
     ints buffer[MQ_SEGMENT_QUADS + 2][VECTORS], totals[MQ_ROW_CHUNK][VECTORS];
@@ -312,7 +263,7 @@ TARGET static void multiply_long_groups(const mq_activations *act, const mq_shap
     }
 }
 
-/* Groups of one segment each: weights are unpacked a segment at a time and used for all tokens. */
+/* Groups of at most a segment. Weights are unpacked a segment at a time and used for all tokens. */
 TARGET static void multiply_groups(const mq_activations *act, const mq_shape *shape, int64_t tile0,
                                    int64_t tile1, panels w, float *sums) {
     ints buffer[MQ_SEGMENT_QUADS + 2][VECTORS];
@@ -332,7 +283,7 @@ TARGET static void multiply_groups(const mq_activations *act, const mq_shape *sh
     }
 }
 
-/* Groups of any size for few tokens, which unpack weights as they go */
+/* Groups of any size for few tokens. Weights are unpacked on the fly. */
 TARGET static void multiply_few(const mq_activations *act, const mq_shape *shape, int64_t tile0,
                                 int64_t tile1, panels w, float *sums) {
     EACH_PART (act, tile, at, rows, row) {
@@ -346,12 +297,13 @@ TARGET void KERNEL(mq_multiply_groups)(const mq_activations *act, const mq_shape
                                        int64_t tile0, int64_t tile1, int64_t count,
                                        const uint8_t *qweight, const uint16_t *scales,
                                        float *sums) {
+    mq_assume_multiply_groups(act, shape, tile0, tile1, count, sums);
     if (shape->groups == 0) return;
     const int64_t qweight_stride = shape->blocks * MQ_BLOCK_BYTES;
     const int64_t scales_stride = shape->groups * MQ_PANEL;
     for (int64_t panel = 0; panel < count; panel += PANELS, sums += PANELS * SUMS_STRIDE) {
         panels w = {qweight + panel * qweight_stride, scales + panel * scales_stride, 0, 0};
-        if (panel + PANELS <= count) { /* a last one alone is its own neighbour */
+        if (panel + PANELS <= count) { /* a single last panel is paired with itself */
             w.qweight_stride = qweight_stride;
             w.scales_stride = scales_stride;
         }

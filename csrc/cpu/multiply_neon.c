@@ -1,6 +1,6 @@
-/* sdot sums four products in int32, of 4 output channels with the codes of one token, which it takes
- * from any lane of a register. A tile's 24 accumulators, 4 weights and 2 registers of codes are 30 of
- * the 32 registers. */
+/* sdot sums four products in int32: 4 output channels times one token's codes, taken from any
+ * lane of a register. 24 accumulators, 4 weight registers and 2 registers of codes use 30 of the
+ * 32 registers. */
 #include "kernels.h"
 
 #if defined(MQ_NEON)
@@ -27,4 +27,6 @@ TARGET static MQ_INLINE void segment_dots(const int rows, const part *p, const p
     for (int64_t quad = quad0; quad < quad1; quad++, codes += p->h * MQ_QUAD)
         add_quad(rows, dots, unpacked + quad * VECTORS, codes);
 }
+
+#include "multiply.h"
 #endif

@@ -1,5 +1,5 @@
-/* The multiplication on NEON: what multiply.h asks for, but for unpack_vector and segment_dots, which
- * multiply_<isa>.c defines. */
+/* The multiplication's vector operations on NEON: all that multiply.h needs except unpack_vector
+ * and segment_dots. multiply_<isa>.c includes this header after TARGET and defines those two. */
 #ifndef MQ_CPU_MULTIPLY_NEON_H
 #define MQ_CPU_MULTIPLY_NEON_H
 
@@ -12,7 +12,7 @@ typedef int32x4_t ints;
 
 enum { PANELS = 1, ACCUMULATORS = 24, HOLD_SUMS = 0 };
 
-#include "multiply.h"
+#include "tiles.h"
 
 TARGET static MQ_INLINE floats set_floats(float x) { return vdupq_n_f32(x); }
 
@@ -28,7 +28,7 @@ TARGET static MQ_INLINE floats widen_scales(const uint16_t *scales) {
 
 TARGET static MQ_INLINE ints add_ints(ints a, ints b) { return vaddq_s32(a, b); }
 
-/* Codes + 8 of the even and of the odd quad of a block's vector: at most 15, so signed bytes too */
+/* The codes + 8 of a vector's even and odd quad. At most 15, so they are valid signed bytes. */
 TARGET static MQ_INLINE ints even_quad(ints packed) {
     return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(packed), vdupq_n_u8(15)));
 }
@@ -37,7 +37,7 @@ TARGET static MQ_INLINE ints odd_quad(ints packed) {
     return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(packed), 4));
 }
 
-/* One lane per token: the codes of a quad */
+/* A quad's codes, one token per lane */
 typedef struct quad_codes {
     ints tokens[2];
 } quad_codes;
@@ -57,7 +57,7 @@ TARGET static MQ_INLINE quad_codes load_codes(const int rows, const int8_t *code
     return (quad_codes){{load_lanes(rows, from), load_lanes(rows < 4 ? 0 : rows - 4, from + 4)}};
 }
 
-/* sums + products of a quad's weights and the codes of token r; lanes are numbered by constants */
+/* sums + a quad's weights times the codes of token r. Lane numbers must be constants. */
 TARGET static MQ_INLINE ints add_products(ints sums, ints weights, quad_codes codes, int r) {
     const int8x16_t w = vreinterpretq_s8_s32(weights);
     const int8x16_t a = vreinterpretq_s8_s32(codes.tokens[r / 4]);
@@ -76,7 +76,7 @@ TARGET static MQ_INLINE void add_quad(const int rows, ints sums[PART_ROWS][VECTO
         EACH_VECTOR (v, VECTORS) sums[r][v] = add_products(sums[r][v], weights[v], a, r);
 }
 
-/* segment_dots from packed weights */
+/* segment_dots for packed weights */
 TARGET static MQ_INLINE void packed_dots(const int rows, const part *p, const panels *w,
                                          int64_t quad0, int64_t quad1,
                                          ints dots[PART_ROWS][VECTORS]) {

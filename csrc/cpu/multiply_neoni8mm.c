@@ -1,7 +1,7 @@
-/* smmla sums the products of two tokens with two output channels over 8 input channels, twice as many
- * as sdot: the weights of a block are unpacked to 2 channels x 2 quads in a register, and the codes
- * of two tokens and quads paired likewise. One token alone would waste half of it: few tokens are
- * left to sdot. */
+/* smmla multiplies two tokens by two output channels over 8 input channels, twice the products
+ * of sdot. Weights of a block are unpacked to 2 channels x 2 quads per register, and codes are
+ * paired to 2 tokens x 2 quads. A single token would waste half the work, so sdot takes small
+ * batches. */
 #include "kernels.h"
 
 #if defined(MQ_NEON)
@@ -17,7 +17,8 @@ TARGET static MQ_INLINE void unpack_vector(ints packed, ints *even, ints *odd) {
     *odd = vzip2q_s32(first, second);  /* 2 and 3 */
 }
 
-/* Sums of 2 tokens x 2 output channels: 0 and 1 of each vector's 4, and 2 and 3 */
+/* Sums of 2 tokens x 2 output channels: `low` for channels 0 and 1 of each vector's 4, `high`
+ * for 2 and 3 */
 typedef struct squares {
     ints low[PART_ROWS / 2][VECTORS], high[PART_ROWS / 2][VECTORS];
 } squares;
@@ -48,7 +49,8 @@ TARGET static MQ_INLINE void segment_dots(const int rows, const part *p, const p
     }
     const int pairs = (rows + 1) / 2;
     const int64_t stride = p->h * MQ_QUAD;
-    const quad_codes zeros = {{vdupq_n_s32(0), vdupq_n_s32(0)}}; /* for a quad of another group */
+    const quad_codes zeros = {{vdupq_n_s32(0), vdupq_n_s32(0)}}; /* replaces a quad of another
+                                                                  * group */
     const int8_t *codes = p->codes;
     squares sums;
     EACH_ROW (i, pairs) {
@@ -72,4 +74,6 @@ TARGET static MQ_INLINE void segment_dots(const int rows, const part *p, const p
             dots[r][v] = vreinterpretq_s32_s64(r % 2 ? vzip2q_s64(a, b) : vzip1q_s64(a, b));
         }
 }
+
+#include "multiply.h"
 #endif

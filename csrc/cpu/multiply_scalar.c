@@ -5,6 +5,7 @@
 void mq_multiply_salient_scalar(const mq_activations *act, int64_t k_salient, int64_t tile0,
                                 int64_t tile1, int64_t s0, int64_t s1, const float *w,
                                 float *sums) {
+    mq_assume_multiply_salient(act, k_salient, tile0, tile1, s0, s1, sums);
     for (int64_t tile = tile0; tile < tile1; tile++) {
         int64_t rows = mq_min(act->h, act->m - tile * act->h);
         for (int64_t r = 0; r < rows; r++) {
@@ -50,6 +51,7 @@ static void multiply_groups(const mq_activations *act, const mq_shape *shape, in
 void mq_multiply_groups_scalar(const mq_activations *act, const mq_shape *shape, int64_t tile0,
                                int64_t tile1, int64_t panels, const uint8_t *qweight,
                                const uint16_t *scales, float *sums) {
+    mq_assume_multiply_groups(act, shape, tile0, tile1, panels, sums);
     for (int64_t p = 0; p < panels; p++)
         multiply_groups(act, shape, tile0, tile1, qweight + p * shape->blocks * MQ_BLOCK_BYTES,
                         scales + p * shape->groups * MQ_PANEL, sums + p * MQ_ROW_CHUNK * MQ_PANEL);

@@ -1,7 +1,7 @@
-/* The multiplication on x86, in vectors of 256 or 512 bits: what multiply.h asks for, from
- *   accumulate   sums + products of a quad's weights + 8 (unsigned bytes) and codes (signed bytes)
- *   dots_of      the int32 dot products that the sums of a whole segment stand for
- * which multiply_<isa>.c defines. */
+/* The multiplication's vector operations on x86, for 256 or 512 bits. multiply_<isa>.c includes
+ * this header after vectors_x86.h, PANELS and
+ *   accumulate   sums + a quad's weights + 8 (unsigned bytes) times codes (signed bytes)
+ *   dots_of      a whole segment's sums to int32 dot products */
 #ifndef MQ_CPU_MULTIPLY_X86_H
 #define MQ_CPU_MULTIPLY_X86_H
 
@@ -11,10 +11,7 @@
 
 enum { ACCUMULATORS = 12 };
 
-#include "multiply.h"
-
-TARGET static ints accumulate(ints sums, ints weights, ints codes);
-TARGET static ints dots_of(ints sums);
+#include "tiles.h"
 
 TARGET static MQ_INLINE floats set_floats(float x) { return V(set1_ps)(x); }
 

@@ -4,6 +4,7 @@
 #include "x86.h"
 
 MQ_AVX2 void mq_pack_nibbles_avx2(const int8_t *q, int64_t n, uint8_t *packed) {
+    mq_assume_nibbles(q, n, packed);
     const __m256i nibble = _mm256_set1_epi8(15), weights = _mm256_set1_epi16(0x1001);
     int64_t i = 0;
     for (; i + 32 <= n; i += 32) {
@@ -17,13 +18,14 @@ MQ_AVX2 void mq_pack_nibbles_avx2(const int8_t *q, int64_t n, uint8_t *packed) {
 }
 
 MQ_AVX2 void mq_unpack_nibbles_avx2(const uint8_t *packed, int64_t n, int is_unsigned, int8_t *q) {
+    mq_assume_nibbles(q, n, packed);
     const __m128i nibble = _mm_set1_epi8(15), eight = _mm_set1_epi8(is_unsigned ? 0 : 8);
     int64_t i = 0;
     for (; i + 32 <= n; i += 32) {
         __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)(packed + i / 2));
         __m128i low = _mm_and_si128(bytes, nibble);
         __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble);
-        /* (code ^ 8) - 8 extends a nibble's sign */
+        /* (code ^ 8) - 8 sign-extends a nibble */
         low = _mm_sub_epi8(_mm_xor_si128(low, eight), eight);
         high = _mm_sub_epi8(_mm_xor_si128(high, eight), eight);
         _mm_storeu_si128((__m128i *)(void *)(q + i), _mm_unpacklo_epi8(low, high));

@@ -1,4 +1,4 @@
-/* The operations behind api.c: arguments are valid, kernels are chosen. */
+/* The operations behind api.c. Arguments are valid and kernels are chosen. */
 #ifndef MQ_CPU_OPS_H
 #define MQ_CPU_OPS_H
 
@@ -44,9 +44,9 @@ void mq_run_linear_multiply(const mq_kernels *kernels, const mq_shape *shape, co
                             int64_t m, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1,
                             const void *workspace, mq_dtype dtype, void *out, int64_t stride);
 
-/* One row and how to read it: channels perm[0 .. k), or all in order where perm is NULL; rotated in
- * blocks where rotation > 1. to_next: bytes to the row that is mostly read next, to have it at
- * hand; 0: none. */
+/* A row and how to read it: channels perm[0 .. k), or in order if perm is NULL; rotated in
+ * blocks if rotation > 1. to_next: byte offset of the row to prefetch, usually the next one; 0
+ * for none. */
 typedef struct mq_channels {
     const mq_kernels *kernels;
     mq_dtype dtype;
@@ -55,15 +55,15 @@ typedef struct mq_channels {
     int64_t rotation, to_next;
 } mq_channels;
 
-/* Channels k0 .. k0 + n as fp32, n <= MQ_BUFFER; k0 starts a group, or is a multiple of MQ_BUFFER from
- * there. Returns where they are: in buffer, or in the row itself. */
+/* Loads channels k0 .. k0 + n as fp32, n <= MQ_BUFFER. k0 is the start of a group or a multiple
+ * of MQ_BUFFER from it. Returns a pointer to them, into buffer or into the row itself. */
 const float *mq_load_channels(const mq_channels *from, int64_t k0, int64_t n, float *buffer);
 
-/* The extent of channels k0 .. k0 + n of one group, any n. */
+/* The extent of channels k0 .. k0 + n of one group, for any n. */
 mq_extent mq_channels_extent(const mq_channels *from, int64_t k0, int64_t n);
 
-/* Rotates n values that start a group, or a multiple of MQ_BUFFER from there; its own inverse. out may
- * be x. */
+/* Rotates n values that start at the start of a group or a multiple of MQ_BUFFER from it. Its
+ * own inverse. out may equal x. */
 void mq_rotate(const mq_kernels *kernels, int64_t rotation, const float *x, int64_t n, float *out);
 
 #endif

@@ -8,15 +8,19 @@ MQ_AVX2 static MQ_INLINE mq_extent extent_of(const float *x, int64_t n) {
     return extent_of_seen(with_values(none, x, n));
 }
 
-MQ_AVX2 mq_extent mq_extent_of_avx2(const float *x, int64_t n) { return extent_of(x, n); }
+MQ_AVX2 mq_extent mq_extent_of_avx2(const float *x, int64_t n) {
+    mq_assume_extent_of(n);
+    return extent_of(x, n);
+}
 
 MQ_AVX2 void mq_quantize_avx2(const float *x, int64_t n, float inverse, int low, int high,
                               int8_t *q) {
+    mq_assume_quantize(x, n, inverse, low, high, q);
     const __m256 factor = _mm256_set1_ps(inverse);
     const __m256 least = _mm256_set1_ps((float)low), most = _mm256_set1_ps((float)high);
     const __m256i lanes_in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    /* Codes above 127 (8 bits, unsigned) would saturate in signed packs; 16-bit lanes hold both
-     * kinds, and the low bytes are what is wanted */
+    /* Unsigned 8-bit codes above 127 would saturate in signed packs. 16-bit lanes hold both
+     * signed and unsigned codes; keep their low bytes. */
     const __m256i bytes = _mm256_set1_epi16(0xff);
     int64_t i = 0;
     for (; i + 32 <= n; i += 32) {
@@ -75,18 +79,19 @@ MQ_AVX2 void mq_quantize_groups_avxvnni(const mq_linear *lin, const mq_extent *e
                           scales, starts);
 }
 
-/* Eight quads of a row */
+/* Loads eight quads of a row. */
 MQ_AVX2 static MQ_INLINE __m256i eight_quads(const int8_t *from) {
     return _mm256_loadu_si256((const __m256i *)(const void *)from);
 }
 
-/* In the lower half of v and, four quads later, in its upper half: a quad of each of four rows */
+/* Stores a quad of each of four rows from the lower half of v, and four quads later from its
+ * upper half. */
 MQ_AVX2 static MQ_INLINE void store_fours(__m256i v, int8_t *to, int64_t h) {
     _mm_storeu_si128((__m128i *)(void *)to, _mm256_castsi256_si128(v));
     _mm_storeu_si128((__m128i *)(void *)(to + 4 * h * MQ_QUAD), _mm256_extracti128_si256(v, 1));
 }
 
-/* Of two rows, quads 0, 1 and 4, 5 of v */
+/* Stores quads 0, 1, 4 and 5 of two rows. */
 MQ_AVX2 static MQ_INLINE void store_pairs(__m256i v, int8_t *to, int64_t h) {
     const __m128i low = _mm256_castsi256_si128(v), high = _mm256_extracti128_si256(v, 1);
     _mm_storel_epi64((__m128i *)(void *)to, low);
@@ -96,9 +101,10 @@ MQ_AVX2 static MQ_INLINE void store_pairs(__m256i v, int8_t *to, int64_t h) {
     _mm_storel_epi64((__m128i *)(void *)(to + h * MQ_QUAD), _mm_unpackhi_epi64(high, high));
 }
 
-/* Eight quads as long as there are; of them, four rows as long as there are, then two */
+/* Eight quads at a time; of those, four rows at a time, then two. */
 MQ_AVX2 void mq_interleave_avx2(const int8_t *from, int64_t stride, int64_t rows, int64_t quads,
                                 int8_t *to, int64_t h) {
+    mq_assume_interleave(from, stride, rows, quads, to, h);
     const int64_t quad_stride = h * MQ_QUAD;
     int64_t quad = 0;
     for (; quad + 8 <= quads; quad += 8, from += 8 * MQ_QUAD, to += 8 * quad_stride) {
@@ -130,6 +136,7 @@ MQ_AVX2 void mq_interleave_avx2(const int8_t *from, int64_t stride, int64_t rows
 
 MQ_AVX2 void mq_dequantize_avx2(const int8_t *q, int64_t n, int is_unsigned, float scale,
                                 float *out) {
+    mq_assume_dequantize(q, n, out);
     const __m256 factor = _mm256_set1_ps(scale);
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {

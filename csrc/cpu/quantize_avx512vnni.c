@@ -20,6 +20,7 @@ MQ_AVX512VNNI static MQ_INLINE mq_extent extent_of(const float *x, int64_t n) {
 }
 
 MQ_AVX512VNNI mq_extent mq_extent_of_avx512vnni(const float *x, int64_t n) {
+    mq_assume_extent_of(n);
     return extent_of(x, n);
 }
 
@@ -27,7 +28,7 @@ MQ_AVX512VNNI static MQ_INLINE __m512i rounded16(const float *x, __m512 factor) 
     return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), factor));
 }
 
-/* As codes_of_group, whose sums it adds up */
+/* codes_of_group for 512 bits; returns the start for these codes. */
 MQ_AVX512VNNI static MQ_INLINE int32_t quantize_group(const float *x, int64_t n, float inverse,
                                                       int low, int high, int8_t *q) {
     const __m512 factor = _mm512_set1_ps(inverse);

@@ -1,4 +1,4 @@
-/* mq_quantize_groups, written once: each instruction set calls it with kernels of its own. */
+/* mq_quantize_groups, written once. Each instruction set passes its own kernels. */
 #ifndef MQ_CPU_QUANTIZE_GROUPS_H
 #define MQ_CPU_QUANTIZE_GROUPS_H
 
@@ -6,7 +6,7 @@
 
 #include "kernels.h"
 
-/* As mq_quantize_fn; returns what the sums of products of these codes start from. */
+/* Like mq_quantize_fn, but returns the start for these codes (see mq_activations). */
 typedef int32_t mq_quantize_group_fn(const float *x, int64_t n, float inverse, int low, int high,
                                      int8_t *q);
 
@@ -15,10 +15,11 @@ static MQ_INLINE void mq_quantize_groups_by(mq_extent_of_fn *extent_of,
                                             const mq_linear *lin, const mq_extent *extent,
                                             const float *x, int64_t n, int64_t group_size,
                                             int8_t *codes, float *scales, int32_t *starts) {
+    mq_assume_quantize_groups(lin, x, n, group_size, codes);
     const int64_t groups = mq_ceil_div(n, group_size);
     const int64_t whole = mq_ceil_div(mq_min(group_size, n), MQ_QUAD) * MQ_QUAD;
     mq_quantization to[MQ_SEGMENT_QUADS];
-    /* step by step, so that one group need not wait for another */
+    /* In two loops, so that groups do not wait for each other. */
     for (int64_t j = 0; j < groups; j++) {
         const int64_t i = j * group_size;
         const mq_extent own = extent ? *extent : extent_of(x + i, mq_min(group_size, n - i));

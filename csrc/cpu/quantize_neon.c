@@ -7,28 +7,28 @@
 #include "quantize_groups.h"
 
 mq_extent mq_extent_of_neon(const float *x, int64_t n) {
+    mq_assume_extent_of(n);
     const int32x4_t sign = vdupq_n_s32(INT32_MIN);
     int32x4_t max0 = vdupq_n_s32(0), max1 = max0, min0 = max0, min1 = max0;
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
         const int32x4_t a = vreinterpretq_s32_f32(vld1q_f32(x + i));
         const int32x4_t b = vreinterpretq_s32_f32(vld1q_f32(x + i + 4));
-        /* as int32, values of the other sign are negative and lose against 0 */
+        /* as int32, values of the other sign are negative and lose to 0 */
         max0 = vmaxq_s32(max0, a);
         max1 = vmaxq_s32(max1, b);
         min0 = vmaxq_s32(min0, veorq_s32(a, sign));
         min1 = vmaxq_s32(min1, veorq_s32(b, sign));
     }
-    mq_extent extent = {0, (uint32_t)vmaxvq_s32(vmaxq_s32(max0, max1)),
-                        (uint32_t)vmaxvq_s32(vmaxq_s32(min0, min1))};
-    extent.abs_bits = mq_max_bits(extent.positive_bits, extent.negative_bits);
+    const mq_extent extent = {(uint32_t)vmaxvq_s32(vmaxq_s32(max0, max1)),
+                              (uint32_t)vmaxvq_s32(vmaxq_s32(min0, min1))};
     return mq_extent_union(extent, mq_extent_of_scalar(x + i, n - i));
 }
 
 static MQ_INLINE int32x4_t codes_of(const float *x, float inverse, float32x4_t least,
                                     float32x4_t most) {
     const float32x4_t scaled = vmulq_n_f32(vld1q_f32(x), inverse);
-    return vcvtnq_s32_f32(vminq_f32(vmaxq_f32(scaled, least), most)); /* half to even */
+    return vcvtnq_s32_f32(vminq_f32(vmaxq_f32(scaled, least), most)); /* rounds half to even */
 }
 
 static MQ_INLINE int32_t quantize_group(const float *x, int64_t n, float inverse, int low, int high,
@@ -43,7 +43,7 @@ static MQ_INLINE int32_t quantize_group(const float *x, int64_t n, float inverse
             sums = vaddq_s32(sums, codes);
             v[e] = vreinterpretq_s16_s32(codes);
         }
-        /* the low bytes */
+        /* keep the low bytes */
         const int8x16_t ab = vreinterpretq_s8_s16(vuzp1q_s16(v[0], v[1]));
         const int8x16_t cd = vreinterpretq_s8_s16(vuzp1q_s16(v[2], v[3]));
         vst1q_s8(q + i, vuzp1q_s8(ab, cd));
@@ -62,6 +62,7 @@ static MQ_INLINE int32_t quantize_group(const float *x, int64_t n, float inverse
 }
 
 void mq_quantize_neon(const float *x, int64_t n, float inverse, int low, int high, int8_t *q) {
+    mq_assume_quantize(x, n, inverse, low, high, q);
     quantize_group(x, n, inverse, low, high, q);
 }
 
@@ -72,7 +73,7 @@ void mq_quantize_groups_neon(const mq_linear *lin, const mq_extent *extent, cons
                           scales, starts);
 }
 
-/* Two quads of two rows; of four */
+/* Stores two quads of two rows; of four rows. */
 static MQ_INLINE void store_pairs(int32x4_t v, int8_t *to, int64_t h) {
     const int32x2_t first = vget_low_s32(v), second = vget_high_s32(v);
     memcpy(to, &first, sizeof first);
@@ -89,9 +90,10 @@ static MQ_INLINE int32x4_t four_quads(const int8_t *from) {
     return vreinterpretq_s32_s8(vld1q_s8(from));
 }
 
-/* Four quads as long as there are; of them, four rows as long as there are, then two */
+/* Four quads at a time; of those, four rows at a time, then two. */
 void mq_interleave_neon(const int8_t *from, int64_t stride, int64_t rows, int64_t quads, int8_t *to,
                         int64_t h) {
+    mq_assume_interleave(from, stride, rows, quads, to, h);
     const int64_t two_quads = 2 * h * MQ_QUAD;
     int64_t quad = 0;
     for (; quad + 4 <= quads; quad += 4, from += 4 * MQ_QUAD, to += 2 * two_quads) {

@@ -1,28 +1,18 @@
-#include <math.h>
 #include <string.h>
 
 #include "kernels.h"
 #include "quantize_groups.h"
 
 mq_extent mq_extent_of_scalar(const float *x, int64_t n) {
-    mq_extent extent = {0, 0, 0};
-    for (int64_t i = 0; i < n; i++) {
-        const uint32_t bits = mq_bits_of_float(x[i]), magnitude = bits & 0x7fffffffu;
-        const int is_positive = bits == magnitude;
-        extent = mq_extent_union(extent, (mq_extent){magnitude, is_positive ? magnitude : 0,
-                                                     is_positive ? 0 : magnitude});
-    }
+    mq_assume_extent_of(n);
+    mq_extent extent = {0, 0};
+    for (int64_t i = 0; i < n; i++) extent = mq_extent_with(extent, x[i]);
     return extent;
 }
 
 void mq_quantize_scalar(const float *x, int64_t n, float inverse, int low, int high, int8_t *q) {
-    float least = (float)low, most = (float)high;
-    for (int64_t i = 0; i < n; i++) {
-        float value = x[i] * inverse;
-        value = value < least ? least : value;
-        value = value > most ? most : value;
-        q[i] = (int8_t)lrintf(value); /* the default rounding mode is half to even */
-    }
+    mq_assume_quantize(x, n, inverse, low, high, q);
+    for (int64_t i = 0; i < n; i++) q[i] = (int8_t)mq_code_of(x[i], inverse, low, high);
 }
 
 static int32_t quantize_group(const float *x, int64_t n, float inverse, int low, int high,
@@ -42,11 +32,13 @@ void mq_quantize_groups_scalar(const mq_linear *lin, const mq_extent *extent, co
 
 void mq_interleave_scalar(const int8_t *from, int64_t stride, int64_t rows, int64_t quads,
                           int8_t *to, int64_t h) {
+    mq_assume_interleave(from, stride, rows, quads, to, h);
     for (int64_t quad = 0; quad < quads; quad++, from += MQ_QUAD, to += h * MQ_QUAD)
         for (int64_t r = 0; r < rows; r++) memcpy(to + r * MQ_QUAD, from + r * stride, MQ_QUAD);
 }
 
 void mq_dequantize_scalar(const int8_t *q, int64_t n, int is_unsigned, float scale, float *out) {
+    mq_assume_dequantize(q, n, out);
     for (int64_t i = 0; i < n; i++)
         out[i] = (is_unsigned ? (float)(uint8_t)q[i] : (float)q[i]) * scale;
 }

@@ -1,4 +1,4 @@
-/* What the x86 kernels that quantize groups share, in vectors of 256 bits. */
+/* 256-bit helpers that the x86 kernels for groups share. */
 #ifndef MQ_CPU_QUANTIZE_X86_H
 #define MQ_CPU_QUANTIZE_X86_H
 
@@ -7,18 +7,17 @@
 #include "quantize_groups.h"
 #include "x86.h"
 
-enum {
-    BYTES_AHEAD = 8192
-}; /* from what is read in place, or written, to what is being asked for */
+enum { BYTES_AHEAD = 8192 }; /* prefetch distance, for rows that are read in place and for codes */
 
-/* The first n of 8 values, n < 8, and zeros */
+/* Loads n < 8 values and fills up with zeros. */
 MQ_AVX2 static MQ_INLINE __m256 load_part(const float *x, int64_t n) {
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_maskload_ps(x, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), lanes));
 }
 
-/* The bits of values seen: as int32, positive ones are above 0 and all others; as uint32, negative
- * ones are above all others, larger magnitudes above smaller ones. */
+/* The maxima of the values' bits, read as int32 and as uint32. As int32, positive values are
+ * above 0 and larger ones above smaller; as uint32, negative values are above all positive ones,
+ * larger magnitudes above smaller. */
 typedef struct seen {
     __m256i as_signed, as_unsigned;
 } seen;
@@ -31,20 +30,20 @@ MQ_AVX2 static MQ_INLINE seen with(seen so_far, __m256 x) {
 
 MQ_AVX2 static MQ_INLINE mq_extent extent_of_seen(seen all) {
     const __m256i sign = _mm256_set1_epi32((int)0x80000000);
-    /* positive ones to the lower half, magnitudes of negative ones to the upper, else less than 0 */
+    /* Positive values go to the lower half, magnitudes of negative ones to the upper; otherwise
+     * < 0. */
     const __m256i a = all.as_signed, b = _mm256_xor_si256(all.as_unsigned, sign);
     __m256i most = _mm256_max_epi32(_mm256_permute2x128_si256(a, b, 0x20),
                                     _mm256_permute2x128_si256(a, b, 0x31));
     most = _mm256_max_epi32(most, _mm256_shuffle_epi32(most, 0x4e));
     most = _mm256_max_epi32(most, _mm256_shuffle_epi32(most, 0xb1));
     most = _mm256_max_epi32(most, _mm256_setzero_si256());
-    mq_extent extent = {0, (uint32_t)_mm256_extract_epi32(most, 0),
-                        (uint32_t)_mm256_extract_epi32(most, 4)};
-    extent.abs_bits = mq_max_bits(extent.positive_bits, extent.negative_bits);
+    const mq_extent extent = {(uint32_t)_mm256_extract_epi32(most, 0),
+                              (uint32_t)_mm256_extract_epi32(most, 4)};
     return extent;
 }
 
-/* With values of x [n], of any n */
+/* Adds x [n], for any n. */
 MQ_AVX2 static MQ_INLINE seen with_values(seen so_far, const float *x, int64_t n) {
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) {
@@ -62,10 +61,10 @@ MQ_AVX2 static MQ_INLINE __m256i rounded(__m256 x, __m256 factor) {
     return _mm256_cvtps_epi32(_mm256_mul_ps(x, factor));
 }
 
-/* Codes of x [n] for a group's own scale: x * inverse is at most 15 / 2^-10 then, so they may be
- * narrowed to int16 first and clamped last. (Below, without limit where codes are unsigned, what has no
- * int32 becomes the smallest one.) Returns 16 sums of two codes, by turns of those at
- * positions 0, 1 and at 2, 3 of quads. */
+/* Quantizes x [n] with the group's own scale. x * inverse is then at most 15 / 2^-10, so codes
+ * may be narrowed to int16 before they are clamped. (Unsigned codes have no lower limit: values
+ * below int32 convert to INT32_MIN.) Returns 16 sums of two codes, alternating between positions
+ * 0, 1 and positions 2, 3 of quads. */
 MQ_AVX2 static MQ_INLINE __m256i codes_of_group(const float *x, int64_t n, float inverse, int low,
                                                 int high, int8_t *q) {
     const __m256 factor = _mm256_set1_ps(inverse);
@@ -87,7 +86,7 @@ MQ_AVX2 static MQ_INLINE __m256i codes_of_group(const float *x, int64_t n, float
     for (; i < n; i += 8) {
         const __m256 part = n - i < 8 ? load_part(x + i, n - i) : _mm256_loadu_ps(x + i);
         const __m256i words = _mm256_packs_epi32(rounded(part, factor), _mm256_setzero_si256());
-        /* four codes in each half, then zeros, which are in every range */
+        /* four codes in each half, then zeros, which every range includes */
         __m256i codes = _mm256_packs_epi16(words, _mm256_setzero_si256());
         codes = _mm256_min_epi8(_mm256_max_epi8(codes, least), most);
         sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(_mm256_set1_epi8(1), codes));

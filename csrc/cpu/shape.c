@@ -1,5 +1,4 @@
-/* What the library of the CUDA kernels holds too: the shapes of packed weights, and the words for a
- * status. */
+/* Shapes of packed weights and status messages. The CUDA library links this file too. */
 #include "kernels.h"
 
 const char *mq_status_message(mq_status status) {

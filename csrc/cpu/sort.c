@@ -1,9 +1,9 @@
-/* Stable argsort: a bottom-up merge sort, which needs no heap and no recursion. It has one version
- * for all instruction sets: its branches depend on the data. */
+/* Stable argsort: a bottom-up merge sort, without heap or recursion. Its branches depend on the
+ * data, so one version serves all instruction sets. */
 #include "ops.h"
 
 static int comes_before(double a, double b, int descending) {
-    if (a != a || b != b) return a == a; /* NaN after everything, NaNs in index order */
+    if (a != a || b != b) return a == a; /* NaNs last, in index order */
     return descending ? a > b : a < b;
 }
 

@@ -3,9 +3,10 @@
 #if defined(MQ_X86)
 #include "x86.h"
 
-/* Division, square root and the rest are correctly rounded, so four at a time equal one. */
+/* Every operation used here is correctly rounded, so results equal the scalar kernel's. */
 MQ_AVX2 void mq_sort_keys_avx2(mq_sort_key key, int64_t k, int64_t count,
                                const mq_channel_stats *stats, double *keys) {
+    mq_assume_sort_keys(key, k, count);
     const __m256d rows = _mm256_set1_pd((double)count);
     int64_t i = 0;
     if (key == MQ_KEY_MAX)
@@ -20,7 +21,7 @@ MQ_AVX2 void mq_sort_keys_avx2(mq_sort_key key, int64_t k, int64_t count,
             __m256d mean = _mm256_div_pd(_mm256_loadu_pd(stats->abs_sum + i), rows);
             __m256d square = _mm256_div_pd(_mm256_loadu_pd(stats->sq_sum + i), rows);
             __m256d variance = _mm256_sub_pd(square, _mm256_mul_pd(mean, mean));
-            /* max_pd gives its second operand for a NaN, as the scalar comparison does */
+            /* max_pd returns its second operand if either is NaN, like the scalar comparison */
             __m256d std = _mm256_sqrt_pd(_mm256_max_pd(_mm256_setzero_pd(), variance));
             _mm256_storeu_pd(keys + i,
                              _mm256_add_pd(mean, _mm256_mul_pd(_mm256_set1_pd(3.0), std)));

@@ -4,6 +4,7 @@
 
 void mq_sort_keys_scalar(mq_sort_key key, int64_t k, int64_t count, const mq_channel_stats *stats,
                          double *keys) {
+    mq_assume_sort_keys(key, k, count);
     double rows = (double)count;
     for (int64_t i = 0; i < k; i++) {
         switch (key) {

@@ -1,4 +1,4 @@
-/* Vectors of BITS bits, 256 or 512, for code that is written once for both. */
+/* Names for vectors of BITS bits, 256 or 512, so that code is written once for both. */
 #ifndef MQ_CPU_VECTORS_X86_H
 #define MQ_CPU_VECTORS_X86_H
 

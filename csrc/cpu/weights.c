@@ -1,4 +1,4 @@
-/* Packing of weights into the panel layout of mixedquant.h, and back. */
+/* Packs weights into the panels of mixedquant.h, and unpacks them. */
 #include <string.h>
 
 #include "ops.h"
@@ -7,8 +7,7 @@ static int64_t group_channels(const mq_linear *lin, int64_t j) {
     return mq_min(lin->group_size, lin->k - lin->k_salient - j * lin->group_size);
 }
 
-/* Where the code of a group's channel i of output channel c lies: a byte of the panel and a shift.
- */
+/* The byte and the shift of the code of channel i of group j, output channel c of the panel. */
 static uint8_t *code_place(uint8_t *panel, const mq_shape *shape, int64_t j, int64_t i, int64_t c,
                            int *shift) {
     int64_t quad = j * shape->group_quads + i / MQ_QUAD;
@@ -16,16 +15,18 @@ static uint8_t *code_place(uint8_t *panel, const mq_shape *shape, int64_t j, int
     return panel + quad / 2 * MQ_BLOCK_BYTES + c * MQ_QUAD + i % MQ_QUAD;
 }
 
-/* A scale as it is stored: rounded to bf16, 0 below the smallest normal fp32 number. */
-static uint16_t scale_to_bf16(float scale) { return scale < 0x1p-126f ? 0 : mq_f32_to_bf16(scale); }
+/* Rounds a scale to bf16 for storage; 0 if it is below the smallest normal fp32 number. */
+static uint16_t scale_to_bf16(float scale) {
+    return scale < MQ_SMALLEST_NORMAL ? 0 : mq_f32_to_bf16(scale);
+}
 
 static mq_status pack_group(const mq_channels *row, const mq_shape *shape, const mq_linear *lin,
                             int q_max, const float *given, int64_t j, int64_t c, uint8_t *panel,
                             uint16_t *scale_bits) {
     const int64_t k0 = j * lin->group_size, n = group_channels(lin, j);
     const mq_extent extent = mq_channels_extent(row, k0, n);
-    if (extent.abs_bits >= 0x7f800000u) return MQ_NON_FINITE;
-    const float scale = given ? *given : mq_float_of_bits(extent.abs_bits) / (float)q_max;
+    if (mq_magnitude_bits(extent) >= MQ_INFINITY_BITS) return MQ_NON_FINITE;
+    const float scale = given ? *given : mq_float_of_bits(mq_magnitude_bits(extent)) / (float)q_max;
     if (!(scale >= 0) || scale >= 0x1.ffp127f) return MQ_INVALID_SCALE; /* rounds to Inf in bf16 */
     *scale_bits = scale_to_bf16(scale);
     const float inverse = mq_inverse_of(mq_bf16_to_f32(*scale_bits));
@@ -66,8 +67,8 @@ static mq_status pack_salient_codes(const mq_channels *row, const mq_linear *lin
                                     int8_t *panel, uint16_t *scale_bits) {
     const int64_t k4 = lin->k - lin->k_salient;
     const mq_extent extent = mq_channels_extent(row, k4, lin->k_salient);
-    if (extent.abs_bits >= 0x7f800000u) return MQ_NON_FINITE;
-    *scale_bits = scale_to_bf16(mq_float_of_bits(extent.abs_bits) / 127);
+    if (mq_magnitude_bits(extent) >= MQ_INFINITY_BITS) return MQ_NON_FINITE;
+    *scale_bits = scale_to_bf16(mq_float_of_bits(mq_magnitude_bits(extent)) / 127);
     const float inverse = mq_inverse_of(mq_bf16_to_f32(*scale_bits));
 
     float buffer[MQ_BUFFER];
@@ -118,11 +119,11 @@ mq_status mq_run_pack_weight(const mq_kernels *kernels, const mq_shape *shape, c
     return MQ_OK;
 }
 
-/* Channels i .. i + n of group j, output channel c of the panel, as rotated values. */
+/* Decodes channels i .. i + n of group j, output channel c, to values that are still rotated. */
 static void decode(const mq_shape *shape, const uint8_t *panel, float scale, int64_t j, int64_t i,
                    int64_t n, int64_t c, float *values) {
     for (int64_t e = 0; e < n; e++) {
-        int shift; /* only read; code_place serves packing too */
+        int shift; /* not written: code_place also serves packing */
         const uint8_t *byte = code_place((uint8_t *)(uintptr_t)panel, shape, j, i + e, c, &shift);
         values[e] = (float)(((*byte >> shift) & 15) - 8) * scale;
     }

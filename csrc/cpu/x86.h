@@ -1,6 +1,6 @@
-/* What the x86 kernels share: intrinsics, and how a function asks for its instruction set. An
- * attribute on each function, never a flag on the file: code of a flagged file can be chosen by the
- * linker for functions that run on every processor. */
+/* Intrinsics and target attributes that the x86 kernels share. Each function has its attribute;
+ * no file has a flag, because the linker could pick inline functions of such a file for code
+ * that runs on every processor. */
 #ifndef MQ_CPU_X86_H
 #define MQ_CPU_X86_H
 
@@ -14,12 +14,12 @@
 #define MQ_AVX512VNNI \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 
-/* Keeps the compiler from computing on x before this point: gcc would carry a second copy of each
- * accumulator through the loop for it. */
+/* Stops gcc from computing with x before this point: it would carry a second copy of each
+ * accumulator through the loop. */
 #define MQ_IN_REGISTER(x) __asm__("" : "+v"(x))
 
-/* _mm256_madd_epi16 with 16 values that stay in memory, aligned to 32 bytes: gcc would carry a constant
- * in a register through the loop before it, and an accumulator in memory for that. */
+/* _mm256_madd_epi16 with 16 values that stay in memory, aligned to 32 bytes. gcc would keep the
+ * constant in a register through the preceding loop and spill an accumulator for it. */
 MQ_AVX2 static inline __m256i mq_madd_in_memory(__m256i a, const int16_t *values) {
     __asm__("vpmaddwd %1, %0, %0" : "+x"(a) : "m"(*(const __m256i *)(const void *)values));
     return a;
@@ -38,7 +38,7 @@ MQ_AVX2 static inline __m256i mq_madd_in_memory(__m256i a, const int16_t *values
 #define MQ_IN_REGISTER(x) ((void)0)
 #define _mm256_dpbusd_avx_epi32 _mm256_dpbusd_epi32
 
-/* What SIMDe lacks; fmadd, which it would round twice; a masked load, which would read all lanes */
+/* What SIMDe lacks; fmadd, which it rounds twice; and a masked load, which reads all lanes. */
 #undef _mm256_fmadd_ps
 #undef _mm512_fmadd_ps
 #undef _mm512_maskz_loadu_ps

@@ -1,22 +1,21 @@
 // What all kernels share: launches, elements of any dtype, and the layout of quantized tokens.
 //
-// Compiled with -fmad=false, as the C code is with -ffp-contract=off: a product and a sum are fused
-// only where fmaf says so, and results equal the scalar C kernels bit for bit.
+// Compiled with -fmad=false, as the C code is with -ffp-contract=off: only fmaf fuses a product and
+// a sum, so results equal the scalar C kernels bit for bit.
 #ifndef MQ_CUDA_COMMON_CUH
 #define MQ_CUDA_COMMON_CUH
 
 #include <math.h>
 #include <stdint.h>
 
+#include "../quantization.h"
 #include "mixedquant_cuda.h"
 #include "ptx.cuh"
 
 namespace mq {
 
 constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;  // of every block
-
-constexpr float kSmallestNormal = 0x1p-126f;
+constexpr int kThreads = 32 * kWarps;  // per block
 
 __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x & 31); }
 __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x / 32); }
@@ -36,20 +35,21 @@ __host__ __device__ __forceinline__ T larger(T a, T b) {
     return a > b ? a : b;
 }
 
-// Dynamic shared memory that any launch may have: 48 KiB without the kernel's static shared memory,
-// of which kernels with any dynamic one have up to 1 KiB.
+// Dynamic shared memory that any launch may use: 48 KiB minus the static shared memory, which is at
+// most 1 KiB in kernels that use dynamic shared memory.
 constexpr int64_t kOrdinaryShared = (48 << 10) - 1024;
 
-// And what a launch may have that asks for it, on any architecture.
+// What a launch may use on any architecture if it asks for it.
 constexpr int64_t kMostShared = (64 << 10) - 1024;
 
-// kernel<<<grid, kThreads, shared, stream>>>(args...); nothing where the grid is empty. early: it may
-// begin before the kernel in front of it has ended, and waits itself (wait_for_previous).
+// kernel<<<grid, kThreads, shared, stream>>>(args...). Does nothing for an empty grid. early: the
+// kernel may start before the previous one has ended, and calls wait_for_previous itself.
 template <typename... Parameters, typename... Args>
 int launch_as(bool early, void (*kernel)(Parameters...), dim3 grid, size_t shared, void *stream,
               Args... args) {
     if (!grid.x || !grid.y) return cudaSuccess;
-    // The same for every launch of a kernel, for threads share it. Where it fails, the launch does.
+    // Every launch of a kernel sets the same value, since threads share it. If this fails, the
+    // launch fails too.
     if (shared > kOrdinaryShared)
         cudaFuncSetAttribute(
             kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -70,7 +70,8 @@ int launch_as(bool early, void (*kernel)(Parameters...), dim3 grid, size_t share
     (void)stream;
     emulator::run(grid, kThreads, shared, early, [=] { kernel(args...); });
 #endif
-    return cudaGetLastError();  // and forgets it: the next launch shall not report it again
+    return cudaGetLastError();  // clears the error, so that the next launch does not report it
+                                // again
 }
 
 template <typename... Parameters, typename... Args>
@@ -78,21 +79,21 @@ int launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, void *stream
     return launch_as(false, kernel, grid, shared, stream, args...);
 }
 
-// For a kernel that reads what the one before wrote only after wait_for_previous. Its other input is
-// older than that kernel.
+// Launches a kernel that reads the output of the previous one only after wait_for_previous. Its
+// other inputs must be older than the previous kernel.
 template <typename... Parameters, typename... Args>
 int launch_behind(int arch, void (*kernel)(Parameters...), dim3 grid, size_t shared, void *stream,
                   Args... args) {
     return launch_as(arch >= 90, kernel, grid, shared, stream, args...);
 }
 
-// Blocks of kThreads for n jobs of one thread each, for kernels that stride over the grid.
+// Enough blocks for n jobs of one thread each, for kernels with grid-stride loops.
 inline dim3 blocks_for(int64_t jobs) {
     return dim3(
         static_cast<unsigned>(smaller<int64_t>(ceil_div<int64_t>(jobs, kThreads), 1 << 20)));
 }
 
-// for (i = my job; i < n; i += jobs of the grid)
+// for (i = this thread's first job; i < n; i += threads in the grid)
 #define MQ_GRID_STRIDE(i, n)                                                                 \
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * mq::kThreads + threadIdx.x; i < (n); \
          i += static_cast<int64_t>(gridDim.x) * mq::kThreads)
@@ -116,7 +117,7 @@ __device__ __forceinline__ float load(mq_dtype dtype, const void *x, int64_t i) 
     }
 }
 
-// value in 16 bits of dtype
+// Rounds value to a 16-bit dtype.
 __device__ __forceinline__ uint16_t narrow(mq_dtype dtype, float value) {
     return dtype == MQ_F16 ? f32_to_f16(value) : f32_to_bf16(value);
 }
@@ -130,25 +131,26 @@ __device__ __forceinline__ void store(mq_dtype dtype, void *out, int64_t i, floa
 
 // ---- Shapes and quantized tokens ----
 
-// mq_shape_of; lin is valid.
+// mq_shape_of for a valid lin.
 inline mq_shape shape_of(const mq_linear &lin) {
     mq_shape shape{};
     mq_shape_of(lin.n, lin.k, lin.k_salient, lin.group_size, &shape);
     return shape;
 }
 
-// The INT4 channels of packed weights are multiplied in *steps* of 8 quads: 4 blocks of 64 bytes, 32
-// channels. A *slot* is a step as one group sees it: the codes of its own channels, and zeros in place
-// of others'. Where groups are whole steps, slots are steps; else a step that several groups share has a
-// slot of each. So one kernel multiplies groups of any size, and long ones at full speed.
-// Groups of fewer than 32 channels, too, are products of integers, not fp16 ones: no other kernel is
-// needed, and products are not what takes long there (docs/results.md counts). The zeros cost: at g = 16
-// there are twice the products, at g = 4 eight times.
+// The INT4 channels of packed weights are multiplied in *steps* of 8 quads: 32 channels, 4 blocks
+// of 64 bytes. A *slot* is a step as seen by one group: the codes of the group's own channels, and
+// zeros in place of the others. If groups are whole steps, slots are steps. Otherwise a step that
+// several groups share has one slot for each. So one kernel multiplies groups of any size, and long
+// groups at full speed. Groups of fewer than 32 channels use integer products too: that needs no
+// second kernel, and products are not the bottleneck there (counts in docs/results.md). The zeros
+// cost twice the products at g = 16 and eight times at g = 4.
 struct slots {
     int64_t group_quads, groups, total;
-    int period;  // log2 of the least number of groups that are whole steps together
+    int period;  // log2 of the smallest number of groups that together are whole steps
 
-    // Slots before the group's first one, beyond one to a step: of groups that begin inside a step.
+    // Slots before the group in excess of one per step: one for each group that starts inside a
+    // step.
     __host__ __device__ __forceinline__ int64_t more(int64_t group) const {
         return group - (group >> period);
     }
@@ -165,7 +167,7 @@ struct slots {
     __host__ __device__ __forceinline__ int64_t step(int64_t slot, int64_t group) const {
         return slot - more(group);
     }
-    // Whether every slot is a step.
+    // True if every slot is a step.
     __host__ __device__ __forceinline__ bool whole() const { return period == 0; }
 };
 
@@ -176,16 +178,16 @@ inline slots slots_of(const mq_shape &shape) {
     return of;
 }
 
-// Quantized tokens in a workspace. A record is what one token has for one slot; records of a slot stand
-// beside each other, so a tile of tokens is contiguous.
+// Quantized tokens in a workspace. A record holds one token's data for one slot. The records of a
+// slot are contiguous, so a tile of tokens is, too.
 //   codes    [slots][stride][32 or 16 bytes]: 8 quads in one of the orders below
 //   scales   [groups][stride], fp32
-//   zeros    [groups][stride], int32: the zero-points, where codes are nibbles and have them
-//   salient  [chunks of 16 channels][terms][stride][16 halves]: the salient channels as sums of `terms`
-//            halves, fp16 or bf16, padded with zeros
-// stride: m rounded up to 8; nothing behind token m is read or written.
+//   zeros    [groups][stride], int32: the zero-points of codes that are stored as nibbles
+//   salient  [chunks of 16 channels][terms][stride][16 halves]: the salient channels as sums of
+//            `terms` halves, fp16 or bf16, padded with zeros
+// stride is m rounded up to 8. Entries past token m are neither read nor written.
 enum quad_order {
-    IN_ORDER,    // code i of the slot is byte i
+    IN_ORDER,    // byte i holds code i of the slot
     EVEN_FIRST,  // quads 0, 2, 4, 6, 1, 3, 5, 7
     NIBBLES,     // byte 4 j + i holds code i of quad 2 j (low) and of quad 2 j + 1 (high)
 };
@@ -194,20 +196,21 @@ struct tokens {
     int64_t m, stride;
     unsigned char *codes, *salient;
     float *scales;
-    int *zeros;  // NULL: none are needed
+    int *zeros;  // NULL: not needed
     int64_t chunks;
-    int terms, record;  // record: bytes of codes
+    int terms, record;  // record: bytes of codes per record
     bool is_f16;
     quad_order order;
 
-    // Where a quad stands in its record, in words
+    // The word of a record that holds a quad.
     __host__ __device__ __forceinline__ int word_of(int64_t quad) const {
         const int q = static_cast<int>(quad % 8);
         return order == IN_ORDER ? q : order == NIBBLES ? q / 2 : q % 2 * 4 + q / 2;
     }
 };
 
-// How x times a salient weight is multiplied exactly on tensor cores: both as sums of halves.
+// Lays out a workspace. Both factors of a salient product are stored as sums of halves, so that
+// tensor cores multiply them exactly.
 inline tokens tokens_in(void *workspace, const mq_linear &lin, quad_order order, mq_dtype dtype,
                         int64_t m, size_t *bytes) {
     const mq_shape shape = shape_of(lin);
@@ -217,12 +220,12 @@ inline tokens tokens_in(void *workspace, const mq_linear &lin, quad_order order,
     to.order = order;
     to.record = order == NIBBLES ? 16 : 32;
     to.chunks = ceil_div<int64_t>(lin.k_salient, 16);
-    // 11 and 24 significant bits are two and three times bf16's 8
+    // 11 (fp16) and 24 (fp32) significant bits fit in two and three bf16 terms of 8
     to.is_f16 = dtype == MQ_F16 && lin.salient_dtype != MQ_BF16;
     to.terms = dtype == MQ_F32 ? 3 : dtype == MQ_F16 && !to.is_f16 ? 2 : 1;
     const int64_t codes = slots_of(shape).total * to.stride * to.record;
     const int64_t scales = shape.groups * to.stride * 4;
-    // a nibble holds a code of 0 .. 15, but not with the zero-point taken off; a byte does
+    // a nibble holds codes 0 .. 15 but not codes minus a zero-point, which need a byte
     const int64_t zeros = order == NIBBLES && lin.act_format == MQ_ACT_ZERO_POINT ? scales : 0;
     to.codes = static_cast<unsigned char *>(workspace);
     if (workspace) to.scales = reinterpret_cast<float *>(to.codes + codes);
@@ -236,103 +239,39 @@ inline tokens tokens_in(void *workspace, const mq_linear &lin, quad_order order,
 
 // ---- Groups ----
 
-// How a group becomes codes: code = clamp(round(x * inverse), low, high).
-struct quantization {
-    float scale, inverse;
-    int low, high;
-};
-
-// Bits of the largest positive and of the largest negative value's magnitude, so that Inf < NaN.
-struct extent {
-    uint32_t positive = 0, negative = 0;
-
-    __device__ __forceinline__ void add(float x) {
-        const uint32_t bits = __float_as_uint(x);
-        if (bits >> 31)
-            negative = max_of(negative, bits & 0x7fffffffu);
-        else
-            positive = max_of(positive, bits);
-    }
-    __device__ __forceinline__ void add(const extent &other) {
-        positive = max_of(positive, other.positive);
-        negative = max_of(negative, other.negative);
-    }
-    __device__ __forceinline__ uint32_t both() const { return max_of(positive, negative); }
-    static __device__ __forceinline__ uint32_t max_of(uint32_t a, uint32_t b) {
-        return a > b ? a : b;
-    }
-};
-
-constexpr uint32_t kInfinityBits = 0x7f800000u;
-
-__device__ __forceinline__ float scale_of(float magnitude, float levels) {
-    const float scale = magnitude / levels;
-    return scale < kSmallestNormal ? 0.0f : scale;
+// The code of x; 0 if the group has no scale.
+__device__ __forceinline__ int code_of(float x, const mq_quantization &to) {
+    return to.inverse > 0 ? mq_code_of(x, to.inverse, to.low, to.high) : 0;
 }
 
-__device__ __forceinline__ float inverse_of(float scale) {
-    return scale >= kSmallestNormal ? 1.0f / scale : 0.0f;
-}
-
-// mq_quantization_of of csrc/cpu/kernels.h
-__device__ __forceinline__ quantization quantization_of(int num_bits, mq_act_format format,
-                                                        float clip, const extent &of) {
-    quantization to = {__uint_as_float(0x7fc00000u), 0, 0, 0};
-    if (of.both() >= kInfinityBits) return to;
-    const int levels = (1 << (num_bits - (format == MQ_ACT_SYMMETRIC))) - 1;
-    const float positive = __uint_as_float(of.positive), negative = __uint_as_float(of.negative);
-    float range = positive;
-    if (format == MQ_ACT_SYMMETRIC) range = __uint_as_float(of.both());
-    if (format == MQ_ACT_ZERO_POINT) range = positive + negative;
-    to.scale = scale_of(clip * range, static_cast<float>(levels));
-    to.inverse = inverse_of(to.scale);
-    to.high = levels;
-    if (format == MQ_ACT_SYMMETRIC) to.low = -levels;
-    if (format == MQ_ACT_ZERO_POINT) {
-        const float zero = clip * negative * to.inverse;
-        to.low = zero < static_cast<float>(levels) ? -static_cast<int>(rintf(zero)) : -levels;
-        to.high = levels + to.low;
-    }
-    return to;
-}
-
-__device__ __forceinline__ int code_of(float x, const quantization &to) {
-    if (!(to.inverse > 0)) return 0;
-    float value = x * to.inverse;
-    const float low = static_cast<float>(to.low), high = static_cast<float>(to.high);
-    value = value < low ? low : value;
-    value = value > high ? high : value;
-    return static_cast<int>(rintf(value));
-}
-
-// The largest of all lanes whose number differs below `lanes`, a power of two.
-__device__ __forceinline__ void reduce(extent &of, int lanes) {
+// Combines the extents of each `lanes` neighbouring lanes, a power of two.
+__device__ __forceinline__ void reduce(mq_extent &of, int lanes) {
+    MQ_ASSUME(0 < lanes && lanes <= 32 && (lanes & (lanes - 1)) == 0);
     for (int step = lanes / 2; step; step /= 2) {
-        extent other;
-        other.positive = __shfl_xor_sync(kAllLanes, of.positive, step);
-        other.negative = __shfl_xor_sync(kAllLanes, of.negative, step);
-        of.add(other);
+        const mq_extent other = {__shfl_xor_sync(kAllLanes, of.positive_bits, step),
+                                 __shfl_xor_sync(kAllLanes, of.negative_bits, step)};
+        of = mq_extent_union(of, other);
     }
 }
 
-// Over the block; every thread gets it.
-__device__ __forceinline__ void reduce_block(extent &of) {
-    __shared__ extent parts[kWarps];
+// Combines the extents of the block, for every thread.
+__device__ __forceinline__ void reduce_block(mq_extent &of) {
+    __shared__ mq_extent parts[kWarps];
     reduce(of, 32);
-    __syncthreads();  // parts may still be read from before
+    __syncthreads();  // the previous call may still read parts
     if (lane() == 0) parts[warp()] = of;
     __syncthreads();
-    for (int w = 0; w < kWarps; w++) of.add(parts[w]);
+    for (int w = 0; w < kWarps; w++) of = mq_extent_union(of, parts[w]);
 }
 
-// Up to 512 neighbouring values of one group, held by 1, 2, 4 ... 32 lanes, a quad each in turn: value
-// element(i) of the group's part is v[i].
+// Up to 512 neighbouring values of one group, distributed over 1, 2, 4 ... 32 lanes, a quad per
+// lane in turn. v[i] is value element(i) of the group's part.
 struct part {
     static constexpr int kMost = 512, kValues = 16;
     float v[kValues];
     int lanes, lane_in_part, n;  // n <= 0: no values
 
-    // How many lanes hold a group of up to `size` values, or a part of it.
+    // The number of lanes for a group, or part of one, of up to `size` values.
     static __host__ __device__ __forceinline__ int lanes_for(int64_t size) {
         int lanes = 1;
         while (lanes < 32 && 4 * lanes < size) lanes *= 2;
@@ -340,36 +279,42 @@ struct part {
     }
 
     __device__ __forceinline__ explicit part(int64_t size) : lanes(lanes_for(size)), n(0) {
+        MQ_ASSUME(size > 0);
         lane_in_part = lane() & (lanes - 1);
+    }
+    // Index of this lane's part in the block.
+    __device__ __forceinline__ unsigned in_block() const {
+        return threadIdx.x / static_cast<unsigned>(lanes);
     }
     __device__ __forceinline__ int element(int i) const {
         return (i / 4 * lanes + lane_in_part) * 4 + i % 4;
     }
-    // Whether v[i], v[i + 1] .. may stand for a value of any of the warp's parts: the same in all lanes
+    // True if v[i] may hold a value in any of the warp's parts. The same in all lanes.
     __device__ __forceinline__ bool used(int i) const { return i < 4 || lanes == 32; }
 
-    // value(e) for e in [0, n)
+    // Sets the values: value(e) for e in [0, n).
     template <typename Value>
     __device__ __forceinline__ void fill(const Value &value) {
 #pragma unroll
         for (int i = 0; i < kValues; i++) v[i] = used(i) && element(i) < n ? value(element(i)) : 0;
     }
 
-    __device__ __forceinline__ extent extent_of() const {
-        extent of;
+    __device__ __forceinline__ mq_extent extent_of() const {
+        mq_extent of = {0, 0};
 #pragma unroll
         for (int i = 0; i < kValues; i++)
-            if (used(i) && element(i) < n) of.add(v[i]);
+            if (used(i) && element(i) < n) of = mq_extent_with(of, v[i]);
         return of;
     }
 
-    // The block that value e is rotated in: the largest power of two that fits there, up to rotation.
-    // Blocks before it are larger, so they and n agree in the bits above.
+    // The size of the block in which value e is rotated: the largest power of two that fits, up to
+    // `rotation`. The blocks before it are larger, so e and n differ only in lower bits.
     __device__ __forceinline__ int block(int e, int rotation) const {
         return e < n ? smaller(rotation, 1 << (31 - __clz(n ^ e))) : 1;
     }
 
     __device__ __forceinline__ void rotate(int rotation) {
+        MQ_ASSUME(0 <= rotation && rotation <= kMost && (rotation & (rotation - 1)) == 0);
         if (rotation <= 1) return;
         butterflies<1>(rotation, 1);
         butterflies<2>(rotation, 2);
@@ -392,7 +337,7 @@ struct part {
     }
 
    private:
-    // between registers STEP apart, which hold values `stride` apart
+    // Butterflies between registers STEP apart, which hold values `stride` apart.
     template <int STEP>
     __device__ __forceinline__ void butterflies(int rotation, int stride) {
 #pragma unroll
@@ -407,7 +352,7 @@ struct part {
     }
 };
 
-// Blocks for so many groups of up to `size` values, for kernels that stride over the grid.
+// Enough blocks for so many groups of up to `size` values, for kernels with grid-stride loops.
 inline dim3 blocks_for_groups(int64_t groups, int64_t size) {
     const int64_t blocks = ceil_div<int64_t>(groups, kThreads / part::lanes_for(size));
     return dim3(static_cast<unsigned>(smaller<int64_t>(blocks, 1 << 24)));

@@ -26,7 +26,7 @@ __device__ __forceinline__ void load_part(const group_args &args, int64_t at, in
 }
 
 __device__ __forceinline__ void store_part(const group_args &args, int64_t at, const part &values,
-                                           const quantization &to) {
+                                           const mq_quantization &to) {
 #pragma unroll
     for (int i = 0; i < part::kValues; i++) {
         const int e = values.element(i);
@@ -40,24 +40,25 @@ __device__ __forceinline__ void store_part(const group_args &args, int64_t at, c
     }
 }
 
-__device__ __forceinline__ quantization quantization_for(const group_args &args, const extent &of) {
-    return quantization_of(args.format.num_bits, args.format.act_format, args.format.clip, of);
+__device__ __forceinline__ mq_quantization quantization_for(const group_args &args,
+                                                            const mq_extent &of) {
+    return mq_quantization_of(args.format.num_bits, args.format.act_format, args.format.clip, of);
 }
 
-// Groups of up to 512 values: some lanes to each.
+// Groups of up to 512 values: several lanes per group.
 __global__ void __launch_bounds__(kThreads) short_groups(group_args args) {
     const int64_t g = smaller<int64_t>(args.format.group_size, args.cols);
     part values(g);
     const int per_block = kThreads / values.lanes;
     const int64_t jobs = args.rows * args.groups;
     for (int64_t block = blockIdx.x; block * per_block < jobs; block += gridDim.x) {
-        const int64_t job = block * per_block + threadIdx.x / values.lanes;
+        const int64_t job = block * per_block + values.in_block();
         const int64_t row = job / args.groups, j = job % args.groups;
         const int64_t at = row * args.cols + j * g;
         load_part(args, at, job < jobs ? smaller(g, args.cols - j * g) : 0, values);
-        quantization to = {};
+        mq_quantization to = {};
         if (args.op != ROTATE) {
-            extent of = values.extent_of();
+            mq_extent of = values.extent_of();
             reduce(of, values.lanes);
             to = quantization_for(args, of);
             if (args.op == QUANTIZE && job < jobs && values.lane_in_part == 0)
@@ -67,19 +68,19 @@ __global__ void __launch_bounds__(kThreads) short_groups(group_args args) {
     }
 }
 
-// Longer ones: a block to each.
+// Longer groups: one block per group.
 __global__ void __launch_bounds__(kThreads, 2) long_groups(group_args args) {
     const int64_t g = args.format.group_size;
     for (int64_t job = blockIdx.x; job < args.rows * args.groups; job += gridDim.x) {
         const int64_t row = job / args.groups, j = job % args.groups;
         const int64_t at = row * args.cols + j * g, n = smaller(g, args.cols - j * g);
         part values(part::kMost);
-        quantization to = {};
+        mq_quantization to = {};
         if (args.op != ROTATE) {
-            extent of;
+            mq_extent of = {0, 0};
             for (int64_t i = warp() * part::kMost; i < n; i += kWarps * part::kMost) {
                 load_part(args, at + i, n - i, values);
-                of.add(values.extent_of());
+                of = mq_extent_union(of, values.extent_of());
             }
             reduce_block(of);
             to = quantization_for(args, of);

@@ -1,29 +1,21 @@
-// The linear's two steps, and the table of kernels that multiply.
+// The two steps of the linear, and the table of multiplying kernels.
 #include "multiply.cuh"
+#include "quantize.cuh"
 
 using namespace mq;
-
-int mq_quantize(const mq_linear &lin, const tokens &to, mq_dtype dtype, const void *x,
-                void *stream);
-int mq_multiply_decode_8(const multiply_args &args, int arch, void *stream);
-int mq_multiply_decode_16(const multiply_args &args, int arch, void *stream);
-int mq_multiply_decode_32(const multiply_args &args, int arch, void *stream);
-int mq_multiply_prefill_s8(const multiply_args &args, int arch, void *stream);
-int mq_multiply_prefill_s4(const multiply_args &args, int arch, void *stream);
-int mq_multiply_prefill_wgmma(const multiply_args &args, int arch, void *stream);
 
 namespace {
 
 #ifdef __CUDACC__
-// Asked after: a device has all kernels of this build, or none.
+// Probes for code for this device: a build has all kernels for it, or none.
 __global__ void probe() {}
 #endif
 
-constexpr int kAny = INT32_MAX;  // architecture
+constexpr int kAny = INT32_MAX;  // any architecture
 
 struct row {
     mq_cuda_kernel kernel;
-    quad_order order;  // of its workspace
+    quad_order order;  // of the workspace
     int (*multiply)(const multiply_args &args, int arch, void *stream);
 };
 
@@ -39,6 +31,18 @@ const row kTable[] = {
     {{"prefill_s8", 75, kAny, INT64_MAX, 1}, IN_ORDER, mq_multiply_prefill_s8},
 };
 constexpr int kKernels = sizeof kTable / sizeof *kTable;
+
+// What mixedquant_cuda.h requires of the callers of both steps.
+void assume_step(const mq_linear &lin, int kernel, mq_dtype dtype, int64_t m,
+                 const void *workspace) {
+    MQ_ASSUME(0 <= kernel && kernel < kKernels);
+    MQ_ASSUME(dtype <= MQ_BF16 && m >= 0);
+    MQ_ASSUME(smaller(lin.group_size, lin.k - lin.k_salient) <= 1 << 20);
+    MQ_ASSUME(lin.n <= int64_t{65535} * 32);
+    MQ_ASSUME(MQ_IS_ALIGNED(workspace, 16) && MQ_IS_ALIGNED(lin.perm, 16));
+    MQ_ASSUME(MQ_IS_ALIGNED(lin.qweight, 16) && MQ_IS_ALIGNED(lin.scales, 16));
+    MQ_ASSUME(MQ_IS_ALIGNED(lin.salient, 16) && MQ_IS_ALIGNED(lin.salient_scales, 16));
+}
 
 }  // namespace
 
@@ -62,7 +66,7 @@ extern "C" int mq_cuda_arch(int *arch) {
     *arch = 10 * major + minor;
     cudaFuncAttributes unused;
     error = cudaFuncGetAttributes(&unused, probe);
-    cudaGetLastError();  // the next launch shall not report it again
+    cudaGetLastError();  // clears the error, so that the next launch does not report it again
     return error;
 #else
     *arch = MQ_ARCH;
@@ -97,12 +101,16 @@ extern "C" size_t mq_cuda_linear_workspace(const mq_linear *lin, int kernel, mq_
 
 extern "C" int mq_cuda_linear_quantize(const mq_linear *lin, int kernel, mq_dtype dtype,
                                        const void *x, int64_t m, void *workspace, void *stream) {
+    assume_step(*lin, kernel, dtype, m, workspace);
+    MQ_ASSUME(MQ_IS_ALIGNED(x, 16));
     const tokens to = tokens_in(workspace, *lin, kTable[kernel].order, dtype, m, nullptr);
     return mq_quantize(*lin, to, dtype, x, stream);
 }
 
 extern "C" int mq_cuda_linear_multiply(const mq_linear *lin, int kernel, mq_dtype dtype, int arch,
                                        const void *workspace, int64_t m, void *out, void *stream) {
+    assume_step(*lin, kernel, dtype, m, workspace);
+    MQ_ASSUME(mq_cuda_kernel_serves(kernel, lin, arch));
     multiply_args args = {};
     args.lin = *lin;
     args.shape = shape_of(*lin);

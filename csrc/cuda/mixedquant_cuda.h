@@ -1,13 +1,14 @@
 /* The CUDA side of mixedquant.h: the same operations on device memory.
  *
- * Every function puts its kernels on `stream` (a cudaStream_t) of the current device and returns at
- * once: no allocation, no synchronization, so a CUDA graph may capture it (a first call must come
- * before: it asks the driver what the device is, and may load kernels). Arrays, layouts and results
- * are those of the mq_* function of the same name; all pointers are to device memory, but for structs.
- * Arguments are not checked again: the caller has done as csrc/cpu/api.c does. What only the device
- * knows - a bad index in perm, a weight that is not finite - shows in the results as each function says.
+ * Every function enqueues its kernels on `stream` (a cudaStream_t) of the current device and
+ * returns at once. It neither allocates nor synchronizes, so a CUDA graph may capture it, after
+ * a first call outside the graph: that one queries the device and may load kernels. Arrays,
+ * layouts and results are those of the mq_* function of the same name. Pointers are to device
+ * memory, except those to structs. Arguments are not checked here: the caller has checked them
+ * as csrc/cpu/api.c does. Errors that only the device can see, such as a bad index in perm or a
+ * non-finite weight, show in the results as each function states.
  *
- * Returns 0, or what cudaGetLastError said of the launch. */
+ * Functions return 0, or the error that cudaGetLastError gave for the launch. */
 #ifndef MIXEDQUANT_CUDA_H
 #define MIXEDQUANT_CUDA_H
 
@@ -19,7 +20,7 @@ extern "C" {
 
 const char *mq_cuda_message(int error); /* one English sentence; never NULL */
 
-/* The current device's architecture: 75, 80, ... An error where this build has no kernels for it. */
+/* The current device's architecture: 75, 80, ... Fails if this build has no kernels for it. */
 int mq_cuda_arch(int *arch);
 
 /* Waits for the stream and copies an int from the device. */
@@ -32,7 +33,7 @@ int mq_cuda_channel_stats_update(mq_dtype dtype, const void *x, int64_t rows, in
                                  int64_t *count, const mq_channel_stats *stats, void *stream);
 int mq_cuda_sort_keys(mq_sort_key key, int64_t k, const int64_t *count,
                       const mq_channel_stats *stats, double *keys, void *stream);
-/* Compares every pair of keys: k^2 / 2 steps, shared by all threads. */
+/* Compares every pair of keys: k^2 / 2 steps, over all threads. */
 int mq_cuda_argsort(const double *keys, int64_t k, int descending, int64_t *indices, void *stream);
 
 /* ---- Groups and nibbles; rows are contiguous ---- */
@@ -52,14 +53,14 @@ int mq_cuda_unpack_nibbles(const uint8_t *packed, int64_t rows, int64_t cols, in
 
 /* ---- Weights; the packed format is the CPU's ---- */
 
-/* w [n][k]. status: int, 0 before; bits of MQ_CUDA_BAD_* are set, and the packed weight is then
- * unspecified. seen: k ints of 0, or NULL not to check perm. */
+/* w [n][k]. status: an int, initially 0, in which bits of MQ_CUDA_BAD_* are set; the packed
+ * weight is then unspecified. seen: k ints of 0, or NULL to skip the check of perm. */
 enum { MQ_CUDA_BAD_WEIGHT = 1, MQ_CUDA_BAD_SCALE = 2, MQ_CUDA_BAD_PERM = 4 };
 int mq_cuda_pack_weight(const mq_linear *lin, int q_max, mq_dtype dtype, const void *w,
                         const float *group_scales, uint8_t *qweight, uint16_t *scales,
                         void *salient, uint16_t *salient_scales, int *seen, int *status,
                         void *stream);
-/* w [n][k]; what an index outside [0, k) in perm would write is left out. */
+/* w [n][k]. Where perm holds an index outside [0, k), nothing is written. */
 int mq_cuda_unpack_weight(const mq_linear *lin, float *w, void *stream);
 int mq_cuda_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,
                        int64_t groups, const float *scales, const float *u, float *w, float *errors,
@@ -71,35 +72,40 @@ int mq_cuda_descend_block(int q_max, int64_t rows, int64_t cols, int64_t col0, i
 
 /* ---- The W4A4 linear ---- */
 
-/* Kernels that multiply, a row of one table each. A kernel's number is its place in the table. */
+/* A table of multiplying kernels. A kernel's number is its row. */
 typedef struct mq_cuda_kernel {
     const char *name;
-    int oldest, newest;  /* architectures it runs on, both included: 75, 80, ... */
-    int64_t most_tokens; /* chosen for at most so many; it multiplies any number */
-    int group_multiple;  /* INT4 channels of a group must be a multiple of this, or all one group */
+    int oldest, newest;  /* supported architectures, both ends included: 75, 80, ... */
+    int64_t most_tokens; /* chosen for at most so many; it accepts any number */
+    int group_multiple;  /* a group's INT4 channels must be a multiple of this, or all in one
+                          * group */
 } mq_cuda_kernel;
 
 int mq_cuda_kernel_count(void);
 const mq_cuda_kernel *mq_cuda_kernel_at(int kernel); /* NULL outside [0, count) */
 /* Whether the kernel can compute lin on this architecture. */
 int mq_cuda_kernel_serves(int kernel, const mq_linear *lin, int arch);
-/* The first row that serves and takes m tokens; -1: none. */
+/* The first row that serves lin and takes m tokens; -1 if there is none. */
 int mq_cuda_kernel_for(const mq_linear *lin, int arch, int64_t m);
 
-/* Bytes of workspace for m tokens of x's dtype; alignment 16. */
+/* Bytes of workspace for m tokens of x's dtype. It must be aligned to 16 bytes. */
 size_t mq_cuda_linear_workspace(const mq_linear *lin, int kernel, mq_dtype dtype, int64_t m);
 
-/* x [m][k] -> out [m][n]. lin's arrays, x and workspace are aligned to 16 bytes. As
- * mq_linear_quantize and mq_linear_multiply, with these differences: products with salient channels
- * are summed in another order, and so are groups in the kernels that split them among warps
- * ("decode"); the integer sums are the same. That order is fixed by the layer's shape, so results
- * are the same in every call, and a token's the same in any batch of up to 64 and in any of more;
- * from the one to the other, and from the CPU, they differ in the last bits of the fp32 sums: by less
- * than 1e-5 of the sum of the terms' magnitudes in the tests, more than that of a sum that cancels.
- * An index outside [0, k) in perm counts as a NaN. Up to 2^20 channels to a group, and 65535 * 32
- * output channels.
- * The two steps by themselves write and read the workspace. The second must stand directly behind the
- * first on its stream: it may read lin's arrays before the first has ended, so they must be older. */
+/* x [m][k] -> out [m][n]. lin's arrays, x and workspace are aligned to 16 bytes. At most 2^20
+ * channels per group and 65535 * 32 output channels. An index outside [0, k) in perm counts as a
+ * NaN.
+ *
+ * Results differ from mq_linear_quantize and mq_linear_multiply only in the order of fp32 sums:
+ * of products with salient channels, and of groups in the kernels that split them over warps
+ * ("decode"). Integer sums are equal. The order depends only on the layer's shape, so calls repeat
+ * bit for bit. A token has the same result in every batch of up to 64 tokens, and the same in every
+ * larger one. Between these two, and against the CPU, fp32 sums differ in the last bits: in the
+ * tests by less than 1e-5 of the sum of the terms' magnitudes. Relative to a sum that cancels, that
+ * is more.
+ *
+ * The first step writes the workspace, the second reads it. The second must directly follow the
+ * first on its stream. It may read lin's arrays before the first has ended, so they must be
+ * older. */
 int mq_cuda_linear_quantize(const mq_linear *lin, int kernel, mq_dtype dtype, const void *x,
                             int64_t m, void *workspace, void *stream);
 int mq_cuda_linear_multiply(const mq_linear *lin, int kernel, mq_dtype dtype, int arch,

@@ -1,10 +1,10 @@
-// What the multiplying kernels are made of. Output channels are the rows of the tensor cores'
-// products, tokens their columns.
+// Building blocks of the multiplying kernels. Output channels are rows of the tensor cores'
+// products, tokens are columns.
 //
-// A lane 4 r + t works for the panel r / 4 of a pair of panels. Of the pair's 32 output channels it has
-// four neighbours, 4 (r % 4) .. + 3: they are rows r and r + 8 of a first product and of a second one.
-// So 16 bytes of packed weights, block t of a step, are what the lane needs, as they are; and the
-// four channels' results of a token are stored together.
+// Lane 4 r + t works on panel r / 4 of a pair of panels. Of the pair's 32 output channels it owns
+// four neighbours, 4 (r % 4) .. + 3. They are rows r and r + 8 of a first product and of a second
+// one. So the lane needs exactly 16 contiguous bytes of packed weights, from block t of a step, and
+// stores its four channels of a token together.
 #ifndef MQ_CUDA_MULTIPLY_CUH
 #define MQ_CUDA_MULTIPLY_CUH
 
@@ -27,15 +27,15 @@ __device__ __forceinline__ int lane_t() { return lane() % 4; }
 
 // ---- Sums ----
 
-// Integer sums start at 1.5 * 2^23 read as an integer: as floats they are 1.5 * 2^23 + sum while
-// |sum| < 2^22, so no conversion is needed.
+// Integer sums start at the bits of 1.5 * 2^23. Read as floats they are 1.5 * 2^23 + sum while
+// |sum| < 2^22, so they need no conversion.
 constexpr int kMagicBits = 0x4b400000;
 constexpr float kMagic = 12582912.0f;
 
-// Quads whose sum, times 16 (see unpack), stays below 2^22: |code * code| <= 8 * 15.
+// The quads whose sum, times 16 (see unpack), stays below 2^22: |code * code| <= 8 * 15.
 constexpr int64_t kMagicQuads = 512;
 
-// The sum in an integer that started there, also where it went beyond the largest and wrapped.
+// The sum in an integer that started there, correct even if the integer wrapped.
 __device__ __forceinline__ int sum_of(int dot) {
     return static_cast<int>(static_cast<uint32_t>(dot) - static_cast<uint32_t>(kMagicBits));
 }
@@ -48,8 +48,8 @@ __device__ __forceinline__ void fill(T (&values)[NT][4], T value) {
         for (int e = 0; e < 4; e++) values[n][e] = value;
 }
 
-// A pair of panels times 8 * NT tokens. Element [h][n][2 i + j] is channel 2 h + i of the lane's four
-// and token 8 n + 2 t + j.
+// The sums of a pair of panels and 8 * NT tokens. Element [h][n][2 i + j] is channel 2 h + i of the
+// lane's four and token 8 n + 2 t + j.
 template <int NT>
 struct pair_sums {
     float y[2][NT][4];
@@ -59,8 +59,8 @@ struct pair_sums {
     __device__ __forceinline__ void start_group() { start_half(0), start_half(1); }
     __device__ __forceinline__ void start_half(int h) { fill(dots[h], kMagicBits); }
 
-    // y = fma(dots * sw, sa, y). sw: of the lane's channels, bf16; unit: what a dot counts by; sa:
-    // of tokens 8 n + 2 t and + 1.
+    // y = fma(dots * sw, sa, y). sw: bf16 scales of the lane's channels. unit: the value of one
+    // step of a dot. sa: scales of tokens 8 n + 2 t and + 1.
     __device__ __forceinline__ void add_group(uint2 sw, float unit, const float2 (&sa)[NT],
                                               bool is_long) {
         add_half(0, sw.x, unit, sa, is_long);
@@ -72,9 +72,9 @@ struct pair_sums {
                                              bool is_long) {
         const float scale[2] = {unit * __uint_as_float(sw << 16),
                                 unit * __uint_as_float(sw & 0xffff0000u)};
-        // beyond, the products with kMagic could overflow
+        // larger scales could overflow when multiplied by kMagic
         if (!is_long && scale[0] < 0x1p100f && scale[1] < 0x1p100f) {
-            // scales have 8 significant bits, so the fused product is the exact dot * sw, rounded once
+            // scales have 8 significant bits, so this is the exact dot * sw, rounded once
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const float less = -kMagic * scale[i];
@@ -89,8 +89,8 @@ struct pair_sums {
         }
     }
 
-    // As add_half for sums that started at 0. Converting costs what starting elsewhere does, and neither
-    // long groups nor large scales are cases of their own.
+    // add_half for sums that start at 0. The conversion costs as much as the magic start, and long
+    // groups and large scales need no special case.
     __device__ __forceinline__ void add_plain_half(int h, uint32_t sw, float unit,
                                                    const float2 (&sa)[NT]) {
         const float scale[2] = {unit * __uint_as_float(sw << 16),
@@ -127,13 +127,13 @@ struct pair_sums {
 
 // ---- INT4 ----
 
-// A block's word of a channel as two registers of codes times 16: of the even and of the odd quad.
+// Splits a channel's word of a block into codes times 16, of the even and of the odd quad.
 __device__ __forceinline__ void unpack(uint32_t word, uint32_t &even, uint32_t &odd) {
     even = xor_and(word << 4, 0x80808080u, 0xf0f0f0f0u);
     odd = xor_and(word, 0x80808080u, 0xf0f0f0f0u);
 }
 
-// Weights of one step as left sides of both products.
+// Unpacks a step's weights to the left sides of both products.
 __device__ __forceinline__ void unpack(uint4 words, fragment_a (&a)[2]) {
     unpack(words.x, a[0].r[0], a[0].r[2]);
     unpack(words.y, a[0].r[1], a[0].r[3]);
@@ -143,8 +143,8 @@ __device__ __forceinline__ void unpack(uint4 words, fragment_a (&a)[2]) {
 
 constexpr float kUnpackedUnit = 1.0f / 16;
 
-// Of [groups][stride] 4-byte numbers, those of tokens first .. first + 3, to shared memory; zeros from
-// token m on.
+// Copies the 4-byte numbers of tokens first .. first + 3 from [groups][stride] to shared memory,
+// with zeros from token m on.
 template <typename T>
 __device__ __forceinline__ void copy_by_token(const multiply_args &args, const T *numbers,
                                               int64_t group, int64_t first, T *to) {
@@ -156,21 +156,21 @@ __device__ __forceinline__ void copy_by_token(const multiply_args &args, const T
 }
 
 #ifdef MQ_HAS_S4
-// Weights of a step in nibbles, as the h-th half of left sides; only their offset is taken off.
+// Puts a step's weights into half h of the left sides as nibbles, minus their offset.
 __device__ __forceinline__ void put_nibbles(uint4 words, int h, fragment_a (&a)[2]) {
     const uint32_t offset = 0x88888888u;
     a[0].r[2 * h] = words.x ^ offset, a[0].r[2 * h + 1] = words.y ^ offset;
     a[1].r[2 * h] = words.z ^ offset, a[1].r[2 * h + 1] = words.w ^ offset;
 }
 
-// Right side of a product that sums up weights: the lane's nibbles are 1 where the slot's channels
-// belong to the group, not to others, nor to none behind the last block.
+// The right side of a product that sums weights. The lane's nibbles are 1 for channels of the group
+// and 0 for channels of other groups or past the last block.
 __device__ __forceinline__ uint32_t ones_of(const multiply_args &args, int64_t slot,
                                             int64_t group) {
     if (args.slot.whole() && slot + 1 < args.slot.total) return 0x11111111u;
     const int64_t first = group * args.shape.group_quads;
     const int64_t quads = smaller(args.shape.group_quads, args.shape.quads - first);
-    // of a group: fewer than 2^32, for which unsigned words suffice
+    // relative to the group, below 2^32, so unsigned words suffice
     const auto even = static_cast<uint32_t>(args.slot.step(slot, group) * 8 + 2 * lane_t() - first);
     const auto end = static_cast<uint32_t>(quads);
     return (even < end ? 0x01010101u : 0) | (even + 1 < end ? 0x10101010u : 0);
@@ -179,8 +179,8 @@ __device__ __forceinline__ uint32_t ones_of(const multiply_args &args, int64_t s
 
 // ---- Salient channels, 16 at a time ----
 //
-// Lane t takes four channels of the chunk, as two pairs: 4 t .. + 3, or those that it has in a row of
-// 16 halves in shared memory, 2 t, + 1, + 8 and + 9.
+// Lane t takes four channels of the chunk, as two pairs: 4 t .. + 3 (NEIGHBOURS), or 2 t, 2 t + 1,
+// 2 t + 8 and 2 t + 9, those it holds of a row of 16 halves in shared memory (AS_IN_ROWS).
 enum salient_order { NEIGHBOURS, AS_IN_ROWS };
 
 __device__ __forceinline__ uint32_t pack_halves(float low, float high, bool is_f16) {
@@ -188,18 +188,19 @@ __device__ __forceinline__ uint32_t pack_halves(float low, float high, bool is_f
     return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
 }
 
-// Weights of the lane's four salient channels, as stored, for the lane's four output channels.
+// Stored weights of the lane's four salient channels and four output channels.
 struct salient_words {
-    uint2 w[4];  // int8: only x
+    uint2 w[4];  // int8 uses only x
 };
 
-// The lane's four output channels of a row of 16
+// Loads the lane's four output channels of a row of 16.
 __device__ __forceinline__ uint2 salient_word(const unsigned char *row, mq_dtype stored) {
     if (stored == MQ_I8) return {*reinterpret_cast<const uint32_t *>(row + lane_channel()), 0};
     return *reinterpret_cast<const uint2 *>(row + lane_channel() * 2);
 }
 
-// A chunk's, as record `record` of the tokens multiplies it; zeros where there are none
+// Loads the weights that record `record` of the tokens is multiplied by; zeros where there are
+// none.
 template <salient_order ORDER = NEIGHBOURS>
 __device__ __forceinline__ salient_words load_salient(const multiply_args &args, int64_t panel,
                                                       int record) {
@@ -222,7 +223,7 @@ __device__ __forceinline__ salient_words load_salient(const multiply_args &args,
 __device__ __forceinline__ void salient_left(const salient_words &words, mq_dtype stored,
                                              bool is_f16, fragment_a (&a)[2]) {
     if (stored == MQ_I8) {
-        // codes fit either half exactly; the scale comes after the sum
+        // both half types hold codes exactly; the scale is applied to the sum
 #pragma unroll
         for (int p = 0; p < 2; p++) {
             const uint32_t first = words.w[2 * p].x, second = words.w[2 * p + 1].x;
@@ -244,7 +245,8 @@ __device__ __forceinline__ void salient_left(const salient_words &words, mq_dtyp
     }
 }
 
-// fp16 as a sum of two bf16, exactly: 11 significant bits are 8 and 3. a becomes the first ones.
+// Splits fp16 exactly into a sum of two bf16: 11 significant bits are 8 and 3. a becomes the first
+// term.
 __device__ __forceinline__ void split_halves(fragment_a &a, fragment_a &rest) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -288,7 +290,8 @@ struct bias_values {
     float v[4];
 };
 
-// Of output channels first .. first + 3; where there are none -0, which leaves every sum as it is
+// Loads the bias of output channels first .. first + 3. Where there is none it is -0, which changes
+// no sum.
 __device__ __forceinline__ bias_values load_bias(const multiply_args &args, int64_t first) {
     bias_values bias = {-0.0f, -0.0f, -0.0f, -0.0f};
     if (args.lin.bias)
@@ -299,7 +302,7 @@ __device__ __forceinline__ bias_values load_bias(const multiply_args &args, int6
     return bias;
 }
 
-// Four neighbours, aligned to their bytes
+// Stores four neighbours, aligned to their size.
 __device__ __forceinline__ void store_four(mq_dtype dtype, void *to, const float (&y)[4]) {
     if (dtype == MQ_F32)
         *static_cast<float4 *>(to) = {y[0], y[1], y[2], y[3]};
@@ -309,7 +312,7 @@ __device__ __forceinline__ void store_four(mq_dtype dtype, void *to, const float
         *static_cast<uint2 *>(to) = {f32_to_bf16_pair(y[0], y[1]), f32_to_bf16_pair(y[2], y[3])};
 }
 
-// y [4] + bias for output channels first .. first + 3 of a token, of which the first is there
+// Adds the bias to y [4] and stores it as output channels first .. first + 3 of a token, up to n.
 __device__ __forceinline__ void store_channels(const multiply_args &args, int64_t token,
                                                int64_t first, const bias_values &bias,
                                                float (&y)[4]) {
@@ -326,7 +329,7 @@ __device__ __forceinline__ void store_channels(const multiply_args &args, int64_
         if (first + c < n) store(args.dtype, args.out, at + c, y[c]);
 }
 
-// store_sums where n is a multiple of 4: what does not depend on the token is asked once.
+// store_sums for n a multiple of 4, with the checks that do not depend on the token hoisted.
 template <mq_dtype DTYPE, int NT>
 __device__ __forceinline__ void store_fours(const multiply_args &args, int64_t token, int64_t first,
                                             const bias_values &bias, const pair_sums<NT> &sums) {
@@ -348,7 +351,7 @@ __device__ __forceinline__ void store_fours(const multiply_args &args, int64_t t
     }
 }
 
-// All sums, of the lane's panel and of tokens from `token` on
+// Stores all sums of the lane's panel, for tokens from `token` on.
 template <int NT>
 __device__ __forceinline__ void store_sums(const multiply_args &args, int64_t token, int64_t panel,
                                            const pair_sums<NT> &sums) {
@@ -378,5 +381,14 @@ __device__ __forceinline__ void store_sums(const multiply_args &args, int64_t to
 }
 
 }  // namespace mq
+
+// Entries of multiply_*.cu, one per kernel: out = the tokens in args.from times the weights. arch:
+// the device's, such as 90. They return a cudaError_t.
+int mq_multiply_decode_8(const mq::multiply_args &args, int arch, void *stream);
+int mq_multiply_decode_16(const mq::multiply_args &args, int arch, void *stream);
+int mq_multiply_decode_32(const mq::multiply_args &args, int arch, void *stream);
+int mq_multiply_prefill_s8(const mq::multiply_args &args, int arch, void *stream);
+int mq_multiply_prefill_s4(const mq::multiply_args &args, int arch, void *stream);
+int mq_multiply_prefill_wgmma(const mq::multiply_args &args, int arch, void *stream);
 
 #endif

@@ -1,17 +1,17 @@
-// Few tokens: a block computes 32 output channels of 8, 16 or 32 tokens. Its warps share the input
-// channels among them and read weights straight into registers, many at a time, since nothing else
-// takes as long; their sums are added in the warps' order.
+// Kernels for few tokens. A block computes 32 output channels of 8, 16 or 32 tokens. Its warps
+// split the input channels and load weights straight into registers, many at a time, since loading
+// is the bottleneck. Their sums are added in the order of the warps.
 //
-// Products are of bytes, also where tensor cores multiply nibbles: weights are nibbles in memory
-// anyway, and unpacking 512 bytes of them takes 12 instructions of the more than 60 of a step. Nibbles
-// would save those, half of the products, and half of the tokens' bytes, which the L2 cache brings, for
-// two more kernels of each size: zero-points and unsigned codes.
+// Products are of bytes even where tensor cores multiply nibbles. Weights are nibbles in memory
+// anyway; unpacking 512 bytes takes 12 of the more than 60 instructions of a step. Nibbles would
+// save those, half of the products, and half of the tokens' bytes (which come from L2), but need
+// two more kernels per size, for zero-points and unsigned codes.
 #include "multiply.cuh"
 
 namespace mq {
 namespace {
 
-// The group of a slot.
+// Returns the group of a slot.
 __device__ __forceinline__ int64_t group_of(const slots &of, int64_t slot) {
     const int64_t period = int64_t{1} << of.period;  // of groups, and the slots of so many:
     const int64_t slots_in_period = of.group_quads * period / 8 + period - 1;
@@ -34,7 +34,7 @@ struct worker {
           panel(static_cast<int64_t>(blockIdx.y) * 2 + lane_panel()),
           in_n(panel < args_.shape.panels) {}
 
-    // 8 bytes of the record of each token of the lane
+    // 8 bytes of a record of each of the lane's tokens
     __device__ __forceinline__ void load_right(const unsigned char *records, int64_t record,
                                                bool valid, fragment_b (&b)[NT]) const {
 #pragma unroll
@@ -48,7 +48,7 @@ struct worker {
         }
     }
 
-    // Terms of chunks begin .. end; words: load_salient's of the first
+    // Adds terms begin .. end of chunks. words: those load_salient returned for the first one.
     __device__ __forceinline__ void add_chunks(int begin, int end, salient_words words) {
         fragment_b b[NT];
         for (int record = begin; record < end; record++) {
@@ -83,9 +83,10 @@ struct worker {
         }
     }
 
-    // Slots begin .. end; groups that other warps have parts of count with the part here
+    // Adds slots begin .. end. A group that other warps share contributes only the part here.
     __device__ __forceinline__ void add_slots(int64_t begin, int64_t end) {
-        // 512 bytes a warp each; of 8, ptxas spills registers for sm_120 where a warp has few tokens
+        // 512 bytes per warp each; with 8, ptxas spills registers on sm_120 if a warp has few
+        // tokens
         constexpr int kAhead = NT > 2 ? 4 : NT == 1 && MQ_ARCH >= 120 ? 6 : 8;
         if (begin >= end) return;
         const slots &slot = args.slot;
@@ -94,7 +95,7 @@ struct worker {
             args.lin.qweight + panel * args.shape.blocks * MQ_BLOCK_BYTES + lane_channel() * 4;
         int64_t asked = group_of(slot, begin), group = asked;
         int64_t asked_end = slot.end(asked), group_end = asked_end;
-        group_scales scales, next_scales;  // the next ones are asked for a group ahead
+        group_scales scales, next_scales;  // scales are loaded one group ahead
         load_scales(group, scales);
         load_scales(group + 1, next_scales);
         sums.start_group();
@@ -134,18 +135,20 @@ struct worker {
     }
 };
 
-// Where every slot is a step: the same sums by fewer instructions, which are what takes long otherwise.
+// The same sums where every slot is a step, with fewer instructions, which are the bottleneck
+// otherwise.
 template <int NT>
 struct step_worker {
-    // Steps asked for at once, and as many once more. For more of a few tokens ptxas spills registers.
+    // Steps loaded together; twice as many are in flight. With more, ptxas spills registers for few
+    // tokens.
     static constexpr int kAhead = NT == 1 && MQ_ARCH >= 80 ? 5 : 4;
 
     const multiply_args &args;
-    const unsigned char *weights, *codes;  // the lane's, of step 0
+    const unsigned char *weights, *codes;  // the lane's weights of step 0
     const float *scales;
     const uint16_t *weight_scales;
     int64_t code_stride, scale_stride;
-    int at[NT], at_scale[NT][2];  // its tokens, those behind the last one being the last
+    int at[NT], at_scale[NT][2];  // its tokens; those past the last repeat it
     int last_block, group_steps;
 
     struct steps {
@@ -159,7 +162,7 @@ struct step_worker {
 
     __device__ __forceinline__ step_worker(const multiply_args &args_, int64_t token, int64_t panel)
         : args(args_) {
-        // a panel that is not there is another one, whose sums nobody stores
+        // a missing panel is replaced by another one, whose sums are not stored
         const int64_t own = smaller(panel, args.shape.panels - 1);
         weights = args.lin.qweight + own * args.shape.blocks * MQ_BLOCK_BYTES + lane_channel() * 4;
         weight_scales = args.lin.scales + own * args.shape.groups * MQ_PANEL + lane_channel();
@@ -178,7 +181,7 @@ struct step_worker {
         }
     }
 
-    // Steps first .. end, at most kAhead
+    // Loads steps first .. end, at most kAhead.
     __device__ __forceinline__ void load_weights(int first, int end, steps &to) const {
 #pragma unroll
         for (int i = 0; i < kAhead; i++)
@@ -208,9 +211,9 @@ struct step_worker {
             to.sa[n] = {of_group[at_scale[n][0]], of_group[at_scale[n][1]]};
     }
 
-    // Sums of steps begin .. end; groups that other warps have parts of count with the part here.
-    // first, second: the first ones, loaded.
-    // now, next: the scales of its group and of the next one, which are asked for a group ahead.
+    // Adds steps begin .. end. A group that other warps share contributes only the part here.
+    // first, second: the first steps, already loaded. now, next: the scales of this group and of
+    // the next one; scales are loaded one group ahead.
     __device__ __forceinline__ void add(int begin, int end, steps &first, steps &second,
                                         group_scales &now, group_scales &next,
                                         pair_sums<NT> &sums) const {
@@ -256,14 +259,14 @@ struct step_worker {
 template <int NT, bool WHOLE>
 __global__ void __launch_bounds__(kThreads, NT == 1 && WHOLE ? 2 : 1)
     decode(const __grid_constant__ multiply_args args) {
-    // [warp][token][4 channels], and a unit more, so that lanes are in different banks
+    // [warp][token][4 channels], padded by one unit so that lanes use different banks
     __shared__ float4 parts[kWarps][NT * 8][2 * MQ_PANEL / 4 + 1];
     worker<NT> work(args);
     work.sums.clear();
     const int64_t records = args.from.chunks * args.from.terms, slots = args.slot.total;
     const int first_record = static_cast<int>(records * warp() / kWarps);
     const int last_record = static_cast<int>(records * (warp() + 1) / kWarps);
-    // weights are asked for before the wait for the tokens
+    // load weights before waiting for the tokens
     salient_words words{};
     if (first_record < last_record) words = load_salient(args, work.panel, first_record);
     if constexpr (WHOLE) {

@@ -1,16 +1,16 @@
-// Many tokens: a block computes 128 output channels of 128 tokens, a warp 64 of 32. Operands come
-// through a ring of stages in shared memory, filled by cp.async ahead of their use.
+// Kernels for many tokens. A block computes 128 output channels of 128 tokens; a warp computes 64
+// of 32. Operands go through a ring of stages in shared memory, which cp.async fills ahead of use.
 #include "multiply.cuh"
 
 namespace mq {
 namespace {
 
-constexpr int kTokens = 128, kPanels = 8;    // of a block
-constexpr int kWarpTokens = 32, kPairs = 2;  // of a warp: 4 panels
+constexpr int kTokens = 128, kPanels = 8;    // per block
+constexpr int kWarpTokens = 32, kPairs = 2;  // per warp: 4 panels
 constexpr int kTiles = kWarpTokens / 8;
 constexpr int kTokenWarps = kTokens / kWarpTokens;
-constexpr int kSlots = 4;                       // of a stage
-constexpr int kChunks = 2;                      // or so many terms of chunks of salient channels
+constexpr int kSlots = 4;                       // per stage
+constexpr int kChunks = 2;                      // or as many terms of chunks of salient channels
 constexpr int kStages = MQ_ARCH >= 80 ? 3 : 2;  // Turing has 64 KiB of shared memory
 
 struct stage {
@@ -28,7 +28,7 @@ __device__ __forceinline__ void copy_if(bool valid, void *to, const void *from) 
     copy_async(to, from, valid ? 16 : 0);
 }
 
-// Walks over slots in order, and knows the group of each.
+// Walks over slots in order and tracks the group of each.
 struct cursor {
     const slots *of;
     int64_t slot, group, end;
@@ -49,8 +49,8 @@ struct block_place {
     int64_t token, panel;  // the first ones
 };
 
-// 16-byte units are stored where lanes that read together find them in different banks: the units
-// of a weight block, and the rows of salient weights.
+// Swizzles of 16-byte units, for weight blocks and for rows of salient weights: lanes that read
+// together use different banks.
 __device__ __forceinline__ int weight_unit(int block, int unit) {
     return block * 4 + (unit ^ (block & 2));
 }
@@ -62,7 +62,7 @@ __device__ __forceinline__ void load_slots(const multiply_args &args, const bloc
     for (int s = 0; s < kSlots; s++, walk.next()) {
         const bool valid = walk.is_valid();
         const int64_t slot = walk.slot;
-        // kTokens * record_units is kThreads, or half of it
+        // kTokens * record_units is kThreads or half of it
         if (thread < kTokens * record_units) {
             const bool in_m = at.token + thread / record_units < args.from.m;
             const int64_t from = (slot * args.from.stride + at.token) * args.from.record;
@@ -94,7 +94,7 @@ __device__ __forceinline__ void load_slots(const multiply_args &args, const bloc
     }
 }
 
-// Terms of chunks from `first` on.
+// Loads terms of chunks from `first` on.
 __device__ __forceinline__ void load_chunks(const multiply_args &args, const block_place &at,
                                             int64_t first, stage &to) {
     const int thread = static_cast<int>(threadIdx.x);
@@ -121,10 +121,10 @@ __device__ __forceinline__ void load_chunks(const multiply_args &args, const blo
 }
 
 struct warp_place {
-    int panel, token;  // the first ones, in the block
+    int panel, token;  // the first ones of the block
 };
 
-// 8 bytes of record s of each token of the lane
+// 8 bytes of record s of each of the lane's tokens
 __device__ __forceinline__ void load_right(const warp_place &at, const stage &from, int s,
                                            fragment_b (&b)[kTiles]) {
 #pragma unroll
@@ -178,7 +178,7 @@ __device__ __forceinline__ void add_group(const warp_place &at, const stage &fro
     }
 }
 
-// Where a product's sums start: an operand, where `first` is known at compile time.
+// Start of a product's sums. A direct operand if `first` is known at compile time.
 __device__ __forceinline__ const int (&either(bool first, const int (&start)[4],
                                               const int (&before)[4]))[4] {
     if (first) return start;
@@ -211,16 +211,17 @@ struct by_bytes {
 };
 
 #ifdef MQ_HAS_S4
-// Products of nibbles. Codes with zero-points are from 0 to 15: the group's sum of weights, one more
-// column of the products, times the zero-point is taken off at the end.
+// Products of nibbles. Codes with zero-points are 0 .. 15. An extra column of the product sums the
+// group's weights; at the end of the group that sum times the zero-point is subtracted.
 template <mq_act_format FORMAT>
 struct by_nibbles {
     static constexpr bool kHasPairs = true, kHasZeros = FORMAT == MQ_ACT_ZERO_POINT;
     static constexpr float kUnit = 1;
     static constexpr nibble_range kRight = FORMAT == MQ_ACT_SYMMETRIC ? SIGNED : UNSIGNED;
-    int weight_sums[kPairs][2][4];  // where a lane's dots are; the same for all tokens
+    int weight_sums[kPairs][2][4];  // offsets of the lane's dots; the same for all tokens
 
-    // Slot s, the walk's; `pair`: and the one before, of the same group; `starts`: they are its first
+    // Adds slot s, where the walk is. pair: also the slot before it, of the same group. starts: the
+    // group starts with them.
     __device__ __forceinline__ void add(const multiply_args &args, const cursor &walk,
                                         const warp_place &at, const stage &from, int s, bool pair,
                                         bool starts, pair_sums<kTiles> (&sums)[kPairs]) {
@@ -260,7 +261,7 @@ struct by_nibbles {
         }
     }
 
-    // At the end of a group, which is that of slot s
+    // Runs at the end of the group of slot s.
     __device__ __forceinline__ void take_off_zeros(const warp_place &at, const stage &from, int s,
                                                    pair_sums<kTiles> (&sums)[kPairs]) const {
 #pragma unroll
@@ -295,9 +296,9 @@ __device__ __forceinline__ void prefill(const multiply_args &args) {
             load_chunks(args, block, i * kChunks, ring[i % kStages]);
         else if (i < stages)
             load_slots(args, block, loading, ring[i % kStages]);
-        commit_copies();  // of nothing at the end, so that the count stays
+        commit_copies();  // commits empty groups at the end, to keep the count
     };
-    // Makes stage i readable, and asks for the one that takes the place of stage i - 1.
+    // Makes stage i readable and starts to load the one that replaces stage i - 1.
     const auto advance = [&](int64_t i) -> const stage & {
         wait_copies<kStages - 2>();
         __syncthreads();
@@ -320,7 +321,7 @@ __device__ __forceinline__ void prefill(const multiply_args &args) {
         }
     }
     Products products;
-    bool starts = true;  // a group, with the next product
+    bool starts = true;  // add a group together with the next product
     for (int64_t i = salient_stages; i < stages; i++) {
         const stage &from = advance(i);
         bool pair = false;
@@ -331,7 +332,7 @@ __device__ __forceinline__ void prefill(const multiply_args &args) {
                 pair = Products::kHasPairs && !adding.is_last();
                 if (pair) continue;
             }
-            // branches, so that where sums start is an operand, not moved into registers
+            // separate branches, so that the start of sums is an operand, not a move into registers
             const auto add = [&](bool in_pair, bool as_first) {
                 products.add(args, adding, at, from, s, in_pair, as_first, sums);
             };
@@ -366,7 +367,7 @@ __global__ void __launch_bounds__(kThreads) prefill_s4(const __grid_constant__ m
 #ifdef MQ_HAS_S4
     prefill<by_nibbles<FORMAT>>(args);
 #else
-    (void)args, __trap();  // never launched: the table of kernels knows
+    (void)args, __trap();  // never launched: the kernel table excludes it
 #endif
 }
 
@@ -375,8 +376,8 @@ dim3 grid_of(const multiply_args &args) {
                 static_cast<unsigned>(ceil_div<int64_t>(args.shape.panels, kPanels)));
 }
 
-// The device's code says how many stages it has; the host asks for what the newer ones need, but for
-// Turing.
+// The number of stages is decided in device code. The host allocates what the newer architectures
+// need, except for Turing.
 size_t shared_of(int arch) { return (arch < 80 ? 2 : 3) * sizeof(stage); }
 
 }  // namespace

@@ -1,19 +1,20 @@
-// Many tokens on Hopper: a block computes 256 output channels of 64 tokens, a warp 32 of all of
-// them. Tokens come through a ring of stages in shared memory, as in multiply_prefill.cu; weights,
-// which no two warps share, straight into registers, a stage ahead. The two halves of a lane's
-// channels are products of their own: while one is under way, the sums of the other become floats.
+// Kernel for many tokens on Hopper. A block computes 256 output channels of 64 tokens; a warp
+// computes 32 of all of them. Tokens go through a ring of stages in shared memory, as in
+// multiply_prefill.cu. Weights, which no two warps share, go straight into registers, one stage
+// ahead. The two halves of a lane's channels are separate products: while one runs, the sums of the
+// other are converted to floats.
 //
-// What takes long is the instructions beside the products (counts in docs/results.md), so addresses are
-// stepped, not computed, and what is not there is read from somewhere else instead of being tested for:
-// weights of no channel meet codes of 0, and sums of no panel are not stored.
+// The bottleneck is the instructions besides the products (counts in docs/results.md). So addresses
+// are incremented, not recomputed, and out-of-range reads are redirected instead of predicated:
+// weights of missing channels meet codes of 0, and sums of missing panels are not stored.
 #include "multiply.cuh"
 
 namespace mq {
 namespace {
 
-constexpr int kTiles = kColumnTiles, kTokens = 8 * kTiles;  // of a block
+constexpr int kTiles = kColumnTiles, kTokens = 8 * kTiles;  // per block
 constexpr int kPanels = 2 * kWarps;
-constexpr int kSlots = 4;  // of a stage, or so many terms of chunks of salient channels
+constexpr int kSlots = 4;  // per stage, or as many terms of chunks of salient channels
 constexpr int kStages = 6;
 
 struct stage {
@@ -25,21 +26,21 @@ static_assert(kSlots == kLeftSides, "a stage's left sides are fenced together");
 
 #ifdef MQ_HAS_WGMMA
 
-constexpr int kAhead = kStages - 2;  // stages asked for; products of two may be under way
+constexpr int kAhead = kStages - 2;  // stages in flight; products of two more may be running
 
-// Fills the ring, in order: first the salient channels' records, then the codes.
+// Fills the ring in order: the records of the salient channels, then the codes.
 struct loader {
     static constexpr int kUnits = kTokens * 2;           // of a slot, 16 bytes each
     static constexpr int kTogether = kThreads / kUnits;  // slots that the block copies at once
-    static constexpr int kCopies = kSlots / kTogether;   // of a thread, for a stage
+    static constexpr int kCopies = kSlots / kTogether;   // per thread and stage
     static constexpr int kScaleThreads = kTokens / 4;
 
     const unsigned char *from;  // the thread's unit of its next record
-    const float *scales;        // the thread's of the next stage's group
+    const float *scales;        // the thread's scales of the next stage's group
     int64_t slot_bytes, scale_stride;
     unsigned char *ring;
-    int bytes, scale_bytes;  // that are there of a unit, and of a thread's scales
-    int record, end;         // the thread's next one, and where they end
+    int bytes, scale_bytes;  // valid bytes of a unit, and of a thread's scales
+    int record, end;         // the thread's next record, and the end
     int in_group, group_stages;
     int at, place;  // the stage to fill, and the thread's unit in it
 
@@ -56,7 +57,7 @@ struct loader {
         scales = args.from.scales + token + thread * 4;
     }
 
-    // Goes on with records of [records][stride][32 bytes]
+    // Continues with records [records][stride][32 bytes].
     __device__ __forceinline__ void begin(const unsigned char *records, int64_t token, int count) {
         const int thread = static_cast<int>(threadIdx.x);
         record = thread / kUnits, end = count;
@@ -80,7 +81,7 @@ struct loader {
                 if (++in_group == group_stages) in_group = 0, scales += scale_stride;
             }
         }
-        commit_copies();  // of nothing at the end, so that the count stays
+        commit_copies();  // commits empty groups at the end, to keep the count
         at = at + 1 == kStages ? 0 : at + 1;
     }
 };
@@ -170,7 +171,7 @@ struct worker {
         uint2 scales;
     };
 
-    // The next stage's, of which some may be missing: they stay what they were.
+    // Loads the next stage's weights. Missing ones keep their previous values.
     __device__ __forceinline__ void load_weights(int group, stage_weights &to) {
 #pragma unroll
         for (int s = 0; s < kSlots; s++)
@@ -214,7 +215,7 @@ __device__ __forceinline__ void prefill(const multiply_args &args) {
     const int records = static_cast<int>(args.from.chunks) * args.from.terms;
     const int slots = static_cast<int>(args.slot.total);
     const int salient_stages = ceil_div(records, kSlots), code_stages = ceil_div(slots, kSlots);
-    // a group is whole stages, or the only one
+    // a group is whole stages, or the only group
     const int group_stages = args.shape.groups == 1
                                  ? code_stages
                                  : static_cast<int>(args.shape.group_quads) / (8 * kSlots);
@@ -233,7 +234,8 @@ __device__ __forceinline__ void prefill(const multiply_args &args) {
         loaded++;
     };
     int at = 0;  // of the ring
-    // Makes the next stage readable, and asks for the one that takes the place of the one before the last.
+    // Makes the next stage readable and starts to load the one that replaces the stage before the
+    // last.
     const auto advance = [&]() -> const stage & {
         wait_copies<kAhead - 1>();
         fence_for_products();
@@ -259,7 +261,7 @@ __device__ __forceinline__ void prefill(const multiply_args &args) {
     fill(work.sums.dots[1], 0);
     const stage *before = ring;
     uint32_t before_scales = 0;
-    bool ended = false;  // the group, with the stage before
+    bool ended = false;  // whether the group ended with the stage before
     for (int i = 0, in_group = 0, group = 0; i < code_stages; i++) {
         const stage &from = advance();
         const bool starts = in_group == 0;
@@ -267,12 +269,12 @@ __device__ __forceinline__ void prefill(const multiply_args &args) {
         if (ends) in_group = 0, group++;
         const uint2 scales = words.scales;
         work.put(words, 0);
-        // ptxas does not follow products around a loop: without this wait it adds one
+        // ptxas does not track products across iterations and would add a wait here
         wait_products<0>(work.sums.dots[1], work.left[1]);
         work.multiply(0, from, starts);
         if (ended) work.add_half(1, before_scales, *before);
         work.put(words, 1);
-        work.load_weights(group, words);  // in their place: copies would cost more than waiting
+        work.load_weights(group, words);  // in place: copies would cost more than the wait
         work.multiply(1, from, starts);
         wait_products<1>(work.sums.dots[0], work.left[0]);
         if (ends) work.add_half(0, scales.x, from);
@@ -290,7 +292,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef MQ_HAS_WGMMA
     prefill(args);
 #else
-    (void)args, __trap();  // never launched: the table of kernels knows
+    (void)args, __trap();  // never launched: the kernel table excludes it
 #endif
 }
 

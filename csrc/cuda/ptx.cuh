@@ -1,16 +1,18 @@
-// Every instruction that CUDA C has no name for, and nowhere else: each as PTX, and beside it as what
-// it means, so that the kernels also compile as C++ for the CPU (tests/cuda/emulator.h), where the
-// tests run them. MQ_ARCH is the architecture compiled for.
+// All instructions that CUDA C has no name for, each as PTX and as equivalent C++. With the C++,
+// kernels compile for the CPU (tests/cuda/emulator.h), where the tests run them. MQ_ARCH is the
+// target architecture. PTX appears in no other file.
 #ifndef MQ_CUDA_PTX_CUH
 #define MQ_CUDA_PTX_CUH
 
 #include <stdint.h>
 
+#include "../assume.h"
+
 #ifdef __CUDACC__
 #ifdef __CUDA_ARCH__
 #define MQ_ARCH (__CUDA_ARCH__ / 10)
 #else
-#define MQ_ARCH 80 /* the pass for the host only parses */
+#define MQ_ARCH 80 /* the host pass only parses device code */
 #endif
 #endif
 
@@ -29,9 +31,10 @@ __device__ __forceinline__ unsigned char *dynamic_shared() {
 #endif
 }
 
-// 16 bytes that are read once: not kept in L1. Not by ld.global.nc, which ptxas moves behind a
-// wait_for_previous.
+// Loads 16 bytes that are read once, bypassing L1. ptxas moves ld.global.nc past wait_for_previous,
+// so this is a plain load.
 __device__ __forceinline__ uint4 load_once(const void *from) {
+    MQ_ASSUME(MQ_IS_ALIGNED(from, 16));
 #ifdef __CUDACC__
     uint4 v;
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -44,8 +47,9 @@ __device__ __forceinline__ uint4 load_once(const void *from) {
 #endif
 }
 
-// A kernel launched by launch_behind may begin where all blocks of the one before it on the stream
-// have called start_dependents or ended; what that one wrote is there after wait_for_previous.
+// A kernel launched by launch_behind may start when every block of the previous kernel on the
+// stream has called start_dependents or ended. The previous kernel's writes are visible after
+// wait_for_previous.
 __device__ __forceinline__ void start_dependents() {
 #if defined(__CUDACC__) && MQ_ARCH >= 90
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -59,7 +63,7 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
-// (x ^ a) & b in one instruction, which takes only one constant: what compilers make of the C takes two.
+// (x ^ a) & b in one instruction with a single constant operand; compilers emit two.
 __device__ __forceinline__ uint32_t xor_and(uint32_t x, uint32_t a, uint32_t b) {
 #ifdef __CUDACC__
     uint32_t out;
@@ -70,10 +74,13 @@ __device__ __forceinline__ uint32_t xor_and(uint32_t x, uint32_t a, uint32_t b) 
 #endif
 }
 
-// The first `bytes` of 16 bytes from global to shared memory, then zeros; there after wait_copies.
+// Starts a copy of `bytes` of 16 bytes from global to shared memory and fills the rest with zeros.
+// Complete after wait_copies.
 __device__ __forceinline__ void copy_async(void *to, const void *from, int bytes) {
+    MQ_ASSUME(0 <= bytes && bytes <= 16);
+    MQ_ASSUME(MQ_IS_ALIGNED(to, 16) && MQ_IS_ALIGNED(from, 16));
 #if !defined(__CUDACC__)
-    emulator::copy_later(to, from, bytes, 16 - bytes);
+    emulator::copy_later(to, from, static_cast<size_t>(bytes), static_cast<size_t>(16 - bytes));
 #elif MQ_ARCH >= 80
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :
@@ -96,7 +103,7 @@ __device__ __forceinline__ void commit_copies() {
 #endif
 }
 
-// Until at most PENDING of this thread's committed groups are under way.
+// Waits until at most PENDING of this thread's committed groups are in flight.
 template <int PENDING>
 __device__ __forceinline__ void wait_copies() {
 #if !defined(__CUDACC__)
@@ -123,7 +130,7 @@ __device__ __forceinline__ float f16_to_f32(uint16_t bits) {
 #endif
 }
 
-// To nearest, ties to even; NaN stays NaN.
+// Rounds to nearest even. NaN stays NaN.
 __device__ __forceinline__ uint16_t f32_to_f16(float x) {
 #ifdef __CUDACC__
     uint16_t bits;
@@ -149,7 +156,7 @@ __device__ __forceinline__ uint16_t f32_to_bf16(float x) {
     return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-// Two at once, to nearest, ties to even; low in the lower half. NaN stays NaN, of any bits.
+// Rounds two values to nearest even; low goes to the lower half. NaN stays NaN, with any bits.
 __device__ __forceinline__ uint32_t f32_to_f16_pair(float low, float high) {
 #if defined(__CUDACC__) && MQ_ARCH >= 80
     uint32_t bits;
@@ -171,10 +178,11 @@ __device__ __forceinline__ uint32_t f32_to_bf16_pair(float low, float high) {
 
 // ---- Matrix products of a warp: d = a b + c ----
 //
-// a [16][k] by rows, b [k][8] by columns, c and d [16][8]. Lane 4 r + t holds d[r][2t], d[r][2t + 1],
-// d[r + 8][2t], d[r + 8][2t + 1]. Its register a[2 h + i] is row r + 8 i, its b[h] column r; each holds
-// the t-th of four equal pieces of half h of k: 4 bytes, 8 nibbles or 2 halves, the first one lowest.
-// So a product may take k in any order, as long as a and b agree.
+// a [16][k] is stored by rows, b [k][8] by columns; c and d are [16][8]. Lane 4 r + t holds
+// d[r][2t], d[r][2t + 1], d[r + 8][2t] and d[r + 8][2t + 1]. Its register a[2 h + i] belongs to row
+// r + 8 i, its b[h] to column r. Each register holds the t-th of four equal pieces of half h of k:
+// 4 bytes, 8 nibbles or 2 halves, the first one lowest. Products may take k in any order that a and
+// b share.
 
 struct fragment_a {
     uint32_t r[4];
@@ -184,7 +192,7 @@ struct fragment_b {
 };
 
 #ifndef __CUDACC__
-// What lane gets: PIECES numbers in each register, value(register, index) of them.
+// Collects a lane's fragment: PIECES numbers per register, value(register, index).
 template <typename D, typename Value>
 void multiply_on_host(D (&d)[4], const fragment_a &a, const fragment_b &b, const D (&c)[4],
                       int pieces, const Value &value) {
@@ -210,7 +218,7 @@ void multiply_on_host(D (&d)[4], const fragment_a &a, const fragment_b &b, const
 }
 #endif
 
-// k = 32 signed bytes. Turing has it in four parts.
+// k = 32 signed bytes. Four products on Turing.
 __device__ __forceinline__ void multiply_s8(int (&d)[4], const fragment_a &a, const fragment_b &b,
                                             const int (&c)[4]) {
 #if !defined(__CUDACC__)
@@ -236,8 +244,9 @@ __device__ __forceinline__ void multiply_s8(int (&d)[4], const fragment_a &a, co
 #endif
 }
 
-// k = 64 nibbles, or the first half alone: a's signed, b's too or from 0 to 15. From Hopper on the
-// instructions are calls into a routine many times slower than multiply_s8: they are not compiled there.
+// k = 64 nibbles, or only the first half. a is signed; b is signed or 0 .. 15. On Hopper and later
+// these instructions call a routine many times slower than multiply_s8, so they are not compiled
+// there.
 #if MQ_ARCH < 90
 #define MQ_HAS_S4 1
 enum nibble_range { SIGNED, UNSIGNED };
@@ -297,7 +306,7 @@ __device__ __forceinline__ void multiply_s4(int (&d)[4], const fragment_a &a, co
 #undef MQ_MULTIPLY_BY_RIGHT
 #endif
 
-// k = 16 halves of fp16, fp32 sums; d += a b. On Turing in two parts.
+// k = 16 fp16 halves, fp32 sums; d += a b. Two products on Turing.
 __device__ __forceinline__ void multiply_f16(float (&d)[4], const fragment_a &a,
                                              const fragment_b &b) {
 #if !defined(__CUDACC__)
@@ -320,7 +329,7 @@ __device__ __forceinline__ void multiply_f16(float (&d)[4], const fragment_a &a,
 #endif
 }
 
-// The same for bf16, which Turing's tensor cores do not know: there every lane asks the others.
+// The same for bf16. Turing's tensor cores lack it, so there lanes exchange factors with shuffles.
 __device__ __forceinline__ void multiply_bf16(float (&d)[4], const fragment_a &a,
                                               const fragment_b &b) {
 #if MQ_ARCH < 80
@@ -357,25 +366,25 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[4], const fragment_a &a
 #endif
 }
 
-// ---- Matrix products of a warpgroup, in the background: Hopper alone has them ----
+// ---- Asynchronous matrix products of a warpgroup, Hopper only ----
 //
-// d += a b for a [64][32 bytes], d [64][64] and b [32 bytes][64], of bytes or of halves: a warp's 16 rows
-// of a and d are in fragments as above, d[n] for columns 8 n .. + 7; b's columns are 64 rows of 32
-// bytes in shared memory. All four warps of a warpgroup must ask for the same. From fence_products on
-// until wait_products, d and a belong to the products.
+// d += a b for a [64][32 bytes], d [64][64] and b [32 bytes][64], of bytes or halves. Each warp
+// holds 16 rows of a and d as fragments as above, d[n] for columns 8 n .. + 7. The columns of b are
+// 64 rows of 32 bytes in shared memory. All four warps of a warpgroup must issue the same products.
+// From fence_products to wait_products, d and a must not be touched.
 
 constexpr int kColumnTiles = 8;  // of a product: 8 columns each
-constexpr int kLeftSides = 4;    // registers that products are fenced with
+constexpr int kLeftSides = 4;    // registers that one fence of products covers
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || (!defined(__CUDACC__) && MQ_ARCH == 90)
 #define MQ_HAS_WGMMA 1
 
-// Rows start at a multiple of 256 bytes. The unit of 16 bytes that stands at `unit` of a row, so
-// that those of 8 rows are in different banks: "32-byte swizzle".
+// The place of 16-byte unit `unit` in a row. Rows start at a multiple of 256 bytes. The "32-byte
+// swizzle" puts the same unit of 8 rows into different banks.
 __device__ __forceinline__ int swizzled(int row, int unit) { return unit ^ (row >> 2 & 1); }
 
-// This thread's writes to shared memory, and its copies that came, become visible to products that
-// begin behind a barrier.
+// Makes this thread's writes to shared memory, and its completed copies, visible to products that
+// start after the next barrier.
 __device__ __forceinline__ void fence_for_products() {
 #ifdef __CUDACC__
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -394,7 +403,7 @@ __device__ __forceinline__ void fence_for_products() {
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, " \
     "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
 
-// The operands: what wrote to them stays before, what reads them behind the wait.
+// Orders the operands: earlier writes stay before it, later reads stay after the wait.
 __device__ __forceinline__ void fence_products(int (&d)[kColumnTiles][4],
                                                fragment_a (&a)[kLeftSides]) {
 #ifdef __CUDACC__
@@ -412,7 +421,7 @@ __device__ __forceinline__ void fence_products(float (&d)[kColumnTiles][4],
 #endif
 }
 
-// 16 bytes are the unit; from 8 rows to the next 8; 3: the swizzle
+// in units of 16 bytes; the offset from 8 rows to the next 8; 3: the swizzle
 __device__ __forceinline__ uint64_t matrix_at(const void *rows) {
 #ifdef __CUDACC__
     const uint64_t address = __cvta_generic_to_shared(rows);
@@ -423,7 +432,7 @@ __device__ __forceinline__ uint64_t matrix_at(const void *rows) {
 }
 
 #ifndef __CUDACC__
-// PIECES numbers in each register of a, value(word, i) of them
+// Collects PIECES numbers of each register of a, value(word, i).
 template <typename D, typename Value>
 void multiply_later_on_host(D (&d)[kColumnTiles][4], const fragment_a &a, uint64_t b, bool adds,
                             int pieces, const Value &value) {
@@ -446,7 +455,7 @@ void multiply_later_on_host(D (&d)[kColumnTiles][4], const fragment_a &a, uint64
 }
 #endif
 
-// Of signed bytes; adds: to d, else d is the product.
+// Signed bytes. adds: d += a b; otherwise d = a b.
 __device__ __forceinline__ void multiply_later(int (&d)[kColumnTiles][4], const fragment_a &a,
                                                const void *rows, bool adds) {
     const uint64_t b = matrix_at(rows);
@@ -465,7 +474,7 @@ __device__ __forceinline__ void multiply_later(int (&d)[kColumnTiles][4], const 
 #endif
 }
 
-// Of halves, fp16 or bf16; d += a b.
+// fp16 or bf16 halves; d += a b.
 template <bool IS_F16>
 __device__ __forceinline__ void multiply_later(float (&d)[kColumnTiles][4], const fragment_a &a,
                                                const void *rows) {
@@ -499,7 +508,8 @@ __device__ __forceinline__ void commit_products() {
 #endif
 }
 
-// Until at most PENDING of the committed groups of products are under way, d and a not in them.
+// Waits until at most PENDING committed groups of products are in flight. d and a must not belong
+// to those.
 template <int PENDING>
 __device__ __forceinline__ void wait_products(int (&d)[kColumnTiles][4],
                                               fragment_a (&a)[kLeftSides]) {

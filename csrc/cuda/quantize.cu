@@ -1,28 +1,11 @@
-// The first step of the linear, in one pass over the tokens: gather by perm, split off the salient
-// channels, rotate, quantize, and lay the codes out as the multiplying kernels want them.
-//
-// Groups of 32, 64 ... 512 channels, which is what layers have, are quantized by quantize_columns.
-// Others, scales of whole tokens, and tokens of too many channels are left to the kernels before it,
-// which take any.
-#include "common.cuh"
+// Quantizes groups of any size, whole tokens with one scale, and tokens with any number of
+// channels. quantize_columns.cu takes the groups that most layers have.
+#include "quantize.cuh"
 
 namespace mq {
 namespace {
 
-constexpr int64_t kManyTokens = 1024;  // blocks of two tokens still fill any GPU
-constexpr int64_t kFewTokens = 256;    // blocks of one do not fill one
-
-struct quantize_args {
-    mq_linear lin;
-    mq_shape shape;
-    slots slot;
-    tokens to;
-    mq_dtype dtype;
-    const unsigned char *x;
-    bool staged;  // the block's token is copied to shared memory first
-};
-
-// A token's values, and its place among the records.
+// A token's values and its index in the records.
 struct token {
     const void *values;
     int64_t at;
@@ -34,11 +17,7 @@ __device__ __forceinline__ float value_of(const quantize_args &args, const token
     return load(args.dtype, of.values, channel);
 }
 
-__device__ __forceinline__ int64_t channel_at(const quantize_args &args, int64_t i) {
-    return args.lin.perm ? args.lin.perm[i] : i;
-}
-
-// Shared memory is filled 16 bytes at a time.
+// Copies the token to shared memory, 16 bytes at a time if possible.
 __device__ __forceinline__ void stage(const quantize_args &args, int64_t token) {
     const int64_t bytes = args.lin.k * size_of(args.dtype);
     unsigned char *to = dynamic_shared();
@@ -53,7 +32,7 @@ __device__ __forceinline__ void stage(const quantize_args &args, int64_t token) 
     __syncthreads();
 }
 
-// Zeros where no code will be written: all slots where groups share steps, else the last one.
+// Zeros what no code overwrites: all slots if groups share steps, otherwise the last slot.
 __device__ __forceinline__ void clear_codes(const quantize_args &args, int64_t token) {
     const int64_t from = args.slot.whole() ? args.slot.total - 1 : 0;
     const int words = args.to.record / 4;
@@ -64,32 +43,21 @@ __device__ __forceinline__ void clear_codes(const quantize_args &args, int64_t t
     __syncthreads();
 }
 
-__device__ __forceinline__ uint16_t *salient_at(const quantize_args &args, int64_t token, int64_t s,
-                                                int term) {
-    const int64_t record = (s / 16 * args.to.terms + term) * args.to.stride + token;
-    return reinterpret_cast<uint16_t *>(args.to.salient) + record * 16 + s % 16;
-}
-
 __device__ __forceinline__ void split_salient(const quantize_args &args, const token &of) {
     const int64_t k4 = args.lin.k - args.lin.k_salient;
     int non_finite = 0;
-    for (int64_t s = threadIdx.x; s < args.to.chunks * 16; s += kThreads) {
-        float rest = s < args.lin.k_salient ? value_of(args, of, channel_at(args, k4 + s)) : 0;
-        non_finite |= (__float_as_uint(rest) & kInfinityBits) == kInfinityBits;
-        for (int term = 0; term < args.to.terms; term++) {
-            // cut off, not rounded: what is left is exact, and nothing overflows
-            const uint32_t bits = __float_as_uint(rest) & 0xffff0000u;
-            *salient_at(args, of.at, s, term) =
-                args.to.is_f16 ? f32_to_f16(rest) : static_cast<uint16_t>(bits >> 16);
-            rest -= __uint_as_float(bits);
-        }
+    for (int64_t s = threadIdx.x * 4; s < args.to.chunks * 16; s += kThreads * 4) {
+        float values[4];
+#pragma unroll
+        for (int c = 0; c < 4; c++)
+            values[c] =
+                s + c < args.lin.k_salient ? value_of(args, of, channel_at(args, k4 + s + c)) : 0;
+        non_finite |= !store_salient(args, of.at, s, values);
     }
-    // An Inf would leave some outputs Inf, and the sign of a zero weight would decide others
-    if (__syncthreads_or(non_finite) && threadIdx.x == 0)
-        *salient_at(args, of.at, 0, 0) = args.to.is_f16 ? 0x7e00 : 0x7fc0;
+    if (__syncthreads_or(non_finite) && threadIdx.x == 0) store_salient_nan(args, of.at);
 }
 
-// Which channels a part holds: i .. of a group.
+// The channels of a part: i .. of a group.
 struct place {
     int64_t group, i, n;  // n: channels of the group from i on
 };
@@ -122,9 +90,10 @@ __device__ __forceinline__ void load_values(const quantize_args &args, const tok
 
 __device__ __forceinline__ void store_codes(const quantize_args &args, const token &of,
                                             const place &at, const part &values,
-                                            const quantization &to) {
+                                            const mq_quantization &to) {
     const bool is_nibbles = args.to.order == NIBBLES;
-    // a word of nibbles holds two quads: of neighbouring lanes, unless a group may start with the second
+    // a word of nibbles holds two quads, of neighbouring lanes unless a group may start with the
+    // second
     const bool in_pairs = is_nibbles && args.shape.group_quads % 2 == 0;
     const int zero = args.to.zeros ? -to.low : 0;
     if (at.i == 0 && values.n > 0 && values.lane_in_part == 0) {
@@ -149,15 +118,10 @@ __device__ __forceinline__ void store_codes(const quantize_args &args, const tok
         unsigned char *record = args.to.codes + (slot * args.to.stride + of.at) * args.to.record;
         uint32_t *word = reinterpret_cast<uint32_t *>(record) + args.to.word_of(quad);
         if (is_nibbles && !in_pairs)
-            atomicXor(word, codes << quad % 2 * 4);  // 0 before: clear_codes
+            atomicXor(word, codes << quad % 2 * 4);  // clear_codes set it to 0
         else
             *word = codes;
     }
-}
-
-__device__ __forceinline__ quantization quantization_for(const quantize_args &args,
-                                                         const extent &of) {
-    return quantization_of(args.lin.act_bits, args.lin.act_format, args.lin.clip, of);
 }
 
 __device__ __forceinline__ token token_of(const quantize_args &args, int64_t at) {
@@ -165,7 +129,7 @@ __device__ __forceinline__ token token_of(const quantize_args &args, int64_t at)
     return {args.x + at * args.lin.k * size_of(args.dtype), at};
 }
 
-// Every group, of up to 512 channels, has a scale of its own: lanes work for themselves.
+// Groups of up to 512 channels with a scale each. Every few lanes work on a group of their own.
 __global__ void __launch_bounds__(kThreads) quantize_groups(quantize_args args) {
     const token of = token_of(args, blockIdx.x);
     if (args.staged) stage(args, of.at);
@@ -176,18 +140,18 @@ __global__ void __launch_bounds__(kThreads) quantize_groups(quantize_args args) 
     const int per_block = kThreads / values.lanes;
     int channels[part::kValues];
     for (int64_t start = 0; start < args.shape.groups; start += per_block) {
-        const place at = place_of(args, start + threadIdx.x / values.lanes, 0);
+        const place at = place_of(args, start + values.in_block(), 0);
         values.n = static_cast<int>(at.n);
         load_channels(args, at, values, channels);
         load_values(args, of, channels, values);
-        extent largest = values.extent_of();
+        mq_extent largest = values.extent_of();
         reduce(largest, values.lanes);
         store_codes(args, of, at, values, quantization_for(args, largest));
     }
 }
 
-// A scale for all of a token, or for groups of more than 512 channels: the block works together. For
-// four blocks at a time ptxas spills registers on sm_75.
+// A scale per token, or groups of more than 512 channels: the whole block works on one group. With
+// four blocks per multiprocessor ptxas spills registers on sm_75.
 __global__ void __launch_bounds__(kThreads, 3) quantize_tokens(quantize_args args) {
     const int64_t size = smaller(args.lin.group_size, args.lin.k);
     const token of = token_of(args, blockIdx.x);
@@ -209,384 +173,23 @@ __global__ void __launch_bounds__(kThreads, 3) quantize_tokens(quantize_args arg
     };
     for (int64_t group = 0; group < args.shape.groups; group += together) {
         const int64_t begin = group * parts, end = (group + together) * parts;
-        // the last jobs of a block may belong to a next group: they hold no values
+        // the last jobs of a round may belong to the next group: they hold no values
         const auto job_at = [&](int64_t start) {
-            const int64_t job = start + threadIdx.x / values.lanes;
+            const int64_t job = start + values.in_block();
             return job < end ? job : args.shape.groups * parts;
         };
-        extent largest;
+        mq_extent largest = {0, 0};
         for (int64_t start = begin; start < end; start += per_block) {
             load_part(job_at(start));
-            largest.add(values.extent_of());
+            largest = mq_extent_union(largest, values.extent_of());
         }
         reduce_block(largest);
-        const quantization to = quantization_for(args, largest);
+        const mq_quantization to = quantization_for(args, largest);
         for (int64_t start = begin; start < end; start += per_block) {
             const place at = load_part(job_at(start));
             store_codes(args, of, at, values, to);
         }
     }
-}
-
-// ---- Groups of 32, 64 ... 512 channels ----
-
-constexpr int kSlotChannels = 32, kLaneChannels = 16;  // a lane's channels are half a slot
-
-__device__ __forceinline__ float to_f32(mq_dtype dtype, uint32_t bits) {
-    return dtype == MQ_F32   ? __uint_as_float(bits)
-           : dtype == MQ_F16 ? f16_to_f32(static_cast<uint16_t>(bits))
-                             : __uint_as_float(bits << 16);
-}
-
-template <mq_dtype DTYPE>
-struct bits_of {
-    typedef uint16_t type;
-};
-template <>
-struct bits_of<MQ_F32> {
-    typedef uint32_t type;
-};
-
-// A channel of a block's tokens, side by side in shared memory: a lane reads all of them at once.
-template <typename T, int ROWS>
-struct alignas(sizeof(T) * ROWS) column {
-    T row[ROWS];
-};
-
-// Behind the tokens' columns: what an index outside [0, k) reads, and what stands for no channel.
-constexpr int kNanColumn = 0, kZeroColumn = 1, kMoreColumns = 2;
-
-template <mq_dtype DTYPE, int ROWS>
-struct columns {
-    typedef typename bits_of<DTYPE>::type T;
-    typedef column<T, ROWS> type;
-    static constexpr int kPerWord = 4 / sizeof(T);
-    const quantize_args &args;
-    type *at;
-    int64_t first;  // token
-    int rows, k;
-
-    __device__ __forceinline__ explicit columns(const quantize_args &args_)
-        : args(args_),
-          at(reinterpret_cast<type *>(dynamic_shared())),
-          first(static_cast<int64_t>(blockIdx.x) * ROWS),
-          rows(static_cast<int>(smaller<int64_t>(ROWS, args_.to.m - first))),
-          k(static_cast<int>(args_.lin.k)) {}
-
-    // The last token stands in for those that the last block lacks.
-    __device__ __forceinline__ const unsigned char *token_row(int r) const {
-        return args.x + (first + smaller(r, rows - 1)) * k * static_cast<int>(sizeof(T));
-    }
-
-    __device__ __forceinline__ void fill() const {
-        const int thread = static_cast<int>(threadIdx.x);
-        if (k % kPerWord == 0) {
-            constexpr int kAhead = 8 / ROWS;  // loads under way: latency is what takes long here
-            const int words = k / kPerWord;
-            for (int w = thread; w < words; w += kThreads * kAhead) {
-                uint32_t in[kAhead][ROWS];
-#pragma unroll
-                for (int i = 0; i < kAhead; i++)
-#pragma unroll
-                    for (int r = 0; r < ROWS; r++)
-                        if (w + i * kThreads < words)
-                            in[i][r] =
-                                reinterpret_cast<const uint32_t *>(token_row(r))[w + i * kThreads];
-#pragma unroll
-                for (int i = 0; i < kAhead; i++) {
-                    if (w + i * kThreads >= words) break;
-#pragma unroll
-                    for (int c = 0; c < kPerWord; c++) {
-                        type to;
-#pragma unroll
-                        for (int r = 0; r < ROWS; r++)
-                            to.row[r] =
-                                static_cast<T>(in[i][r] >> c * 8 * static_cast<int>(sizeof(T)));
-                        at[(w + i * kThreads) * kPerWord + c] = to;
-                    }
-                }
-            }
-        } else {
-            for (int i = thread; i < k * ROWS; i += kThreads)
-                at[i / ROWS].row[i % ROWS] =
-                    reinterpret_cast<const T *>(token_row(i % ROWS))[i / ROWS];
-        }
-        if (thread < ROWS) {
-            at[k + kNanColumn].row[thread] = static_cast<T>(DTYPE == MQ_F32   ? 0x7fc00000u
-                                                            : DTYPE == MQ_F16 ? 0x7e00u
-                                                                              : 0x7fc0u);
-            at[k + kZeroColumn].row[thread] = 0;
-        }
-    }
-
-    __device__ __forceinline__ int index(int channel) const {
-        return static_cast<unsigned>(channel) < static_cast<unsigned>(k) ? channel : k + kNanColumn;
-    }
-    // The column of the channel at place i of perm's order
-    __device__ __forceinline__ int place(int64_t i) const {
-        return index(static_cast<int>(channel_at(args, i)));
-    }
-
-    // Those of 4 neighbours in perm's order, of which n are there; i is a multiple of 4
-    __device__ __forceinline__ void places(int64_t i, int n, int (&to)[4]) const {
-        if (n >= 4 && args.lin.perm) {
-            const int4 channels = *reinterpret_cast<const int4 *>(args.lin.perm + i);
-            to[0] = index(channels.x), to[1] = index(channels.y);
-            to[2] = index(channels.z), to[3] = index(channels.w);
-            return;
-        }
-#pragma unroll
-        for (int c = 0; c < 4; c++) to[c] = c < n ? place(i + c) : k + kZeroColumn;
-    }
-
-    // The salient channels as sums of halves, 4 at a time. bad: [ROWS], 0 before; 1 for a token with
-    // a value that is not finite.
-    __device__ __forceinline__ void split(int *bad) const {
-        const int64_t k4 = args.lin.k - args.lin.k_salient;
-        const int jobs = static_cast<int>(args.to.chunks) * 4 * ROWS;
-        for (int job = static_cast<int>(threadIdx.x); job < jobs; job += kThreads) {
-            const int r = job % ROWS, s = job / ROWS * 4;
-            if (r >= rows) continue;
-            float rest[4];
-            bool finite = true;
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                const int from = s + c < args.lin.k_salient ? place(k4 + s + c) : k + kZeroColumn;
-                rest[c] = to_f32(DTYPE, at[from].row[r]);
-                finite &= (__float_as_uint(rest[c]) & kInfinityBits) != kInfinityBits;
-            }
-            if (!finite) bad[r] = 1;
-            for (int term = 0; term < args.to.terms; term++) {
-                uint32_t halves[4];
-#pragma unroll
-                for (int c = 0; c < 4; c++) {
-                    // cut off, not rounded: what is left is exact, and nothing overflows
-                    const uint32_t bits = __float_as_uint(rest[c]) & 0xffff0000u;
-                    halves[c] = args.to.is_f16 ? f32_to_f16(rest[c]) : bits >> 16;
-                    rest[c] -= __uint_as_float(bits);
-                }
-                *reinterpret_cast<uint2 *>(salient_at(args, first + r, s, term)) = {
-                    halves[0] | halves[1] << 16, halves[2] | halves[3] << 16};
-            }
-        }
-    }
-};
-
-// Which of a group's channels the lane's 16 values are: e0 + 4 i + c, or + 8 i in EVEN_FIRST's order, so
-// that their codes are 16 neighbouring bytes of a slot's record.
-struct lane_place {
-    int lanes, in_group, e0, step;  // lanes: of a group
-    bool even_first;
-
-    __device__ __forceinline__ lane_place(const quantize_args &args)
-        : lanes(static_cast<int>(args.lin.group_size) / kLaneChannels),
-          in_group(lane() & (lanes - 1)),
-          even_first(args.to.order == EVEN_FIRST) {
-        step = even_first ? 8 : 4;
-        e0 = in_group / 2 * kSlotChannels + in_group % 2 * (even_first ? 4 : kLaneChannels);
-    }
-};
-
-// The values of a group, of which n are there, times the Hadamard matrices: butterflies by stride.
-template <bool WHOLE>
-struct rotation_of {
-    const lane_place &at;
-    int n, size;  // size: of whole blocks
-
-    __device__ __forceinline__ int block(int i) const {
-        if (WHOLE) return size;
-        const int e = at.e0 + i / 4 * at.step + i % 4;
-        return e < n ? smaller(size, 1 << (31 - __clz(n ^ e))) : 1;
-    }
-    // between registers STEP apart, which hold values `stride` apart
-    template <int STEP>
-    __device__ __forceinline__ void in_lane(float (&v)[kLaneChannels], int stride) const {
-        if (stride >= size) return;
-#pragma unroll
-        for (int i = 0; i < kLaneChannels; i++) {
-            if (i & STEP || (!WHOLE && stride >= block(i))) continue;
-            const float a = v[i], b = v[i + STEP];
-            v[i] = a + b;
-            v[i + STEP] = a - b;
-        }
-    }
-    __device__ __forceinline__ void between(float (&v)[kLaneChannels], int lanes,
-                                            int stride) const {
-        if (stride >= size) return;
-#pragma unroll
-        for (int i = 0; i < kLaneChannels; i++) {
-            const float other = __shfl_xor_sync(kAllLanes, v[i], lanes);
-            if (WHOLE || stride < block(i))
-                v[i] = at.in_group & lanes ? other - v[i] : v[i] + other;
-        }
-    }
-    __device__ __forceinline__ void apply(float (&v)[kLaneChannels]) const {
-        in_lane<1>(v, 1);
-        in_lane<2>(v, 2);
-        if (at.even_first) between(v, 1, 4);
-        in_lane<4>(v, at.step);
-        in_lane<8>(v, 2 * at.step);
-        if (!at.even_first) between(v, 1, 16);
-        for (int lanes = 2; lanes < at.lanes; lanes *= 2) between(v, lanes, 16 * lanes);
-#pragma unroll
-        for (int i = 0; i < kLaneChannels; i++) v[i] *= 1.0f / sqrtf(static_cast<float>(block(i)));
-    }
-};
-
-// As extent: as signed numbers the bits of floats from 0 on are larger the larger they are, and as
-// unsigned ones those of negative floats are above all of these.
-__device__ __forceinline__ extent extent_of(const float (&v)[kLaneChannels], int lanes) {
-    int positive = 0;
-    uint32_t any = 0;
-#pragma unroll
-    for (int i = 0; i < kLaneChannels; i++) {
-        const uint32_t bits = __float_as_uint(v[i]);
-        const int as_signed = static_cast<int>(bits);
-        positive = positive > as_signed ? positive : as_signed;
-        any = any > bits ? any : bits;
-    }
-    extent of;
-    of.positive = static_cast<uint32_t>(positive);
-    of.negative = any >> 31 ? any & 0x7fffffffu : 0;
-    reduce(of, lanes);
-    return of;
-}
-
-// code_of of four values less `zero`, in bytes. 1.5 * 2^23 more makes a float round to an integer, which is
-// then its lowest bits.
-__device__ __forceinline__ uint32_t codes_of(const float *v, const quantization &to, int zero) {
-    uint32_t words[4];
-#pragma unroll
-    for (int c = 0; c < 4; c++) {
-        // a NaN becomes `low`, which is 0 where there may be one
-        float value = fmaxf(v[c] * to.inverse, static_cast<float>(to.low));
-        value = fminf(value, static_cast<float>(to.high)) + 12582912.0f;
-        words[c] = __float_as_uint(value) + static_cast<uint32_t>(zero);
-    }
-    return __byte_perm(__byte_perm(words[0], words[1], 0x0040),
-                       __byte_perm(words[2], words[3], 0x0040), 0x5410);
-}
-
-// Many blocks at once: until its tokens have come, a block has nothing to do. For four of them ptxas
-// spills registers on sm_100 and sm_120.
-constexpr int kBlocks = MQ_ARCH < 100 ? 4 : 3;
-
-template <mq_dtype DTYPE, int ROWS, bool ROTATES>
-__global__ void __launch_bounds__(kThreads, ROTATES ? 2 : kBlocks)
-    quantize_columns(const __grid_constant__ quantize_args args) {
-    __shared__ int bad[ROWS];
-    start_dependents();
-    const columns<DTYPE, ROWS> in(args);
-    const lane_place at(args);
-    const int k4 = static_cast<int>(args.lin.k - args.lin.k_salient);
-    const int group_size = static_cast<int>(args.lin.group_size);
-    const int per_block = kThreads / at.lanes, groups = static_cast<int>(args.shape.groups);
-    const int begin = static_cast<int>(blockIdx.y) * per_block;
-    const int stride = static_cast<int>(gridDim.y) * per_block;
-    const auto group_at = [&](int start) {
-        return start + static_cast<int>(threadIdx.x) / at.lanes;
-    };
-    const auto length = [&](int group) {
-        return group < groups ? smaller(group_size, k4 - group * group_size) : 0;
-    };
-    int place[kLaneChannels / 4][4];
-    const auto find = [&](int group) {
-        const int n = length(group);
-#pragma unroll
-        for (int i = 0; i < kLaneChannels / 4; i++) {
-            const int e = at.e0 + i * at.step;
-            in.places(static_cast<int64_t>(group) * group_size + e, n - e, place[i]);
-        }
-    };
-
-    if (begin < groups) find(group_at(begin));  // while the tokens come
-    if (threadIdx.x < ROWS) bad[threadIdx.x] = 0;
-    in.fill();
-    __syncthreads();
-    if (blockIdx.y == 0 && args.lin.k_salient) {
-        in.split(bad);
-        __syncthreads();
-        // An Inf would leave some outputs Inf, and the sign of a zero weight would decide others
-        const int r = static_cast<int>(threadIdx.x);
-        if (r < in.rows && bad[r])
-            *salient_at(args, in.first + r, 0, 0) = args.to.is_f16 ? 0x7e00 : 0x7fc0;
-    }
-    for (int start = begin; start < groups; start += stride) {
-        const int group = group_at(start), n = length(group);
-        if (start != begin) find(group);
-        typename columns<DTYPE, ROWS>::type x[kLaneChannels];
-#pragma unroll
-        for (int i = 0; i < kLaneChannels; i++) x[i] = in.at[place[i / 4][i % 4]];
-        const int64_t slot =
-            static_cast<int64_t>(group) * (group_size / kSlotChannels) + at.in_group / 2;
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            float v[kLaneChannels];
-#pragma unroll
-            for (int i = 0; i < kLaneChannels; i++) v[i] = to_f32(DTYPE, x[i].row[r]);
-            if constexpr (ROTATES) {
-                const int size = smaller(args.lin.rotation, group_size);
-                if (__all_sync(kAllLanes, n == group_size || n == 0))
-                    rotation_of<true>{at, n, size}.apply(v);
-                else
-                    rotation_of<false>{at, n, size}.apply(v);
-            }
-            const quantization to = quantization_for(args, extent_of(v, at.lanes));
-            const int zero = args.to.zeros ? -to.low : 0;
-            uint32_t words[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                words[i] = codes_of(v + 4 * i, to, zero);
-                const int left = n - at.e0 - i * at.step;
-                if (zero && left < 4) words[i] &= left > 0 ? (1u << 8 * left) - 1 : 0;
-            }
-            const int64_t token = in.first + r;
-            if (r >= in.rows || at.in_group / 2 * kSlotChannels >= n) continue;
-            unsigned char *record =
-                args.to.codes + (slot * args.to.stride + token) * args.to.record;
-            if (args.to.order == NIBBLES) {
-                const uint32_t low = 0x0f0f0f0fu;
-                *reinterpret_cast<uint2 *>(record + at.in_group % 2 * 8) = {
-                    (words[0] & low) | (words[1] & low) << 4, (words[2] & low) | (words[3] & low)
-                                                                                     << 4};
-            } else {
-                *reinterpret_cast<uint4 *>(record + at.in_group % 2 * 16) = {words[0], words[1],
-                                                                             words[2], words[3]};
-            }
-            if (at.in_group) continue;
-            args.to.scales[group * args.to.stride + token] = to.scale;
-            if (args.to.zeros) args.to.zeros[group * args.to.stride + token] = zero;
-        }
-    }
-}
-
-template <mq_dtype DTYPE, int ROWS>
-int64_t columns_bytes(const quantize_args &args) {
-    typedef typename columns<DTYPE, ROWS>::type type;
-    return (args.lin.k + kMoreColumns) * static_cast<int64_t>(sizeof(type));
-}
-
-template <mq_dtype DTYPE, int ROWS>
-int run_columns(const quantize_args &args, void *stream) {
-    // few tokens fill the GPU only if several blocks share one
-    const int64_t lanes = args.shape.groups * args.lin.group_size / kLaneChannels;
-    const int64_t passes = args.to.m <= kFewTokens ? ceil_div<int64_t>(lanes, kThreads) : 1;
-    const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(args.to.m, ROWS)),
-                    static_cast<unsigned>(passes));
-    const auto kernel = args.lin.rotation > 1 ? quantize_columns<DTYPE, ROWS, true>
-                                              : quantize_columns<DTYPE, ROWS, false>;
-    return launch(kernel, grid, static_cast<size_t>(columns_bytes<DTYPE, ROWS>(args)), stream,
-                  args);
-}
-
-// By two tokens to a block, or one where two do not fit into shared memory or leave the GPU without
-// enough blocks; -1 where not even one fits.
-template <mq_dtype DTYPE>
-int quantize_by_columns(const quantize_args &args, void *stream) {
-    if (args.to.m >= kManyTokens && columns_bytes<DTYPE, 2>(args) <= kOrdinaryShared)
-        return run_columns<DTYPE, 2>(args, stream);
-    if (columns_bytes<DTYPE, 1>(args) <= kMostShared) return run_columns<DTYPE, 1>(args, stream);
-    return -1;
 }
 
 }  // namespace
@@ -603,13 +206,8 @@ int mq_quantize(const mq_linear &lin, const tokens &to, mq_dtype dtype, const vo
     args.to = to;
     args.dtype = dtype;
     args.x = static_cast<const unsigned char *>(x);
-    const int64_t g = lin.group_size;
-    if (!lin.per_token && args.shape.groups && g >= 32 && g <= part::kMost && (g & (g - 1)) == 0) {
-        const int error = dtype == MQ_F32   ? quantize_by_columns<MQ_F32>(args, stream)
-                          : dtype == MQ_F16 ? quantize_by_columns<MQ_F16>(args, stream)
-                                            : quantize_by_columns<MQ_BF16>(args, stream);
-        if (error >= 0) return error;
-    }
+    const int error = quantize_by_columns(args, stream);
+    if (error >= 0) return error;
     const bool alone = lin.per_token || args.shape.group_quads > part::kMost / MQ_QUAD;
     const int64_t row_bytes = ceil_div<int64_t>(lin.k * size_of(dtype), 16) * 16;
     args.staged = row_bytes <= kOrdinaryShared;

@@ -4,7 +4,7 @@
 namespace mq {
 namespace {
 
-// A thread to a channel: sums are taken in row order, as everywhere.
+// One thread per channel: sums are in row order, as on the CPU.
 __global__ void __launch_bounds__(kThreads, 4)
     update(mq_dtype dtype, const void *x, int64_t rows, int64_t cols, const int64_t *count,
            mq_channel_stats stats) {
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     }
 }
 
-// A kernel of its own: the one before still reads the old count.
+// A separate kernel, because the one before still reads the old count.
 __global__ void __launch_bounds__(kThreads) add_rows(int64_t *count, int64_t rows) {
     if (threadIdx.x == 0) *count += rows;
 }
@@ -59,13 +59,13 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// Whether key a, of the lower index if `earlier`, comes before key b.
+// True if key a comes before key b. earlier: a has the lower index.
 __device__ __forceinline__ bool comes_before(double a, double b, bool descending, bool earlier) {
     if (a != a || b != b) return a == a || (b != b && earlier);
     return (descending ? a > b : a < b) || (a == b && earlier);
 }
 
-// A key's place is the number of those before it.
+// A key's place is the number of keys before it.
 __global__ void __launch_bounds__(kThreads)
     argsort(const double *keys, int64_t k, bool descending, int64_t *indices) {
     __shared__ double tile[kThreads];

@@ -1,16 +1,16 @@
-// Packing of weights into the CPU's panels (docs/format.md) and back, and GPTQ's column loop.
+// Packs weights into the CPU's panels (docs/format.md), unpacks them, and runs GPTQ's column loops.
 #include "common.cuh"
 
 namespace mq {
 namespace {
 
-// The 32-bit word of a panel that holds a quad of output channel c in one half of its nibbles.
+// The 32-bit word of a panel that holds a quad of an output channel, in one half of its nibbles.
 __device__ __forceinline__ int64_t word_of(const mq_shape &shape, int64_t row, int64_t quad) {
     return (row / MQ_PANEL * shape.blocks + quad / 2) * MQ_PANEL + row % MQ_PANEL;
 }
 
-// What a row's group is given to: some lanes where groups have up to 512 values, else a warp, which
-// goes through its parts one after another.
+// A row's group, as one job: for several lanes if groups have up to 512 values, otherwise for a
+// warp, which loops over its parts.
 struct row_group {
     int64_t row, group, first, n;  // channels first .. first + n of the INT4 part
 };
@@ -26,7 +26,7 @@ __device__ __forceinline__ row_group row_group_of(const mq_linear &lin, const mq
     return of;
 }
 
-// for the part i, i + 512, .. of each group, in every lane as often
+// Loops over parts i = 0, 512, .. of a group; every lane runs as many iterations.
 #define MQ_PARTS(i, size) for (int64_t i = 0; i < (size); i += part::kMost)
 
 __device__ __forceinline__ int64_t channel_of(const mq_linear &lin, int64_t i) {
@@ -41,19 +41,19 @@ struct pack_args {
     mq_dtype dtype;
     const void *w;
     const float *group_scales;
-    uint32_t *qweight;  // 0x88888888 before: code 0
-    uint16_t *scales;   // 0 before
-    void *salient;      // 0 before
+    uint32_t *qweight;  // initially 0x88888888: code 0
+    uint16_t *scales;   // initially 0
+    void *salient;      // initially 0
     uint16_t *salient_scales;
     int *status;
 };
 
-// A scale as it is stored: bf16, 0 below the smallest normal number.
+// Rounds a scale to bf16 for storage; 0 if it is below the smallest normal number.
 __device__ __forceinline__ uint16_t stored_scale(float scale) {
-    return scale < kSmallestNormal ? 0 : f32_to_bf16(scale);
+    return scale < MQ_SMALLEST_NORMAL ? 0 : f32_to_bf16(scale);
 }
 
-// A channel of a row, 0 where perm is bad.
+// A channel of a row; 0 where perm is bad.
 __device__ __forceinline__ float weight_at(const pack_args &args, int64_t row, int64_t i) {
     const int64_t channel = channel_of(args.lin, i);
     return channel < 0 ? 0.0f : load(args.dtype, args.w, row * args.lin.k + channel);
@@ -73,16 +73,16 @@ __global__ void __launch_bounds__(kThreads, 2) pack_groups(pack_args args) {
     const int per_block = kThreads / values.lanes;
     for (int64_t block = blockIdx.x; block * per_block < lin.n * args.shape.groups;
          block += gridDim.x) {
-        const int64_t job = block * per_block + threadIdx.x / values.lanes;
+        const int64_t job = block * per_block + values.in_block();
         const row_group of = row_group_of(lin, args.shape, job);
-        extent largest;
+        mq_extent largest = {0, 0};
         MQ_PARTS(i, size) {
             load_part(args, of, i, values);
-            largest.add(values.extent_of());
+            largest = mq_extent_union(largest, values.extent_of());
         }
         reduce(largest, values.lanes);
-        const bool finite = largest.both() < kInfinityBits;
-        float scale = __uint_as_float(largest.both()) / static_cast<float>(args.q_max);
+        const bool finite = mq_magnitude_bits(largest) < MQ_INFINITY_BITS;
+        float scale = __uint_as_float(mq_magnitude_bits(largest)) / static_cast<float>(args.q_max);
         if (args.group_scales && of.n > 0) scale = args.group_scales[job];
         const bool bad_scale = !(scale >= 0) || scale >= 0x1.ffp127f;  // Inf in bf16
         if (of.n > 0 && !finite) atomicOr(args.status, MQ_CUDA_BAD_WEIGHT);
@@ -91,9 +91,9 @@ __global__ void __launch_bounds__(kThreads, 2) pack_groups(pack_args args) {
         if (of.n > 0 && values.lane_in_part == 0)
             args.scales[(of.row / MQ_PANEL * args.shape.groups + of.group) * MQ_PANEL +
                         of.row % MQ_PANEL] = stored;
-        quantization to = {};
+        mq_quantization to = {};
         to.low = -args.q_max, to.high = args.q_max;
-        to.inverse = finite && !bad_scale ? inverse_of(bf16_to_f32(stored)) : 0;
+        to.inverse = finite && !bad_scale ? mq_inverse_of(bf16_to_f32(stored)) : 0;
         MQ_PARTS(i, size) {
             if (size > part::kMost) load_part(args, of, i, values);
 #pragma unroll
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 2) pack_groups(pack_args args) {
                     const int code = e + c < values.n ? code_of(values.v[v + c], to) : 0;
                     codes |= static_cast<uint32_t>(code & 15) << 8 * c;
                 }
-                // code & 15 is (code + 8) ^ 8; words are shared by the two quads of a block
+                // code & 15 is (code + 8) ^ 8; the two quads of a block share words
                 const int64_t quad = of.group * args.shape.group_quads + (i + e) / MQ_QUAD;
                 atomicXor(&args.qweight[word_of(args.shape, of.row, quad)],
                           codes << (quad % 2 ? 4 : 0));
@@ -115,28 +115,28 @@ __global__ void __launch_bounds__(kThreads, 2) pack_groups(pack_args args) {
     }
 }
 
-// A warp to a row.
+// One warp per row.
 __global__ void __launch_bounds__(kThreads, 4) pack_salient(pack_args args) {
     const mq_linear &lin = args.lin;
     const int64_t k4 = lin.k - lin.k_salient;
     for (int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp(); row < lin.n;
          row += static_cast<int64_t>(gridDim.x) * kWarps) {
         const int64_t at = row / MQ_PANEL * lin.k_salient * MQ_PANEL + row % MQ_PANEL;
-        extent largest;
+        mq_extent largest = {0, 0};
         for (int64_t s = lane(); s < lin.k_salient; s += 32)
-            largest.add(weight_at(args, row, k4 + s));
+            largest = mq_extent_with(largest, weight_at(args, row, k4 + s));
         reduce(largest, 32);
-        if (largest.both() >= kInfinityBits) {
+        if (mq_magnitude_bits(largest) >= MQ_INFINITY_BITS) {
             if (lane() == 0) atomicOr(args.status, MQ_CUDA_BAD_WEIGHT);
             continue;
         }
-        quantization to = {};
+        mq_quantization to = {};
         to.low = -127, to.high = 127;
         if (lin.salient_dtype == MQ_I8) {
-            const float scale = __uint_as_float(largest.both()) / 127.0f;
+            const float scale = __uint_as_float(mq_magnitude_bits(largest)) / 127.0f;
             const uint16_t stored = stored_scale(scale);
             if (lane() == 0) args.salient_scales[row] = stored;
-            to.inverse = inverse_of(bf16_to_f32(stored));
+            to.inverse = mq_inverse_of(bf16_to_f32(stored));
         }
         const uint16_t infinity = lin.salient_dtype == MQ_F16 ? 0x7c00 : 0x7f80;
         for (int64_t s = lane(); s < lin.k_salient; s += 32) {
@@ -168,8 +168,7 @@ __global__ void __launch_bounds__(kThreads) unpack_groups(mq_linear lin, mq_shap
     const int per_block = kThreads / values.lanes;
     const uint32_t *words = reinterpret_cast<const uint32_t *>(lin.qweight);
     for (int64_t block = blockIdx.x; block * per_block < lin.n * shape.groups; block += gridDim.x) {
-        const row_group of =
-            row_group_of(lin, shape, block * per_block + threadIdx.x / values.lanes);
+        const row_group of = row_group_of(lin, shape, block * per_block + values.in_block());
         const float scale =
             of.n <= 0
                 ? 0
@@ -207,22 +206,22 @@ __global__ void __launch_bounds__(kThreads) unpack_salient(mq_linear lin, float 
     }
 }
 
-// The column loops of GPTQ and of the descent after it: a warp to a row, column by column.
+// The column loops of GPTQ and of coordinate descent: one warp per row, column by column.
 struct column_args {
     int q_max;
     int64_t rows, cols, col0, group_size, groups;
-    const float *scales, *matrix;  // u, or h
-    float *w, *other;              // errors, or the gradient
+    const float *scales, *matrix;  // u or h
+    float *w, *other;              // errors or gradient
 };
 
 __device__ __forceinline__ float on_grid(const column_args &args, int64_t row, int64_t i,
                                          float value) {
     const float scale = args.scales[row * args.groups + (args.col0 + i) / args.group_size];
     const float most = static_cast<float>(args.q_max);
-    float q = value * inverse_of(scale);
+    float q = value * mq_inverse_of(scale);
     q = q < -most ? -most : q;
     q = q > most ? most : q;
-    return (rintf(q) + 0.0f) * scale;  // + 0: no negative zero
+    return (rintf(q) + 0.0f) * scale;  // + 0.0f removes negative zeros
 }
 
 template <bool DESCEND>

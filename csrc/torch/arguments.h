@@ -1,4 +1,4 @@
-// What the ops of every device share: their arguments checked, and told to the kernels in C's words.
+// Checks the arguments of the ops on every device and converts them to the C structs.
 #ifndef MQ_TORCH_ARGUMENTS_H
 #define MQ_TORCH_ARGUMENTS_H
 
@@ -21,7 +21,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 namespace stable = torch::stable;
 
-// An op's name, for errors, and where all its tensors must be.
+// An op's name, for errors, and the device of all its tensors.
 struct Op {
     const char *name;
     int cuda_device = -1;  // -1: on the CPU
@@ -44,7 +44,7 @@ std::string message_of(const Op &op, const Parts &...parts) {
     return message.str();
 }
 
-// The user's mistake: a ValueError
+// Reports a mistake of the user's, as ValueError.
 template <typename... Parts>
 [[noreturn]] void fail(const Op &op, const Parts &...parts) {
     throw std::invalid_argument(message_of(op, parts...));
@@ -90,7 +90,7 @@ inline ScalarType require_float(const Op &op, const char *name, ScalarType dtype
 
 inline void require_place(const Op &op, const char *name, const Tensor &t) {
     if (!op.has(t))
-        fail(op, name, " must be on ", op.place(), ", as the other arguments are; got shape ",
+        fail(op, name, " must be on ", op.place(), ", like the other arguments; got shape ",
              shape_text(t), " elsewhere");
 }
 
@@ -114,7 +114,7 @@ inline void require_shape(const Op &op, const char *name, const Tensor &t, Scala
     fail(op, name, " must have shape [", want.str(), "]; got ", shape_text(t));
 }
 
-// As kernels read it: contiguous, on CUDA from a multiple of 16 bytes on.
+// Returns t as kernels read it: contiguous and, on CUDA, aligned to 16 bytes.
 inline Tensor readable(const Op &op, const Tensor &t) {
     if (!t.is_contiguous()) return stable::contiguous(t);
     const bool aligned =
@@ -122,14 +122,14 @@ inline Tensor readable(const Op &op, const Tensor &t) {
     return aligned ? t : stable::clone(t);
 }
 
-// A tensor of this dtype and shape (-1: any size), as kernels read it.
+// Checks dtype and shape (-1: any size); returns t as kernels read it.
 inline Tensor expect(const Op &op, const char *name, const Tensor &t, ScalarType dtype,
                      const std::vector<int64_t> &shape) {
     require_shape(op, name, t, dtype, shape);
     return readable(op, t);
 }
 
-// The same for an output argument: written in place, so it cannot be a contiguous copy.
+// The same for an output argument, which is written in place and so cannot be copied.
 inline void expect_out(const Op &op, const char *name, const Tensor &t, ScalarType dtype,
                        const std::vector<int64_t> &shape) {
     require_shape(op, name, t, dtype, shape);
@@ -163,7 +163,7 @@ inline Tensor allocate(const Tensor &like, const std::vector<int64_t> &shape, Sc
 
 // ---- Statistics ----
 
-// Running statistics of k channels, to be written.
+// Running statistics of k channels, to be updated.
 inline mq_channel_stats stats_to_update(const Op &op, int64_t k, const Tensor &count,
                                         const Tensor &abs_max, const Tensor &minimum,
                                         const Tensor &abs_sum, const Tensor &sq_sum,
@@ -179,7 +179,7 @@ inline mq_channel_stats stats_to_update(const Op &op, int64_t k, const Tensor &c
             argmax.mutable_data_ptr<int64_t>()};
 }
 
-// The same, only to be read; the tensors become what the result points at.
+// The same, read-only. The result points into the arguments, which it may replace.
 inline mq_channel_stats stats_to_sort(const Op &op, Tensor &count, Tensor &abs_max, Tensor &abs_sum,
                                       Tensor &sq_sum, Tensor &argmax) {
     require(abs_max.dim() == 1, op, "abs_max must be a vector; got shape ", shape_text(abs_max));
@@ -189,7 +189,7 @@ inline mq_channel_stats stats_to_sort(const Op &op, Tensor &count, Tensor &abs_m
     abs_sum = expect(op, "abs_sum", abs_sum, ScalarType::Double, {k});
     sq_sum = expect(op, "sq_sum", sq_sum, ScalarType::Double, {k});
     argmax = expect(op, "argmax", argmax, ScalarType::Long, {k});
-    // the C struct serves the update too
+    // the C struct also serves updates
     return {const_cast<float *>(abs_max.const_data_ptr<float>()), nullptr,
             const_cast<double *>(abs_sum.const_data_ptr<double>()),
             const_cast<double *>(sq_sum.const_data_ptr<double>()),
@@ -233,7 +233,7 @@ inline void check_rotation(const Op &op, int64_t rotation) {
             "rotation must be 0 or a power of two up to ", MQ_MAX_ROTATION, "; got ", rotation);
 }
 
-// Codes are kept as int8, or unsigned as uint8.
+// Codes are int8, or uint8 if unsigned.
 inline mq_act_format code_format(const Op &op, const Tensor &q) {
     const bool is_unsigned = q.scalar_type() == ScalarType::Byte;
     require(is_unsigned || q.scalar_type() == ScalarType::Char, op, "q must be int8 or uint8; got ",
@@ -241,7 +241,7 @@ inline mq_act_format code_format(const Op &op, const Tensor &q) {
     return is_unsigned ? MQ_ACT_UNSIGNED : MQ_ACT_SYMMETRIC;
 }
 
-// packed, whose rows hold `cols` nibbles
+// packed nibbles; rows of `cols` codes
 inline Matrix nibbles_of(const Op &op, const Tensor &packed, int64_t cols) {
     require(packed.scalar_type() == ScalarType::Byte, op, "packed must be uint8; got ",
             torch::headeronly::toString(packed.scalar_type()));
@@ -262,8 +262,8 @@ inline int largest_code(const Op &op, int64_t num_bits) {
     return (1 << (check_bits(op, num_bits) - 1)) - 1;
 }
 
-// The fields every linear op shares; n and k are given, perm is checked for shape and dtype. isa is the
-// caller's to set.
+// The fields that all linear ops share. n and k are given; perm's dtype and shape are checked. The
+// caller sets isa.
 inline mq_linear layer(const Op &op, int64_t n, int64_t k, int64_t num_salient, int64_t group_size,
                        int64_t rotation, const Tensor &perm, mq_shape *shape) {
     require(n >= 0, op, "out_features must not be negative; got ", n);
@@ -294,7 +294,7 @@ inline mq_dtype salient_dtype_of(const Op &op, ScalarType dtype) {
     }
 }
 
-// Checks the packed tensors and points lin at them; they stay alive through the caller's arguments.
+// Checks the packed tensors and points lin at them. The caller's arguments keep them alive.
 inline mq_linear packed_layer(const Op &op, Tensor &qweight, Tensor &scales, Tensor &salient,
                               std::optional<Tensor> &salient_scales, Tensor &perm, int64_t n,
                               int64_t group_size, int64_t rotation, mq_shape *shape) {
@@ -323,7 +323,7 @@ inline mq_linear packed_layer(const Op &op, Tensor &qweight, Tensor &scales, Ten
     return lin;
 }
 
-// A weight to be packed, and the tensors that it is packed into.
+// A weight to pack, and the tensors to pack it into.
 struct Packing {
     Matrix w;
     mq_dtype dtype;
@@ -342,7 +342,7 @@ struct Packing {
     }
 };
 
-// perm and group_scales become what the result points at.
+// The result points into perm and group_scales, which it may replace.
 inline Packing packing_of(const Op &op, const Tensor &w, Tensor &perm, int64_t num_salient,
                           int64_t group_size, int64_t rotation, int64_t num_bits,
                           std::optional<Tensor> &group_scales, ScalarType salient_dtype) {
@@ -362,7 +362,7 @@ inline Packing packing_of(const Op &op, const Tensor &w, Tensor &perm, int64_t n
     }
     std::optional<Tensor> salient_scales;
     if (lin.salient_dtype == MQ_I8)
-        // zeros: with no channels nothing is written
+        // zeros, because nothing is written if there are no channels
         salient_scales = stable::new_zeros(w, {shape.panels, MQ_PANEL}, ScalarType::BFloat16);
     return {m,
             dtype,
@@ -376,7 +376,7 @@ inline Packing packing_of(const Op &op, const Tensor &w, Tensor &perm, int64_t n
             salient_scales};
 }
 
-// The choices of x's quantization.
+// The quantization settings for x.
 inline void set_activations(const Op &op, mq_linear *lin, int64_t num_bits,
                             const std::string &act_format, bool per_token, double clip) {
     lin->act_bits = check_bits(op, num_bits);
@@ -392,7 +392,7 @@ inline Matrix tokens_of(const Op &op, const mq_linear &lin, const Tensor &x) {
     return m;
 }
 
-// bias becomes what lin points at.
+// lin points into bias, which may be replaced.
 inline void set_bias(const Op &op, mq_linear *lin, std::optional<Tensor> &bias) {
     if (!bias) return;
     lin->bias_dtype = dtype_of(op, "bias", *bias);
@@ -402,7 +402,7 @@ inline void set_bias(const Op &op, mq_linear *lin, std::optional<Tensor> &bias) 
 
 // ---- The column loops ----
 
-// What the two column loops share: the shapes of a block w of columns from col0 on.
+// Checks the shapes that both column loops share: a block w of columns from col0 on.
 struct Columns {
     int64_t rows, cols, groups;
     int q_max;

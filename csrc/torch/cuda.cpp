@@ -1,9 +1,10 @@
-// The torch ops on CUDA: each unboxes, validates, allocates, puts one function's kernels on the current
-// stream of its tensors' device and maps its status. No arithmetic.
+// The torch ops on CUDA. Each op unboxes, validates, allocates, enqueues one function's kernels on
+// the current stream of its tensors' device, and maps its status. No arithmetic.
 //
-// A shared library of its own, smoothquant/_cuda*.so, which needs libtorch_cuda: it is loaded where
-// there is a GPU. Nothing here waits for the device but pack_weight, so a CUDA graph may capture the others.
-#define USE_CUDA  // torch's headers then declare what libtorch_cuda holds
+// A separate shared library, smoothquant/_cuda*.so, because it needs libtorch_cuda. It is loaded
+// only where there is a GPU. Only pack_weight waits for the device; CUDA graphs may capture all
+// other ops.
+#define USE_CUDA  // makes torch's headers declare the functions of libtorch_cuda
 
 #include <array>
 #include <atomic>
@@ -19,14 +20,13 @@ namespace {
 
 using namespace mixedquant;
 
-// The longest group whose products an int32 sum holds: 8 * 15 each, times 16 (see mixedquant_cuda.h).
+// The longest group whose products, up to 8 * 15 times 16, fit in an int32 sum (mixedquant_cuda.h).
 constexpr int64_t kLongestGroup = 1 << 20;
 
 Op on_device_of(const char *name, const char *argument, const Tensor &t) {
     if (!t.is_cuda())
-        fail({name}, argument,
-             " must be on the CUDA device that other arguments are on; got shape ", shape_text(t),
-             " elsewhere");
+        fail({name}, argument, " must be on the CUDA device of the other arguments; got shape ",
+             shape_text(t), " elsewhere");
     return {name, t.get_device_index()};
 }
 
@@ -38,7 +38,7 @@ void check_launch(const Op &op, int error) {
     if (error) fail_on_device(op, error);
 }
 
-// The architecture of the current device, which is op's; asked of the driver once.
+// Returns the architecture of the current device, which must be op's. Cached per device.
 int arch_of(const Op &op) {
     static std::array<std::atomic<int>, 256> known{};
     auto &arch = known.at(static_cast<size_t>(op.cuda_device));
@@ -49,14 +49,14 @@ int arch_of(const Op &op) {
             throw std::runtime_error(message_of(
                 op, "this build has no kernels for the GPU cuda:", op.cuda_device,
                 " of compute capability ", found / 10, '.', found % 10,
-                "; they are built for " MQ_BUILD_CUDA_ARCHS " (", mq_cuda_message(error), ")"));
+                "; it has kernels for " MQ_BUILD_CUDA_ARCHS " (", mq_cuda_message(error), ")"));
         check_launch(op, error);
         arch = found;
     }
     return arch;
 }
 
-// While it lives, op's device is the current one.
+// Makes op's device the current one in its scope.
 struct Queue {
     stable::accelerator::DeviceGuard device;
     int arch;
@@ -82,7 +82,7 @@ void channel_stats_update(Tensor x, Tensor count, Tensor abs_max, Tensor minimum
                                          count.mutable_data_ptr<int64_t>(), &stats, queue.stream));
 }
 
-// A negative count, which the CPU's op refuses, is not looked for: that would wait for the device.
+// Unlike on the CPU, a negative count is not detected: reading it would wait for the device.
 Tensor sort_keys(Tensor count, Tensor abs_max, Tensor abs_sum, Tensor sq_sum, Tensor argmax,
                  std::string key) {
     const Op op = on_device_of("sort_keys", "count", count);
@@ -203,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> pack_weight(
     const Queue queue(op);
     Packing to = packing_of(op, w, perm, num_salient, group_size, rotation, num_bits, group_scales,
                             salient_dtype);
-    // what the device finds wrong, and how often it has seen a channel in perm
+    // errors found on the device, and how often each channel is in perm
     Tensor notes = stable::new_zeros(w, {1 + to.lin.k}, ScalarType::Int);
     int *status = notes.mutable_data_ptr<int>();
     check_launch(op, mq_cuda_pack_weight(&to.lin, to.q_max, to.dtype, to.w.tensor.const_data_ptr(),
@@ -227,7 +227,7 @@ Tensor unpack_weight(Tensor qweight, Tensor scales, Tensor salient,
     mq_shape shape;
     const mq_linear lin = packed_layer(op, qweight, scales, salient, salient_scales, perm,
                                        out_features, group_size, rotation, &shape);
-    // an index that is no channel, or occurs twice, leaves another channel unwritten
+    // an index that is no channel, or a repeated one, leaves another channel unwritten
     Tensor w = stable::new_zeros(qweight, {out_features, lin.k}, ScalarType::Float);
     check_launch(op, mq_cuda_unpack_weight(&lin, w.mutable_data_ptr<float>(), queue.stream));
     return w;
@@ -265,9 +265,10 @@ void descend_block(Tensor w, Tensor gradient, Tensor h, Tensor scales, int64_t c
 
 // ---- Which kernel multiplies ----
 
-std::atomic<int> forced_kernel{-1};  // its place in the table; -1: the table chooses
+std::atomic<int> forced_kernel{-1};  // row of the table; -1: the table chooses
 
-// Names, and four limits of each in a row, -1 for none; see smoothquant.ops.CudaKernel.
+// Returns names, and four limits per kernel, flattened, with -1 for none; see
+// smoothquant.ops.CudaKernel.
 std::tuple<std::vector<std::string>, std::vector<int64_t>> cuda_kernels() {
     std::vector<std::string> names;
     std::vector<int64_t> limits;
@@ -304,7 +305,7 @@ int kernel_for(const Op &op, const mq_linear &lin, int arch, int64_t m) {
     const int kernel = forced < 0 ? mq_cuda_kernel_for(&lin, arch, m) : forced;
     if (kernel < 0)
         throw std::runtime_error(
-            message_of(op, "no kernel of this build multiplies this layer on architecture ", arch));
+            message_of(op, "this build has no kernel for this layer on architecture ", arch));
     const mq_cuda_kernel &row = *mq_cuda_kernel_at(kernel);
     require(mq_cuda_kernel_serves(kernel, &lin, arch), op, "the forced kernel '", row.name,
             "' is for architectures ", row.oldest, " to ", row.newest,
@@ -315,10 +316,10 @@ int kernel_for(const Op &op, const mq_linear &lin, int arch, int64_t m) {
 
 // ---- The W4A4 linear ----
 
-// Which kernel multiplies depends on the number of tokens, and with it how they lie in memory; to say so
-// in the tensor, or read it there, would wait for the device.
+// The number of tokens decides which kernel multiplies, and so the layout of quantized tokens.
+// Writing that into the tensor, or reading it back, would wait for the device.
 [[noreturn]] void fail_to_share(const Op &op) {
-    fail(op, "layers on CUDA quantize their input themselves: quantized_input must be None there");
+    fail(op, "quantized_input must be None on CUDA, where every layer quantizes its own input");
 }
 
 Tensor quantize_input(Tensor x, Tensor, int64_t, int64_t, int64_t, int64_t, std::string, bool,
@@ -348,7 +349,7 @@ Tensor w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient,
     if (m.rows == 0 || out_features == 0) return y;
     const int kernel = kernel_for(op, lin, queue.arch, m.rows);
     const size_t bytes = mq_cuda_linear_workspace(&lin, kernel, dtype, m.rows);
-    // given back to torch's allocator before the kernels have run: its memory is the stream's
+    // freed before the kernels have run: torch's allocator reuses it in stream order
     Tensor workspace = allocate(x, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
     void *space = workspace.mutable_data_ptr();
     check_launch(op, mq_cuda_linear_quantize(&lin, kernel, dtype, m.tensor.const_data_ptr(), m.rows,
@@ -360,7 +361,7 @@ Tensor w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient,
 
 }  // namespace
 
-// Control of this library's kernels; no tensors, so no device to dispatch by.
+// Control of this library's kernels. Without tensors there is no device to dispatch on.
 STABLE_TORCH_LIBRARY(mixedquant_cuda, m) {
     m.def("kernels() -> (str[], int[])");
     m.def("forced_kernel() -> str?");
@@ -373,7 +374,7 @@ STABLE_TORCH_LIBRARY_IMPL(mixedquant_cuda, CompositeExplicitAutograd, m) {
     m.impl("set_kernel", TORCH_BOX(&set_cuda_kernel));
 }
 
-// The other schemas are library.cpp's, which is loaded first.
+// library.cpp, which is loaded first, defines the other schemas.
 STABLE_TORCH_LIBRARY_IMPL(mixedquant, CUDA, m) {
     m.impl("channel_stats_update", TORCH_BOX(&channel_stats_update));
     m.impl("sort_keys", TORCH_BOX(&sort_keys));

@@ -1,6 +1,6 @@
-// The torch ops on the CPU: each unboxes, validates, allocates, runs one C function in parallel and maps
-// its status. No arithmetic. Registered on libtorch's stable ABI, so one binary serves torch >= 2.10.
-// Shapes, dtypes and errors of every op stand in smoothquant/ops.py.
+// The torch ops on the CPU. Each op unboxes, validates, allocates, runs one C function in parallel
+// and maps its status. No arithmetic. Registered on libtorch's stable ABI, so one binary serves
+// torch >= 2.10. smoothquant/ops.py documents the shapes, dtypes and errors of every op.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -13,12 +13,12 @@ namespace {
 
 using namespace mixedquant;
 
-// A split costs ten to twenty microseconds at best: at least this much work for each thread.
+// Minimum work per thread: a split costs at least ten to twenty microseconds.
 constexpr int64_t kGrainValues = 1 << 16;
 constexpr int64_t kGrainProducts = 1 << 19;
 constexpr int64_t kRowsPerTask = 240;
 
-// body(begin, end) -> mq_status over [0, n); the first failure is reported.
+// Runs body(begin, end) -> mq_status over [0, n). Reports the first failure.
 template <typename Body>
 void parallel(const Op &op, int64_t n, int64_t grain, const Body &body) {
     std::atomic<int> failure{MQ_OK};
@@ -53,7 +53,7 @@ void channel_stats_update(Tensor x, Tensor count, Tensor abs_max, Tensor minimum
     const mq_channel_stats stats =
         stats_to_update(op, m.cols, count, abs_max, minimum, abs_sum, sq_sum, argmax);
     int64_t *seen = count.mutable_data_ptr<int64_t>();
-    // whole cache lines of every statistic to a thread
+    // whole cache lines of every statistic per thread
     const int64_t lines = (m.cols + 15) / 16;
     parallel(op, lines, kGrainValues / std::max<int64_t>(16 * m.rows, 1),
              [&](int64_t begin, int64_t end) {
@@ -263,7 +263,7 @@ Tensor unpack_weight(Tensor qweight, Tensor scales, Tensor salient,
     mq_linear lin = packed_layer(op, qweight, scales, salient, salient_scales, perm, out_features,
                                  group_size, rotation, &shape);
     lin.isa = mq_isa_active();
-    // an index that occurs twice would leave another channel unwritten
+    // a repeated index would leave another channel unwritten
     Tensor w = stable::new_zeros(qweight, {out_features, lin.k}, ScalarType::Float);
     parallel(op, shape.panels, kGrainValues / std::max<int64_t>(MQ_PANEL * lin.k, 1),
              [&](int64_t begin, int64_t end) {
@@ -278,7 +278,7 @@ int64_t tile_rows_of(const Op &op, const mq_linear &lin, int64_t rows) {
     return tile_rows;
 }
 
-// Step 1 of the linear, for all tokens.
+// Runs step 1 of the linear for all tokens.
 void quantize_tokens(const Op &op, const mq_linear &lin, mq_dtype dtype, const Matrix &m,
                      int64_t tile_rows, void *space) {
     const int64_t tiles = (m.rows + tile_rows - 1) / tile_rows;
@@ -290,7 +290,7 @@ void quantize_tokens(const Op &op, const mq_linear &lin, mq_dtype dtype, const M
              });
 }
 
-// A quantized input is step 1's workspace and, at its end, what it was made for.
+// A quantized input is a step 1 workspace followed by a label: what it was made for.
 using InputLabel = std::array<int64_t, 8>;
 
 InputLabel label_of(const mq_linear &lin, int64_t rows) {
@@ -298,8 +298,8 @@ InputLabel label_of(const mq_linear &lin, int64_t rows) {
             0,       0,    0};
 }
 
-// Bytes that serve every instruction set, so that a size does not depend on the machine. The formula
-// stands in smoothquant/ops.py once more.
+// Size for any instruction set, so that it does not depend on the machine. smoothquant/ops.py
+// repeats the formula.
 int64_t quantized_input_bytes(const Op &op, const mq_linear &lin, const mq_shape &shape,
                               int64_t rows) {
     size_t needed;
@@ -326,7 +326,7 @@ Tensor quantize_input(Tensor x, Tensor perm, int64_t num_salient, int64_t group_
     auto *space = static_cast<char *>(quantized.mutable_data_ptr());
     size_t used;
     check(op, mq_linear_workspace_size(&lin, m.rows, &used));
-    // what nobody uses too: equal x, equal bytes
+    // zero unused bytes too: equal x, equal bytes
     std::memset(space + used, 0, static_cast<size_t>(quantized.numel()) - used);
     if (m.rows) quantize_tokens(op, lin, dtype, m, tile_rows_of(op, lin, m.rows), space);
     const InputLabel label = label_of(lin, m.rows);
@@ -334,7 +334,7 @@ Tensor quantize_input(Tensor x, Tensor perm, int64_t num_salient, int64_t group_
     return quantized;
 }
 
-// The workspace in a quantized input, which is checked as far as its label goes.
+// Returns the workspace in a quantized input, after checking its label.
 const void *quantized_workspace(const Op &op, const mq_linear &lin, const mq_shape &shape,
                                 int64_t rows, const Tensor &quantized) {
     expect_out(op, "quantized_input", quantized, ScalarType::Byte,
@@ -378,8 +378,8 @@ Tensor w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient,
         space = own->const_data_ptr();
     }
 
-    // A task is a few tiles x the panels that are multiplied together; neighbours share the tiles,
-    // whose codes then stay in the cache while weights stream by.
+    // A task is a few tiles x the panels that are multiplied together. Neighbouring tasks share
+    // tiles, whose codes stay in the cache while weights stream by.
     const int64_t row_tasks = (m.rows + kRowsPerTask - 1) / kRowsPerTask;
     const int64_t column_tasks = (shape.panels + MQ_PANELS_AT_ONCE - 1) / MQ_PANELS_AT_ONCE;
     const int64_t task_products =

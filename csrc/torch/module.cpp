@@ -1,4 +1,4 @@
-// smoothquant._C: control of the kernels. No tensor crosses it.
+// smoothquant._C: control of the kernels. It takes no tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..calibration.collect import collect_stats
@@ -44,7 +45,7 @@ from ..core.tensor_files import (
     stored_tensors,
     write_tensors,
 )
-from ..core.tensors import DTYPES
+from ..core.tensors import DTYPES, FLOATS
 from ..core.version import __version__
 from ..models.families import decoder_layers
 from ..models.modules import assign, distinct_tensors
@@ -262,7 +263,9 @@ def float_source(source: Path, headers: Mapping[str, Header]) -> tuple[nn.Module
     if "quantization_config" in fields:
         method = fields["quantization_config"]
         raise ValueError(f"source must hold a float model; {source} is quantized: {method!r:.80}")
-    model = float_model(source, fields.get("architectures"), len(headers))
+    model = float_model(
+        source, fields.get("architectures"), len(headers), _main_dtype(fields, headers)
+    )
     layers = decoder_layers(model)
     if not layers:
         raise ValueError(
@@ -277,10 +280,20 @@ def float_shapes(source: str | os.PathLike) -> nn.Module:
     errors of `convert` for a folder that holds none."""
     headers = stored_tensors(_checked_source(source))
     model, _ = float_source(Path(source), headers)
-    sizes = collections.Counter()
+    return model.to(_main_dtype({}, headers))
+
+
+def _main_dtype(fields: Mapping[str, Any], headers: Mapping[str, Header]) -> torch.dtype:
+    """The dtype that transformers loads a folder in: what config.json says, else what most of the
+    stored values have."""
+    named = DTYPES.get(str(fields.get("dtype") or fields.get("torch_dtype")))
+    if named in FLOATS:
+        return named
+    sizes = collections.Counter({dtype: 0 for dtype in FLOATS})
     for header in headers.values():
-        sizes[header.dtype] += math.prod(header.shape)
-    return model.to(DTYPES[sizes.most_common(1)[0][0]])
+        if DTYPES.get(header.dtype) in FLOATS:
+            sizes[DTYPES[header.dtype]] += math.prod(header.shape)
+    return sizes.most_common(1)[0][0]
 
 
 def _checked_source(source: str | os.PathLike) -> Path:

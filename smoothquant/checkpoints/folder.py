@@ -210,8 +210,14 @@ def _read(headers: Mapping[str, Header]) -> dict[str, Tensor]:
     return tensors
 
 
-def float_model(folder: Path, architectures: Any, num_tensors: int) -> nn.Module:
-    """The model that was quantized, its parameters without memory."""
+def float_model(
+    folder: Path, architectures: Any, num_tensors: int, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The float model of a folder, its parameters without memory.
+
+    dtype: what the model is built in, as transformers builds it before it loads weights: a buffer
+        such as Gemma's ``embed_scale``, which is not stored, has it.
+    """
     import transformers
 
     path = folder / CONFIG
@@ -228,7 +234,7 @@ def float_model(folder: Path, architectures: Any, num_tensors: int) -> nn.Module
         # a hostile depth would take forever to build; every layer has tensors of its own
         if config.num_hidden_layers > num_tensors:
             raise ValueError(f"{config.num_hidden_layers} layers, but {num_tensors} tensors")
-        with _parameters_on_meta():
+        with _parameters_on_meta(), _default_dtype(dtype):
             model = cls(config)
         path = folder / "generation_config.json"
         if os.path.lexists(path):
@@ -239,6 +245,16 @@ def float_model(folder: Path, architectures: Any, num_tensors: int) -> nn.Module
     except Exception as error:  # whatever a broken configuration makes the model class do
         raise CheckpointError(f"{path}: no {model_class} can be built from it: {error}") from error
     return model
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 _building = threading.local()

@@ -1,4 +1,4 @@
-/* CHECK(condition): says where it failed, and aborts. */
+/* CHECK(condition): prints where it failed and aborts. */
 #ifndef MQ_TESTS_CHECK_H
 #define MQ_TESTS_CHECK_H
 

@@ -1,7 +1,7 @@
-/* Runs every entry of mixedquant.h on random small problems, each array ending at a page that
- * cannot be touched, and compares every supported instruction set with scalar bit for bit. Built with
- * ASan and UBSan by tests/test_csrc.py. Usage: check_kernels SEED CASES. Prints "N cases:" and the
- * instruction sets; any fault aborts. */
+/* Runs every entry of mixedquant.h on random small problems and compares every supported
+ * instruction set with scalar, bit for bit. Each array ends at an inaccessible page.
+ * tests/test_csrc.py builds it with ASan and UBSan. Usage: check_kernels SEED CASES. Prints "N
+ * cases:" and the instruction sets; aborts on any fault. */
 #define _GNU_SOURCE
 #include <math.h>
 #include <stdio.h>
@@ -18,7 +18,8 @@ typedef struct guarded {
     size_t mapped, bytes;
 } guarded;
 
-/* `bytes` writable bytes; the next byte (after rounding up to `alignment`) is in a guard page. */
+/* Allocates `bytes` writable bytes. The next byte, rounded up to `alignment`, is in a guard
+ * page. */
 static guarded guarded_alloc(size_t bytes, size_t alignment) {
     size_t page = (size_t)sysconf(_SC_PAGESIZE),
            rounded = (bytes + alignment - 1) / alignment * alignment;
@@ -39,7 +40,7 @@ static int64_t below(int64_t bound) { return bound > 0 ? rand() % bound : 0; }
 
 static size_t size_of(mq_dtype dtype) { return dtype == MQ_F32 ? 4 : 2; }
 
-/* Random values; now and then zero, subnormal, huge, Inf or NaN if `special`. */
+/* Random values. If `special`, some are zero, subnormal, huge, Inf or NaN. */
 static guarded random_values(mq_dtype dtype, int64_t count, int special) {
     guarded g = guarded_alloc((size_t)count * size_of(dtype), size_of(dtype));
     for (int64_t i = 0; i < count; i++) {
@@ -48,7 +49,7 @@ static guarded random_values(mq_dtype dtype, int64_t count, int special) {
             float value = ((float)rand() / (float)RAND_MAX - 0.5f) * powf(10, (float)below(9) - 4);
             ((float *)g.data)[i] = special && below(20) == 0 ? odd[below(8)] : value;
         } else {
-            /* any bits of small exponent; or any bits at all */
+            /* any bits with a small exponent, or any bits at all */
             uint16_t any = (uint16_t)rand();
             uint16_t small = dtype == MQ_F16 ? (any & 0xbfff) : (uint16_t)((any & 0x80ff) | 0x3f00);
             ((uint16_t *)g.data)[i] = special && below(20) == 0 ? any : small;
@@ -254,7 +255,7 @@ static void check_linear(void) {
     }
 }
 
-/* Every kind of wrong argument gives its status and touches nothing: all pointers are NULL. */
+/* Every kind of wrong argument returns its status and touches nothing: all pointers are NULL. */
 static void check_statuses(void) {
     mq_group_format format = {4, 4, MQ_ACT_SYMMETRIC, 1};
     CHECK(mq_group_quantize(&format, MQ_F32, NULL, 1, 1, 1, NULL, NULL) == MQ_INVALID_POINTER);

@@ -1,10 +1,10 @@
-// Runs the CUDA kernels on the CPU (emulator.h) and compares them with the scalar C kernels: on a
-// list of linears, each by every kernel that serves it, then on random small problems. Integers, and
-// sums that are taken in the same order, bit for bit; other sums within 1e-5 of the sum of their
-// terms' magnitudes. Arrays have no byte to spare, memory that a kernel must write starts as NaNs,
-// and threads run in both orders. Built with ASan and UBSan by tests/test_cuda_emulated.py.
-// Usage: check_cuda SEED CASES, so many random ones. Prints "N cases: architecture A" and how often
-// each kernel ran; any fault aborts.
+// Runs the CUDA kernels on the CPU (emulator.h) and compares them with the scalar C kernels. It
+// takes a list of linears, each with every kernel that serves it, then random small problems.
+// Integers, and sums in the same order, must be equal bit for bit; other sums to within 1e-5 of the
+// sum of their terms' magnitudes. Arrays have no spare bytes, output memory starts as NaNs, and
+// threads run in both orders. tests/test_cuda_emulated.py builds it with ASan and UBSan. Usage:
+// check_cuda SEED CASES, with so many random cases. Prints "N cases: architecture A" and the number
+// of runs of each kernel. Or check_cuda CONTRACT, see break_contract. Aborts on any fault.
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -31,7 +31,7 @@ int64_t one_of(const int64_t (&values)[N]) {
     return values[below(static_cast<int64_t>(N))];
 }
 
-// Bytes at an address that is a multiple of 16, with nothing behind them; 0xff at first.
+// Bytes aligned to 16, with nothing behind them, initially 0xff.
 struct bytes {
     explicit bytes(int64_t size) : n(static_cast<size_t>(size)), at(malloc(n ? n : 1), free) {
         CHECK(size >= 0);
@@ -88,6 +88,7 @@ void check_groups() {
     zero_point.num_bits = std::min(format.num_bits, 7);
     const int64_t groups = ceil_div(cols, format.group_size), packed = ceil_div<int64_t>(cols, 2);
     const int64_t rotation = below(3) ? 1 << below(10) : 0;
+    const int is_unsigned = rotation % 2 != 0;
     const bytes x = random_values(dtype, rows * cols, true);
     std::vector<bytes> q, scales, out, fake, other, rotated, nibbles, codes;
     for (int i = 0; i < 2; i++) {
@@ -106,7 +107,7 @@ void check_groups() {
     CHECK(!mq_group_hadamard(format.group_size, rotation, dtype, from, rows, cols, cols,
                              rotated[0].as<void>()));
     CHECK(!mq_pack_nibbles(q[0].as<int8_t>(), rows, cols, nibbles[0].as<uint8_t>()));
-    CHECK(!mq_unpack_nibbles(nibbles[0].as<uint8_t>(), rows, cols, rotation % 2,
+    CHECK(!mq_unpack_nibbles(nibbles[0].as<uint8_t>(), rows, cols, is_unsigned,
                              codes[0].as<int8_t>()));
     turn_order();
     CHECK(!mq_cuda_group_quantize(&format, dtype, from, rows, cols, q[1].as<int8_t>(),
@@ -120,7 +121,7 @@ void check_groups() {
     CHECK(!mq_cuda_group_hadamard(format.group_size, rotation, dtype, from, rows, cols,
                                   rotated[1].as<void>(), nullptr));
     CHECK(!mq_cuda_pack_nibbles(q[1].as<int8_t>(), rows, cols, nibbles[1].as<uint8_t>(), nullptr));
-    CHECK(!mq_cuda_unpack_nibbles(nibbles[1].as<uint8_t>(), rows, cols, rotation % 2,
+    CHECK(!mq_cuda_unpack_nibbles(nibbles[1].as<uint8_t>(), rows, cols, is_unsigned,
                                   codes[1].as<int8_t>(), nullptr));
     CHECK(q[0] == q[1] && nibbles[0] == nibbles[1] && codes[0] == codes[1]);
     check_values(MQ_F32, scales[0], scales[1]);
@@ -133,7 +134,7 @@ void check_stats() {
     const bytes x = random_values(dtype, rows * cols, true);
     std::vector<std::vector<bytes>> fields(2);
     std::vector<mq_channel_stats> stats;
-    for (int i = 0; i < 2; i++) {
+    for (size_t i = 0; i < 2; i++) {
         for (int64_t size : {4, 4, 8, 8, 8}) fields[i].emplace_back(size * cols);
         stats.push_back({fields[i][0].as<float>(), fields[i][1].as<float>(),
                          fields[i][2].as<double>(), fields[i][3].as<double>(),
@@ -214,7 +215,7 @@ struct problem {
 struct sizes {
     int64_t m, n, k, group_size, salient;
     mq_act_format format;
-    int rotation = -1;  // else scales are of groups, and rotations of so many channels
+    int rotation = -1;  // otherwise: one scale per group, and this rotation
 };
 
 sizes random_sizes() {
@@ -229,7 +230,7 @@ sizes random_sizes() {
     return {one_of(ms), one_of(ns), k, one_of(gs), std::min(one_of(saliences), k), format};
 }
 
-// All else is random.
+// The other fields are random.
 problem problem_of(const sizes &of) {
     mq_linear lin = {};
     lin.n = of.n;
@@ -247,7 +248,7 @@ problem problem_of(const sizes &of) {
     const mq_dtype dtype = static_cast<mq_dtype>(below(3));
     mq_shape shape;
     CHECK(!mq_shape_of(lin.n, lin.k, lin.k_salient, lin.group_size, &shape));
-    // now and then magnitudes that only fp32 and bf16 hold
+    // sometimes magnitudes that only fp32 and bf16 hold
     const float spread = below(10) || dtype == MQ_F16 || lin.k_salient ? 1
                          : below(2)                                    ? 1e34f
                                                                        : 1e-30f;
@@ -300,7 +301,7 @@ void check_weights(const problem &p) {
     CHECK(!mq_unpack_weight(&p.lin, 0, p.shape.panels, unpacked[0].as<float>()));
     CHECK(!mq_cuda_unpack_weight(&p.lin, unpacked[1].as<float>(), nullptr));
     check_values(MQ_F32, unpacked[0], unpacked[1]);
-    // what only the device knows
+    // errors that only the device sees
     float *w = p.w.as<float>();
     const int64_t at = below(p.lin.n * p.lin.k);
     const float kept = w[at];
@@ -321,7 +322,7 @@ void check_weights(const problem &p) {
     }
 }
 
-// The codes and scales of a workspace against group quantization of the gathered and rotated rows.
+// Compares a workspace's codes and scales with group quantization of the gathered and rotated rows.
 void check_codes(const problem &p, int kernel, const bytes &workspace) {
     const mq_linear &lin = p.lin;
     const int64_t k4 = lin.k - lin.k_salient;
@@ -334,15 +335,15 @@ void check_codes(const problem &p, int kernel, const bytes &workspace) {
     const int64_t g = lin.per_token ? k4 : lin.group_size;
     const mq_group_format format = {g, lin.act_bits, lin.act_format, lin.clip};
     const int64_t groups = ceil_div(k4, g);
-    std::vector<float> row(k4), rotated(k4), scales(groups);
-    std::vector<int8_t> q(k4);
+    const bytes row_bytes(k4 * 4), rotated_bytes(k4 * 4), scale_bytes(groups * 4), code_bytes(k4);
+    float *row = row_bytes.as<float>(), *rotated = rotated_bytes.as<float>();
+    float *scales = scale_bytes.as<float>();
+    int8_t *q = code_bytes.as<int8_t>();
     for (int64_t t = 0; t < p.m; t++) {
         for (int64_t i = 0; i < k4; i++)
             row[i] = load(p.dtype, p.x.as<void>(), t * lin.k + (lin.perm ? lin.perm[i] : i));
-        CHECK(!mq_group_hadamard(lin.group_size, lin.rotation, MQ_F32, row.data(), 1, k4, k4,
-                                 rotated.data()));
-        CHECK(!mq_group_quantize(&format, MQ_F32, rotated.data(), 1, k4, k4, q.data(),
-                                 scales.data()));
+        CHECK(!mq_group_hadamard(lin.group_size, lin.rotation, MQ_F32, row, 1, k4, k4, rotated));
+        CHECK(!mq_group_quantize(&format, MQ_F32, rotated, 1, k4, k4, q, scales));
         for (int64_t i = 0; i < k4; i++) {
             const int64_t group = i / lin.group_size, channel = i % lin.group_size;
             const int64_t quad = group * p.shape.group_quads + channel / 4;
@@ -376,7 +377,7 @@ std::vector<float> reference(const problem &p) {
     return values;
 }
 
-// Sums of the magnitudes of each output's terms.
+// The sum of the magnitudes of each output's terms.
 std::vector<double> magnitudes(const problem &p) {
     const int64_t n = p.lin.n, k = p.lin.k;
     const bytes w(n * k * 4);
@@ -393,11 +394,12 @@ std::vector<double> magnitudes(const problem &p) {
     return sums;
 }
 
-std::map<std::string, int> runs;   // of each kernel
-std::map<std::string, int> wraps;  // that used all stages of their ring again, over several groups
+std::map<std::string, int> runs;   // per kernel
+std::map<std::string, int> wraps;  // runs in which all stages of the ring were reused, over several
+                                   // groups
 std::map<std::string, std::set<std::string>> kinds;  // of groups and formats
 
-// How groups lie in pairs of steps, in steps and in pairs of quads
+// How groups are aligned: to pairs of steps, steps or pairs of quads.
 std::string kind_of(const problem &p) {
     const int64_t quads = p.shape.group_quads;
     const char *lie = quads % 16 == 0  ? "pairs of steps"
@@ -410,13 +412,13 @@ std::string kind_of(const problem &p) {
 void count(const problem &p, const std::string &name) {
     runs[name]++;
     if (p.shape.groups > 1) kinds[name].insert(kind_of(p));
-    // as many stages as newer cards have
+    // as many stages as newer GPUs have
     const int64_t ring = name == "prefill_wgmma" ? 6 : 3;
     if (name.substr(0, 7) == "prefill")
         wraps[name] += p.shape.groups > 1 && slots_of(p.shape).total > 2 * ring * 4;
 }
 
-// The workspace of the first m tokens
+// The workspace of the first m tokens.
 bytes quantized(const problem &p, int kernel, int64_t m) {
     bytes workspace(static_cast<int64_t>(mq_cuda_linear_workspace(&p.lin, kernel, p.dtype, m)));
     CHECK(!mq_cuda_linear_quantize(&p.lin, kernel, p.dtype, p.x.as<void>(), m, workspace.as<void>(),
@@ -424,7 +426,7 @@ bytes quantized(const problem &p, int kernel, int64_t m) {
     return workspace;
 }
 
-// Their outputs, from that
+// Their outputs.
 bytes multiplied(const problem &p, int kernel, int64_t m, const bytes &workspace) {
     bytes y(m * p.lin.n * size_of(p.dtype));
     emulator::hide_from_early(workspace.as<void>(), workspace.n);
@@ -433,7 +435,7 @@ bytes multiplied(const problem &p, int kernel, int64_t m, const bytes &workspace
     return y;
 }
 
-// A token's result does not depend on how many there are.
+// A token's result does not depend on the number of tokens.
 void check_prefix(const problem &p, int kernel, const bytes &all) {
     const int64_t m = 1 + below(p.m);
     const bytes y = multiplied(p, kernel, m, quantized(p, kernel, m));
@@ -477,8 +479,9 @@ bytes check_kernel(const problem &p, int kernel, const std::vector<float> &want,
 
 constexpr mq_act_format S = MQ_ACT_SYMMETRIC, U = MQ_ACT_UNSIGNED, Z = MQ_ACT_ZERO_POINT;
 
-// Every tail, few and many tokens, groups that share steps and ones of many, no and only salient
-// channels; every format with every way that groups lie (see kind_of).
+// Every tail; few and many tokens; steps with several groups and groups of several steps; no
+// salient channels and only salient ones; every format with every alignment of groups (see
+// kind_of).
 const sizes kClasses[] = {
     {1, 31, 100, 4, 0, Z},       {15, 33, 130, 16, 13, S}, {16, 97, 200, 32, 10, U},
     {17, 1, 300, 64, 15, Z},     {65, 33, 640, 128, 0, S}, {65, 270, 300, 256, 30, S},
@@ -490,17 +493,16 @@ const sizes kClasses[] = {
     {65, 17, 130, 12, 7, U},     {1, 15, 90, 8, 0, Z},
 };
 
-// Long enough that stages of the rings are used again, and again, in groups of one stage to all.
+// Long enough to reuse stages of the rings several times, with groups of one stage up to all.
 const sizes kRings[] = {
     {130, 33, 768, 128, 0, S},    {65, 31, 896, 384, 20, U},  {65, 33, 896, 256, 0, Z},
     {65, 33, 1600, 128, 0, Z},    {65, 31, 1600, 1024, 0, S}, {65, 31, 2304, 256, 115, U},
     {65, 16, 2304, 4096, 230, Z}, {65, 18, 700, 20, 0, Z},
 };
 
-// Every way through the kernel that quantizes groups of 32 to 512 channels: two tokens to a block and
-// one left over, several blocks to a token, several rounds of a block, more shared memory than any
-// launch has, more channels than fit; rotations by blocks below, as large as and above a group, with
-// what is left at the end.
+// Every path through quantize_columns: two tokens per block and one left over, several blocks per
+// token, several rounds per block, more shared memory than the default, more channels than fit;
+// rotations in blocks smaller than, equal to and larger than a group, with a remainder.
 const sizes kQuantized[] = {
     {1025, 2, 101, 32, 5, S, 0},  {3, 3, 4700, 128, 100, U, 0}, {260, 1, 4600, 128, 0, S, 0},
     {1, 3, 24576, 128, 16, S, 0}, {2, 2, 33001, 64, 100, Z, 0}, {3, 5, 100, 32, 0, S, 8},
@@ -508,27 +510,29 @@ const sizes kQuantized[] = {
     {3, 3, 700, 256, 0, U, 32},   {2, 3, 530, 128, 0, S, 16},   {2, 3, 1100, 128, 20, S, 512},
 };
 
-// By every kernel that serves it, or every one for many tokens.
+// Runs every kernel that serves the linear, or only those for many tokens.
 void check_by_all(const sizes &of, bool decode) {
     const problem p = problem_of(of);
     const std::vector<float> want = reference(p);
     const std::vector<double> terms = magnitudes(p);
-    std::vector<bytes> of_few, of_many;  // what kernels for few tokens give, and those for many
+    std::vector<bytes> of_few, of_many;  // outputs of the kernels for few tokens, and of those for
+                                         // many
     for (int kernel = 0; kernel < mq_cuda_kernel_count(); kernel++) {
         const mq_cuda_kernel &row = *mq_cuda_kernel_at(kernel);
         const bool for_many = row.most_tokens == INT64_MAX;
         if (!mq_cuda_kernel_serves(kernel, &p.lin, MQ_ARCH) || !(decode || for_many)) continue;
         bytes y = check_kernel(p, kernel, want, terms);
-        // its products of halves are other instructions', whose sums may differ in the last bits
+        // its products of halves use other instructions, whose sums may differ in the last bits
         if (p.lin.k_salient && row.name == std::string("prefill_wgmma")) continue;
         (for_many ? of_many : of_few).push_back(std::move(y));
     }
-    // a token has the same bits by all for few tokens, whatever number chooses one, and by all for many
+    // all kernels for few tokens agree bit for bit, and all kernels for many
     for (const auto *list : {&of_few, &of_many})
         for (const bytes &y : *list) check_values(p.dtype, y, list->front());
 }
 
-// The step that quantizes, for kernels of every order of quads, and one linear: multiplying takes longer.
+// Runs the quantizing step for every order of quads. Multiplies only once, because that takes
+// longer.
 void check_quantized(const sizes &of) {
     const problem p = problem_of(of);
     for (int kernel = 0; kernel < mq_cuda_kernel_count(); kernel++) {
@@ -553,9 +557,23 @@ void check_linear() {
     if (mq_cuda_kernel_serves(other, &p.lin, MQ_ARCH)) check_kernel(p, other, want, sizes);
 }
 
+// Runs a step and breaks one contract of mixedquant_cuda.h, or none.
+void break_contract(const std::string &contract) {
+    const problem p = problem_of({2, 3, 100, 32, 5, S, 0});
+    const bytes workspace(static_cast<int64_t>(mq_cuda_linear_workspace(&p.lin, 0, p.dtype, p.m)));
+    const unsigned char *x = p.x.as<unsigned char>();
+    mq_linear lin = p.lin;
+    if (contract == "x") x += 2;
+    if (contract == "scales") lin.scales++;
+    const int kernel = contract == "kernel" ? mq_cuda_kernel_count() : 0;
+    CHECK(!mq_cuda_linear_quantize(&lin, kernel, p.dtype, x, p.m, workspace.as<void>(), nullptr));
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
+    if (argc == 2) break_contract(argv[1]);
+    if (argc == 2) return 0;
     CHECK(argc == 3);
     srand(static_cast<unsigned>(atoi(argv[1])));
     const int cases = atoi(argv[2]);

@@ -1,5 +1,6 @@
-// Makes the emulated kernels' library (tests/test_cuda.py) take the CPU's tensors for ones of cuda:0:
-// csrc/torch/cuda.cpp, linked with this, asks here where a tensor is and for the current stream.
+// Makes the library of emulated kernels (tests/test_cuda.py) treat CPU tensors as tensors of
+// cuda:0. It defines the functions that csrc/torch/cuda.cpp calls for a tensor's device and the
+// current stream.
 #define USE_CUDA
 #include <torch/csrc/stable/c/shim.h>
 

@@ -21,7 +21,7 @@ unsigned char *shared_bytes;
 
 namespace {
 
-constexpr int kOrdinaryShared = 47 << 10;  // 1 KiB is left to static shared memory
+constexpr int kOrdinaryShared = 47 << 10;  // leaves 1 KiB to static shared memory
 int allowed_shared = kOrdinaryShared;      // at the next launch
 
 constexpr size_t kStack = 64 << 10;
@@ -40,12 +40,12 @@ struct product {
     uint64_t descriptor;
     bool adds, is_float;
     unsigned char before[32 * 4],
-        sums[32 * 4];  // d as it was; what is added, or comes in its place
-    unsigned left[4];  // a as it was
+        sums[32 * 4];  // the initial d; what is added, or replaces it
+    unsigned left[4];  // the initial a
     std::vector<unsigned char> right;
 };
 
-// Where a thread of control was left, for __builtin_longjmp
+// The state of a suspended thread of control, for __builtin_longjmp.
 struct place_in_code {
     void *at[5];
 };
@@ -62,13 +62,13 @@ struct fiber {
     int64_t exchanges = 0, barriers = 0;
     std::vector<std::vector<copy>> copies{1};  // committed groups, then the open one
     std::vector<std::vector<product>> products{1};
-    int unseen = 0;  // copies that came and were not shown to products
-    // the fence since the last commit, if any, and the registers as they were there
+    int unseen = 0;  // completed copies that are not yet visible to products
+    // the fence since the last commit, if any, and the registers it saw
     const void *fenced_d = nullptr;
     const unsigned *fenced_a = nullptr;
     unsigned char fenced_sums[32 * 4];
     unsigned fenced_left[16];
-    size_t asked = 0;  // of what its warpgroup asked for
+    size_t asked = 0;  // index in its warpgroup's requests
 };
 
 struct warp {
@@ -80,16 +80,16 @@ struct warp {
 std::vector<std::unique_ptr<fiber>> fibers;
 std::vector<warp> warps;
 
-// What a thread asked of the tensor cores: the products' descriptor, or one of these
+// A thread's request to the tensor cores: the products' descriptor, or one of these.
 enum : uint64_t { FENCE, COMMIT, WAIT };
-std::vector<std::vector<uint64_t>> asked;  // [warpgroup], by the first of its threads to get there
+std::vector<std::vector<uint64_t>> asked;  // [warpgroup], from the first of its threads to arrive
 int64_t block_arrived;
 int64_t unseen;  // copies of all threads together, see fiber
 int64_t any_set[2];
 fiber *running;
-bool waited;  // a thread of the block, for the kernel before
+bool waited;  // a thread of the block, for the previous kernel
 unsigned char *hidden_at;
-std::vector<unsigned char> hidden;  // what the kernel before wrote there
+std::vector<unsigned char> hidden;  // what the previous kernel wrote there
 place_in_code main_left;
 const std::function<void()> *kernel;
 
@@ -108,8 +108,8 @@ const void *main_bottom;
 size_t main_size;
 #endif
 
-// Goes on where a fiber, or main where `to` is null, was left. (swapcontext would ask the system for the
-// signal mask each time, and nobody changes that.)
+// Resumes a fiber, or main if `to` is null. (swapcontext would make a system call for the signal
+// mask each time, and no code here changes the mask.)
 [[noreturn]] __attribute__((noinline, no_sanitize("address"))) void go_on(fiber *to) {
     if (!to) __builtin_longjmp(main_left.at, 1);
     if (to->entered) __builtin_longjmp(to->left.at, 1);
@@ -118,7 +118,7 @@ size_t main_size;
     fail("no context,");
 }
 
-// Leaves the running thread of control for a fiber, or for main where `to` is null.
+// Suspends the running thread of control and resumes a fiber, or main if `to` is null.
 __attribute__((noinline, no_sanitize("address"))) void change_to(place_in_code *from, fiber *to) {
     running = to;
     if (to) here.thread = to->thread;
@@ -134,7 +134,7 @@ __attribute__((noinline, no_sanitize("address"))) void change_to(place_in_code *
 
 bool can_run(const fiber &f) { return !f.done && (!f.counter || *f.counter >= f.target); }
 
-// The next fiber in order after the running one; null if all are done.
+// The next fiber after the running one; null if all are done.
 fiber *next_fiber() {
     const size_t n = fibers.size();
     size_t at = running ? running->thread.x : 0;
@@ -156,13 +156,13 @@ void wait_until(const int64_t *counter, int64_t target) {
     me->counter = nullptr;
 }
 
-// A fiber lives through many blocks: it runs a thread of one, and waits for the next.
+// A fiber outlives blocks: it runs one thread of a block, then waits for the next block.
 void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
     const void *bottom;
     size_t size;
     __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
-    if (!main_bottom) main_bottom = bottom, main_size = size;  // the first is entered from main
+    if (!main_bottom) main_bottom = bottom, main_size = size;  // main enters the first one
 #endif
     for (;;) {
         (*kernel)();
@@ -277,7 +277,7 @@ const unsigned char *exchange(const void *value, size_t size) {
 void copy_later(void *to, const void *from, size_t bytes, size_t zeros) {
     if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
         fail("a cp.async that is not aligned to 16 bytes,");
-    memset(to, 0xff, bytes + zeros);  // from here on nobody may read there
+    memset(to, 0xff, bytes + zeros);  // inaccessible from here on
     running->copies.back().push_back({to, from, bytes, zeros});
 }
 
@@ -320,8 +320,8 @@ uint64_t shared_address(const void *at) {
     return static_cast<uint64_t>(static_cast<const unsigned char *>(at) - shared_bytes);
 }
 
-// As the PTX manual has it for K-major matrices: 8 rows of 32 bytes stand behind each other, the
-// next 8 a stride further; bit 7 of an address turns its bit 4 around.
+// The PTX manual's layout of K-major matrices: 8 contiguous rows of 32 bytes, the next 8 a stride
+// further. Bit 7 of an address flips its bit 4.
 const unsigned char *byte_of(uint64_t descriptor, unsigned row, unsigned byte) {
     const uint64_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
     if (descriptor >> 62 != 3 || (descriptor >> 49 & 7) != 0)
@@ -352,7 +352,7 @@ void multiply(void *d, const void *sums, const unsigned *a, uint64_t descriptor,
     memcpy(p.before, d, sizeof p.before);
     memcpy(p.sums, sums, sizeof p.sums);
     memcpy(p.left, a, sizeof p.left);
-    // what it reads is the same for all threads: once a warp is enough
+    // all threads read the same: once per warp is enough
     if (lane() == 0) {
         p.right.resize(kRows * kRowBytes);
         copy_matrix(descriptor, p.right.data());
@@ -363,7 +363,7 @@ void multiply(void *d, const void *sums, const unsigned *a, uint64_t descriptor,
 
 template <typename T>
 void put_sums(const product &p) {
-    for (int i = 0; i < 32; i++) {
+    for (size_t i = 0; i < 32; i++) {
         T sum;
         memcpy(&sum, p.sums + i * sizeof sum, sizeof sum);
         T *d = static_cast<T *>(p.d) + i;

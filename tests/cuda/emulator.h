@@ -1,11 +1,12 @@
-// A CUDA block on the CPU, for the tests: -include this file to compile csrc/cuda/*.cu as C++.
+// Emulates a CUDA block on the CPU, for the tests. Compile csrc/cuda/*.cu as C++ with -include of
+// this file.
 //
-// Blocks run one after another; the threads of a block are fibers that run until they must wait for
-// others, at a barrier or where a warp exchanges values. What a thread may not rely on is made as
-// bad as it can be: cp.async takes what was there at once and brings its bytes at the wait, shared
-// memory starts as NaNs, and emulator::schedule turns the order of threads around. Products in the
-// background (wgmma) write their sums at the wait; what they read must stay as it is until then, and
-// what cp.async brought must have been shown to them. A wait that cannot end aborts.
+// Blocks run one after another. A block's threads are fibers, which run until they wait for others,
+// at a barrier or at a warp's exchange. The emulator makes the worst of everything that a thread
+// may not rely on. cp.async reads at once but writes only at the wait. Shared memory starts as
+// NaNs. emulator::schedule reverses the order of threads. Asynchronous products (wgmma) write their
+// sums at the wait; their inputs must stay unchanged until then, and copies by cp.async must have
+// been made visible to them. A wait that cannot end aborts.
 #pragma once
 
 #include <math.h>
@@ -50,14 +51,14 @@ extern schedule order;
 extern place here;                   // of the running thread
 extern unsigned char *shared_bytes;  // the block's dynamic shared memory
 
-// What a card refuses aborts: so does a kernel without the code that it was launched for.
+// Aborts where a GPU would refuse, for example if a kernel lacks code for its architecture.
 [[noreturn]] void fail(const char *what);
 
-// Dynamic shared memory of the next launch, where it is more than any may have.
+// Allows the next launch more dynamic shared memory than the default.
 void allow_shared(int bytes);
 
-// Runs body once per thread of every block. is_early: the kernel may begin before the one in front of it
-// has ended; each block must wait for that (see_previous), and finds NaNs until then where
+// Runs body once per thread of every block. is_early: the kernel may start before the previous one
+// has ended. Each block must then wait for that (see_previous); until then it finds NaNs where
 // hide_from_early says.
 void run(dim3 grid, dim3 block, size_t shared, bool is_early, const std::function<void()> &body);
 void hide_from_early(void *at, size_t bytes);  // in the next launch
@@ -65,15 +66,16 @@ void see_previous();
 
 void barrier();
 int barrier_or(int value);
-// Every lane of a warp gives `size` bytes, at most 64, and gets those of all lanes, 64 apart.
+// Every lane of a warp passes `size` bytes, at most 64, and gets those of all lanes, 64 apart.
 const unsigned char *exchange(const void *value, size_t size);
 void copy_later(void *to, const void *from, size_t bytes, size_t zeros);
 void commit_copies();
 void wait_for_copies(int pending);
 
-// Products in the background. d += sums, or d = sums, 32 of each, of a, 4 registers, and of the matrix in
-// shared memory that the descriptor tells of: 64 rows of 32 bytes, swizzled. The fence is for d and for
-// a's 16 registers, which must be as they were there. All warps of a warpgroup must do the same in turn.
+// Asynchronous products: d += sums or d = sums. The 32 sums are the products of a, 4 registers,
+// with the matrix in shared memory that the descriptor names: 64 swizzled rows of 32 bytes. The
+// fence covers d and a's 16 registers, which must not change afterwards. All warps of a warpgroup
+// must issue the same products in the same order.
 void fence_for_products();
 void fence_products(const void *d, const unsigned *a);
 void multiply_later(int *d, const int *sums, const unsigned *a, uint64_t descriptor, bool adds);
@@ -165,7 +167,7 @@ inline int atomicOr(int *at, int value) {
     return before;
 }
 
-// What the launchers need of the runtime.
+// What the launchers need of the CUDA runtime.
 #define __grid_constant__
 typedef int cudaError_t;
 typedef void *cudaStream_t;
