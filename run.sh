@@ -11,7 +11,8 @@ usage() {
     cat <<'HELP'
 ./run.sh                    set up, then quantize and evaluate the bundled SmolLM2-135M
 ./run.sh [options]          set up, then a sweep with other choices
-./run.sh test [options]     set up, then the tests (options go to pytest)
+./run.sh test [options]     set up, then the tests, long ones in a short form (options go to pytest)
+./run.sh test --all         set up, then every test in full
 ./run.sh setup              set up only
 
 Options of a sweep:
@@ -164,7 +165,7 @@ test)
     shift
     set_up test
     install_arm_tools
-    exec "$PYTHON_IN_USE" -m pytest -q "$@"
+    exec "$PYTHON_IN_USE" -m pytest -q --numprocesses auto --dist worksteal "$@"
     ;;
 setup)
     set_up experiments

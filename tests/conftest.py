@@ -4,9 +4,32 @@ import os
 import subprocess
 import sys
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # which share the processors; read when torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import length
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="every test, and each in full")
+
+
+def pytest_configure(config):
+    if config.getoption("--all"):
+        os.environ[length.VARIABLE] = "1"
+        length.ALL = True
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without --all, tests marked `long` are left out; pytest counts them as deselected."""
+    if not length.ALL:
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
 
 # Hidden and intermediate sizes are no multiples of the group sizes used, nor powers of two.
 _LLAMA = {

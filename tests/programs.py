@@ -1,12 +1,16 @@
 """Programs that tests compile and run."""
 
+import hashlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 CC = shlex.split(os.environ.get("CC", "cc"))
@@ -42,3 +46,32 @@ def run_all(commands: Iterable[list[str]]) -> list[str]:
     """What each prints, as many running at a time as there are processors."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda command: run(*command), commands))
+
+
+CACHE = ROOT / ".cache" / "tests"
+SOURCES = ("csrc", "tests/csrc", "tests/cuda")
+
+
+def built(name: str, build: Callable[[Path], object], *how: object) -> Path:
+    """The folder that `build` filled for these sources, in this run of the tests or an earlier one.
+
+    how: whatever else decides what is built: commands, flags, versions.
+    """
+    digest = hashlib.sha256(repr(how).encode())
+    for path in sorted(p for folder in SOURCES for p in (ROOT / folder).rglob("*") if p.is_file()):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    folder = CACHE / f"{name}-{digest.hexdigest()[:16]}"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / f"{name}.lock"):
+        if not (folder / "whole").exists():
+            for old in CACHE.glob(f"{name}-*"):
+                shutil.rmtree(old)
+            folder.mkdir()
+            build(folder)
+            (folder / "whole").touch()
+    return folder
+
+
+def version(*compiler: str) -> str:
+    """What a compiler says of itself."""
+    return run(*compiler, "--version")

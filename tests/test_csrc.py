@@ -6,7 +6,8 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
-from programs import CC, FLAGS, SANITIZERS, run, run_all, traps
+from length import at_length
+from programs import CC, FLAGS, SANITIZERS, built, run, run_all, traps, version
 
 from smoothquant.kernels import ops
 
@@ -22,8 +23,12 @@ ARM_ISAS = {
 }
 
 
-def build_check(folder: Path, *flags: str, cc: list[str] = CC) -> Path:
-    """The folder, with a program for each of CHECKS."""
+def build_check(name: str, *flags: str, cc: list[str] = CC) -> Path:
+    """A folder with a program for each of CHECKS."""
+    return built(name, lambda folder: _build(folder, flags, cc), FLAGS, flags, version(*cc))
+
+
+def _build(folder: Path, flags: tuple[str, ...], cc: list[str]) -> None:
     objects = {source: str(folder / f"{Path(source).stem}.o") for source in [*C_SOURCES, *CHECKS]}
     common = [*cc, "-std=c11", *FLAGS, *flags, "-c"]
     run_all([*common, source, "-o", target] for source, target in objects.items())
@@ -31,25 +36,24 @@ def build_check(folder: Path, *flags: str, cc: list[str] = CC) -> Path:
     for check in CHECKS:
         program = str(folder / Path(check).stem)
         run(*cc, *flags, objects[check], *kernels, "-o", program, "-lm")
-    return folder
 
 
 @pytest.fixture(scope="module")
-def native_check(tmp_path_factory):
-    return build_check(tmp_path_factory.mktemp("native"), "-O1", *SANITIZERS)
+def native_check():
+    return build_check("native", "-O1", *SANITIZERS)
 
 
 @pytest.fixture(scope="module")
-def simde_check(tmp_path_factory):
+def simde_check():
     """The same sources with every intrinsic computed lane by lane, which sanitized and optimized
     would take a minute to compile."""
     include = distribution("cmeel-simde").locate_file("cmeel.prefix/include")
     flags = ["-O0", "-DMQ_SIMDE", f"-isystem{include}", "-Wno-psabi", *SANITIZERS]
-    return build_check(tmp_path_factory.mktemp("simde"), *flags)
+    return build_check("simde", *flags)
 
 
 @pytest.fixture(scope="module")
-def arm_check(tmp_path_factory):
+def arm_check():
     """Optimized as it is shipped; sanitized, it would take a minute to compile too."""
     missing = [program for program in (ARM_CC, ARM_EMULATOR) if shutil.which(program) is None]
     if missing:
@@ -57,24 +61,30 @@ def arm_check(tmp_path_factory):
             f"NEON kernels were not tested: {' and '.join(missing)} not found "
             "(Debian: apt install gcc-aarch64-linux-gnu qemu-user)"
         )
-    return build_check(tmp_path_factory.mktemp("arm"), "-O3", cc=[ARM_CC])
+    return build_check("arm", "-O3", cc=[ARM_CC])
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_kernels_of_this_processor_equal_scalar(native_check, seed):
     isas = " ".join(ops.supported_isas())
-    assert run(str(native_check / "check_kernels"), str(seed), "3000") == f"3000 cases: {isas}\n"
+    cases = at_length(3000, 500)
+    program = str(native_check / "check_kernels")
+    assert run(program, str(seed), str(cases)) == f"{cases} cases: {isas}\n"
 
 
 @pytest.mark.parametrize("seed", [3, 4])
 def test_kernels_of_every_x86_processor_equal_scalar(simde_check, seed):
-    assert run(str(simde_check / "check_kernels"), str(seed), "400") == f"400 cases: {X86_ISAS}\n"
+    cases = at_length(400, 60)
+    program = str(simde_check / "check_kernels")
+    assert run(program, str(seed), str(cases)) == f"{cases} cases: {X86_ISAS}\n"
 
 
 @pytest.mark.parametrize(("processor", "isas"), ARM_ISAS.items())
 def test_kernels_of_arm_processors_equal_scalar(arm_check, processor, isas):
     emulator = [ARM_EMULATOR, "-L", "/usr/aarch64-linux-gnu", "-cpu", processor]
-    assert run(*emulator, str(arm_check / "check_kernels"), "5", "500") == f"500 cases: {isas}\n"
+    cases = at_length(500, 40)
+    program = str(arm_check / "check_kernels")
+    assert run(*emulator, program, "5", str(cases)) == f"{cases} cases: {isas}\n"
 
 
 def test_kernels_trap_where_a_contract_is_broken(native_check):

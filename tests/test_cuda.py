@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from bits import assert_same_bits
-from programs import CC, CXX, EMULATED, FLAGS, ROOT, run, run_all
+from programs import CC, CXX, EMULATED, FLAGS, ROOT, built, run, run_all, version
 from transformers import AutoModelForCausalLM
 
 from smoothquant import MixedQuantConfig, quantize
@@ -33,10 +33,11 @@ def on_card(test):
 
 
 EMULATED_ARCH = 80
+LIBRARY = "emulated.so"
 
 
-def build_emulated(folder: Path) -> str:
-    """The library of CUDA ops with emulated kernels."""
+def build_emulated(folder: Path) -> None:
+    """Build the library of CUDA ops with emulated kernels."""
     torch_folder = Path(torch.__file__).parent
     shim = ["-std=c++20", "-O1", *FLAGS]
     shim += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem{torch_folder / 'include'}"]
@@ -54,11 +55,10 @@ def build_emulated(folder: Path) -> str:
         [*command, *compile_only, str(source), "-o", objects[source]]
         for source, command in commands.items()
     )
-    library = str(folder / "emulated.so")
+    library = str(folder / LIBRARY)
     # -Bsymbolic: device.cpp's functions, not libtorch's of the same names
     link = [*CXX, "-shared", "-Wl,-Bsymbolic", *objects.values(), "-o", library]
     run(*link, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-Wl,-z,defs")
-    return library
 
 
 class Card:
@@ -90,8 +90,9 @@ class EmulatedCard:
 
 
 @pytest.fixture(scope="module")
-def emulated_card(tmp_path_factory):
-    torch.ops.load_library(build_emulated(tmp_path_factory.mktemp("emulated")))
+def emulated_card():
+    how = (EMULATED, FLAGS, torch.__version__, version(*CC), version(*CXX))
+    torch.ops.load_library(built("emulated-ops", build_emulated, *how) / LIBRARY)
     return EmulatedCard()
 
 

@@ -17,7 +17,8 @@ from unittest import mock
 
 import pytest
 import torch
-from programs import ROOT, run, run_all
+from length import at_length
+from programs import ROOT, built, run, run_all, version
 from setuptools import Distribution, Extension
 
 from smoothquant.kernels import ops
@@ -43,22 +44,31 @@ def nvcc() -> str:
 
 @pytest.fixture(scope="module")
 def archs(nvcc) -> list[str]:
-    return SETUP["cuda_archs"](nvcc)
+    return at_length(SETUP["cuda_archs"](nvcc), ["90a"])
 
 
 @pytest.fixture(scope="module")
-def compiled(nvcc, archs, tmp_path_factory) -> dict[tuple[str, str], tuple[Path, str]]:
+def compiled(nvcc, archs) -> dict[tuple[str, str], tuple[Path, str]]:
     """{(source, architecture): (machine code, what the compiler says)}."""
-    folder = tmp_path_factory.mktemp("cubins")
     # the longest first, so that no processor waits for it at the end
     sources = sorted(KERNELS, key=lambda path: "prefill" not in path.name)
-    cells = {(s, a): folder / f"{s.stem}.{a}.cubin" for s in sources for a in archs}
+    cells = {(s, a): f"{s.stem}.{a}" for s in sources for a in archs}
     flags = [*SETUP["NVCC_FLAGS"], "-Xptxas=-v", "-cubin"]
-    says = run_all(
-        ["sh", "-c", 'exec "$@" 2>&1', "sh", nvcc, *flags, f"-arch=sm_{a}", str(s), "-o", str(to)]
-        for (s, a), to in cells.items()
-    )
-    return {(s.stem, a): (to, text) for ((s, a), to), text in zip(cells.items(), says, strict=True)}
+
+    def build(folder: Path) -> None:
+        says = run_all(
+            ["sh", "-c", 'exec "$@" 2>&1', "sh", nvcc, *flags, f"-arch=sm_{a}", str(s)]
+            + ["-o", str(folder / f"{name}.cubin")]
+            for (s, a), name in cells.items()
+        )
+        for name, text in zip(cells.values(), says, strict=True):
+            (folder / f"{name}.txt").write_text(text)
+
+    folder = built("cubins", build, archs, flags, version(nvcc))
+    return {
+        (s.stem, a): (folder / f"{name}.cubin", (folder / f"{name}.txt").read_text())
+        for (s, a), name in cells.items()
+    }
 
 
 def test_kernels_compile_without_warnings_and_without_spills(compiled):
@@ -272,18 +282,31 @@ def test_pybind11_is_not_the_one_that_torch_brings(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def package(nvcc, tmp_path_factory) -> Path:
+def package(nvcc) -> Path:
     """The folder of a package that was built with CUDA."""
-    folder = tmp_path_factory.mktemp("build")
-    environment = os.environ | {
+    environment = {
         "MIXEDQUANT_CUDA": "1",
         "MIXEDQUANT_CUDA_ARCHS": "90a",
         "MIXEDQUANT_CFLAGS": "-O1",
     }
-    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(folder)]
-    command += ["--build-lib", str(folder / "lib")]
-    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
+
+    def build(folder: Path) -> None:
+        command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(folder)]
+        command += ["--build-lib", str(folder / "lib")]
+        result = subprocess.run(
+            command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+
+    how = (sys.version, torch.__version__, (ROOT / "setup.py").read_text(), version(nvcc))
+    folder = built("package", build, environment, *how)
+    # Python files are those of now, whichever they were when the kernels were built
+    shutil.copytree(
+        ROOT / "smoothquant",
+        folder / "lib" / "smoothquant",
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+    )
     return folder / "lib" / "smoothquant"
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from length import at_length
 
 from smoothquant import fake_quant, quantize
 from smoothquant.channels.statistics import ChannelStats
@@ -60,7 +61,7 @@ def call(name, t, n_bits, group_size):
     )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=at_length(400, 100), deadline=None)
 @given(
     name=st.sampled_from(list(FUNCTIONS)),
     dtype=st.sampled_from(DTYPES),

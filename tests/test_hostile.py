@@ -1,4 +1,4 @@
-"""Ten thousand spoiled copies of saved models: none crashes, each is refused by name or works."""
+"""Spoiled copies of saved models: none crashes, each is refused by name or works."""
 
 import json
 import shutil
@@ -9,12 +9,13 @@ from pathlib import Path
 
 import hostile
 import pytest
+from length import at_length
 
 from smoothquant import MixedQuantConfig, quantize
 from smoothquant.core.tensor_files import INDEX, TENSORS
 
 PROGRAM = Path(hostile.__file__)
-CASES, PROCESSES = 10_000, 2
+CASES, PROCESSES = at_length(10_000, 600), 2
 FOLDERS = {  # architecture, changes, format of salient channels, most bytes in a file
     "shards": ("llama-bias", {}, "16bit", "20KB"),
     "experts": ("mixtral", {"num_local_experts": 2}, "int8", "1MB"),
@@ -61,7 +62,7 @@ def test_spoiled_copies_are_refused_or_work(folders, tmp_path):
         found += Counter(json.loads(lines[-1]))
     assert found.total() == CASES
     for way in hostile.WAYS:
-        assert found[f"{way.__name__} refused"] >= 20, found
+        assert found[f"{way.__name__} refused"] >= CASES // 500, found
     for way in (hostile.values, hostile.tensors, hostile.index_outside):
         assert not found[f"{way.__name__} worked"]
     assert sum(n for end, n in found.items() if end.endswith("worked")) >= CASES // 20, found

@@ -12,6 +12,7 @@ import numpy
 import pytest
 import torch
 from bits import assert_same_bits, forced_isa
+from length import at_length
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -45,7 +46,7 @@ def test_row_has_the_same_bits_in_every_batch_position_and_thread_count(isa):
     try:
         with forced_isa(isa):
             alone = torch.cat([layer(row[None]) for row in rows])
-            for case in range(500):
+            for case in range(at_length(500, 60)):
                 generator = torch.Generator().manual_seed(case)
                 size = int(torch.randint(1, 258, (), generator=generator))
                 picked = torch.randint(257, (size,), generator=generator)
@@ -226,7 +227,7 @@ def test_eight_threads_at_once():
     wrong = []
 
     def work(i):
-        for _ in range(1000):
+        for _ in range(at_length(1000, 150)):
             if not torch.equal(layer(inputs[i]), expected[i]):
                 wrong.append(i)
                 return

@@ -8,6 +8,7 @@ import torch
 from bits import assert_same_bits, forced_isa
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from length import at_length
 
 from smoothquant.channels.statistics import ChannelStats
 from smoothquant.kernels import ops, reference
@@ -425,7 +426,7 @@ shapes = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=at_length(300, 60), deadline=None)
 @given(
     shapes,
     st.sampled_from([0, 2, 16, 128]),
@@ -451,7 +452,7 @@ def test_linear_equals_the_reference_for_any_shape(
             assert_same_bits(ops.w4a4_linear(*shared), expected)
 
 
-@settings(max_examples=5000, deadline=None)
+@settings(max_examples=at_length(5000, 250), deadline=None)
 @given(
     shapes,
     st.integers(1, 2000),
@@ -502,7 +503,7 @@ def views(draw):
     return view
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=at_length(2000, 150), deadline=None)
 @given(views(), st.integers(1, 12))
 def test_strides_do_not_matter(view, group_size):
     k = view.shape[-1]

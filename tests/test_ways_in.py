@@ -1,5 +1,7 @@
-"""One choreography, three ways in: a model in memory, a folder layer by layer, weights as transformers
-loads them. The same situation gives the same records, bytes and errors, whichever way it comes."""
+"""One choreography, three ways in: a model in memory, a folder, weights as transformers loads them.
+
+The same situation gives the same records, bytes and errors, whichever way it comes.
+"""
 
 import json
 import shutil
