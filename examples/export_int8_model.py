@@ -1,10 +1,10 @@
-"""Smooth a model, quantize it to packed INT4 weights and INT4 activations, and save both.
+"""Smooth a model, quantize it to 4-bit weights and activations, and save both models.
 
     python examples/export_int8_model.py --model-name tiny-opt --num-samples 16
 
-The name is the published one; what is written is W4A4: packed 4-bit weights, 4-bit activations
-and 16-bit salient channels, and the script says so. With --export-FT only the smoothed 16-bit
-model is saved and, for an OPT, the static INT8 scales that go with it, as published.
+The script keeps its published name but writes W4A4: packed 4-bit weights, 4-bit activations and
+16-bit salient channels. With --export-FT it saves only the smoothed 16-bit model and, for an OPT,
+the static INT8 scales that go with it, as the published script does.
 """
 
 from __future__ import annotations
@@ -15,41 +15,46 @@ from pathlib import Path
 
 import torch
 
-from smoothquant import quantize
+from smoothquant import (
+    CheckpointError,
+    MixedQuantConfig,
+    collect_stats,
+    quantize,
+    save_quantized,
+    smooth_lm,
+)
 from smoothquant.bundled import check_model_name, load_model, wikitext
 from smoothquant.calibration import (
-    collect_stats,
     get_act_scales,
     get_static_decoder_layer_scales,
     load_act_scales,
     token_blocks,
 )
-from smoothquant.checkpoints.folder import check_target, save_quantized
-from smoothquant.core.config import MixedQuantConfig
-from smoothquant.core.errors import CheckpointError
+from smoothquant.checkpoints.folder import check_target
 from smoothquant.core.texts import read_texts
-from smoothquant.quantization.smoothing import smooth_lm
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check the flags (the published ones keep their names); adds
-    args.config and the folders args.smoothed and args.packed."""
+    """Parse and check the flags. The published ones keep their names.
+
+    Also sets args.config and the output folders args.smoothed and args.packed.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model-name", default="smollm2-135m", help="bundled name, folder or Hugging Face id")
-    add("--num-samples", type=int, default=512, help="texts or blocks (default: %(default)s)")
-    add("--seq-len", type=int, default=512, help="tokens in each (default: %(default)s)")
-    add("--act-scales", help="file of activation scales (default: taken from the texts)")
-    add("--output-path", type=Path, default=Path("quantized_models"), help="folder to write in")
+    add("--model-name", default="smollm2-135m", help="bundled model, folder or Hugging Face id")
+    add("--num-samples", type=int, default=512, help="texts or token blocks (default: %(default)s)")
+    add("--seq-len", type=int, default=512, help="tokens per text or block (default: %(default)s)")
+    add("--act-scales", help="file of activation scales (default: measure them)")
+    add("--output-path", type=Path, default=Path("quantized_models"), help="parent folder")
     add(
         "--dataset-path",
-        help="texts: .txt, .raw, .jsonl, .jsonl.zst or .parquet "
+        help="calibration texts: .txt, .raw, .jsonl, .jsonl.zst or .parquet "
         "(default: the bundled WikiText-2 validation split)",
     )
-    add("--overwrite", action="store_true", help="replace a packed model that is there already")
-    add("--export-FT", action="store_true", help="save the smoothed 16-bit model only")
+    add("--overwrite", action="store_true", help="replace an existing packed model")
+    add("--export-FT", action="store_true", help="save only the smoothed 16-bit model")
     add("--alpha", type=float, default=0.5, help="smoothing strength (default: %(default)s)")
     add("--group-size", type=int, default=128, help="channels per scale (default: %(default)s)")
     add(

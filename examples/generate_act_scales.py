@@ -1,9 +1,9 @@
-"""Write a model's activation scales, max|x| per channel of every linear's input, for `smooth_lm`.
+"""Measure a model's activation scales, max|x| per input channel of every linear, for `smooth_lm`.
 
     python examples/generate_act_scales.py --model-name tiny-opt --num-samples 64
 
-Everything is local: the model is a bundled name, a folder or an id in the local Hugging Face
-cache, the texts come from a file or from the WikiText-2 validation split in the package.
+It needs no network: the model is a bundled one, a folder or an id in the local Hugging Face cache,
+and the texts come from a file or from the bundled WikiText-2 validation split.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from smoothquant.core.texts import read_texts
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check the flags; the published ones keep their names."""
+    """Parse and check the flags. The published ones keep their names."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model-name", default="smollm2-135m", help="bundled name, folder or Hugging Face id")
+    add("--model-name", default="smollm2-135m", help="bundled model, folder or Hugging Face id")
     add(
         "--output-path",
         type=Path,
-        help="file to write: .pt as published, else safetensors (default: act_scales/<model>.pt)",
+        help="file to write: .pt as published, any other suffix: safetensors "
+        "(default: act_scales/<model>.pt)",
     )
     add(
         "--dataset-path",
-        help="texts: .txt, .raw, .jsonl, .jsonl.zst or .parquet "
+        help="calibration texts: .txt, .raw, .jsonl, .jsonl.zst or .parquet "
         "(default: the bundled WikiText-2 validation split)",
     )
-    add("--num-samples", type=int, default=512, help="texts at most (default: %(default)s)")
-    add("--seq-len", type=int, default=512, help="tokens of each at most (default: %(default)s)")
+    add("--num-samples", type=int, default=512, help="maximum texts (default: %(default)s)")
+    add("--seq-len", type=int, default=512, help="maximum tokens per text (default: %(default)s)")
     args = parser.parse_args(argv)
     for flag in ("num_samples", "seq_len"):
         if getattr(args, flag) < 1:

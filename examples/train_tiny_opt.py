@@ -1,15 +1,15 @@
-"""Train the bundled tiny OPT: a real, trained OPT small enough to ship with the package.
+"""Train the bundled tiny OPT, a real OPT small enough to ship with the package.
 
-The model (1.3 million parameters) and its byte-level BPE tokenizer see the WikiText-2 raw
-*validation* split only, so that the test split stays a fair test. After training, a few LayerNorm
-channels are scaled up and the next weights' columns scaled down by the same power of two: the
-function stays the same to the last bit, but the activations get the large outlier channels of
-models a thousand times bigger, and INT4 without salient channels fails on them as it does there.
+The model (1.3 million parameters) and its byte-level BPE tokenizer see only the *validation* split
+of WikiText-2 raw, so that the test split stays a fair test. After training, a few LayerNorm
+channels are scaled up by a power of two and the columns of the next weights scaled down by the
+same. The function stays the same to the last bit, but the activations get the large outlier
+channels of models a thousand times bigger, and INT4 without salient channels fails on both.
 
     python examples/train_tiny_opt.py --output smoothquant/data/tiny-opt
 
-One run takes about seven minutes on one core, five and a half of them training. The same seed,
-torch version and number of threads give the same weights.
+One run takes about seven minutes on one core, of which training takes five and a half. The same
+seed, torch version and number of threads give the same weights.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0..3, as in every publ
 MAX_POSITIONS = 2048
 FP16_SMALLEST_NORMAL = 2.0**-14
 
-# (length of a window, windows per step, share of the steps): short windows teach words cheaply,
-# long ones teach attention to cope with 2,048 keys.
+# (window length, windows per step, share of the steps): short windows teach words cheaply, long
+# ones teach attention to cope with 2,048 keys.
 SCHEDULE = ((128, 8, 0.67), (512, 2, 0.25), (2048, 1, 0.08))
 
-# Factors given to randomly chosen channels of each LayerNorm that feeds a linear: four channels
-# far out, which no group can hold together with the others, and eight in between, which sorting
-# gathers in groups of their own.
+# Factors for randomly chosen channels of each LayerNorm that feeds a linear: four extreme
+# channels, which ruin any group they share, and eight moderate ones, which sorting puts into groups
+# of their own.
 OUTLIER_FACTORS = (64.0, 32.0, 32.0, 16.0, 8.0, 8.0, 4.0, 4.0, 4.0, 4.0, 2.0, 2.0)
 
 
 def train_tokenizer(rows: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on `rows`; like OPT's, it starts each text with `</s>`."""
+    """Train a byte-level BPE on `rows`. Like OPT's tokenizer, it starts each text with `</s>`."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -70,9 +70,9 @@ def train_tokenizer(rows: list[str], vocab_size: int) -> PreTrainedTokenizerFast
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> OPTForCausalLM:
-    """Return a randomly initialized OPT of 4 layers, 128 channels, 4 heads and 512 in the middle.
+    """Return a randomly initialized OPT: 4 layers, hidden size 128, 4 heads, FFN size 512.
 
-    Position embeddings start at zero: with so little text a random start would stay noise.
+    Position embeddings start at zero: with so little text, random ones would stay noise.
     """
     torch.manual_seed(seed)
     model = OPTForCausalLM(
@@ -99,7 +99,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> OPTForCausalLM
 
 
 def schedule_at(step: int, steps: int) -> tuple[int, int]:
-    """Return (length of a window, windows per step) at `step` of `steps`."""
+    """Return (window length, windows per step) at `step` of `steps`."""
     end = 0.0
     for length, windows, share in SCHEDULE:
         end += share
@@ -109,7 +109,7 @@ def schedule_at(step: int, steps: int) -> tuple[int, int]:
 
 
 def build_optimizers(model: OPTForCausalLM, peak_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices (half the steps of AdamW here), AdamW for all the rest."""
+    """Muon for the layers' matrices (it needs half of AdamW's steps here), AdamW for the rest."""
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and "embed" not in name
@@ -125,8 +125,8 @@ def train(
 ) -> float:
     """Train `model` in place on random windows of `token_ids` (int64 [T]); return the last loss.
 
-    Short windows sit at random positions, so every position embedding is trained. A quarter of
-    the windows begins with the start token, as a prompt does.
+    Short windows get random positions, so every position embedding is trained. A quarter of the
+    windows begin with the start token, as a prompt does.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizers = build_optimizers(model, peak_lr)
@@ -173,9 +173,10 @@ def train(
 def add_outliers(model: OPTForCausalLM, seed: int) -> list[dict]:
     """Give each LayerNorm that feeds a linear a few large channels, in place.
 
-    Gain and bias of a chosen channel grow by a power of two, the column of every linear that reads
-    it shrinks by the same: in floating point the model's function does not change by a single bit
-    (as long as nothing under- or overflows). Returns what was scaled, one record per LayerNorm.
+    Gain and bias of a chosen channel are multiplied by a power of two, and the column of every
+    linear that reads it is divided by the same. In floating point, this does not change the model's
+    function by a single bit unless something under- or overflows. Returns what was scaled, one
+    record per LayerNorm.
     """
     generator = torch.Generator().manual_seed(seed)
     factors = torch.tensor(OUTLIER_FACTORS)
@@ -207,10 +208,10 @@ def add_outliers(model: OPTForCausalLM, seed: int) -> list[dict]:
 
 @torch.no_grad()
 def round_to_normal_fp16(model: torch.nn.Module) -> None:
-    """Round every parameter to fp16 in place, each value zero or a normal fp16 number.
+    """Round every parameter in place to zero or a normal fp16 number.
 
-    Subnormal fp16 numbers have few bits and some hardware flushes them to zero; a value below the
-    smallest normal one becomes zero or that one, whichever is nearer.
+    Subnormal fp16 numbers have few bits, and some hardware flushes them to zero. A value below the
+    smallest normal number becomes zero or that number, whichever is nearer.
     """
     for name, parameter in model.named_parameters():
         half = parameter.half()
