@@ -52,9 +52,10 @@ def _follow(watched: str) -> None:
 
 
 def register() -> None:
-    """Register with what is imported already, and watch for the rest."""
+    """Register with what is imported already, and watch for the rest; calls may be repeated."""
+    awaited = {finder.watched for finder in sys.meta_path if isinstance(finder, _Finder)}
     for watched in FOLLOWERS:
         if watched in sys.modules:
             _follow(watched)
-        else:
+        elif watched not in awaited:
             sys.meta_path.insert(0, _Finder(watched))

@@ -284,7 +284,7 @@ IMPORTS = {
     " import transformers",
     "last": "import transformers.quantizers.auto, smoothquant",
     "twice": "import smoothquant; from smoothquant.registration import register; register();"
-    "import transformers, importlib; register(); import smoothquant.hf; register()",
+    "import transformers, importlib; register(); import smoothquant.checkpoints.hf; register()",
 }
 
 

@@ -289,7 +289,7 @@ def _main_dtype(fields: Mapping[str, Any], headers: Mapping[str, Header]) -> tor
     named = DTYPES.get(str(fields.get("dtype") or fields.get("torch_dtype")))
     if named in FLOATS:
         return named
-    sizes = collections.Counter({dtype: 0 for dtype in FLOATS})
+    sizes = collections.Counter(dict.fromkeys(FLOATS, 0))
     for header in headers.values():
         if DTYPES.get(header.dtype) in FLOATS:
             sizes[DTYPES[header.dtype]] += math.prod(header.shape)
