@@ -361,7 +361,7 @@ def test_loading_checks_perm_and_takes_the_salient_dtype_over():
     other.load_state_dict(half.state_dict())
     assert_same_bits(other(x), half(x))
     state = half.state_dict() | {"perm": torch.zeros(150, dtype=torch.int32)}
-    with pytest.raises(ValueError, match="perm is no permutation of 150 channels"):
+    with pytest.raises(ValueError, match="perm is not a permutation of 150 channels"):
         other.load_state_dict(state)
 
 

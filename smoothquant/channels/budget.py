@@ -43,10 +43,10 @@ def share_out(demands: Sequence[Demand], config: MixedQuantConfig) -> list[int]:
     """The number of salient channels for every layer input.
 
     ``salient_allocation="uniform"`` gives every input the same share of its channels. "output" lets
-    the channels of the whole model compete: those win that contribute most to their layer's squared
-    outputs per weight that has to stay in 16 bits. The average share, weighted by the number of
-    weights, is the same in both. It is ``config.salient_prop`` or, with ``config.bits``, the largest
-    share whose packed tensors fit in that many bits per weight.
+    the channels of the whole model compete: the winners contribute most to their layer's squared
+    outputs per weight that has to stay in 16 bits. Both have the same average share, weighted by
+    the number of weights. It is ``config.salient_prop`` or, with ``config.bits``, the largest share
+    whose packed tensors fit in that many bits per weight.
 
     Raises:
         ValueError: the layers exceed ``config.bits`` even without salient channels.
