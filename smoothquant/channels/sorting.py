@@ -31,7 +31,7 @@ class ChannelPlan(NamedTuple):
 
 
 def num_salient_channels(num_channels: int, salient_prop: float) -> int:
-    """max(1, floor(p K)) for p > 0, as in the paper; 0 for p = 0."""
+    """max(1, floor(p K)) for p > 0, as in the published code; 0 for p = 0."""
     check_real("salient_prop", salient_prop, 0.0, 1.0)
     if salient_prop == 0 or num_channels == 0:
         return 0

@@ -326,7 +326,7 @@ def check_real(name: str, value: Any, low: float, high: float) -> float:
 def published_config(
     backend: str, act_quant: str, *, num_bits: int, salient_prop: float | None, **fields: Any
 ) -> MixedQuantConfig:
-    """The config for the arguments of the original SmoothQuant functions.
+    """The config for the arguments of the published functions (`smoothquant.fake_quant`).
 
     They differ from MixedQuantConfig in three ways: num_bits is called ``quant_bits``,
     ``salient_prop=None`` means 0, and ``act_quant="per_tensor"`` is always allowed. The int4

@@ -2,7 +2,7 @@
 
 Columns are rounded one by one; the columns after each one compensate for its rounding error. The
 salient columns come last and are never rounded to 4 bits, so they absorb the remaining error. The
-scales are chosen before the loop ("static groups"), so groups need not be consecutive columns.
+scales are chosen before the loop ("static groups"), so the loop need not follow the groups' order.
 """
 
 from __future__ import annotations

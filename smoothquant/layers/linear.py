@@ -34,7 +34,7 @@ class KernelChoices(NamedTuple):
 
 
 def kernel_choices(config: MixedQuantConfig) -> KernelChoices:
-    """The kernels' part of a config that leaves nothing to a search."""
+    """The activation kernels' options in a config without searched fields."""
     rotation, clip, act_format = config.rotation, config.act_clip, config.act_format
     assert isinstance(rotation, int) and isinstance(clip, float) and act_format is not None
     per_token = config.act_quant == "per_token"
@@ -229,8 +229,8 @@ class QuantizedLinear(nn.Module):
             curvature: round by GPTQ with this result of `smoothquant.layers.gptq.curvature`.
 
         Raises:
-            TypeError: weight is no matrix of a supported dtype.
-            ValueError: bias or plan do not fit, or weight holds NaN or Inf.
+            TypeError: weight is not a matrix of a supported dtype.
+            ValueError: bias or plan does not fit the weight, or weight holds NaN or Inf.
         """
         check_weight(weight, bias, plan)
         layer = cls(
