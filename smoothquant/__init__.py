@@ -4,9 +4,9 @@ stats = collect_stats(model, batches)                  # one pass over calibrati
 quantize(model, MixedQuantConfig(), stats)             # packed INT4 weights, in place
 save_quantized(model, folder); model = load_quantized(folder)
 
-`import smoothquant` is cheap: the names in `smoothquant.public` and the submodules are imported on
-first use. torch gets ``torch.ops.mixedquant`` and transformers gets the quantization method as soon
-as each of them is imported, no matter which of the imports comes first.
+`import smoothquant` is fast: public names and submodules are imported on first use. The ops
+``torch.ops.mixedquant`` and transformers' quantization method are registered as soon as torch or
+transformers is imported, whichever import comes first.
 """
 
 import importlib
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> object:
     if name.startswith("_") and name != "__all__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # not `from . import public`, which would ask this function for it
+    # `from . import public` would call this function again.
     public = importlib.import_module(f"{__name__}.public")
     if name == "__all__":
         return [*public.__all__, "__version__"]
@@ -37,11 +37,12 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__getattr__("__all__")})
+    public = importlib.import_module(f"{__name__}.public")
+    return sorted({*globals(), *public.__all__})
 
 
 class _Package(types.ModuleType):
-    """Keeps `smoothquant.quantize` the function after an import of the old module of that name."""
+    """Keeps `smoothquant.quantize` a function after an import of the old module of that name."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in old_paths.NAMES_OF_FUNCTIONS:

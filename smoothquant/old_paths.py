@@ -1,12 +1,13 @@
-"""Module paths that code in use imports from and that have moved; they keep working."""
+"""Keeps the import paths of moved modules working."""
 
 import importlib
 import importlib.abc
 import importlib.machinery
 import sys
 import types
+from collections.abc import Sequence
 
-# Old module -> where its public names are now
+# Old module -> modules that define its public names now
 MOVED = {
     "checkpoint": ("checkpoints.folder", "core.tensor_files"),
     "config": ("core.config",),
@@ -31,14 +32,20 @@ MOVED = {
     "speed": ("evaluation.speed",),
     "texts": ("core.texts",),
 }
-# These are public functions too; as attributes of the package they are nothing else.
+# Old modules with the name of a public function. As attributes of the package, these names always
+# mean the function.
 NAMES_OF_FUNCTIONS = ("convert", "quantize")
 
 PACKAGE = __name__.rpartition(".")[0]
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,
+        target: types.ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
         package, _, name = fullname.rpartition(".")
         if package != PACKAGE or name not in MOVED:
             return None
@@ -51,14 +58,14 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         def find(name: str) -> object:
             if not name.startswith("__"):
                 for home in homes:
-                    found = importlib.import_module(f"{PACKAGE}.{home}")
-                    if hasattr(found, name):
-                        return getattr(found, name)
+                    module_now = importlib.import_module(f"{PACKAGE}.{home}")
+                    if hasattr(module_now, name):
+                        return getattr(module_now, name)
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
         module.__getattr__ = find  # type: ignore[method-assign]
 
 
 def register() -> None:
-    """Make `import smoothquant.<old name>` work."""
+    """Make `import smoothquant.<old module>` work."""
     sys.meta_path.append(_Finder())

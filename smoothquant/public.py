@@ -1,4 +1,4 @@
-"""The public names of the package, all of them."""
+"""All public names of the package."""
 
 from .calibration.collect import collect_stats
 from .calibration.stats_files import load_stats

@@ -69,7 +69,7 @@ def test_equal_counts_in_blocks_are_paid_for(allocation):
 
 
 def test_bits_and_share_exclude_each_other():
-    with pytest.raises(ValueError, match="salient_prop must be left out .* bits=5"):
+    with pytest.raises(ValueError, match="salient_prop and bits exclude each other; .* bits=5"):
         MixedQuantConfig(bits=5, salient_prop=0.1)
     assert MixedQuantConfig().salient_prop == 0.05
     config = MixedQuantConfig(bits=5)

@@ -160,7 +160,9 @@ def test_quantized_outputs_stay_where_their_groups_are(quantized, token_ids):
     expected = logits(model, token_ids)
     assert fold_permutations(model) == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
     assert_same_bits(logits(model, token_ids), expected)
-    with pytest.raises(ValueError, match="quantized in groups of neighbours cannot be moved"):
+    with pytest.raises(
+        ValueError, match="cannot reorder outputs that are quantized in groups of neighbours"
+    ):
         model.model.layers[0].self_attn.v_proj.reorder_outputs(torch.arange(24))
 
 

@@ -42,9 +42,9 @@ def test_output_error_is_below_nearest_rounding(k4):
     assert k4 == 300 or moved  # salient columns absorb errors
 
 
-@pytest.mark.parametrize("own_scales", [False, True])
+@pytest.mark.parametrize("move_scales", [False, True])
 @pytest.mark.parametrize("k4, group_size", [(300, 64), (285, 64), (285, 4), (285, 1024), (0, 64)])
-def test_descent_lowers_the_error_at_every_sweep(k4, group_size, own_scales, monkeypatch):
+def test_descent_lowers_the_error_at_every_sweep(k4, group_size, move_scales, monkeypatch):
     x, weight = correlated_inputs(2000, 300), torch.randn(50, 300)
     hessian = x.T @ x
     factor = inverse_factor(hessian.clone(), damping=1e-6)
@@ -59,7 +59,7 @@ def test_descent_lowers_the_error_at_every_sweep(k4, group_size, own_scales, mon
         monkeypatch.setattr("smoothquant.layers.gptq.SWEEPS", sweeps)
         lower, new_scales = rounded.clone(), scales.clone()
         arguments = (weight, lower, curvature(factor, k4), new_scales, group_size, 4)
-        descend(*arguments, own_scales=own_scales)
+        descend(*arguments, move_scales=move_scales)
         errors.append(error(lower))
     if k4 == 0:
         assert torch.equal(lower, weight)
@@ -67,7 +67,7 @@ def test_descent_lowers_the_error_at_every_sweep(k4, group_size, own_scales, mon
     assert errors[1] < 0.98 * errors[0] and errors[3] < errors[2] < errors[1]
     # still what can be stored: codes times stored scales
     assert torch.equal(stored_scale(new_scales), new_scales)
-    assert torch.equal(new_scales, scales) == (not own_scales)
+    assert torch.equal(new_scales, scales) == (not move_scales)
     by_column = new_scales.repeat_interleave(group_size, dim=1)[:, :k4]
     assert torch.equal(round_to_grid(lower[:, :k4], by_column, 7), lower[:, :k4])
 

@@ -386,7 +386,7 @@ def test_what_a_cast_cannot_have_made_is_refused(pristine, tmp_path):
     [
         (
             edit(INDEX, "weight_map", f"{LAYER}.perm", value="../x.safetensors"),
-            "is in '../x.safetensors', no file of the folder",
+            "is in '../x.safetensors', which does not name a safetensors file in this folder",
         ),
         (
             edit(INDEX, "weight_map", f"{LAYER}.perm", value="absent.safetensors"),

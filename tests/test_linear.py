@@ -362,7 +362,7 @@ def test_loading_checks_perm_and_takes_the_salient_dtype_over():
     other.load_state_dict(half.state_dict())
     assert_same_bits(other(x), half(x))
     state = half.state_dict() | {"perm": torch.zeros(150, dtype=torch.int32)}
-    with pytest.raises(ValueError, match="perm is no permutation of 150 channels"):
+    with pytest.raises(ValueError, match="perm is not a permutation of 150 channels"):
         other.load_state_dict(state)
 
 
@@ -430,7 +430,7 @@ def test_from_float_published_arguments():
         W4A4Linear.from_float(module, importance=importance[:-1], salient_prop=0.1)
     with pytest.raises(ValueError, match="act_quant must be one of .*'per_row'"):
         W4A4Linear.from_float(module, act_quant="per_row")
-    with pytest.warns(UserWarning, match="depends on the live batch"):
+    with pytest.warns(UserWarning, match="depend on the whole batch"):
         W4A4Linear.from_float(module, act_quant="per_tensor")
 
 
@@ -495,7 +495,7 @@ def test_plan_errors():
         ({"tp_blocks": 0}, "tp_blocks must be >= 1; got 0"),
         ({"backend": "int8"}, "backend must be one of int4, fake; got 'int8'"),
         ({"act_clip": 0}, "act_clip must be in .*; got 0"),
-        ({"act_quant": "per_tensor"}, "whole live batch"),
+        ({"act_quant": "per_tensor"}, "scale from the whole batch"),
         ({"rotation": 96}, "rotation must be 0 or a power of two; got 96"),
         ({"rotation": 1024}, r"rotation must be in \[0, 512\]; got 1024"),
         ({"act_format": "log"}, "act_format must be one of symmetric.*'log'"),

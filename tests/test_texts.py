@@ -99,10 +99,10 @@ COMPRESSED = zstandard.ZstdCompressor().compress(json_lines(ROWS))
         ("a.jsonl", b"\n" + b"[" * 100_000, r"a\.jsonl.*line 2.*recursion"),
         ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl.*line 1.*surrogates"),
         ("a.jsonl.zst", b"no frame", r"a\.jsonl\.zst.*zstandard"),
-        ("a.jsonl.zst", b"", r"a\.jsonl\.zst.*end too early"),
-        ("a.jsonl.zst", COMPRESSED[:-1], r"a\.jsonl\.zst.*end too early"),
-        ("a.jsonl.zst", COMPRESSED[: len(COMPRESSED) // 2], r"a\.jsonl\.zst.*end too early"),
-        ("a.jsonl.zst", COMPRESSED * 2 + COMPRESSED[:20], r"a\.jsonl\.zst.*end too early"),
+        ("a.jsonl.zst", b"", r"a\.jsonl\.zst.*ends too early"),
+        ("a.jsonl.zst", COMPRESSED[:-1], r"a\.jsonl\.zst.*ends too early"),
+        ("a.jsonl.zst", COMPRESSED[: len(COMPRESSED) // 2], r"a\.jsonl\.zst.*ends too early"),
+        ("a.jsonl.zst", COMPRESSED * 2 + COMPRESSED[:20], r"a\.jsonl\.zst.*ends too early"),
         ("a.parquet", b"PAR1 but not really", r"source: .*a\.parquet"),
     ],
 )
@@ -132,7 +132,7 @@ def test_parquet_without_a_text_column(rows, tmp_path):
     with pytest.raises(ValueError, match='a.parquet.*no column "text"'):
         list(read_texts(tmp_path / "a.parquet"))
     write_parquet(tmp_path / "a.parquet", [None])
-    with pytest.raises(ValueError, match='a.parquet.*column "text" holds None'):
+    with pytest.raises(ValueError, match='a.parquet.*column "text": expected a string, got None'):
         list(read_texts(tmp_path / "a.parquet"))
 
 

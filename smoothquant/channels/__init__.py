@@ -1,1 +1,1 @@
-"""Input channels: statistics, the order and the salient set chosen from them, their budget."""
+"""Input channels: their statistics, their order, the salient set and its size."""

@@ -1,6 +1,6 @@
-"""How many salient channels each layer input gets, under one budget for the whole model.
+"""Distributing one model-wide budget of salient channels over the layer inputs.
 
-Data in, data out: nothing here knows a model.
+Pure functions of data; nothing here depends on a model.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from ..core.config import MixedQuantConfig, layer_group_size
 from ..kernels import ops
 from .sorting import num_salient_channels, salient_per_block
 
-SEARCH_STEPS = 30  # halvings of the share that a budget in bits is met by
+SEARCH_STEPS = 30  # bisection steps for the largest share that fits a budget in bits
 
 
 class Demand(NamedTuple):
-    """One layer input.
+    """One layer input that needs salient channels.
 
-    rows: output channels of each matrix that reads it.
+    rows: output channels of each matrix that reads the input.
     channels: K.
-    score: float64 [K], the part of the squared outputs that a channel makes; None: it takes the
+    score: float64 [K], each channel's contribution to the squared outputs; None gives the input the
         model's average share.
-    blocks: equal parts of the channels that get equally many salient ones.
+    blocks: number of equal blocks of channels; all get the same number of salient channels.
     """
 
     rows: tuple[int, ...]
@@ -35,37 +35,38 @@ class Demand(NamedTuple):
     blocks: int = 1
 
     def in_blocks(self, num_salient: int) -> int:
-        """What equal counts in all blocks make of num_salient."""
+        """num_salient, rounded so that all blocks get the same number."""
         return self.blocks * salient_per_block(num_salient, self.blocks)
 
 
 def share_out(demands: Sequence[Demand], config: MixedQuantConfig) -> list[int]:
-    """Salient channels of every layer input.
+    """The number of salient channels for every layer input.
 
-    With ``salient_allocation="uniform"`` each gets the same share of its channels; with "output"
-    the channels of the whole model compete: what a channel makes of its layer's squared outputs,
-    against the weights that would stay in 16 bits. The average share, weighted by weights, is that
-    of "uniform". With ``config.bits`` it is the largest whose packed tensors keep to that many bits
-    per weight.
+    ``salient_allocation="uniform"`` gives every input the same share of its channels. "output" lets
+    the channels of the whole model compete: the winners contribute most to their layer's squared
+    outputs per weight that has to stay in 16 bits. Both have the same average share, weighted by
+    the number of weights. It is ``config.salient_prop`` or, with ``config.bits``, the largest share
+    whose packed tensors fit in that many bits per weight.
 
     Raises:
-        ValueError: not even without salient channels are the layers within ``config.bits``.
+        ValueError: the layers exceed ``config.bits`` even without salient channels.
     """
     if config.bits is None:
+        assert config.salient_prop is not None  # the config sets one of the two
         return _with_share(demands, config, config.salient_prop)
     none = _with_share(demands, config, 0.0)
     least = bits_per_weight(demands, none, config)
     if least > config.bits:
         raise ValueError(
-            f"bits must be at least {least:.3f}, what these layers take without salient channels; "
-            f"got {config.bits:g}"
+            f"bits must be at least {least:.3f}, the size of these layers without salient "
+            f"channels; got {config.bits:g}"
         )
     low, high, best = 0.0, 1.0, none
     share = high
     for _ in range(SEARCH_STEPS):
-        shares = _with_share(demands, config, share)
-        if bits_per_weight(demands, shares, config) <= config.bits:
-            low, best = share, shares
+        counts = _with_share(demands, config, share)
+        if bits_per_weight(demands, counts, config) <= config.bits:
+            low, best = share, counts
         else:
             high = share
         share = (low + high) / 2
@@ -73,23 +74,27 @@ def share_out(demands: Sequence[Demand], config: MixedQuantConfig) -> list[int]:
 
 
 def bits_per_weight(
-    demands: Sequence[Demand], shares: Sequence[int], config: MixedQuantConfig
+    demands: Sequence[Demand], counts: Sequence[int], config: MixedQuantConfig
 ) -> float:
-    """Bits of the packed tensors of all layers, permutations included, over their weights."""
-    held = weights = 0
+    """Average size of the packed layers in bits per weight, including permutations.
+
+    Args:
+        counts: number of salient channels of each demand.
+    """
+    num_bytes = weights = 0
     salient_dtype = torch.int8 if config.salient_format == "int8" else torch.bfloat16
     dtypes = ops.packed_dtypes(salient_dtype)
-    for demand, num_salient in zip(demands, shares, strict=True):
+    for demand, num_salient in zip(demands, counts, strict=True):
         for n in demand.rows:
             group_size = layer_group_size(config, demand.channels - num_salient)
             shapes = ops.packed_shapes(n, demand.channels, num_salient, group_size)
-            held += 4 * demand.channels + sum(
+            num_bytes += 4 * demand.channels + sum(
                 math.prod(shape) * dtype.itemsize
                 for shape, dtype in zip(shapes, dtypes, strict=True)
                 if dtype is not None
             )
             weights += n * demand.channels
-    return 8 * held / max(1, weights)
+    return 8 * num_bytes / max(1, weights)
 
 
 def _with_share(demands: Sequence[Demand], config: MixedQuantConfig, share: float) -> list[int]:
@@ -97,18 +102,19 @@ def _with_share(demands: Sequence[Demand], config: MixedQuantConfig, share: floa
     competing = [i for i, demand in enumerate(demands) if demand.score is not None]
     if config.salient_allocation == "uniform" or share == 0 or not competing:
         return uniform
-    worth, cost, owner = [], [], []
+    gains, costs, owners = [], [], []
     for i in competing:
         rows, channels, score, _ = demands[i]
+        assert score is not None
         gain = (score / score.sum().clamp(min=1e-300)).sort(descending=True).values / sum(rows)
-        gain[:1] = math.inf  # every layer input has one
-        worth.append(gain)
-        cost.append(torch.full((channels,), sum(rows), dtype=torch.float64))
-        owner.append(torch.full((channels,), i))
-    order = torch.cat(worth).argsort(descending=True, stable=True)
-    spent = torch.cat(cost)[order].cumsum(0)
+        gain[:1] = math.inf  # every layer input gets at least one
+        gains.append(gain)
+        costs.append(torch.full((channels,), sum(rows), dtype=torch.float64))
+        owners.append(torch.full((channels,), i))
+    order = torch.cat(gains).argsort(descending=True, stable=True)
+    spent = torch.cat(costs)[order].cumsum(0)
     budget = sum(uniform[i] * sum(demands[i].rows) for i in competing)
-    chosen = torch.cat(owner)[order[spent <= budget]]
+    chosen = torch.cat(owners)[order[spent <= budget]]
     counts = torch.bincount(chosen, minlength=len(demands))
     return [
         demands[i].in_blocks(int(counts[i])) if i in competing else n for i, n in enumerate(uniform)

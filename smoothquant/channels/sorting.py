@@ -1,6 +1,6 @@
-"""From channel statistics to the salient set and the one permutation of a layer input.
+"""Choosing the salient channels of a layer input and the permutation that sorts the others.
 
-Data in, data out: nothing here knows a model.
+Pure functions of data; nothing here depends on a model.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ MASSIVE_RATIO = 1000.0
 class ChannelPlan(NamedTuple):
     """The order of a layer input's channels.
 
-    perm: int32 [K], the INT4 channels in sorted order, then the salient channels, ascending. Of a
-        plan in blocks: the INT4 channels of block 0, of block 1, ..., then the salient ones of
-        block 0, of block 1, ..., each part in such an order.
-    num_salient: how many channels at the end of perm stay in 16 bits.
+    perm: int32 [K], the INT4 channels in sorted order, then the salient channels in ascending
+        order. With several blocks: the sorted INT4 channels of block 0, block 1, ..., then the
+        salient channels of block 0, block 1, ...
+    num_salient: number of salient channels at the end of perm.
     """
 
     perm: Tensor
@@ -31,7 +31,7 @@ class ChannelPlan(NamedTuple):
 
 
 def num_salient_channels(num_channels: int, salient_prop: float) -> int:
-    """max(1, floor(p K)) channels for p > 0 (the published rule), none for p = 0."""
+    """max(1, floor(p K)) for p > 0, as in the published code; 0 for p = 0."""
     check_real("salient_prop", salient_prop, 0.0, 1.0)
     if salient_prop == 0 or num_channels == 0:
         return 0
@@ -39,8 +39,8 @@ def num_salient_channels(num_channels: int, salient_prop: float) -> int:
 
 
 def salient_per_block(num_salient: int, blocks: int) -> int:
-    """Salient channels in each of some blocks, for a total as near to num_salient as equal counts
-    come: num_salient / blocks, rounded (halves up), but not to none if num_salient > 0."""
+    """Salient channels per block: num_salient / blocks rounded half up, but at least 1 if
+    num_salient > 0."""
     return max(min(1, num_salient), (2 * num_salient + blocks) // (2 * blocks))
 
 
@@ -57,28 +57,30 @@ def choose_channels(
 ) -> ChannelPlan:
     """Choose the salient channels of a layer input and the order of the others.
 
-    Channels with massive activations (`is_massive`) are salient before all others. In blocks, the
-    salient channels are chosen and the others sorted inside each of `tp_blocks` equal parts of the
-    channels, as if it were a layer input of its own: K4 / tp_blocks INT4 and K_s / tp_blocks
-    salient channels of perm belong to each, so that tensor parallelism can slice the layer. A
-    group of g channels lies inside one block only where K4 / tp_blocks is a multiple of g.
+    Channels with massive activations (`is_massive`) become salient first.
+
+    With tp_blocks > 1 the channels are split into equal blocks, and each block is handled like a
+    separate layer input: it gets K4 / tp_blocks INT4 channels and K_s / tp_blocks salient channels
+    of perm, so tensor parallelism can slice the layer. A group of g channels stays within one block
+    only if K4 / tp_blocks is a multiple of g.
 
     Args:
-        stats: statistics that score the channels' salience.
-        salient_prop: share of channels that stay in 16 bits, in [0, 1].
-        salient_metric: "mean", "max", "rms", or "output" (sum x^2 times the column norm: what the
-            channel adds to the squared outputs); statistics that know only the mean use it.
-        sort: "none", "max", "mean3std" (mean + 3 STD of |x|), "argmax" (the row that holds the
+        stats: statistics that rank the channels for salience.
+        salient_prop: share of channels that become salient, in [0, 1].
+        salient_metric: "mean", "max", "rms", or "output" (sum x^2 times the column norm, the
+            channel's contribution to the squared outputs). Mean-only statistics always use the
+            mean.
+        sort: "none", "max", "mean3std" (mean + 3 STD of |x|), "argmax" (index of the row with the
             channel's maximum) or "rms"; largest key first, ties in channel order.
-        sort_stats: statistics that the sort key is computed from, `stats` by default.
-        column_norms: float64 [K], sum w^2 over the weights that read the channel, for "output".
-        num_salient: how many channels stay in 16 bits, in place of salient_prop.
-        tp_blocks: equal parts of the channels, >= 1; each has `salient_per_block` salient ones.
+        sort_stats: statistics for the sort key; `stats` by default.
+        column_norms: float64 [K], sum w^2 over all weights that read the channel; for "output".
+        num_salient: number of salient channels; overrides salient_prop.
+        tp_blocks: number of equal blocks, >= 1; each gets `salient_per_block` salient channels.
 
     Raises:
-        ValueError: an unknown metric or sort, a share outside [0, 1], a number of blocks that does
-            not divide K, no or unfit column norms for "output", or a sort key that mean-only
-            statistics cannot give.
+        ValueError: an unknown metric or sort; a share outside [0, 1]; tp_blocks does not divide K;
+            column_norms missing or malformed for "output"; a sort key that needs more than
+            mean-only statistics.
     """
     if salient_metric not in SALIENT_METRICS:
         raise ValueError(f"salient_metric must be one of {SALIENT_METRICS}; got {salient_metric!r}")
@@ -113,7 +115,7 @@ def choose_channels(
 
 
 def check_blocks(num_channels: int, tp_blocks: int, name: str = "the input") -> None:
-    """Raise ValueError unless num_channels can be cut into tp_blocks equal parts."""
+    """Raise ValueError unless tp_blocks divides num_channels."""
     check_integer("tp_blocks", tp_blocks, 1)
     if num_channels % tp_blocks:
         raise ValueError(
@@ -122,7 +124,7 @@ def check_blocks(num_channels: int, tp_blocks: int, name: str = "the input") -> 
 
 
 def _salience(stats: ChannelStats, metric: str, column_norms: Tensor | None) -> Tensor:
-    """The score [K] that makes a channel salient, float64."""
+    """The score that ranks channels for salience, float64 [K]."""
     if stats.mean_only or metric == "mean":
         return stats.mean
     if metric == "max":
@@ -138,12 +140,11 @@ def _salience(stats: ChannelStats, metric: str, column_norms: Tensor | None) -> 
 
 
 def is_massive(stats: ChannelStats, tp_blocks: int = 1) -> Tensor:
-    """Which channels hold a massive activation (Sun et al., 2024): bool [K].
+    """Which channels have massive activations (Sun et al., 2024): bool [K].
 
-    A magnitude is massive above MASSIVE_RATIO times the median magnitude; here that is the median
-    of the mean magnitudes of the channels, of those in the same block. The paper also wants it
-    above 100, which depends on the scale of a model and is left out. False for all channels where
-    the statistics know only the mean.
+    A magnitude is massive if it exceeds MASSIVE_RATIO times the median magnitude; here, the median
+    over the block of the channels' mean magnitudes. The paper also requires a magnitude above 100;
+    that depends on the model's scale and is omitted. All False for mean-only statistics.
     """
     if stats.mean_only or stats.num_channels == 0:
         return torch.zeros(stats.num_channels, dtype=torch.bool)
@@ -160,19 +161,21 @@ def choose_within_heads(
     num_salient: int | None = None,
     sort_stats: ChannelStats | None = None,
     column_norms: Tensor | None = None,
-    **choices,
+    salient_metric: str = "rms",
+    sort: str = "rms",
 ) -> ChannelPlan:
-    """`choose_channels` of an output of attention, in blocks of one head each.
+    """`choose_channels` for an attention output, with one block per head.
 
-    Heads in a row that share a head of v have one order and one salient set of their channels, so
-    that the order can be moved into the rows of v (`smoothquant.fold_permutations`). It is chosen
-    by their statistics taken together.
+    Consecutive heads that share a head of v get the same order and the same salient channels, so
+    that `smoothquant.fold_permutations` can move the order into the rows of v. Both are chosen from
+    the combined statistics of these heads.
 
     Args:
-        stats, sort_stats, column_norms: of the K channels of all heads, head after head.
-        num_heads: of the input; divides K.
+        stats, sort_stats, column_norms: as in `choose_channels`, over the K channels of all heads,
+            head after head.
+        num_heads: heads of the attention output; divides K.
         num_values: heads of v; divides num_heads.
-        salient_prop, num_salient, choices: as in `choose_channels`, without tp_blocks.
+        salient_prop, num_salient, salient_metric, sort: as in `choose_channels`.
     """
     k = stats.num_channels
     if num_salient is None:
@@ -180,46 +183,47 @@ def choose_within_heads(
     check_integer("num_salient", num_salient, 0, k)
     shared, size = num_heads // num_values, k // num_heads
     if column_norms is not None:
-        # times the sum of squares of all these heads it must be the sum of their products
-        products = _together(stats.sq_sum * column_norms, num_values, size).sum(1)
-        squares = _together(stats.sq_sum, num_values, size).sum(1)
+        # The combined score must be the sum of the heads' scores sq_sum * column_norms.
+        products = _by_value_head(stats.sq_sum * column_norms, num_values, size).sum(1)
+        squares = _by_value_head(stats.sq_sum, num_values, size).sum(1)
         column_norms = torch.where(squares > 0, products / squares, 0).view(-1)
-    of_values = choose_channels(
-        _heads_together(stats, num_values, size),
+    plan = choose_channels(
+        _combine_heads(stats, num_values, size),
         num_salient=num_values * salient_per_block(num_salient, num_heads),
-        sort_stats=sort_stats and _heads_together(sort_stats, num_values, size),
+        sort_stats=sort_stats and _combine_heads(sort_stats, num_values, size),
         column_norms=column_norms,
         tp_blocks=num_values,
-        **choices,
+        salient_metric=salient_metric,
+        sort=sort,
     )
     heads = torch.arange(num_heads, dtype=torch.int32)
-    moved = (heads - heads // shared)[:, None] * size  # from a head of v to the heads it serves
-    k4 = len(of_values.perm) - of_values.num_salient
-    parts = of_values.perm[:k4], of_values.perm[k4:]
-    spread = [p.view(num_values, -1).repeat_interleave(shared, 0) + moved for p in parts]
-    return ChannelPlan(torch.cat([p.flatten() for p in spread]), shared * of_values.num_salient)
+    offsets = (heads - heads // shared)[:, None] * size  # from a head of v to the heads sharing it
+    k4 = len(plan.perm) - plan.num_salient
+    parts = plan.perm[:k4], plan.perm[k4:]
+    spread = [p.view(num_values, -1).repeat_interleave(shared, 0) + offsets for p in parts]
+    return ChannelPlan(torch.cat([p.flatten() for p in spread]), shared * plan.num_salient)
 
 
-def _together(x: Tensor, num_values: int, size: int) -> Tensor:
-    """[K] as [heads of v, heads that share it, channels of a head]."""
+def _by_value_head(x: Tensor, num_values: int, size: int) -> Tensor:
+    """[K] -> [heads of v, heads that share one, channels per head]."""
     return x.reshape(num_values, -1, size)
 
 
-def _heads_together(stats: ChannelStats, num_values: int, size: int) -> ChannelStats:
-    """Statistics of the channels of v's heads: of the rows of all heads that share them."""
-    of_heads = {
-        name: _together(tensor, num_values, size)
+def _combine_heads(stats: ChannelStats, num_values: int, size: int) -> ChannelStats:
+    """Statistics of v's channels, combined over the heads that share each head of v."""
+    by_head = {
+        name: _by_value_head(tensor, num_values, size)
         for name, tensor in stats.to_dict().items()
         if name != "count"
     }
-    abs_max, largest = of_heads["abs_max"].max(1, keepdim=True)
+    abs_max, largest = by_head["abs_max"].max(1, keepdim=True)
     combined = {
         "abs_max": abs_max,
-        "minimum": of_heads["minimum"].amin(1),
-        "abs_sum": of_heads["abs_sum"].sum(1),
-        "sq_sum": of_heads["sq_sum"].sum(1),
-        "argmax": of_heads["argmax"].gather(1, largest),
+        "minimum": by_head["minimum"].amin(1),
+        "abs_sum": by_head["abs_sum"].sum(1),
+        "sq_sum": by_head["sq_sum"].sum(1),
+        "argmax": by_head["argmax"].gather(1, largest),
     }
     fields = {name: tensor.reshape(-1) for name, tensor in combined.items()}
-    count = stats.count * of_heads["abs_max"].shape[1]
+    count = stats.count * by_head["abs_max"].shape[1]
     return ChannelStats({"count": count, **fields}, stats.mean_only)

@@ -1,4 +1,4 @@
-"""Statistics of the channels of a layer input."""
+"""Per-channel statistics of a layer input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEVER_NEGATIVE = ("count", "abs_max", "abs_sum", "sq_sum")
 
 
 class ChannelStats:
-    """Per-channel statistics of the K channels of one layer input, streamed row by row.
+    """Running statistics of the K channels of one layer input.
 
     Attributes (CPU tensors):
         count: int64 [], rows seen.
@@ -28,9 +28,16 @@ class ChannelStats:
         minimum: float32 [K], min x (a channel that is never negative may use unsigned codes).
         abs_sum: float64 [K], sum|x|.
         sq_sum: float64 [K], sum x^2.
-        argmax: int64 [K], the row (counted over all updates) that holds the first max|x|.
-        mean_only: only ``abs_sum`` is known (statistics published as a mean per channel).
+        argmax: int64 [K], index of the first row with max|x|, counted over all updates.
+        mean_only: only ``abs_sum`` is known (statistics published as one mean per channel).
     """
+
+    count: Tensor
+    abs_max: Tensor
+    minimum: Tensor
+    abs_sum: Tensor
+    sq_sum: Tensor
+    argmax: Tensor
 
     def __init__(self, fields: dict[str, Tensor], mean_only: bool = False) -> None:
         k = fields["abs_max"].numel()
@@ -59,7 +66,7 @@ class ChannelStats:
 
     @classmethod
     def from_mean(cls, mean: Tensor) -> ChannelStats:
-        """Statistics of which only the mean absolute value per channel, [K], is known."""
+        """Statistics that know only the mean absolute value of each channel, [K]."""
         mean = torch.as_tensor(mean)
         if mean.ndim != 1 or not torch.isfinite(mean).all() or (mean < 0).any():
             raise ValueError(
@@ -73,8 +80,11 @@ class ChannelStats:
 
     @classmethod
     def from_max(cls, abs_max: Tensor) -> ChannelStats:
-        """Statistics of which only max|x| per channel, [K], is known: those of one row of these
-        values, of either sign, so that mean, max and rms all name the same channels."""
+        """Statistics that know only max|x| of each channel, [K].
+
+        They are those of a single row with these values, of unknown sign, so that mean, max and rms
+        all rank the channels alike.
+        """
         stats = cls.from_mean(abs_max)
         stats.mean_only = False
         stats.abs_max.copy_(abs_max)
@@ -83,7 +93,7 @@ class ChannelStats:
         return stats
 
     def update(self, x: Tensor) -> None:
-        """Add the rows of x: [..., K], float32, float16 or bfloat16."""
+        """Add the rows of x [..., K], float32, float16 or bfloat16."""
         if x.ndim < 1 or x.shape[-1] != self.num_channels:
             raise ValueError(
                 f"x must end in {self.num_channels} channels; got shape {tuple(x.shape)}"
@@ -111,7 +121,7 @@ class ChannelStats:
         return (self.sq_sum / self.count.clamp(min=1) - self.mean.square()).clamp(min=0).sqrt()
 
     def divided(self, factor: Tensor) -> ChannelStats:
-        """Statistics of the same rows divided by factor, [K], positive."""
+        """The statistics that the same rows have after division by factor, [K], positive."""
         factor = factor.double().cpu()
         scaled = {
             "abs_max": (self.abs_max / factor).float(),
@@ -122,7 +132,7 @@ class ChannelStats:
         return ChannelStats(self.to_dict() | scaled, self.mean_only)
 
     def is_finite(self) -> bool:
-        """Whether no NaN or Inf has been seen."""
+        """Whether no NaN or Inf was seen."""
         return bool(torch.isfinite(self.abs_sum).all())
 
     def to_dict(self) -> dict[str, Tensor]:

@@ -1,1 +1,1 @@
-"""What every room stands on: configuration, errors, files and texts. Knows no model."""
+"""The base of all other rooms: configuration, errors, files and texts. Knows nothing of models."""

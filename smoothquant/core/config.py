@@ -1,4 +1,4 @@
-"""The choices that turn a float model into a MixedQuant model, in one validated value."""
+"""MixedQuantConfig: every option of the quantization, in one validated value."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import numbers
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 MAX_ROTATION = 512
@@ -30,8 +30,9 @@ CHOICES = {
     "non_finite": ("propagate", "raise"),
 }
 
-# What a recipe puts where a field is None. "group": the largest rotation that fits a group.
-RECIPES = {
+# The values that each recipe gives to fields left at None. rotation="group" is the largest rotation
+# that fits a group.
+RECIPES: dict[str, dict[str, Any]] = {
     "rtn": {
         "rotation": 0,
         "act_format": "symmetric",
@@ -60,71 +61,76 @@ RECIPES = {
 class MixedQuantConfig:
     """How the Linear layers of a model are quantized.
 
-    Every field is checked on construction; a bad one raises ValueError (wrong value) or TypeError
-    (wrong type) that names the field and the value.
+    The constructor checks every field. A bad field raises ValueError (wrong value) or TypeError
+    (wrong type); the message names the field and the value.
 
     Args:
-        recipe: a set of values for the fields marked (recipe), which a value given overrides:
-            "rtn" rounds to nearest; "fast" adds rotation, zero-points, an activation clip and
-            error-minimizing weight scales; "best" finds clip and format per layer and rounds by
-            GPTQ, for which `quantize` needs calibration tokens.
-        num_bits: bits of the quantized weights and activations. 2-4 with ``backend="int4"`` (codes
-            are stored as 4-bit), 2-8 with ``backend="fake"`` (2-7 with zero-points).
-        group_size: consecutive channels, in sorted order, that share one scale; any integer >= 1.
-            The last group of a row may be short.
-        salient_prop: share of input channels that are salient, not rounded to num_bits, in [0, 1].
-        bits: bits per weight of all quantized layers together, scales and permutations included, in
-            place of salient_prop: as many channels are salient as keep to it.
-        salient_metric: score that makes a channel salient: mean ``E|x|``, ``max|x|``, ``rms``, or
-            "output": sum x^2 times the squared norm of the weight columns that read the channel.
-        salient_allocation: "uniform": the same share in every layer; "output": the
-            channels of all layers compete by what they make of their layer's squared outputs, the
-            average share staying what it is.
-        salient_format: how the salient channels' weights are stored: "16bit" (bfloat16, or float16
-            of a float16 model) or "int8" with a scale per output channel. Activations of salient
-            channels are not rounded in either.
-        sort: key by which the quantized channels are sorted, largest first; "none" keeps order.
-        sort_by: take the sort key from "activation" or "weight" statistics.
-        tp_blocks: salient channels are picked and the others sorted inside each of that many equal
-            parts of a layer's channels, so that as many devices can hold a part each (tensor
-            parallelism); must divide the channels of every layer. `choose_channels` has the order.
-        sort_within_heads: channels of an attention output move only inside their head, alike in
-            all heads that share a head of v, so that `fold_permutations` can move the order into
-            v's rows. Without effect where the table of families does not know the heads.
-        smooth_alpha: strength in [0, 1] by which the inputs that a norm makes are smoothed
-            (Xiao et al., 2022), folded into the norm and the weights; None: not; "search" finds
-            one, or none, per input on calibration tokens.
-        rotation: (recipe) size of the orthonormal Hadamard blocks that the quantized channels are
-            rotated in, inside each group: 0 (none), a power of two up to 512, or "group" for the
+        recipe: default values for the fields marked (recipe); explicit values override them. "rtn"
+            rounds to nearest. "fast" adds rotation, zero-points, an activation clip and
+            error-minimizing weight scales. "best" searches clip and format per layer and rounds by
+            GPTQ; it needs calibration tokens.
+        num_bits: bits of the quantized weights and activations: 2-4 with ``backend="int4"`` (codes
+            always take 4 bits of storage), 2-8 with ``backend="fake"`` (2-7 with zero-points).
+        group_size: number of consecutive channels, in sorted order, that share a scale; >= 1. The
+            last group of a row may be shorter.
+        salient_prop: share of input channels that are salient, that is, not rounded to num_bits;
+            in [0, 1]. Default 0.05.
+        bits: target size in bits per weight over all quantized layers, including scales and
+            permutations. Replaces salient_prop: as many channels are salient as the target allows.
+        salient_metric: score that ranks channels for salience: "mean" (``E|x|``), "max"
+            (``max|x|``), "rms", or "output" (sum x^2 times the squared norm of the weight columns
+            that read the channel).
+        salient_allocation: "uniform" gives every layer the same share of salient channels. "output"
+            keeps the average share, but lets the channels of all layers compete: those that
+            contribute most to their layer's squared outputs win.
+        salient_format: storage of the salient channels' weights: "16bit" (bfloat16, or float16 in a
+            float16 model) or "int8" with a scale per output channel. Salient activations are not
+            rounded in either format.
+        sort: key that the quantized channels are sorted by, largest first; "none" keeps their
+            order.
+        sort_by: compute the sort key from "activation" or "weight" statistics.
+        tp_blocks: for tensor parallelism: split each layer's input channels into this many equal
+            blocks and choose salient channels and sort within each block, so that every device can
+            hold one block. Must divide the input channels of every layer. See `choose_channels` for
+            the resulting order.
+        sort_within_heads: move channels of an attention output only within their head, and the same
+            way in all heads that share a head of v, so that `fold_permutations` can move the order
+            into the rows of v. No effect if the table of families does not describe the heads.
+        smooth_alpha: smoothing strength in [0, 1] (Xiao et al., 2022) for inputs produced by a
+            norm, folded into the norm and the weights. None turns smoothing off; "search" picks a
+            strength, or no smoothing, per input on calibration tokens.
+        rotation: (recipe) size of the orthonormal Hadamard blocks that rotate the quantized
+            channels within each group: 0 (none), a power of two up to 512, or "group" for the
             largest that fits a group.
-        weight_scale: (recipe) "max" covers the largest weight, "mse" is the smaller scale of least
-            squared error.
-        weight_rounding: (recipe) "nearest", or "gptq": GPTQ (Frantar et al., 2022), and coordinate
-            descent of codes and scales from there.
-        act_format: (recipe) codes of the activations: "symmetric" around 0, "unsigned" (for inputs
-            that are never negative; what is negative saturates at 0), or with a "zero_point" per
-            scale. "auto" chooses per layer, on calibration tokens: zero-points, or unsigned codes
-            without rotation where no negative value was seen and they come nearer to the float
-            output.
-        weight_quant: elements that share a weight scale: a group, an output channel, the tensor.
-        act_quant: elements that share an activation scale: a group, a token, or (only
-            ``backend="fake"``) the whole live tensor.
-        quantize_output: also quantize the outputs of q/k/v (the inputs of the attention products).
-        backend: "int4" packs real 4-bit weights and runs integer kernels; "fake" simulates the same
-            choices in the tensor's dtype.
+        weight_scale: (recipe) "max" covers the largest weight; "mse" picks the smaller scale with
+            the least squared error.
+        weight_rounding: (recipe) "nearest", or "gptq": GPTQ (Frantar et al., 2022) followed by
+            coordinate descent on codes and scales.
+        act_format: (recipe) codes of the activations: "symmetric" around 0; "unsigned", for inputs
+            that are never negative (negative values saturate at 0); or "zero_point", with a
+            zero-point per scale. "auto" chooses per layer on calibration tokens: zero-points, or
+            unsigned codes without rotation if no negative value was seen and they match the float
+            output better.
+        weight_quant: what shares a weight scale: a group, an output channel or the tensor.
+        act_quant: what shares an activation scale: a group, a token, or (only with
+            ``backend="fake"``) the whole batch.
+        quantize_output: also quantize the outputs of q, k and v, the inputs of the attention
+            products.
+        backend: "int4" packs 4-bit weights and runs integer kernels; "fake" simulates the same
+            quantization in the tensor's dtype.
         act_clip: (recipe) factor in [2^-10, 1] on the range of each activation group; "search"
-            finds one per layer on calibration tokens.
-        non_finite: what a NaN or Inf in a token does: "propagate" makes that token's outputs NaN,
+            picks one per layer on calibration tokens.
+        non_finite: handling of NaN or Inf in a token: "propagate" makes that token's outputs NaN,
             "raise" raises ValueError.
-        calibration: what `quantize` calibrates on when it is given a tokenizer and neither
-            statistics nor tokens: a file that `smoothquant.core.texts.read_texts` reads, or texts.
-            `to_dict` names texts by their sha256 only.
-        calibration_tokens: tokens drawn from there, in blocks of 1,024 or as many as the model has
-            positions for.
-        seed: of the draw.
+        calibration: calibration data for `quantize` if it gets a tokenizer but neither statistics
+            nor tokens: texts, or a file for `smoothquant.core.texts.read_texts`. `to_dict` replaces
+            texts by their sha256.
+        calibration_tokens: number of tokens drawn from the calibration data, in blocks of 1,024 or
+            the model's maximum length if that is shorter.
+        seed: random seed of that draw.
     """
 
-    # what transformers knows the method by
+    # The method's name in transformers.
     quant_method: ClassVar[str] = "mixedquant"
 
     recipe: str = "rtn"
@@ -155,7 +161,7 @@ class MixedQuantConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        if self.recipe not in list(RECIPES):
+        if self.recipe not in list(RECIPES):  # a list, because recipe may be unhashable
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {self.recipe!r}")
         for name, value in RECIPES[self.recipe].items():
             if getattr(self, name) is None:
@@ -176,8 +182,8 @@ class MixedQuantConfig:
         if self.bits is not None:
             if self.salient_prop is not None:
                 raise ValueError(
-                    "salient_prop must be left out where bits is given, which decides it; "
-                    f"got {self.salient_prop!r} and bits={self.bits!r}"
+                    "salient_prop and bits exclude each other; "
+                    f"got salient_prop={self.salient_prop!r} and bits={self.bits!r}"
                 )
             self._set("bits", check_real, 0.0, 32.0)
         else:
@@ -187,13 +193,14 @@ class MixedQuantConfig:
         if self.smooth_alpha not in (None, "search"):
             self._set("smooth_alpha", check_real, 0.0, 1.0)
         self._set("tp_blocks", check_integer, 1)
-        self._set("rotation", check_integer, 0, MAX_ROTATION)
-        if self.rotation & (self.rotation - 1):
-            raise ValueError(f"rotation must be 0 or a power of two; got {self.rotation}")
-        if self.act_format == "unsigned" and self.rotation > 1:
+        rotation = check_integer("rotation", self.rotation, 0, MAX_ROTATION)
+        object.__setattr__(self, "rotation", rotation)
+        if rotation & (rotation - 1):
+            raise ValueError(f"rotation must be 0 or a power of two; got {rotation}")
+        if self.act_format == "unsigned" and rotation > 1:
             raise ValueError(
-                "act_format='unsigned' needs rotation=0, which makes negative values of positive "
-                f"ones; got rotation={self.rotation}"
+                "act_format='unsigned' needs rotation=0, because rotating turns positive values "
+                f"negative; got rotation={rotation}"
             )
         if self.act_clip != "search":
             self._set("act_clip", check_real, 2.0**-10, 1.0)
@@ -205,38 +212,40 @@ class MixedQuantConfig:
         object.__setattr__(self, "calibration", _checked_calibration(self.calibration))
         if self.backend == "int4" and self.act_quant == "per_tensor":
             raise ValueError(
-                "act_quant='per_tensor' takes its scale from the whole live batch, so a token's "
-                "result would depend on other tokens; use act_quant='per_token' or backend='fake'"
+                "act_quant='per_tensor' takes one scale from the whole batch, so a token's result "
+                "would depend on other tokens; use act_quant='per_token' or backend='fake'"
             )
 
     @property
     def searches(self) -> str:
-        """The first choice that is left to a trial on calibration tokens, in words, or ""."""
-        open_choices = (("act_format", "auto"), ("act_clip", "search"))
-        return next((f"{f}={v!r}" for f, v in open_choices if getattr(self, f) == v), "")
+        """The first field to be searched per layer on calibration tokens, as "name='value'"; ""
+        if there is none."""
+        searched = (("act_format", "auto"), ("act_clip", "search"))
+        return next((f"{f}={v!r}" for f, v in searched if getattr(self, f) == v), "")
 
     @property
     def needs_tokens(self) -> str:
-        """What `quantize` needs calibration tokens for, beside statistics, in words, or ""."""
+        """The first field that needs calibration tokens, not only statistics, as "name='value'"; ""
+        if there is none."""
         if self.weight_rounding == "gptq":
             return "weight_rounding='gptq'"
         return self.searches or ("smooth_alpha='search'" if self.smooth_alpha == "search" else "")
 
     def settled(self) -> MixedQuantConfig:
-        """The config with what `searches` leaves to a trial decided without one: zero-points in
-        place of act_format="auto", no clip in place of act_clip="search"."""
+        """The config with searched fields set to fixed values: act_format="auto" becomes
+        "zero_point", act_clip="search" becomes 1."""
         return dataclasses.replace(
             self,
             act_format="zero_point" if self.act_format == "auto" else self.act_format,
             act_clip=1.0 if self.act_clip == "search" else self.act_clip,
         )
 
-    def _set(self, name: str, check, low, high=None) -> None:
-        """Check a number and keep it as a plain Python one, which JSON can hold."""
-        object.__setattr__(self, name, check(name, getattr(self, name), low, high))
+    def _set(self, name: str, check: Callable[..., float], *bounds: float) -> None:
+        """Check a number and store it as a plain int or float, which JSON can hold."""
+        object.__setattr__(self, name, check(name, getattr(self, name), *bounds))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values; calibration texts by their sha256."""
+        """All fields as plain JSON values; calibration texts are replaced by their sha256."""
         fields = dataclasses.asdict(self)
         if isinstance(self.calibration, tuple):
             digest = hashlib.sha256("\0".join(self.calibration).encode()).hexdigest()
@@ -253,13 +262,18 @@ class MixedQuantConfig:
 
 
 def layer_group_size(config: MixedQuantConfig, k4: int) -> int:
-    """Channels to a scale in a layer of k4 INT4 channels; all where nothing is per group."""
-    by_group = "per_group" in (config.weight_quant, config.act_quant)
-    return max(1, min(config.group_size, k4) if by_group else k4)
+    """Channels that share a scale in a layer with k4 INT4 channels; all k4 if neither weights nor
+    activations are quantized per group."""
+    has_groups = "per_group" in (config.weight_quant, config.act_quant)
+    return max(1, min(config.group_size, k4) if has_groups else k4)
 
 
 def parse_field(text: str) -> tuple[str, Any]:
-    """(name, value) of a word "name=value"; what is no JSON is a word. ValueError without a "="."""
+    """Split "name=value". The value is parsed as JSON, and kept as a string if it is not JSON.
+
+    Raises:
+        ValueError: text has no "=".
+    """
     name, separator, value = text.partition("=")
     if not separator:
         raise ValueError(f"{text!r} is not FIELD=VALUE")
@@ -270,7 +284,7 @@ def parse_field(text: str) -> tuple[str, Any]:
 
 
 def _checked_calibration(calibration: Any) -> str | tuple[str, ...] | None:
-    """A path as str, texts as a tuple."""
+    """The calibration field, normalized: a path as str, texts as a tuple of str."""
     if calibration is None or isinstance(calibration, (str, os.PathLike)):
         return calibration if calibration is None else os.fspath(calibration)
     if isinstance(calibration, Sequence) and all(isinstance(text, str) for text in calibration):
@@ -279,20 +293,32 @@ def _checked_calibration(calibration: Any) -> str | tuple[str, ...] | None:
 
 
 def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """`value` as an int; TypeError for no integer, ValueError unless low <= value <= high."""
+    """`value` as an int.
+
+    Raises:
+        TypeError: value is not an integer.
+        ValueError: value is not in [low, high].
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer; got {value!r}")
-    if value < low or (high is not None and value > high):
+    number = int(value)
+    if number < low or (high is not None and number > high):
         span = f">= {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"{name} must be {span}; got {value!r}")
-    return int(value)
+    return number
 
 
 def check_real(name: str, value: Any, low: float, high: float) -> float:
-    """`value` as a float; TypeError for no real number, ValueError unless low <= value <= high."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    """`value` as a float.
+
+    Raises:
+        TypeError: value is not a real number.
+        ValueError: value is not in [low, high].
+    """
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_real:
         raise TypeError(f"{name} must be a number; got {value!r}")
-    if not low <= value <= high:  # a NaN is in no interval
+    if not low <= value <= high:  # also catches NaN; before float(), which a huge int overflows
         raise ValueError(f"{name} must be in [{low:g}, {high:g}]; got {value!r}")
     return float(value)
 
@@ -300,11 +326,12 @@ def check_real(name: str, value: Any, low: float, high: float) -> float:
 def published_config(
     backend: str, act_quant: str, *, num_bits: int, salient_prop: float | None, **fields: Any
 ) -> MixedQuantConfig:
-    """The config for arguments of the published functions.
+    """The config for the arguments of the published functions (`smoothquant.fake_quant`).
 
-    They allow ``act_quant="per_tensor"`` everywhere; the int4 backend then quantizes per token,
-    which is never coarser: a scale of the whole live batch would make a token depend on the others.
-    They say ``salient_prop=None`` for 0, and call num_bits ``quant_bits``.
+    They differ from MixedQuantConfig in three ways: num_bits is called ``quant_bits``,
+    ``salient_prop=None`` means 0, and ``act_quant="per_tensor"`` is always allowed. The int4
+    backend then quantizes per token, which is at least as fine: with one scale for the whole batch,
+    a token's result would depend on the others.
     """
     check_integer("quant_bits", num_bits, 2, 8)
     if backend == "int4" and num_bits > 4:
@@ -314,8 +341,8 @@ def published_config(
         )
     if backend == "int4" and act_quant == "per_tensor":
         warnings.warn(
-            "act_quant='per_tensor' depends on the live batch; backend='int4' quantizes per token "
-            "instead (backend='fake' simulates per_tensor)",
+            "act_quant='per_tensor' makes a token's result depend on the whole batch; "
+            "backend='int4' quantizes per token instead (backend='fake' simulates per_tensor)",
             stacklevel=3,
         )
         act_quant = "per_token"

@@ -1,7 +1,7 @@
-"""The one exception of its own that the package raises."""
+"""The exception class that this package defines."""
 
 from __future__ import annotations
 
 
 class CheckpointError(Exception):
-    """A file is broken or not what it claims to be; the message names file and tensor."""
+    """A file is damaged or not what it claims to be; the message names the file and the tensor."""

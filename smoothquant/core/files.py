@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all.
+"""Atomic writes: a file or folder appears complete or not at all.
 
-Both are written beside their place under another name, `.<name>.<random>.tmp`, flushed to the disk
-and renamed. A process that is killed leaves at most that other name behind.
+It is written under a temporary name in the same folder, `.<name>.<random>.tmp`, flushed to the disk
+and renamed. A killed process leaves at most the temporary file or folder behind.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 
 @contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield an empty file to write, which takes the place of `path` when the block ends.
+    """Yield an empty file to write; it replaces `path` when the block ends.
 
-    Folders on the way are made. An exception leaves `path` as it was.
+    Creates missing parent folders. An exception leaves `path` unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
         partial.touch(exist_ok=False)
         mode = partial.stat().st_mode
         yield partial
-        partial.chmod(mode)  # some writers let only the owner read
+        partial.chmod(mode)  # some writers make the file readable by its owner only
         _flush(partial)
         os.replace(partial, path)
         _flush_folder(path.parent)
@@ -37,10 +37,12 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty folder to fill, which takes the place of `folder` when the block ends.
+    """Yield an empty folder to fill; it replaces `folder` when the block ends.
 
-    Without `overwrite`, OSError if `folder` is there by then and not empty. An exception leaves
-    `folder` as it was.
+    An exception leaves `folder` unchanged.
+
+    Raises:
+        OSError: `folder` exists and is not empty when the block ends, and `overwrite` is False.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +92,6 @@ def _flush(path: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    # so that the names in it survive a power cut; not every system lets a folder be opened
+    # Makes renames survive a power cut. Some systems cannot open folders.
     with suppress(OSError):
         _flush(folder)

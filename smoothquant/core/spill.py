@@ -1,5 +1,4 @@
-"""Large tensors that may lie on the disk: mapped from files, which the system writes out, and
-forgets where memory is short."""
+"""Large scratch tensors, optionally in memory-mapped files that the system can page out."""
 
 from __future__ import annotations
 
@@ -14,14 +13,14 @@ from torch import Tensor
 
 
 def scratch(shape: Sequence[int], dtype: torch.dtype, folder: Path | None) -> Tensor:
-    """A tensor on the CPU, its values unset: in memory, or in a file of its own that goes when the
-    tensor does.
+    """An uninitialized CPU tensor, in memory or in a temporary file.
 
     Args:
-        folder: for the file, made if it is not there; None for memory.
+        folder: where the file goes, created if missing; None for memory. The file is deleted with
+            the tensor.
 
     Raises:
-        OSError: the disk has no room for it, where the system can reserve room.
+        OSError: the disk is too full (detected only on systems that can reserve space).
     """
     size = math.prod(shape)
     if folder is None or not size:
@@ -29,7 +28,7 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, folder: Path | None) -> Te
     folder.mkdir(exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=folder)
     try:
-        # a page that finds the disk full when it is written to would end the process
+        # Writing to a mapped page when the disk is full would kill the process.
         if hasattr(os, "posix_fallocate"):
             _reserve(descriptor, size * dtype.itemsize, folder)
         return torch.from_file(name, shared=True, size=size, dtype=dtype).view(shape)
@@ -42,5 +41,5 @@ def _reserve(descriptor: int, size: int, folder: Path) -> None:
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
-        words = f"{os.strerror(error.errno)} for {size:,} bytes"
-        raise OSError(error.errno, words, str(folder)) from error
+        message = f"{error.strerror} for {size:,} bytes"
+        raise OSError(error.errno, message, str(folder)) from error

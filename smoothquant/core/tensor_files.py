@@ -1,4 +1,4 @@
-"""The files in a model's folder, read with distrust: JSON, safetensors and their index."""
+"""Checked reading of the files in a model's folder: JSON, safetensors and their index."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIG = "config.json"
 TENSORS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# As safetensors calls them.
+# safetensors' names of dtypes -> torch's
 STORED_DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
     "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
@@ -31,13 +31,17 @@ STORED_DTYPES = {
 
 
 def check_file(path: Path) -> None:
-    """Refuse what has no end or never begins to answer: a device, a pipe, a folder."""
+    """Raise CheckpointError unless path is a regular file: reading a device or pipe may hang."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
 
 
 class Header(NamedTuple):
-    """Of a tensor in a safetensors file."""
+    """Where a tensor is stored, its shape and dtype.
+
+    path: the safetensors file. dtype: torch's name of it ("bfloat16"), or safetensors' own name if
+    torch has none.
+    """
 
     path: Path
     shape: tuple[int, ...]
@@ -45,79 +49,93 @@ class Header(NamedTuple):
 
 
 def read_headers(paths: Iterable[str | os.PathLike]) -> dict[str, Header]:
-    """The tensors in files, none of them read; CheckpointError for a name in two of them."""
+    """The headers of all tensors in some safetensors files, by name; reads no tensor data.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or a tensor is in two of them.
+    """
     headers: dict[str, Header] = {}
     for path in map(Path, paths):
         check_file(path)
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    part = file.get_slice(name)
+                    tensor = file.get_slice(name)
                     if name in headers:
-                        raise CheckpointError(f"{path}: tensor {name} is in {headers[name].path}")
-                    dtype = STORED_DTYPES.get(part.get_dtype(), part.get_dtype())
-                    headers[name] = Header(path, tuple(part.get_shape()), dtype)
+                        raise CheckpointError(
+                            f"{path}: tensor {name} is also in {headers[name].path}"
+                        )
+                    dtype = STORED_DTYPES.get(tensor.get_dtype(), tensor.get_dtype())
+                    headers[name] = Header(path, tuple(tensor.get_shape()), dtype)
         except (safetensors.SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: {error}") from error
     return headers
 
 
 def tensors_file(paths: Iterable[str | os.PathLike]) -> Path:
-    """What to blame for a tensor that none of a folder's files holds: the one file, or the index of
-    several."""
+    """The file that errors about a missing tensor name: the only file, or the index of several."""
     first, *more = map(Path, paths)
     return first.with_name(INDEX) if more else first
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; CheckpointError if it holds anything else."""
     check_file(path)
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     if not isinstance(fields, dict):
-        raise CheckpointError(f"{path}: holds no object")
+        raise CheckpointError(f"{path}: not a JSON object")
     return fields
 
 
 def stored_tensors(folder: Path) -> dict[str, Header]:
-    """What the folder's one safetensors file holds, or all those that its index names."""
+    """The headers of a checkpoint's tensors: those in its one file, or in all files of its index.
+
+    Raises:
+        CheckpointError: a file is damaged, or files and index disagree.
+    """
     index = folder / INDEX
     if not os.path.lexists(index):
         return read_headers([folder / TENSORS])
-    placed = read_json(index).get("weight_map")
-    if not isinstance(placed, dict) or not placed:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map must name a file for each tensor")
-    for name, file in placed.items():
+    for name, file in weight_map.items():
         if (
             not isinstance(file, str)
             or Path(file).name != file
             or not file.endswith(".safetensors")
         ):
-            raise CheckpointError(f"{index}: tensor {name} is in {file!r}, no file of the folder")
-    headers = read_headers(folder / file for file in sorted(set(placed.values())))
-    for name in sorted(set(headers) | set(placed)):
-        if name not in headers or headers[name].path.name != placed.get(name):
-            raise CheckpointError(f"{index}: tensor {name} is not in {placed.get(name)!r}")
+            raise CheckpointError(
+                f"{index}: tensor {name} is in {file!r}, which does not name a safetensors file "
+                "in this folder"
+            )
+    headers = read_headers(folder / file for file in sorted(set(weight_map.values())))
+    for name in sorted(set(headers) | set(weight_map)):
+        if name not in headers or headers[name].path.name != weight_map.get(name):
+            raise CheckpointError(f"{index}: tensor {name} is not in {weight_map.get(name)!r}")
     return headers
 
 
 def raw_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
-    """The size in bytes of a safetensors file's JSON header, and the header itself. For files that
-    are known to be sound: `read_headers` is what reads those of others."""
+    """The size in bytes of a safetensors file's JSON header, and the header itself.
+
+    Checks nothing: read files of unknown origin with `read_headers`.
+    """
     size = int.from_bytes(file.read(8), "little")
     return size, json.loads(file.read(size))
 
 
 class Mapped:
-    """Tensors of safetensors files in the files' own pages: read-only, and no memory of the
-    process's own."""
+    """Memory-mapped tensors of safetensors files: read-only views of the files' pages."""
 
     def __init__(self) -> None:
         self._maps: list[mmap.mmap] = []
 
     def read(self, path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors of a file that `manifest.read_headers` has found sound."""
+        """The named tensors of a file that `read_headers` has accepted."""
         with open(path, "rb") as file:
             size, entries = raw_header(file)
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -138,14 +156,14 @@ class Mapped:
         return tensors
 
     def release(self) -> None:
-        """Let the system have all pages back; what is used again is read again."""
+        """Return all pages to the system; later accesses read them from the disk again."""
         for pages in self._maps:
             if hasattr(mmap, "MADV_DONTNEED"):
                 pages.madvise(mmap.MADV_DONTNEED)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file atomically."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as partial:
         save_file(tensors, partial, {"format": "pt"})

@@ -1,4 +1,4 @@
-"""Facts about tensors and dtypes."""
+"""Checks on tensors, and the names of dtypes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from torch import Tensor
 
 
 def largest_magnitude(tensor: Tensor) -> Tensor:
-    """max|t|, 0-d; NaN where there is one, 0 of nothing. Unlike isfinite, it takes no memory."""
+    """max|t|, 0-d; NaN if any value is NaN, 0 for an empty tensor.
+
+    Allocates no temporary of the tensor's size, as isfinite would.
+    """
     if tensor.numel() == 0:
         return tensor.new_zeros(())
     return torch.stack(torch.aminmax(tensor.detach())).abs().max()
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are."""
+    """Whether the tensor holds neither NaN nor Inf."""
     return bool(largest_magnitude(tensor).isfinite())
 
 
@@ -33,4 +36,5 @@ FLOATS = {torch.float32, torch.float16, torch.bfloat16}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """The name without "torch.", a key of `DTYPES`."""
     return str(dtype).removeprefix("torch.")

@@ -1,11 +1,11 @@
-"""Texts from local files, one by one: plain lines, JSON lines, plain or compressed, and parquet."""
+"""Reading texts from local files: plain lines, JSON lines (also compressed) and parquet."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -13,22 +13,25 @@ READ_BYTES = 1 << 20
 
 
 def read_texts(source: str | os.PathLike | Iterable[str]) -> Iterator[str]:
-    """Yield the texts of a local file or an iterable, one by one.
+    """Yield the texts of a local file, several files or an iterable.
 
     Args:
-        source: a path, told by its suffix: .txt and .raw hold a text per line (with its newline;
-            a blank line is an empty text, as in the WikiText datasets), .jsonl and .json an object
-            with a string "text" per line, .jsonl.zst the same compressed (needs the package
-            zstandard), .parquet a string column "text" (needs pyarrow). Or a list or tuple of
-            existing paths, read one after the other. Or any other iterable of str.
+        source: a path, a list or tuple of existing paths (read in that order), or any other
+            iterable of str. The suffix of a path decides the format:
+
+            - .txt and .raw: one text per line, newline included. A blank line is an empty text, as
+              in the WikiText datasets.
+            - .jsonl and .json: one object per line, with a string "text".
+            - .jsonl.zst: the same, compressed (needs the package zstandard).
+            - .parquet: a string column "text" (needs pyarrow).
 
     Raises:
-        ValueError: source does not exist, cannot be read, has another suffix or holds something
-            else; the message names the file, and the line where there are lines.
-        TypeError: an iterable yields something that is not a str.
-        RuntimeError: the package that reads this kind of file is not installed.
+        ValueError: the file does not exist, cannot be read, has an unknown suffix or the wrong
+            content. The message names the file, and the line if the format has lines.
+        TypeError: the iterable yields something that is not a str.
+        RuntimeError: the package that reads this format is not installed.
 
-    A path is checked when this function is called, its content while it is read.
+    Paths are checked when this function is called, contents while they are read.
     """
     if isinstance(source, (str, os.PathLike)):
         return _texts_of_file(Path(source))
@@ -42,7 +45,7 @@ def read_texts(source: str | os.PathLike | Iterable[str]) -> Iterator[str]:
 
 def line_rows(path: str | os.PathLike) -> Iterator[str]:
     """Yield one text per line of a UTF-8 file: the line with its newline, "" if it is blank."""
-    # Split at b"\n" alone: str.splitlines also breaks at characters that occur inside of rows.
+    # Split at b"\n" only: str.splitlines also splits at characters that occur within rows.
     with open(path, "rb") as lines:
         for line in _decoded(lines):
             yield line if line.strip() else ""
@@ -64,11 +67,11 @@ def _texts_of_file(path: Path) -> Iterator[str]:
             f"reading {str(path)!r} needs the Python package {package}; "
             f"install it with: pip install {package}"
         )
-    return _naming(path, reader(path))
+    return _naming_errors(path, reader(path))
 
 
-def _naming(path: Path, texts: Iterator[str]) -> Iterator[str]:
-    """The texts; whatever is wrong with the file becomes a ValueError that names it."""
+def _naming_errors(path: Path, texts: Iterator[str]) -> Iterator[str]:
+    """Yield the texts; an error while reading becomes a ValueError that names the file."""
     try:
         yield from texts
     except (OSError, ValueError) as error:
@@ -80,7 +83,7 @@ def _checked_texts(source: Iterable[str]) -> Iterator[str]:
         if not isinstance(text, str):
             raise TypeError(f"source must yield str; item {index} is {type(text).__name__}")
         try:
-            text.encode()  # a lone surrogate would stop the tokenizer, without saying where
+            text.encode()  # the tokenizer fails on a lone surrogate without saying where
         except UnicodeEncodeError as error:
             raise ValueError(f"source: item {index}: {error}") from error
         yield text
@@ -101,8 +104,8 @@ def _json_texts(lines: Iterable[bytes]) -> Iterator[str]:
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise ValueError('no object with a string "text"')
-            row["text"].encode()  # JSON may spell lone surrogates
+                raise ValueError('not an object with a string "text"')
+            row["text"].encode()  # JSON escapes can spell lone surrogates
         except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number}: {error}") from error
         yield row["text"]
@@ -133,7 +136,7 @@ def _decompressed_lines(path: Path) -> Iterator[bytes]:
             yield from (line + b"\n" for line in lines)
             data = frame.unused_data or file.read(READ_BYTES)
     if frame is None or not frame.eof:
-        raise ValueError("the zstandard data end too early")
+        raise ValueError("the zstandard data ends too early")
     if rest:
         yield rest
 
@@ -149,14 +152,16 @@ def _read_parquet(path: Path) -> Iterator[str]:
             for batch in file.iter_batches(columns=["text"]):
                 for row, text in enumerate(batch.column("text").to_pylist()):
                     if not isinstance(text, str):
-                        raise ValueError(f'column "text" holds {text!r}, not a string (row {row})')
+                        raise ValueError(
+                            f'column "text": expected a string, got {text!r} (row {row})'
+                        )
                     yield text
     except pyarrow.ArrowException as error:
         raise ValueError(str(error)) from error
 
 
-# Suffix -> (reader, package that it needs).
-_READERS = {
+# Suffix -> (reader, the package it needs)
+_READERS: dict[str, tuple[Callable[[Path], Iterator[str]], str | None]] = {
     ".txt": (line_rows, None),
     ".raw": (line_rows, None),
     ".jsonl": (_read_json_lines, None),

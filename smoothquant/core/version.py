@@ -1,3 +1,3 @@
-"""The version of the package, here alone: pyproject.toml and the code read it."""
+"""The package's version, read by pyproject.toml and by the code."""
 
 __version__ = "0.1.0"

@@ -1,1 +1,1 @@
-"""The compiled kernels: torch ops, control, the packed layout, and the specification in torch."""
+"""The compiled kernels: torch ops, control, packed layout, and a reference in plain torch."""

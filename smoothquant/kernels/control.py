@@ -1,4 +1,4 @@
-"""Control of the compiled kernels: instruction sets, CUDA's table of kernels, the build."""
+"""Control of the compiled kernels: instruction sets, the table of CUDA kernels, build info."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ except ImportError as error:
 
 
 def supported_isas() -> list[str]:
-    """Instruction sets this processor has kernels for, in rising order of preference.
+    """Instruction sets that this processor supports and kernels exist for, best one last.
 
-    Of "scalar" (the specification, everywhere), "avx2", "avxvnni" (vpdpbusd on 256 bits),
-    "avx512vnni" (on 512 bits), and on Arm "neon" (with sdot) and "neoni8mm" (with smmla).
+    The names are "scalar" (the specification, available everywhere), "avx2", "avxvnni" (vpdpbusd on
+    256 bits), "avx512vnni" (vpdpbusd on 512 bits) and, on Arm, "neon" (with sdot) and "neoni8mm"
+    (with smmla).
     """
     return _C.supported_isas()
 
 
 def isa() -> str:
-    """The instruction set in use; the best supported one unless forced."""
+    """The instruction set in use: the best supported one, unless another is forced."""
     return _C.active_isa()
 
 
@@ -38,27 +39,35 @@ def set_isa(name: str) -> None:
     The environment variable ``MIXEDQUANT_ISA`` does the same at import.
 
     Raises:
-        ValueError: unknown name. RuntimeError: this processor lacks it.
+        ValueError: the name is unknown.
+        RuntimeError: this processor does not support it.
     """
     _C.set_isa(name)
 
 
 def build_info() -> dict[str, str]:
-    """What the kernels were built with and for: "compiler", "torch", and "cuda_archs", the GPU
-    architectures as nvcc names them ("75,80,..."), "" for a build without CUDA."""
+    """How the kernels were built.
+
+    Returns:
+        "compiler" and "torch" (versions), and "cuda_archs": GPU architectures in nvcc's notation
+        ("75,80,..."), or "" for a build without CUDA.
+    """
     return _C.build_info()
 
 
 def has_cuda() -> bool:
-    """Whether the ops run on CUDA tensors here: this build has the kernels, torch an Nvidia GPU."""
+    """Whether the ops accept CUDA tensors: this build has the kernels and torch sees a GPU."""
     return _HAS_CUDA
 
 
 def _load_cuda() -> bool:
-    """Register the CUDA kernels, a library of their own beside `_C`; whether there is use for it.
+    """Load the library of CUDA kernels, a separate file next to `_C`, which registers them.
+
+    Returns:
+        False, without loading, if the build has no CUDA kernels or torch sees no Nvidia GPU.
 
     Raises:
-        RuntimeError: it cannot be loaded.
+        RuntimeError: the library cannot be loaded.
     """
     archs = build_info()["cuda_archs"]
     if not (archs and torch.version.cuda and torch.cuda.is_available()):
@@ -68,8 +77,8 @@ def _load_cuda() -> bool:
         torch.ops.load_library(built.with_name(built.name.replace("_C", "_cuda", 1)))
     except OSError as error:
         raise RuntimeError(
-            f"MixedQuant's CUDA kernels (for {archs}) could not be loaded; build them anew, "
-            f"or without them by MIXEDQUANT_CUDA=0 ({error.__cause__ or error})"
+            f"MixedQuant's CUDA kernels (for {archs}) could not be loaded; rebuild them, or build "
+            f"without CUDA by setting MIXEDQUANT_CUDA=0 ({error.__cause__ or error})"
         ) from error
     return True
 
@@ -78,33 +87,33 @@ _HAS_CUDA = _load_cuda()
 
 
 class CudaKernel(NamedTuple):
-    """A row of the table from which ``w4a4_linear`` takes its kernel on CUDA: the first that serves
-    the layer on the GPU and takes so many tokens. None: no limit."""
+    """A row of the table from which ``w4a4_linear`` chooses its CUDA kernel: the first one that
+    fits the GPU, the layer and the number of tokens. A limit of None is no limit."""
 
     name: str
     oldest: int
-    """Compute capability, of 7.5: 75. This one and newer ones."""
+    """Lowest compute capability, times ten: 75 for 7.5."""
     newest: int | None
-    """And this one and older ones."""
+    """Highest compute capability, times ten."""
     most_tokens: int | None
-    """Chosen for at most so many; forced, it takes any number."""
+    """Largest number of tokens it is chosen for. A forced kernel takes any number."""
     group_multiple: int
-    """`group_size` must be a multiple of it, unless all INT4 channels are one group."""
+    """`group_size` must be a multiple of this, unless all INT4 channels form one group."""
 
 
 def cuda_kernels() -> list[CudaKernel]:
-    """The kernels that multiply on CUDA, in order of preference.
+    """The CUDA kernels of ``w4a4_linear``, in order of preference.
 
     Raises:
         RuntimeError: no CUDA kernels are loaded (see :func:`has_cuda`).
     """
     names, numbers = _cuda_control("kernels")()
-    limits = [None if number < 0 else number for number in numbers]
+    limits: list[Any] = [None if number < 0 else number for number in numbers]
     return [CudaKernel(name, *limits[4 * i : 4 * i + 4]) for i, name in enumerate(names)]
 
 
 def forced_cuda_kernel() -> str | None:
-    """The kernel that is forced; None where the table chooses.
+    """The name of the forced kernel; None if the table chooses.
 
     Raises:
         RuntimeError: no CUDA kernels are loaded.
@@ -113,24 +122,25 @@ def forced_cuda_kernel() -> str | None:
 
 
 def set_cuda_kernel(name: str | None) -> None:
-    """Force a kernel of :func:`cuda_kernels` for all layers and threads; None: the table chooses.
+    """Force one of :func:`cuda_kernels` for all layers and threads; None lets the table choose.
 
-    A layer that it cannot multiply raises ValueError when called. The environment variable
+    A layer that the kernel does not support raises ValueError when called. The environment variable
     ``MIXEDQUANT_CUDA_KERNEL`` does the same at import.
 
     Raises:
-        ValueError: unknown name. RuntimeError: no CUDA kernels are loaded.
+        ValueError: the name is unknown.
+        RuntimeError: no CUDA kernels are loaded.
     """
     _cuda_control("set_kernel")(name)
 
 
 def _cuda_control(name: str) -> Callable[..., Any]:
-    """An op of the CUDA library that says, or sets, which kernels are used."""
+    """An op of the CUDA library that reads or sets the choice of kernels."""
     try:
         return getattr(torch.ops.mixedquant_cuda, name)
     except AttributeError:
         raise RuntimeError(
-            "no CUDA kernels are loaded: no Nvidia GPU is here, or this is a build without CUDA"
+            "no CUDA kernels are loaded: torch sees no Nvidia GPU, or the build is without CUDA"
         ) from None
 
 

@@ -1,22 +1,34 @@
 """The specification of every op in plain torch, written for reading, not for speed.
 
-Same names and arguments as :mod:`smoothquant.ops`. Results are equal bit for bit: the
-C scalar kernels equal this module, and every instruction set equals the C scalar kernels.
+Names and arguments are those of :mod:`smoothquant.kernels.ops`. The C scalar kernels match this
+module bit for bit, and every other instruction set matches the C scalar kernels bit for bit.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .layout import BLOCK_BYTES, PANEL, QUAD
 
+if TYPE_CHECKING:
+    from ..channels.statistics import ChannelStats
+
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
-def channel_stats_update(x, count, abs_max, minimum, abs_sum, sq_sum, argmax) -> None:
+def channel_stats_update(
+    x: Tensor,
+    count: Tensor,
+    abs_max: Tensor,
+    minimum: Tensor,
+    abs_sum: Tensor,
+    sq_sum: Tensor,
+    argmax: Tensor,
+) -> None:
     for row in x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1]):
         magnitude = row.abs()
         larger = magnitude > abs_max
@@ -28,7 +40,7 @@ def channel_stats_update(x, count, abs_max, minimum, abs_sum, sq_sum, argmax) ->
         count += 1
 
 
-def sort_keys(stats, key: str) -> Tensor:
+def sort_keys(stats: ChannelStats, key: str) -> Tensor:
     count = stats.count.double()
     if count == 0:
         return torch.zeros_like(stats.sq_sum)
@@ -51,7 +63,7 @@ def argsort(keys: Tensor, descending: bool = False) -> Tensor:
 
 
 def _grouped(x: Tensor, group_size: int) -> Tensor:
-    """[..., K] as [..., G, g], the last group filled with zeros."""
+    """[..., K] -> [..., G, g], with the last group padded with zeros."""
     k = x.shape[-1]
     group_size = max(1, min(group_size, k))
     groups = -(-k // group_size)
@@ -78,7 +90,9 @@ def _codes(x: Tensor, scale: Tensor, low: int | Tensor, high: int | Tensor) -> T
     return q.to(torch.int32)
 
 
-def group_quantize(x, group_size, num_bits=4, is_unsigned=False):
+def group_quantize(
+    x: Tensor, group_size: int, num_bits: int = 4, is_unsigned: bool = False
+) -> tuple[Tensor, Tensor]:
     high = 2 ** (num_bits - (not is_unsigned)) - 1
     groups = _grouped(x.float(), group_size)
     finite = torch.isfinite(groups).all(-1, keepdim=True)
@@ -90,14 +104,21 @@ def group_quantize(x, group_size, num_bits=4, is_unsigned=False):
     return _ungrouped(q, x.shape[-1]).to(dtype), scale.squeeze(-1)
 
 
-def group_dequantize(q, scales, group_size, dtype=torch.float32):
+def group_dequantize(
+    q: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     groups = _grouped(q.float(), group_size) * scales.unsqueeze(-1)
     return _ungrouped(groups, q.shape[-1]).to(dtype)
 
 
-def quantize_activation(groups, num_bits, act_format, clip, extent=(-1,)):
-    """Codes, the zero-point taken off, and scales of groups [..., g]; scales cover the dimensions
-    `extent` together."""
+def quantize_activation(
+    groups: Tensor, num_bits: int, act_format: str, clip: float, extent: tuple[int, ...] = (-1,)
+) -> tuple[Tensor, Tensor]:
+    """int32 codes minus zero-points, and fp32 scales, of groups [..., g].
+
+    Args:
+        extent: dimensions that share a scale.
+    """
     finite = torch.isfinite(groups)
     for dim in extent:
         finite = finite.all(dim, keepdim=True)
@@ -119,13 +140,19 @@ def quantize_activation(groups, num_bits, act_format, clip, extent=(-1,)):
     return _codes(groups, scale, low, high), scale
 
 
-def group_fake_quantize(x, group_size, num_bits=4, act_format="symmetric", clip=1.0):
+def group_fake_quantize(
+    x: Tensor,
+    group_size: int,
+    num_bits: int = 4,
+    act_format: str = "symmetric",
+    clip: float = 1.0,
+) -> Tensor:
     codes, scale = quantize_activation(_grouped(x.float(), group_size), num_bits, act_format, clip)
     return _ungrouped(codes * scale, x.shape[-1]).to(x.dtype)
 
 
 def _hadamard(x: Tensor) -> Tensor:
-    """[..., size], a power of two, times the orthonormal Hadamard matrix, in butterflies."""
+    """[..., size] times the orthonormal Hadamard matrix, by butterflies; size is a power of two."""
     size, stride = x.shape[-1], 1
     while stride < size:
         a, b = x.unflatten(-1, (-1, 2, stride)).unbind(-2)
@@ -134,18 +161,20 @@ def _hadamard(x: Tensor) -> Tensor:
     return x * (1.0 / torch.tensor(float(size)).sqrt())
 
 
-def group_hadamard(x, group_size, rotation):
+def group_hadamard(x: Tensor, group_size: int, rotation: int) -> Tensor:
     k, start, parts = x.shape[-1], 0, []
     while rotation > 1 and start < k:
-        left, size = min(group_size - start % group_size, k - start), rotation
-        while size > left:
+        remaining, size = min(group_size - start % group_size, k - start), rotation
+        while size > remaining:
             size //= 2
         parts.append(_hadamard(x[..., start : start + size].float()))
         start += size
     return torch.cat(parts, dim=-1).to(x.dtype) if parts else x.clone()
 
 
-def gptq_block(w, u, scales, col0, group_size, num_bits=4):
+def gptq_block(
+    w: Tensor, u: Tensor, scales: Tensor, col0: int, group_size: int, num_bits: int = 4
+) -> Tensor:
     q_max = 2 ** (num_bits - 1) - 1
     errors = torch.zeros_like(w)
     for i in range(w.shape[1]):
@@ -157,7 +186,15 @@ def gptq_block(w, u, scales, col0, group_size, num_bits=4):
     return errors
 
 
-def descend_block(w, gradient, h, scales, col0, group_size, num_bits=4):
+def descend_block(
+    w: Tensor,
+    gradient: Tensor,
+    h: Tensor,
+    scales: Tensor,
+    col0: int,
+    group_size: int,
+    num_bits: int = 4,
+) -> None:
     q_max = 2 ** (num_bits - 1) - 1
     for i in range(w.shape[1]):
         scale = scales[:, (col0 + i) // group_size]
@@ -167,20 +204,28 @@ def descend_block(w, gradient, h, scales, col0, group_size, num_bits=4):
         w[:, i] = rounded
 
 
-def pack_nibbles(q):
+def pack_nibbles(q: Tensor) -> Tensor:
     nibbles = torch.nn.functional.pad(q.to(torch.int32) & 15, (0, q.shape[-1] % 2))
     return (nibbles[..., ::2] | nibbles[..., 1::2] << 4).to(torch.uint8)
 
 
-def unpack_nibbles(packed, cols, is_unsigned=False):
+def unpack_nibbles(packed: Tensor, cols: int, is_unsigned: bool = False) -> Tensor:
     nibbles = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[..., :cols]
     if is_unsigned:
         return nibbles
     return ((nibbles.to(torch.int32) ^ 8) - 8).to(torch.int8)
 
 
-def weight_codes(w, perm, num_salient, group_size, rotation=0, num_bits=4, group_scales=None):
-    """int32 codes [N, K4] in packed order and the bfloat16 scales [N, G] they belong to."""
+def weight_codes(
+    w: Tensor,
+    perm: Tensor,
+    num_salient: int,
+    group_size: int,
+    rotation: int = 0,
+    num_bits: int = 4,
+    group_scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """int32 codes [N, K4] of the INT4 channels in packed order, and bfloat16 scales [N, G]."""
     q_max = 2 ** (num_bits - 1) - 1
     k4 = w.shape[1] - num_salient
     w4 = group_hadamard(w.float()[:, perm.long()][:, :k4], group_size, rotation)
@@ -192,30 +237,30 @@ def weight_codes(w, perm, num_salient, group_size, rotation=0, num_bits=4, group
     return _ungrouped(_codes(groups, scale.float().unsqueeze(-1), -q_max, q_max), k4), scale
 
 
-def salient_codes(w):
-    """int8 codes [N, K_s] and the bfloat16 scales [N, 1] they belong to."""
-    largest = torch.nn.functional.pad(w.abs(), (0, 1)).amax(1, keepdim=True)  # 0 of no channels
+def salient_codes(w: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes [N, K_s] and their bfloat16 scales [N, 1]."""
+    largest = torch.nn.functional.pad(w.abs(), (0, 1)).amax(1, keepdim=True)  # 0 if K_s = 0
     scale = largest / torch.tensor(127.0)
     scale = torch.where(scale < SMALLEST_NORMAL, 0.0, scale).bfloat16()
     return _codes(w, scale.float(), -127, 127).to(torch.int8), scale
 
 
-def salient_values(salient_weight, salient_scales):
-    """float32 [P, K_s, 16]"""
+def salient_values(salient_weight: Tensor, salient_scales: Tensor | None) -> Tensor:
+    """The dequantized salient weights, float32 [P, K_s, 16]."""
     values = salient_weight.float()
     return values if salient_scales is None else values * salient_scales.float().unsqueeze(1)
 
 
 def pack_weight(
-    w,
-    perm,
-    num_salient,
-    group_size,
-    rotation=0,
-    num_bits=4,
-    group_scales=None,
-    salient_dtype=torch.bfloat16,
-):
+    w: Tensor,
+    perm: Tensor,
+    num_salient: int,
+    group_size: int,
+    rotation: int = 0,
+    num_bits: int = 4,
+    group_scales: Tensor | None = None,
+    salient_dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     n, k = w.shape
     k4 = k - num_salient
     codes, scale = weight_codes(w, perm, num_salient, group_size, rotation, num_bits, group_scales)
@@ -227,7 +272,7 @@ def pack_weight(
         padded[:n] = matrix
         return padded.reshape(panels, PANEL, matrix.shape[1]).transpose(1, 2).contiguous()
 
-    quads = []  # each [P, 4, 16]: codes + 8 of four channels
+    quads = []  # [P, 4, 16] each: the codes of four channels, plus 8
     for start in range(0, k4, group_size):
         group = by_panel(codes[:, start : min(start + group_size, k4)])
         for quad in group.split(QUAD, dim=1):
@@ -248,8 +293,15 @@ def pack_weight(
 
 
 def unpack_weight(
-    qweight, scales, salient_weight, salient_scales, perm, out_features, group_size, rotation=0
-):
+    qweight: Tensor,
+    scales: Tensor,
+    salient_weight: Tensor,
+    salient_scales: Tensor | None,
+    perm: Tensor,
+    out_features: int,
+    group_size: int,
+    rotation: int = 0,
+) -> Tensor:
     k, num_salient = len(perm), salient_weight.shape[1]
     k4 = k - num_salient
     nibbles = torch.stack([qweight & 15, qweight >> 4], dim=2).to(torch.int32) - 8
@@ -271,14 +323,17 @@ def unpack_weight(
 
 
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a * b + c rounded once, for fp32. The product is exact in float64; where the sum is not, its
-    float64 rounding may hide on which side of a float32 tie it lies, so it is rounded to odd."""
+    """fp32 fused multiply-add: a * b + c, rounded once.
+
+    The product is exact in float64. An inexact float64 sum is rounded to odd, so that its rounding
+    to float32 still sees on which side of a tie the exact sum lies.
+    """
     product, addend = a.double() * b.double(), c.double()
     total = product + addend
     virtual = total - product
     error = (product - (total - virtual)) + (addend - virtual)
     bits = total.view(torch.int64)
-    # away from zero if the error has the sum's sign, toward zero otherwise
+    # Round away from zero if the error has the sign of the sum, otherwise toward zero.
     away = (error > 0) == (total > 0)
     odd = torch.where(bits % 2 != 0, bits, torch.where(away, bits + 1, bits - 1))
     inexact = (error != 0) & torch.isfinite(total) & (total != 0)
@@ -286,21 +341,21 @@ def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def w4a4_linear(
-    x,
-    qweight,
-    scales,
-    salient_weight,
-    salient_scales,
-    perm,
-    bias,
-    out_features,
-    group_size,
-    rotation=0,
-    num_bits=4,
-    act_format="symmetric",
-    per_token=False,
-    clip=1.0,
-):
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    salient_weight: Tensor,
+    salient_scales: Tensor | None,
+    perm: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    rotation: int = 0,
+    num_bits: int = 4,
+    act_format: str = "symmetric",
+    per_token: bool = False,
+    clip: float = 1.0,
+) -> Tensor:
     k4 = len(perm) - salient_weight.shape[1]
     rows = x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1])[:, perm.long()]
     y = torch.zeros(len(rows), out_features)

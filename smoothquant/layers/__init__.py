@@ -1,1 +1,1 @@
-"""Quantized layers, and the rounding of the weights in them."""
+"""Quantized layers and the rounding of their weights."""

@@ -1,4 +1,4 @@
-"""The quantized experts of a mixture of experts: a pair of quantized linears for each."""
+"""Quantized experts of a mixture of experts: two quantized linears per expert."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from ..models.routing import PARTS
 
 
 class W4A4Experts(nn.Module):
-    """Takes the place of a fused experts module, one pair of quantized linears per expert.
+    """Replaces a fused experts module by a pair of quantized linears per expert.
 
-    Children are named by expert index, each with ``gate_up_proj`` (H -> 2I) and ``down_proj``
-    (I -> H). A token's result depends on that token alone.
+    The children are named by expert index; each holds ``gate_up_proj`` (H -> 2I) and ``down_proj``
+    (I -> H). A token's result depends on that token only.
 
     Args:
-        linears: {(expert, part): linear}, all experts 0 ... E-1, part in PARTS.
-        act_fn: the activation module between the two, applied to the first half of gate_up.
+        linears: {(expert, part): linear} for all experts 0 ... E-1 and all PARTS.
+        act_fn: the activation between the two linears, applied to the first half of gate_up_proj's
+            output.
     """
 
     def __init__(self, linears: dict[tuple[int, str], nn.Module], act_fn: nn.Module) -> None:
@@ -35,7 +36,9 @@ class W4A4Experts(nn.Module):
             if token.numel() == 0:
                 continue
             pair = self.get_submodule(str(expert))
-            gate, up = pair["gate_up_proj"](hidden_states[token]).chunk(2, dim=-1)
-            y = pair["down_proj"](self.act_fn(gate) * up) * top_k_weights[token, slot, None]
+            gate_up = pair.get_submodule("gate_up_proj")(hidden_states[token])
+            gate, up = gate_up.chunk(2, dim=-1)
+            y = pair.get_submodule("down_proj")(self.act_fn(gate) * up)
+            y = y * top_k_weights[token, slot, None]
             out.index_add_(0, token, y.to(out.dtype))
         return out

@@ -1,10 +1,10 @@
-"""The two quantized linear layers: packed integers, and their simulation in floating point."""
+"""The two quantized linear layers: packed integers, and a simulation in floating point."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,26 @@ from .gptq import Curvature, descend, gptq
 from .rounding import round_to_grid, stored_scale, weight_group_scales
 from .shared_input import shared_input
 
-ROWS_VALUES = 1 << 18  # of a weight, that are brought into packed order at a time
+CHUNK_VALUES = 1 << 18  # weights that are brought into packed order at a time
 SALIENT_Q_MAX = 127  # largest code of an int8 salient weight
+
+
+class KernelChoices(NamedTuple):
+    """The fields of a config that the activation kernels take, in the order of their arguments."""
+
+    rotation: int
+    num_bits: int
+    act_format: str
+    per_token: bool
+    clip: float
+
+
+def kernel_choices(config: MixedQuantConfig) -> KernelChoices:
+    """The activation kernels' options in a config without searched fields."""
+    rotation, clip, act_format = config.rotation, config.act_clip, config.act_format
+    assert isinstance(rotation, int) and isinstance(clip, float) and act_format is not None
+    per_token = config.act_quant == "per_token"
+    return KernelChoices(rotation, config.num_bits, act_format, per_token, clip)
 
 
 def weight_in_packed_order(
@@ -30,36 +48,45 @@ def weight_in_packed_order(
     group_size: int,
     curvature: Curvature | None,
 ) -> tuple[Tensor, Tensor]:
-    """A weight [N, K] ready to be rounded, and its stored scales: fp32 [N, K] in perm's order with
-    the INT4 part rotated (and already on its grid after GPTQ), fp32 [N, G]."""
+    """Reorder and rotate a weight and choose its scales; with curvature, also round it by GPTQ.
+
+    Args:
+        weight: [N, K], any float dtype.
+        curvature: of the layer's inputs, or None.
+
+    Returns:
+        The weight, fp32 [N, K] in perm's order with the INT4 part rotated, and on its grid after
+        GPTQ; the stored scales, fp32 [N, G].
+    """
     n, k = weight.shape
     k4 = k - plan.num_salient
     permuted = torch.empty(n, k)
     perm = plan.perm.to(permuted.device)
-    # a few rows at a time: what is held beside the result stays small
-    step = max(1, n) if config.weight_quant == "per_tensor" else _rows_at_a_time(k)
-    scales = []
+    rotation = kernel_choices(config).rotation
+    # A few rows at a time, so that temporaries stay small.
+    step = max(1, n) if config.weight_quant == "per_tensor" else _rows_per_chunk(k)
+    scale_chunks = []
     for rows, source in zip(permuted.split(step), weight.detach().split(step), strict=True):
         torch.index_select(source.to(rows.device).float(), 1, perm, out=rows)
-        if config.rotation:
-            rows[:, :k4] = ops.group_hadamard(rows[:, :k4], group_size, config.rotation)
-        scales.append(weight_group_scales(rows[:, :k4], config, group_size))
-    scales = torch.cat(scales)
+        if rotation:
+            rows[:, :k4] = ops.group_hadamard(rows[:, :k4], group_size, rotation)
+        scale_chunks.append(weight_group_scales(rows[:, :k4], config, group_size))
+    scales = torch.cat(scale_chunks)
     if curvature is not None:
         grid = (group_size, config.num_bits)
         rounded = gptq(permuted, curvature.factor, scales, k4, *grid)
-        own_scales = config.weight_quant == "per_group"
-        descend(permuted, rounded, curvature, scales, *grid, own_scales=own_scales)
+        move_scales = config.weight_quant == "per_group"
+        descend(permuted, rounded, curvature, scales, *grid, move_scales=move_scales)
         return rounded, scales
     return permuted, scales
 
 
-def _rows_at_a_time(k: int) -> int:
-    return max(1, ROWS_VALUES // max(1, k))
+def _rows_per_chunk(k: int) -> int:
+    return max(1, CHUNK_VALUES // max(1, k))
 
 
 def check_weight(weight: Tensor, bias: Tensor | None, plan: ChannelPlan) -> None:
-    """Raise ValueError or TypeError unless these make a layer."""
+    """Raise TypeError or ValueError unless weight, bias and plan are valid and fit together."""
     if weight.ndim != 2 or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(
             "weight must be a float32, float16 or bfloat16 matrix; "
@@ -75,30 +102,38 @@ def check_weight(weight: Tensor, bias: Tensor | None, plan: ChannelPlan) -> None
         raise ValueError(f"weight of shape ({n}, {k}) holds NaN or Inf")
 
 
-def _identity(k: int, device: Any) -> Tensor:
-    """The permutation of k channels that moves none."""
+def _identity(k: int, device: torch.device | str | None) -> Tensor:
+    """The identity permutation of k channels, int32 [K]."""
     perm = torch.empty(k, dtype=torch.int32, device=device)
-    # torch computes an arange on the meta device in Python, which takes long
+    # torch runs arange on the meta device in Python, which is slow.
     return perm if perm.is_meta else torch.arange(k, dtype=torch.int32, device=perm.device)
 
 
 def reorder_panels(packed: Tensor, order: Tensor) -> Tensor:
-    """A packed tensor [P, ..., 16 c] of N output channels in a new order of them, int64 [N]."""
+    """Reorder the N output channels of a packed tensor [P, ..., 16 c]; order: int64 [N]."""
     panels, last = packed.shape[0], packed.shape[-1]
     rows = packed.unflatten(-1, (ops.PANEL, last // ops.PANEL)).movedim(-2, 1).flatten(0, 1)
-    with_padding = torch.arange(len(rows), device=order.device)
-    with_padding[: len(order)] = order
-    rows = rows[with_padding].unflatten(0, (panels, ops.PANEL))
+    padded_order = torch.arange(len(rows), device=order.device)  # padding rows stay in place
+    padded_order[: len(order)] = order
+    rows = rows[padded_order].unflatten(0, (panels, ops.PANEL))
     return rows.movedim(1, -2).flatten(-2).contiguous()
 
 
 def salient_dtype_for(dtype: torch.dtype) -> torch.dtype:
-    """What the salient columns of a weight of this dtype are stored in."""
+    """The 16-bit storage dtype for salient columns of a weight of this dtype."""
     return torch.float16 if dtype == torch.float16 else torch.bfloat16
 
 
 def stored_salient(w: Tensor, config: MixedQuantConfig, dtype: torch.dtype) -> Tensor:
-    """Salient columns of a weight of `dtype`, rounded as they are stored: fp32 [N, K_s] to fp32."""
+    """Salient columns, rounded to the precision in which they are stored.
+
+    Args:
+        w: fp32 [N, K_s].
+        dtype: of the layer's weight.
+
+    Returns:
+        fp32 [N, K_s].
+    """
     if config.salient_format == "16bit" or w.numel() == 0:
         return w.to(salient_dtype_for(dtype)).float()
     scale = stored_scale(w.abs().amax(1, keepdim=True) / SALIENT_Q_MAX)
@@ -106,52 +141,72 @@ def stored_salient(w: Tensor, config: MixedQuantConfig, dtype: torch.dtype) -> T
 
 
 class _StraightThrough(torch.autograd.Function):
-    """A function of x with the gradient of a product with a weight."""
+    """Computes function(x), but with the gradient of x @ weight^T."""
 
     @staticmethod
-    def forward(x: Tensor, function: Callable, weight: Callable[[], Tensor]) -> Tensor:
-        return function(x).clone()  # what comes out of F.linear may be a view, which autograd bars
+    def forward(
+        x: Tensor, function: Callable[[Tensor], Tensor], weight: Callable[[], Tensor]
+    ) -> Tensor:
+        return function(x).clone()  # F.linear may return a view, which autograd rejects here
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.weight = inputs[2]
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad @ ctx.weight().to(grad.dtype), None, None
 
 
 class QuantizedLinear(nn.Module):
-    """What the packed and the simulated layer share; not built by itself.
+    """Abstract base of the packed and the simulated layer.
 
     Attributes:
         in_features, out_features: K and N.
         config: the :class:`MixedQuantConfig` of the layer.
-        num_salient: K_s, input channels that are not quantized to num_bits.
-        group_size: channels to a scale; K - K_s where nothing is per group.
+        num_salient: K_s, the number of salient input channels.
+        group_size: channels that share a scale; K - K_s if nothing is quantized per group.
     """
+
+    perm: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
+        bias: bool = True,
+        *,
         config: MixedQuantConfig,
-        num_salient: int,
-        quantize_output: bool,
+        num_salient: int = 0,
+        quantize_output: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
     ) -> None:
+        """A layer of zeros, to load a state_dict into."""
         super().__init__()
         check_integer("in_features", in_features, 0)
         check_integer("out_features", out_features, 0)
         check_integer("num_salient", num_salient, 0, in_features)
         if config.searches:
-            raise ValueError(f"{config.searches} is chosen by smoothquant.quantize, per layer")
+            raise ValueError(
+                f"{config.searches} is searched per layer by smoothquant.quantize; a layer needs "
+                "a fixed value"
+            )
         self.in_features = in_features
         self.out_features = out_features
         self.config = config
         self.num_salient = num_salient
         self.quantize_output = quantize_output
-        k4 = in_features - num_salient
-        self.group_size = layer_group_size(config, k4)
+        self.group_size = layer_group_size(config, in_features - num_salient)
+        self._register_weight(dtype, device)
+        self.register_buffer("perm", _identity(in_features, device))
+        zero_bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.register_buffer("bias", zero_bias)
+
+    def _register_weight(self, dtype: torch.dtype, device: torch.device | str | None) -> None:
+        """Register the buffers of the weight, filled with zeros."""
+        raise NotImplementedError
 
     @classmethod
     def from_weight(
@@ -164,10 +219,18 @@ class QuantizedLinear(nn.Module):
         quantize_output: bool = False,
         curvature: Curvature | None = None,
     ) -> QuantizedLinear:
-        """Quantize a weight [N, K] (float32, float16 or bfloat16) by a channel plan, on the CPU,
-        and put the layer on the weight's device.
+        """Quantize a weight on the CPU and put the layer on the weight's device.
 
-        curvature: of the inputs (`smoothquant.layers.gptq.curvature`), to round by GPTQ.
+        Args:
+            weight: [N, K], float32, float16 or bfloat16.
+            bias: [N], or None.
+            plan: salient channels and order of the input channels.
+            quantize_output: also quantize the outputs.
+            curvature: round by GPTQ with this result of `smoothquant.layers.gptq.curvature`.
+
+        Raises:
+            TypeError: weight is not a matrix of a supported dtype.
+            ValueError: bias or plan does not fit the weight, or weight holds NaN or Inf.
         """
         check_weight(weight, bias, plan)
         layer = cls(
@@ -186,17 +249,22 @@ class QuantizedLinear(nn.Module):
         return layer.to(weight.device)
 
     def _store(self, permuted: Tensor, scales: Tensor) -> None:
-        """Keep a weight given in packed order, fp32 [N, K], with its scales, fp32 [N, G]."""
+        """Store a weight in packed order, fp32 [N, K], with its scales, fp32 [N, G]."""
         raise NotImplementedError
 
     def reorder_outputs(self, order: Tensor) -> None:
-        """Make output channel i what output channel order[i] was; order: a permutation, int64 [N].
+        """Reorder the output channels: the new channel i is the old channel order[i].
 
-        Data moves and nothing is rounded. ValueError where outputs are quantized in groups of
-        neighbours.
+        Moves data without rounding.
+
+        Args:
+            order: int64 [N], a permutation.
+
+        Raises:
+            ValueError: the layer quantizes its outputs, whose groups depend on the order.
         """
         if self.quantize_output:
-            raise ValueError("outputs that are quantized in groups of neighbours cannot be moved")
+            raise ValueError("cannot reorder outputs that are quantized in groups of neighbours")
         order = order.to(self.perm.device)
         for name, tensor in list(self.named_buffers(recurse=False)):
             if name in ("bias", "simulated_weight"):
@@ -206,17 +274,21 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the layer computes with, [N, K] in natural channel order (made anew)."""
+        """The weight that the layer computes with, [N, K] in natural channel order.
+
+        Dequantized on every access.
+        """
         return self.dequantize()
 
     def dequantize(self) -> Tensor:
+        """The weight that the layer computes with, [N, K] in natural channel order."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype.
 
-        Where a gradient is wanted, it goes straight through the rounding of the activations: the
-        gradient by x is that of y times `weight`. Weight and bias get none.
+        Gradients use the straight-through estimator: the gradient with respect to x is the gradient
+        of y times `weight`. Weight and bias get no gradient.
         """
         self._check_input(x)
         if torch.is_grad_enabled() and x.requires_grad:
@@ -248,8 +320,10 @@ class QuantizedLinear(nn.Module):
 def fake_quantize_activation(
     x: Tensor, config: MixedQuantConfig, act_format: str = "symmetric", clip: float = 1.0
 ) -> Tensor:
-    """x [..., K] quantized and dequantized by the config's bits and granularity: the kernels' fp32
-    arithmetic, rounded once to x's dtype."""
+    """Quantize and dequantize x [..., K] with the config's bits and granularity.
+
+    Uses the kernels' fp32 arithmetic and rounds once to x's dtype.
+    """
     if x.numel() == 0:
         return x
     rows = x.reshape(1, -1) if config.act_quant == "per_tensor" else x.reshape(-1, x.shape[-1])
@@ -262,31 +336,38 @@ def fake_quantize_activation(
 def quantized_input(
     x: Tensor, perm: Tensor, num_salient: int, group_size: int, config: MixedQuantConfig
 ) -> Tensor:
-    """x [..., K] as a quantized layer computes with it, in x's dtype: in perm's order, the INT4
-    part rotated, quantized and dequantized."""
+    """The input that a quantized layer computes with, for x [..., K], in x's dtype: in perm's order
+    and with the INT4 part rotated, quantized and dequantized."""
     k4 = x.shape[-1] - num_salient
+    choices = kernel_choices(config)
     permuted = x.index_select(-1, perm)
-    # in fp32, as in the kernel: rotated values may exceed fp16, and bf16 would round twice
+    # In fp32, as in the kernel: rotated values may exceed fp16, and bf16 would round twice.
     int4 = permuted[..., :k4].float()
-    if config.rotation:
-        int4 = ops.group_hadamard(int4, group_size, config.rotation)
-    int4 = fake_quantize_activation(int4, config, config.act_format, config.act_clip)
+    if choices.rotation:
+        int4 = ops.group_hadamard(int4, group_size, choices.rotation)
+    int4 = fake_quantize_activation(int4, config, choices.act_format, choices.clip)
     permuted[..., :k4] = int4
     return permuted
 
 
 class W4A4Linear(QuantizedLinear):
-    """A linear layer whose INT4 weights are packed and whose INT4 activations are quantized per
-    token inside the kernel; the salient channels of both stay in 16 bits, or their weights in INT8.
-    Weights do not train; adapters on top of them do (`smoothquant.lora`).
+    """A linear layer with packed INT4 weights and INT4 activations.
+
+    The kernel quantizes activations per token. Salient channels stay in 16 bits; their weights may
+    be INT8. The weights cannot be trained, but adapters on top can (`smoothquant.lora`).
 
     Buffers, with P = ceil(N / 16), B blocks, G groups and K_s salient channels (docs/format.md):
         qweight uint8 [P, B, 64], scales bfloat16 [P, G, 16],
         salient_weight bfloat16 (float16 for float16 weights) or int8 [P, K_s, 16],
         salient_scales bfloat16 [P, 16], or None where salient_weight is not int8,
         perm int32 [K] (INT4 channels first), bias [N] or None.
-    ``.to(dtype)`` casts the bias alone; the others keep their dtypes.
+    ``.to(dtype)`` casts only the bias; the other buffers keep their dtypes.
     """
+
+    qweight: Tensor
+    scales: Tensor
+    salient_weight: Tensor
+    salient_scales: Tensor | None
 
     def __init__(
         self,
@@ -304,15 +385,17 @@ class W4A4Linear(QuantizedLinear):
         num_salient: int | None = None,
         config: MixedQuantConfig | None = None,
         dtype: torch.dtype = torch.float32,
-        device: Any = None,
+        device: torch.device | str | None = None,
     ) -> None:
         """A layer of zeros, to load a state_dict into.
 
         Args:
-            importance, salient_prop: with both, max(1, floor(salient_prop K)) channels are salient.
-            num_salient: that number given directly.
-            config: all choices in one value, in place of the published arguments.
-            dtype: of the bias; float16 also makes the salient weights float16.
+            importance, salient_prop: if importance is given, max(1, floor(salient_prop K)) channels
+                are salient; none otherwise.
+            num_salient: number of salient channels; overrides importance and salient_prop.
+            config: replaces act_quant, quant_bits, group_size and weight_quant.
+            dtype: of the bias. With float16, 16-bit salient weights are float16, otherwise
+                bfloat16.
         """
         config = config or published_config(
             "int4",
@@ -326,16 +409,30 @@ class W4A4Linear(QuantizedLinear):
             num_salient = 0
             if importance is not None:
                 num_salient = num_salient_channels(in_features, salient_prop)
-        super().__init__(in_features, out_features, config, num_salient, quantize_output)
-        shapes = ops.packed_shapes(out_features, in_features, num_salient, self.group_size)
-        salient_dtype = torch.int8 if config.salient_format == "int8" else salient_dtype_for(dtype)
-        dtypes = ops.packed_dtypes(salient_dtype)
+        super().__init__(
+            in_features,
+            out_features,
+            bias,
+            config=config,
+            num_salient=num_salient,
+            quantize_output=quantize_output,
+            dtype=dtype,
+            device=device,
+        )
+
+    def _register_weight(self, dtype: torch.dtype, device: torch.device | str | None) -> None:
+        is_int8 = self.config.salient_format == "int8"
+        dtypes = ops.packed_dtypes(torch.int8 if is_int8 else salient_dtype_for(dtype))
+        shapes = ops.packed_shapes(
+            self.out_features, self.in_features, self.num_salient, self.group_size
+        )
         for name, shape, kind in zip(ops.PACKED, shapes, dtypes, strict=True):
             zeros = None if kind is None else torch.zeros(shape, dtype=kind, device=device)
             self.register_buffer(name, zeros)
-        self.register_buffer("perm", _identity(in_features, device))
-        zero_bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
-        self.register_buffer("bias", zero_bias)
+
+    def _packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The buffers that `ops.PACKED` names."""
+        return self.qweight, self.scales, self.salient_weight, self.salient_scales
 
     def _store(self, permuted: Tensor, scales: Tensor) -> None:
         packed = ops.pack_weight(
@@ -343,7 +440,7 @@ class W4A4Linear(QuantizedLinear):
             torch.arange(self.in_features, dtype=torch.int32),
             self.num_salient,
             self.group_size,
-            0,  # the rotation has been done
+            0,  # already rotated
             self.config.num_bits,
             scales,
             self.salient_weight.dtype,
@@ -367,16 +464,18 @@ class W4A4Linear(QuantizedLinear):
         backend: str = "int4",
         plan: ChannelPlan | None = None,
     ) -> QuantizedLinear:
-        """Quantize an nn.Linear, which stays as it is.
+        """A quantized copy of an nn.Linear.
 
         Args:
-            importance: [K], mean magnitude per input channel, or None: the weight's columns decide.
-            sort: key of the channel order, taken from the weight.
-            backend: "int4" gives a W4A4Linear, "fake" a FakeW4A4Linear.
-            plan: salient channels and order, in place of importance, salient_prop and sort.
+            importance: [K], mean magnitude of each input channel, which ranks channels for
+                salience; None ranks them by the weight's columns.
+            sort: sort key of the channels, computed from the weight.
+            backend: "int4" returns a W4A4Linear, "fake" a FakeW4A4Linear.
+            plan: salient channels and order; overrides importance, salient_prop and sort.
 
         Raises:
-            TypeError: module is no nn.Linear. ValueError: any other bad argument.
+            TypeError: module is not an nn.Linear.
+            ValueError: another argument is invalid.
         """
         if not isinstance(module, nn.Linear):
             raise TypeError(f"module must be an nn.Linear; got {type(module).__name__}")
@@ -391,9 +490,9 @@ class W4A4Linear(QuantizedLinear):
             sort_by="weight",
         )
         if plan is None:
-            of_weight = ChannelStats.empty(module.in_features)
-            of_weight.update(module.weight)
-            stats = of_weight
+            weight_stats = ChannelStats.empty(module.in_features)
+            weight_stats.update(module.weight)
+            stats = weight_stats
             if importance is not None:
                 stats = ChannelStats.from_mean(importance)
                 if stats.num_channels != module.in_features:
@@ -401,27 +500,24 @@ class W4A4Linear(QuantizedLinear):
                         f"importance must have {module.in_features} entries; "
                         f"got {stats.num_channels}"
                     )
+            assert config.salient_prop is not None
             plan = choose_channels(
-                stats, salient_prop=config.salient_prop, sort=sort, sort_stats=of_weight
+                stats, salient_prop=config.salient_prop, sort=sort, sort_stats=weight_stats
             )
         return linear_class(config).from_weight(
             module.weight, module.bias, config, plan, quantize_output=quantize_output
         )
 
     def _forward(self, x: Tensor) -> Tensor:
-        config, buffers = self.config, self._buffers  # found sooner than as attributes of a module
+        buffers: dict[str, Any] = self._buffers  # faster than attributes of a module
         perm = buffers["perm"]
-        choices = (
-            self.group_size,
-            config.rotation,
-            config.num_bits,
-            config.act_format,
-            config.act_quant == "per_token",
-            config.act_clip,
-        )
+        choices = (self.group_size, *kernel_choices(self.config))
         y = ops.w4a4_linear(
             x,
-            *(buffers[name] for name in ops.PACKED),
+            buffers["qweight"],
+            buffers["scales"],
+            buffers["salient_weight"],
+            buffers["salient_scales"],
             perm,
             buffers["bias"],
             self.out_features,
@@ -431,20 +527,14 @@ class W4A4Linear(QuantizedLinear):
         return self._quantize_output(y)
 
     def dequantize(self) -> Tensor:
-        """The weight the integers stand for: float32 [N, K], channels in natural order."""
+        """The dequantized weight: float32 [N, K], channels in natural order."""
+        rotation = kernel_choices(self.config).rotation
         return ops.unpack_weight(
-            self.qweight,
-            self.scales,
-            self.salient_weight,
-            self.salient_scales,
-            self.perm,
-            self.out_features,
-            self.group_size,
-            self.config.rotation,
+            *self._packed(), self.perm, self.out_features, self.group_size, rotation
         )
 
     def simulated(self, dtype: torch.dtype = torch.float32) -> FakeW4A4Linear:
-        """The simulation of this very layer, with the same codes, in a dtype."""
+        """A FakeW4A4Linear that simulates this layer with the same codes, in `dtype`."""
         layer = FakeW4A4Linear(
             self.in_features,
             self.out_features,
@@ -454,80 +544,72 @@ class W4A4Linear(QuantizedLinear):
             device="meta",
         )
         order = torch.arange(self.in_features, dtype=torch.int32, device=self.perm.device)
-        packed = [getattr(self, name) for name in ops.PACKED]
-        # not rotated back: the simulation rotates its input too
-        weight = ops.unpack_weight(*packed, order, self.out_features, self.group_size, 0)
+        # Not rotated back: the simulation also rotates its input.
+        weight = ops.unpack_weight(*self._packed(), order, self.out_features, self.group_size, 0)
         layer.simulated_weight = weight.to(dtype)
         layer.perm = self.perm.clone()
         layer.bias = None if self.bias is None else self.bias.clone()
         return layer
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         salient = state_dict.get(prefix + "salient_weight")
         if salient is not None and salient.dtype != self.salient_weight.dtype:
             if torch.int8 in (salient.dtype, self.salient_weight.dtype):
                 raise ValueError(
-                    f"{prefix}salient_weight is {salient.dtype}, which is not what salient_format="
-                    f"{self.config.salient_format!r} of the layer stores"
+                    f"{prefix}salient_weight is {salient.dtype}, but the layer has salient_format="
+                    f"{self.config.salient_format!r}"
                 )
-            # copying would round: take the dtype over
+            # Adopt the dtype: copying between float16 and bfloat16 would round.
             self.salient_weight = self.salient_weight.to(salient.dtype)
         perm = state_dict.get(prefix + "perm")
-        known = perm is not None and perm.device.type != "meta"
-        if known and not is_permutation(perm, self.in_features):
-            raise ValueError(f"{prefix}perm is no permutation of {self.in_features} channels")
+        if (
+            perm is not None
+            and perm.device.type != "meta"
+            and not is_permutation(perm, self.in_features)
+        ):
+            raise ValueError(f"{prefix}perm is not a permutation of {self.in_features} channels")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _apply(self, fn, recurse: bool = True):
-        # a cast of the module would round the scales and salient weights: they only move
-        kept = {name: self._buffers[name] for name in ops.PACKED}
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W4A4Linear:
+        # Casting the module would round scales and salient weights; these only change device.
+        packed = dict(zip(ops.PACKED, self._packed(), strict=True))
         super()._apply(fn, recurse)
-        for name, before in kept.items():
+        for name, before in packed.items():
             after = self._buffers[name]
-            if before is not None and after.dtype != before.dtype:
+            if before is not None and after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
         return self
 
 
 class FakeW4A4Linear(QuantizedLinear):
-    """The same choices simulated in the tensor's dtype: weights and activations are quantized and
-    dequantized, the product is a floating-point one. Takes the memory of a float layer.
+    """A simulation of W4A4Linear in the tensor's dtype.
+
+    Weights and activations are quantized and dequantized, then multiplied in floating point. Takes
+    as much memory as a float layer.
 
     Buffers: simulated_weight [N, K] in perm's order, perm int32 [K], bias [N] or None.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        config: MixedQuantConfig,
-        num_salient: int = 0,
-        quantize_output: bool = False,
-        dtype: torch.dtype = torch.float32,
-        device: Any = None,
-    ) -> None:
-        """A layer of zeros, to load a state_dict into."""
-        super().__init__(in_features, out_features, config, num_salient, quantize_output)
-        weight = torch.zeros(out_features, in_features, dtype=dtype, device=device)
+    simulated_weight: Tensor
+
+    def _register_weight(self, dtype: torch.dtype, device: torch.device | str | None) -> None:
+        weight = torch.zeros(self.out_features, self.in_features, dtype=dtype, device=device)
         self.register_buffer("simulated_weight", weight)
-        self.register_buffer("perm", _identity(in_features, device))
-        zero_bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
-        self.register_buffer("bias", zero_bias)
 
     def _store(self, permuted: Tensor, scales: Tensor) -> None:
         dtype = self.simulated_weight.dtype
         k4 = self.in_features - self.num_salient
         q_max = 2 ** (self.config.num_bits - 1) - 1
-        step = _rows_at_a_time(self.in_features)
-        for rows, own in zip(permuted.split(step), scales.split(step), strict=True):
-            by_column = own.repeat_interleave(self.group_size, dim=1)[:, :k4]
-            rows[:, :k4] = round_to_grid(rows[:, :k4], by_column, q_max)
+        step = _rows_per_chunk(self.in_features)
+        for rows, group_scales in zip(permuted.split(step), scales.split(step), strict=True):
+            column_scales = group_scales.repeat_interleave(self.group_size, dim=1)[:, :k4]
+            rows[:, :k4] = round_to_grid(rows[:, :k4], column_scales, q_max)
             rows[:, k4:] = stored_salient(rows[:, k4:], self.config, dtype)
         self.simulated_weight = permuted.to(dtype)
         if not is_finite(self.simulated_weight):
-            raise ValueError(f"a rotated weight is beyond the range of {dtype}")
+            raise ValueError(f"a rotated weight exceeds the range of {dtype}")
 
     def _forward(self, x: Tensor) -> Tensor:
         choices = self.perm, self.num_salient, self.group_size, self.config
@@ -540,16 +622,15 @@ class FakeW4A4Linear(QuantizedLinear):
         """The simulated weight, [N, K], channels in natural order."""
         k4 = self.in_features - self.num_salient
         permuted = self.simulated_weight.clone()
-        permuted[:, :k4] = ops.group_hadamard(
-            permuted[:, :k4], self.group_size, self.config.rotation
-        )
+        rotation = kernel_choices(self.config).rotation
+        permuted[:, :k4] = ops.group_hadamard(permuted[:, :k4], self.group_size, rotation)
         weight = torch.empty_like(permuted)
         weight[:, self.perm.long()] = permuted
         return weight
 
 
 def linear_class(config: MixedQuantConfig) -> type[W4A4Linear] | type[FakeW4A4Linear]:
-    """The layer class of a config's backend."""
+    """The layer class for the config's backend."""
     return W4A4Linear if config.backend == "int4" else FakeW4A4Linear
 
 

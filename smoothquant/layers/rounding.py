@@ -1,4 +1,4 @@
-"""The grid that a weight is rounded to: its scales as they are stored, and its codes."""
+"""Rounding weights: the scales in their stored precision, and rounding to the grid."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor
 
 from ..core.config import MixedQuantConfig
 
-SMALLEST_NORMAL = torch.finfo(torch.float32).tiny  # smaller scales count as 0
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny  # smaller scales become 0
 
-# What weight_scale="mse" tries besides the scale that covers the largest weight: shares of it.
+# weight_scale="mse" also tries these multiples of the scale that covers the largest weight.
 MSE_RATIOS = [1 - step / 40 for step in range(1, 21)]
 
 
 def weight_group_scales(w4: Tensor, config: MixedQuantConfig, group_size: int) -> Tensor:
-    """The scales of w4 [N, K4] as they are stored, rounded to bfloat16: fp32 [N, G].
+    """The scales of w4 [N, K4], rounded to their stored precision (bfloat16): fp32 [N, G].
 
-    The largest scale is max|w| / q_max over the group, the row or all of w4, by
-    ``config.weight_quant``; "mse" takes the share of it that gives the least squared error there.
+    The scale is max|w| / q_max over the group, the row or all of w4, as ``config.weight_quant``
+    says. ``weight_scale="mse"`` instead picks the multiple of it with the least squared error.
     """
     n, k4 = w4.shape
     groups = -(-k4 // group_size)
@@ -33,26 +33,26 @@ def weight_group_scales(w4: Tensor, config: MixedQuantConfig, group_size: int) -
 
     def error(scale: Tensor) -> Tensor:
         rounded = round_to_grid(padded, scale.unsqueeze(-1), q_max)
-        by_group = (padded - rounded).square().sum(-1)
-        return by_group.sum(shared, keepdim=True) if shared else by_group
+        per_group = (padded - rounded).square().sum(-1)
+        return per_group.sum(shared, keepdim=True) if shared else per_group
 
     best = stored_scale(largest / q_max)
     if config.weight_scale == "mse":
         least = error(best)
         for ratio in MSE_RATIOS:
             scale = stored_scale(largest * ratio / q_max)
-            of_scale = error(scale)
-            best = torch.where(of_scale < least, scale, best)
-            least = torch.minimum(of_scale, least)
+            scale_error = error(scale)
+            best = torch.where(scale_error < least, scale, best)
+            least = torch.minimum(scale_error, least)
     return best.expand(n, groups).contiguous()
 
 
 def stored_scale(scale: Tensor) -> Tensor:
-    """A scale as it is stored: rounded to bfloat16, 0 below the smallest normal number; fp32."""
+    """A scale rounded to its stored precision, bfloat16, as fp32; 0 if it is subnormal."""
     return torch.where(scale < SMALLEST_NORMAL, 0, scale).bfloat16().float()
 
 
 def round_to_grid(w: Tensor, scale: Tensor, q_max: int) -> Tensor:
-    """code * scale for the nearest code in [-q_max, q_max], as the kernels compute it; fp32."""
+    """code * scale with the nearest code in [-q_max, q_max], in the kernels' fp32 arithmetic."""
     inverse = torch.where(scale >= SMALLEST_NORMAL, 1 / scale, 0)
     return (w * inverse).round_().clamp_(-q_max, q_max).mul_(scale)

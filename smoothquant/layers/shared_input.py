@@ -1,4 +1,4 @@
-"""One quantization of an input that several layers read: q, k and v; gate and up."""
+"""Quantizing an input once for all layers that read it: q, k and v; gate and up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels import ops
 
-MIN_TOKENS = 16  # so few are quantized in less time than it takes to see whether they are already
+MIN_TOKENS = 16  # quantizing so few again takes less time than the checks below
 
 
 @dataclasses.dataclass
@@ -21,7 +21,7 @@ class _Input:
     version: int
     perm: Tensor
     choices: tuple[Any, ...]
-    readers: set[int] = dataclasses.field(default_factory=set)  # ids of the layers that had it
+    readers: set[int] = dataclasses.field(default_factory=set)  # ids of the layers served
     x: Callable[[], Tensor | None] = lambda: None
     quantized: Tensor | None = None
 
@@ -31,7 +31,7 @@ class _Input:
             and self.quantized is not None
             and self.version == x._version
             and self.choices == choices
-            # a layer that runs again may have an x that was written to behind torch's back
+            # A layer that runs twice may see new values in x that torch's version counter missed.
             and reader not in self.readers
             and torch.equal(self.perm, perm)
         )
@@ -50,15 +50,18 @@ _last = _Last()
 def shared_input(
     reader: Any, quantize: Callable[..., Tensor], x: Tensor, perm: Tensor, *choices: Any
 ) -> Tensor | None:
-    """`quantize(x, perm, *choices)`, from the last call of this thread if that was for another
-    layer and the same x, unchanged since. The result is kept no longer than x lives.
+    """`quantize(x, perm, *choices)`, or the cached result of this thread's last call.
+
+    The cache is used if that call was for another layer and the same, unchanged x. It is freed
+    together with x.
 
     Args:
         reader: the layer that reads x.
 
     Returns:
-        None where nothing is gained or x cannot be watched: few tokens, torch.compile, tensors of
-        inference mode (which have no version).
+        The quantized input; None if caching would not pay off or changes of x cannot be detected:
+        few tokens, torch.compile, tensors not on the CPU or created in inference mode (these have
+        no version counter).
     """
     if (
         torch.compiler.is_compiling()
@@ -72,7 +75,7 @@ def shared_input(
     last = _last.input
     if last is None or not last.serves(id(reader), x, perm, key):
         if last is not None:
-            last.forget()  # whatever waits for the garbage collector holds no memory
+            last.forget()  # free the memory now, not at the next garbage collection
         last = _last.input = _Input(x._version, perm, key)
         last.x = weakref.ref(x, last.forget)
         last.quantized = quantize(x, perm, *choices)

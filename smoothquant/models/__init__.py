@@ -1,1 +1,1 @@
-"""Float models: architectures as a table, their modules, and running them with hooks."""
+"""Float models: the table of architectures, access to modules, and running them with hooks."""

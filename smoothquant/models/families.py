@@ -1,15 +1,15 @@
-"""Transformer architectures as a table: which linears share an input, and what makes it.
+"""Transformer architectures as a table: which linears share an input, and what produces it.
 
-The table is keyed by ``config.model_type`` and never imports a transformers model class: a row
-says how the decoder layers are called, which children of a layer read the same activation, and
-which norm or linears produce it. A model type without a row is walked generically, with a warning.
+The table is keyed by ``config.model_type`` and imports no transformers model class. A row names
+the list of decoder layers, the children of a layer that read the same activation, and the norm or
+linears that produce it. For a model type without a row, the linears are guessed, with a warning.
 """
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +17,25 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LayerInput:
-    """One activation of a model and everything that reads it.
+    """One activation of a model and all modules that read it.
 
-    name: the entry under which its statistics are kept: the first linear fed; for fused experts
-        the experts module.
-    norm: full name of the norm whose output is this input and nothing else, or None. Its gain may
-        be folded into the weights fed.
-    linears: full names of the nn.Linear modules fed.
-    experts: full name of a fused experts module fed (parameters ``gate_up_proj [E, 2I, H]`` and
-        ``down_proj [E, H, I]``, called with hidden states, expert indices and routing weights), or
-        None. Its statistics are kept per expert matrix under the names of `expert_linear`;
-        `smoothquant.models.routing.routed_inputs` gives what each matrix reads.
-    router: full name of a module with a ``weight [E, H]`` that also reads the input but stays in
-        16 bits, or None.
+    Module names are full names.
+
+    name: key of its statistics: the first linear that reads it, or else the experts module.
+    norm: the norm that produces it and feeds nothing else, or None. Its gain may be folded into
+        the weights that read the activation.
+    linears: the nn.Linear modules that read it.
+    experts: the fused experts module that reads it, or None. Such a module has the parameters
+        ``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]`` and is called with hidden states,
+        expert indices and routing weights. Statistics are kept per expert matrix, with keys from
+        `expert_linear`; `smoothquant.models.routing.routed_inputs` computes each matrix's input.
+    router: a module with a ``weight [E, H]`` that also reads the activation but stays in 16 bits,
+        or None.
     norm_offset: the norm multiplies by ``norm_offset + norm.weight``.
-    made_by: full names of the linears whose output channels become this input's channels one by
-        one; empty where there are none.
-    made_from: which output channel becomes which, see `MADE_FROM`; None without made_by.
-    num_heads: heads whose outputs, one after the other, are this input; 0 if it is no output of
-        attention.
+    made_by: the linears whose output channels become this activation's channels one to one; may be
+        empty.
+    made_from: how those channels correspond, see `MADE_FROM`; None if made_by is empty.
+    num_heads: for an attention output, the number of heads concatenated in it; otherwise 0.
     """
 
     name: str
@@ -49,26 +49,34 @@ class LayerInput:
     num_heads: int = 0
 
     def expert_linear(self, expert: int, part: str) -> str:
-        """The name of one expert's matrix, part "gate_up_proj" or "down_proj":
-        ``model.layers.0.mlp.experts.3.gate_up_proj``."""
+        """The name of one expert's matrix, for example
+        ``model.layers.0.mlp.experts.3.gate_up_proj``.
+
+        Args:
+            part: "gate_up_proj" or "down_proj".
+        """
         return f"{self.experts}.{expert}.{part}"
 
 
-# How an input of K channels comes from the output channels of the linears that make it.
-#   "channel": channel c is an elementwise function of channel c of each linear, or of channel c of
-#     both halves of one with 2 K channels.
-#   The others are attention: the input is num_heads heads, channel c of each of them a weighted sum
-#   of channel c of a head of v, which one or several heads in a row share. The linear makes
+# How the K channels of an input correspond to the output channels of the linears in made_by.
+#   "channel": channel c is an elementwise function of channel c of every linear, or of channel c in
+#     both halves of a single linear with 2 K outputs.
+#   The other values describe attention outputs: num_heads concatenated heads. Channel c of a head
+#   is a weighted sum of channel c of one head of v, which consecutive heads may share. The linear
+#   outputs
 #   "v": the heads of v;
-#   "q, k, v": all heads of q, then those of k, then those of v;
-#   "qkv by head": for each head of v the heads of q that share it, then its k, then itself.
+#   "q, k, v": all heads of q, then all heads of k, then all heads of v;
+#   "qkv by head": for each head of v: the heads of q that share it, its head of k, the head of v.
 MADE_FROM = ("channel", "v", "q, k, v", "qkv by head")
 
 
 class Reads(NamedTuple):
-    """Children of a decoder layer that read one activation, and the norms that may produce it
-    (the first that the layer has). Activations of the same norm are the same activation. made_by,
-    made_from: as in LayerInput."""
+    """The children of a decoder layer that read one activation.
+
+    norms: names of the norm that produces it; the first one that exists in the layer counts. Rows
+        with the same norm describe the same activation.
+    experts, router, made_by, made_from: as in LayerInput, but with names relative to the layer.
+    """
 
     linears: tuple[str, ...]
     norms: tuple[str, ...] = ()
@@ -79,9 +87,14 @@ class Reads(NamedTuple):
 
 
 class Family(NamedTuple):
-    """layers: name of the list of decoder layers. reads: in forward order. residual_from_norm: a
-    config field and the value under which the norms also feed the residual stream, so that no
-    gain can be folded. norm_offset: as in LayerInput."""
+    """A row of the table.
+
+    layers: name of the list of decoder layers.
+    reads: the activations in a layer, in forward order.
+    residual_from_norm: (config field, value). If the field has this value, the norms also feed the
+        residual stream, so their gains cannot be folded.
+    norm_offset: as in LayerInput.
+    """
 
     layers: str
     reads: tuple[Reads, ...]
@@ -89,21 +102,21 @@ class Family(NamedTuple):
     norm_offset: float = 0.0
 
 
-def _made(linear: str, *made_by: str, made_from: str = "channel") -> Reads:
+def _produced(linear: str, *made_by: str, made_from: str = "channel") -> Reads:
     return Reads((linear,), made_by=made_by, made_from=made_from)
 
 
 _ATTENTION = (
     Reads(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("input_layernorm",)),
-    _made("self_attn.o_proj", "self_attn.v_proj", made_from="v"),
+    _produced("self_attn.o_proj", "self_attn.v_proj", made_from="v"),
 )
 
-_FUSED_ATTENTION = _made(
+_FUSED_ATTENTION = _produced(
     "self_attention.dense", "self_attention.query_key_value", made_from="qkv by head"
 )
 
-_GATED = _made("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")
-_4H_TO_H = _made("mlp.dense_4h_to_h", "mlp.dense_h_to_4h")
+_GATED = _produced("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")
+_4H_TO_H = _produced("mlp.dense_4h_to_h", "mlp.dense_h_to_4h")
 
 _LLAMA_READS = _ATTENTION + (
     Reads(("mlp.gate_proj", "mlp.up_proj"), ("post_attention_layernorm",)),
@@ -112,10 +125,10 @@ _LLAMA_READS = _ATTENTION + (
 
 _LLAMA = Family("layers", _LLAMA_READS)
 
-# Top-level linears that turn hidden states into answers, by their names in transformers.
+# transformers' names of top-level linears that compute the model's outputs.
 HEADS = frozenset({"lm_head", "embed_out", "score", "classifier", "qa_outputs"})
 
-# Linears whose outputs enter the attention products, by the last part of their names.
+# Last parts of the names of linears whose outputs enter the attention products.
 ATTENTION_INPUTS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"})
 
 FAMILIES = {
@@ -123,9 +136,9 @@ FAMILIES = {
         "layers",
         (
             Reads(_ATTENTION[0].linears, ("self_attn_layer_norm",)),
-            _made("self_attn.out_proj", "self_attn.v_proj", made_from="v"),
+            _produced("self_attn.out_proj", "self_attn.v_proj", made_from="v"),
             Reads(("fc1",), ("final_layer_norm",)),
-            _made("fc2", "fc1"),
+            _produced("fc2", "fc1"),
         ),
         residual_from_norm=("do_layer_norm_before", False),
     ),
@@ -148,8 +161,8 @@ FAMILIES = {
         _ATTENTION
         + (Reads((), ("post_attention_layernorm",), experts="mlp.experts", router="mlp.gate"),),
     ),
-    # Layers may be dense instead. The gate of the shared experts also reads what the norm makes, so
-    # its gain is not folded; that gate stays in 16 bits.
+    # Some layers may be dense. No norm is named: it also feeds the gate of the shared expert, which
+    # stays in 16 bits, so its gain cannot be folded.
     "qwen2_moe": Family(
         "layers",
         _ATTENTION
@@ -165,7 +178,7 @@ FAMILIES = {
                 router="mlp.gate",
             ),
             _GATED,
-            _made(
+            _produced(
                 "mlp.shared_expert.down_proj",
                 "mlp.shared_expert.gate_proj",
                 "mlp.shared_expert.up_proj",
@@ -189,20 +202,21 @@ FAMILIES = {
         "layers",
         (
             Reads(_ATTENTION[0].linears + ("mlp.fc1",), ("input_layernorm",)),
-            _made("self_attn.dense", "self_attn.v_proj", made_from="v"),
-            _made("mlp.fc2", "mlp.fc1"),
+            _produced("self_attn.dense", "self_attn.v_proj", made_from="v"),
+            _produced("mlp.fc2", "mlp.fc1"),
         ),
     ),
     "phi3": Family(
         "layers",
         (
             Reads(("self_attn.qkv_proj",), ("input_layernorm",)),
-            _made("self_attn.o_proj", "self_attn.qkv_proj", made_from="q, k, v"),
+            _produced("self_attn.o_proj", "self_attn.qkv_proj", made_from="q, k, v"),
             Reads(("mlp.gate_up_proj",), ("post_attention_layernorm",)),
-            _made("mlp.down_proj", "mlp.gate_up_proj"),
+            _produced("mlp.down_proj", "mlp.gate_up_proj"),
         ),
     ),
-    # Three decoders: two parallel norms (ln_attn, ln_mlp), one shared norm, or one after the other.
+    # Falcon has three variants: two parallel norms (ln_attn, ln_mlp), one norm shared by attention
+    # and MLP, or two norms in sequence.
     "falcon": Family(
         "h",
         (
@@ -228,7 +242,7 @@ FAMILIES = {
         "layers",
         (
             Reads(("attention.query_key_value",), ("input_layernorm",)),
-            _made("attention.dense", "attention.query_key_value", made_from="qkv by head"),
+            _produced("attention.dense", "attention.query_key_value", made_from="qkv by head"),
             Reads(("mlp.dense_h_to_4h",), ("post_attention_layernorm",)),
             _4H_TO_H,
         ),
@@ -237,92 +251,99 @@ FAMILIES = {
 
 
 def layer_inputs(model: nn.Module) -> list[LayerInput]:
-    """Every distinct input of a quantizable linear of a float model, in forward order.
+    """All distinct inputs of a float model's quantizable linears, in forward order.
 
-    model: a transformers model (headless or with a head) or any nn.Module. Without a row for
-    ``model.config.model_type`` every nn.Linear counts as having an input of its own, output heads
-    excepted, and a warning names what was guessed. Raises ValueError when nothing is found.
+    Args:
+        model: a transformers model, with or without a head, or any nn.Module. If the table has no
+            row for ``model.config.model_type``, every nn.Linear except output heads is assumed to
+            have its own input, and a warning lists these guesses.
+
+    Raises:
+        ValueError: the model has no quantizable nn.Linear.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    found = known_inputs(model) or _generic(model, model_type)
-    if not found:
+    inputs = known_inputs(model) or _guessed_inputs(model)
+    if not inputs:
         raise ValueError(f"model has no quantizable nn.Linear: {type(model).__name__}")
-    return found
+    return inputs
 
 
 def known_inputs(model: nn.Module) -> list[LayerInput]:
-    """What `layer_inputs` takes from the table, for float and quantized models alike; empty without
-    a row for the model."""
-    config = getattr(model, "config", None)
-    family = FAMILIES.get(getattr(config, "model_type", None))
+    """The inputs that the table describes, for float and quantized models alike; empty if the table
+    has no row for the model."""
+    family = _family(model)
     if family is None:
         return []
+    config: Any = model.config
     modules = dict(model.named_modules())
-    switch, value = family.residual_from_norm or ("", None)
-    fold = not switch or getattr(config, switch, None) != value
-    found: list[LayerInput] = []
+    field, value = family.residual_from_norm or ("", None)
+    can_fold = not field or getattr(config, field, None) != value
+    inputs: list[LayerInput] = []
     for layer in _decoder_layers(modules, family.layers):
 
-        def full(names, layer=layer):
+        def existing(*names: str | None, layer: str = layer) -> tuple[str, ...]:
             return tuple(f"{layer}.{name}" for name in names if f"{layer}.{name}" in modules)
 
-        at_norm: dict[str, int] = {}
+        index_by_norm: dict[str, int] = {}
         for reads in family.reads:
-            linears, norm = full(reads.linears), next(iter(full(reads.norms)), None)
-            experts = next(iter(full([reads.experts])), None)
-            if norm in at_norm:
-                shared = found[at_norm[norm]]
-                found[at_norm[norm]] = replace(shared, linears=shared.linears + linears)
-            elif linears or experts:
+            linears, norm = existing(*reads.linears), next(iter(existing(*reads.norms)), None)
+            experts = next(iter(existing(reads.experts)), None)
+            name = linears[0] if linears else experts
+            if norm in index_by_norm:
+                shared = inputs[index_by_norm[norm]]
+                inputs[index_by_norm[norm]] = replace(shared, linears=shared.linears + linears)
+            elif name:
                 if norm:
-                    at_norm[norm] = len(found)
-                router = next(iter(full([reads.router])), None)
-                name = linears[0] if linears else experts
+                    index_by_norm[norm] = len(inputs)
+                router = next(iter(existing(reads.router)), None)
                 item = LayerInput(name, norm, linears, experts, router, family.norm_offset)
-                made_by = full(reads.made_by)
+                made_by = existing(*reads.made_by)
                 if made_by and len(made_by) == len(reads.made_by):
                     heads = 0 if reads.made_from == "channel" else config.num_attention_heads
                     item = replace(
                         item, made_by=made_by, made_from=reads.made_from, num_heads=heads
                     )
-                found.append(item)
-    # A norm without a gain, or whose output is also the residual, has nothing to fold into.
-    return [
-        item
-        if fold and getattr(modules.get(item.norm), "weight", None) is not None
-        else replace(item, norm=None)
-        for item in found
-    ]
+                inputs.append(item)
+
+    def has_foldable_norm(item: LayerInput) -> bool:
+        norm = modules.get(item.norm) if item.norm else None
+        return can_fold and getattr(norm, "weight", None) is not None
+
+    return [item if has_foldable_norm(item) else replace(item, norm=None) for item in inputs]
 
 
 def decoder_layers(model: nn.Module) -> list[str]:
-    """Full names of the model's decoder layers in forward order; none for an unknown family."""
-    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", None))
+    """Full names of the model's decoder layers in forward order; empty for an unknown family."""
+    family = _family(model)
     return _decoder_layers(dict(model.named_modules()), family.layers) if family else []
 
 
 def value_rows(item: LayerInput, in_features: int, out_features: int) -> Tensor | None:
-    """Which output channels of the linear that makes an output of attention are v's.
+    """The rows of v in the weight of the linear that produces v (alone, or fused with q and k).
 
     Args:
-        item: the input of the linear behind attention, which has in_features channels.
-        out_features: of the linear in item.made_by.
+        item: an attention output.
+        in_features: channels of that output.
+        out_features: output channels of the linear in ``item.made_by``.
 
     Returns:
-        int64 [heads of v, channels of a head], in order; None where item is no output of attention
-        or the sizes do not fit its heads.
+        int64 [heads of v, channels per head]: row indices, in order. None if item is not an
+        attention output, or if the sizes do not fit its number of heads.
     """
     if not item.num_heads or not in_features or in_features % item.num_heads:
         return None
     size = in_features // item.num_heads
     fused = item.made_from != "v"
-    num_values, odd = divmod(out_features - fused * in_features, size * (1 + fused))
-    if odd or num_values < 1 or item.num_heads % num_values:
+    num_values, remainder = divmod(out_features - fused * in_features, size * (1 + fused))
+    if remainder or num_values < 1 or item.num_heads % num_values:
         return None
     heads = torch.arange(out_features).view(-1, size)
     if item.made_from == "qkv by head":
         return heads.view(num_values, -1, size)[:, -1]
     return heads[-num_values:]
+
+
+def _family(model: nn.Module) -> Family | None:
+    return FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
 
 
 def _decoder_layers(modules: dict[str, nn.Module], list_name: str) -> list[str]:
@@ -334,15 +355,16 @@ def _decoder_layers(modules: dict[str, nn.Module], list_name: str) -> list[str]:
     ]
 
 
-def _generic(model: nn.Module, model_type: str | None) -> list[LayerInput]:
+def _guessed_inputs(model: nn.Module) -> list[LayerInput]:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     heads = output_heads(model)
     guessed = [name for name in linears if name not in heads]
     if guessed:
         fused = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
         warnings.warn(
-            f"model type {model_type!r} has no row in the table of families: guessed that these "
-            f"nn.Linear modules have an input each: {_listed(guessed)}; kept as they are: "
+            f"model type {model_type!r} is unknown: assuming that each of these nn.Linear modules "
+            f"has its own input: {_listed(guessed)}; not quantized: "
             f"{_listed([name for name in linears if name in heads] + fused)}",
             stacklevel=3,
         )
@@ -350,7 +372,8 @@ def _generic(model: nn.Module, model_type: str | None) -> list[LayerInput]:
 
 
 def output_heads(model: nn.Module) -> set[str]:
-    """Full names of the nn.Linear modules that make the model's output or share an embedding."""
+    """Full names of the nn.Linear modules that compute the model's output or share their weight
+    with an embedding."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if getter else None
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}

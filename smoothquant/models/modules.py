@@ -1,4 +1,4 @@
-"""The modules and tensors of a model, found and replaced by their full names."""
+"""Finding and replacing a model's modules and tensors by their full names."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 
 def is_transformers_model(model: nn.Module) -> bool:
-    """Whether transformers can save it."""
+    """Whether the model has a transformers config."""
     return hasattr(getattr(model, "config", None), "save_pretrained")
 
 
 def module_copy(model: nn.Module) -> nn.Module:
-    """Copy a model's modules but share its tensors, so that layers can be swapped for nothing."""
+    """A copy of the model's modules that shares its tensors, so that replacing layers in the copy
+    leaves the model intact and costs no memory."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -22,21 +23,24 @@ Places = dict[nn.Module, list[tuple[nn.Module, str]]]
 
 
 def module_places(model: nn.Module) -> Places:
-    """{module: (its parent, its name there) for every place that the model has it in}."""
+    """Every module's places in the model, as (parent, name within the parent)."""
     places: Places = {}
     for parent in model.modules():
         for name, child in parent._modules.items():
-            places.setdefault(child, []).append((parent, name))
+            if child is not None:
+                places.setdefault(child, []).append((parent, name))
     return places
 
 
 def replace_module(
     model: nn.Module, name: str, module: nn.Module, places: Places | None = None
 ) -> None:
-    """Put `module` in the place of a submodule, under every name that the model has for it.
+    """Replace a submodule by `module`, under every name that the model has for it.
 
-    places: `module_places` of the model, to look for them but once where many are replaced; the
-    submodule and what is below it leave it, so that nothing keeps their weights.
+    Args:
+        name: one of the submodule's full names.
+        places: the result of `module_places`, to compute it only once for many replacements. The
+            old submodule and its descendants are removed from it, so that their weights are freed.
     """
     old = model.get_submodule(name)
     module.train(old.training)
@@ -51,10 +55,11 @@ def replace_module(
 
 
 def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What a checkpoint of the model holds, shared tensors once.
+    """The tensors in a checkpoint of the model, with shared tensors only once.
 
     Returns:
-        ({name: parameter or persistent buffer}, {other name of a shared tensor: its first name}).
+        tensors: {name: parameter or persistent buffer}, under the first name of each.
+        aliases: {further name of a shared tensor: its first name}.
     """
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -71,19 +76,21 @@ def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes of the tensors that a checkpoint of the model holds."""
+    """Size in bytes of the tensors in a checkpoint of the model."""
     return sum(tensor.nbytes for tensor in distinct_tensors(model)[0].values())
 
 
 def unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that are built, not saved; a cast model has cast them too."""
+    """Non-persistent buffers: computed on construction, absent from the state_dict."""
     saved = model.state_dict()
     return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
 
 
 def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Set the parameter or buffer of a full name. What was a parameter stays one, without a
-    gradient unless `tensor` is a parameter itself."""
+    """Set a parameter or buffer by its full name.
+
+    A parameter stays a parameter. It requires no gradient, unless `tensor` is a parameter itself.
+    """
     block, _, leaf = name.rpartition(".")
     module = model.get_submodule(block)
     if leaf in module._parameters and not isinstance(tensor, nn.Parameter):

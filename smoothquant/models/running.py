@@ -1,4 +1,4 @@
-"""Running a float model: modes, hooks on submodules, and the inputs that its linears see."""
+"""Running a float model: evaluation mode, hooks on submodules, and the inputs of its linears."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from .routing import PARTS, expert_arguments, routed_inputs
 
 
 def without_head(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """The part of the model that holds all named layers; its language head is not needed."""
+    """The base model, without the language head, if it contains all named layers; otherwise the
+    model itself."""
     base = getattr(model, "base_model", model)
     prefix = next((name + "." for name, m in model.named_modules() if m is base and name), "")
     return base if all(name.startswith(prefix) for name in names) else model
 
 
 def no_cache(model: nn.Module) -> dict[str, bool]:
-    """The keyword that keeps a transformers model from filling a cache, where it has one."""
+    """Keyword arguments that turn off a transformers model's cache; empty for other models."""
     return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module is in the mode it was in."""
+    """Put the model in evaluation mode; on exit, restore every module's previous mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -37,7 +38,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def hooked(model: nn.Module, hooks: Mapping[str, Callable], after: bool = False) -> Iterator[None]:
-    """Calls {name of a submodule: hook(module, args, kwargs, output if after)} while inside."""
+    """Register hooks on submodules; remove them on exit.
+
+    Args:
+        hooks: {full name of a submodule: hook(module, args, kwargs)}, called before the submodule.
+        after: call the hooks after the submodule, with its output as a fourth argument.
+    """
     register = "register_forward_hook" if after else "register_forward_pre_hook"
     handles = [
         getattr(model.get_submodule(name), register)(hook, with_kwargs=True)
@@ -51,18 +57,17 @@ def hooked(model: nn.Module, hooks: Mapping[str, Callable], after: bool = False)
 
 
 def first_argument(args: tuple, kwargs: dict) -> Tensor:
-    """What a hooked linear is called with."""
+    """The input of a hooked linear, whether positional or by keyword."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
 def input_hooks(
     inputs: Sequence[LayerInput], visit: Callable[[tuple[str, ...], Tensor], None]
 ) -> dict[str, Callable]:
-    """Hooks for `hooked` that call visit(names, x) for every distinct input of a matrix.
+    """Hooks for `hooked` that call ``visit(names, x)`` for every distinct layer input.
 
-    names: what stands for the input: the linears that read x, one expert's matrix, or an experts
-        module as a whole. x: [..., K]; expert matrices get the tokens routed to them, and only
-        those experts that get any are visited.
+    ``x`` has shape [..., K]. ``names`` is one of: the linears that read x; a fused experts module;
+    one expert's matrix, with the tokens routed to it. Experts without tokens are not visited.
     """
 
     def linear_hook(item: LayerInput) -> Callable:
@@ -71,15 +76,17 @@ def input_hooks(
 
         return hook
 
-    def experts_hook(item: LayerInput) -> Callable:
+    def experts_hook(item: LayerInput, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x, top_k_index = expert_arguments(module, args, kwargs)
-            visit((item.experts,), x)
-            for expert, *part_inputs in routed_inputs(module, x, top_k_index):
-                for part, part_input in zip(PARTS, part_inputs, strict=True):
-                    visit((item.expert_linear(expert, part),), part_input)
+            visit((name,), x)
+            for expert, *matrix_inputs in routed_inputs(module, x, top_k_index):
+                for part, matrix_input in zip(PARTS, matrix_inputs, strict=True):
+                    visit((item.expert_linear(expert, part),), matrix_input)
 
         return hook
 
     hooks = {item.linears[0]: linear_hook(item) for item in inputs if item.linears}
-    return hooks | {item.experts: experts_hook(item) for item in inputs if item.experts}
+    return hooks | {
+        item.experts: experts_hook(item, item.experts) for item in inputs if item.experts
+    }
