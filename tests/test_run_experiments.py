@@ -207,7 +207,7 @@ def test_damaged_cell_is_moved_aside_with_a_warning(tmp_path, damage):
     store.put(cell, {"perplexity": 1.5, "run": {}})
     path = store.path(cell)
     path.write_text(damage(path.read_text()))
-    with pytest.warns(UserWarning, match=f"{path.name}.*damaged.*computed again"):
+    with pytest.warns(UserWarning, match=f"{path.name}.*damaged.*will be computed again"):
         assert store.get(cell) is None
     assert not path.exists() and path.with_name(path.name + ".damaged").exists()
 
@@ -314,7 +314,7 @@ def test_a_damaged_reference_is_recorded_again(finished, tmp_path, capsys):
     store.artifact(baseline).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     with pytest.warns(UserWarning, match="damaged"):
         run_experiments.sweep(TINY, store, progress=False)
-    assert "8 cells, 7 of them in" in capsys.readouterr().out
+    assert "8 cells: 7 already in" in capsys.readouterr().out
     assert store.artifact(baseline).read_bytes() == before
 
 
@@ -415,7 +415,7 @@ def test_more_cells_reuse_calibration_and_baseline(finished, tmp_path, capsys):
     store = shutil.copytree(output, tmp_path / "results")
     preset = grid.override(TINY, {"group_sizes": (32,), "salient_props": (0.1,)})
     run_experiments.sweep(preset, Store(store), progress=False)
-    assert "5 cells, 2 of them in" in capsys.readouterr().out
+    assert "5 cells: 2 already in" in capsys.readouterr().out
 
 
 def test_published_cells_are_taken_over(finished, tmp_path, capsys):
@@ -426,7 +426,7 @@ def test_published_cells_are_taken_over(finished, tmp_path, capsys):
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     # only what leaves tensors is computed again
-    assert "6 cells taken from" in printed and "8 cells, 6 of them in" in printed
+    assert "Imported 6 cells from" in printed and "8 cells: 6 already in" in printed
     assert results_in(tmp_path / "results") == results_in(output)
     assert (tmp_path / "figures" / published.name).read_bytes() == published.read_bytes()
     assert Store(tmp_path / "results").adopt(published) == 0
@@ -435,10 +435,10 @@ def test_published_cells_are_taken_over(finished, tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda line: line[:-5], "line 2 of .*no record"),
+        (lambda line: line[:-5], "line 2 of .*not a record"),
         (lambda line: line.replace('"perplexity": ', '"perplexity": 1'), "checksum"),
-        (lambda line: line.replace('"quantized"', '"calibration"'), "line 2 of .*no record"),
-        (lambda line: "[]", "line 2 of .*no record"),
+        (lambda line: line.replace('"quantized"', '"calibration"'), "line 2 of .*not a record"),
+        (lambda line: "[]", "line 2 of .*not a record"),
     ],
 )
 def test_unsound_published_cells_are_refused(finished, tmp_path, change, message, capsys):
@@ -464,7 +464,7 @@ def test_damaged_statistics_are_collected_again(finished, tmp_path, capsys):
     statistics.write_bytes(contents[:-1] + bytes([contents[-1] ^ 1]))
     with pytest.warns(UserWarning, match="damaged"):
         run_experiments.sweep(TINY, store, progress=False)
-    assert "8 cells, 7 of them in" in capsys.readouterr().out
+    assert "8 cells: 7 already in" in capsys.readouterr().out
     after = load_stats(statistics)
     assert all(torch.equal(after[name].sq_sum, before[name].sq_sum) for name in before)
 

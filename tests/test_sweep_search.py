@@ -162,6 +162,6 @@ def test_the_command_searches_real_models(tmp_path, capsys):
     arguments += ["--group-sizes", "16", "64", "--salient-props", "0", "0.05", "0.2"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "12 combinations" in printed and "The front: " in printed
+    assert "12 combinations" in printed and "Pareto front: " in printed
     records = [json.loads(path.read_text()) for path in (tmp_path / "r").glob("*.json")]
     assert sum(record["spec"]["task"] == "quantized" for record in records) == 4
