@@ -73,18 +73,22 @@ class Store:
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
-            return self._move_aside(path, str(error))
+            self._move_aside(path, str(error))
+            return None
         record, fault = _parse(text, cell)
         if fault:
-            return self._move_aside(path, fault, cell)
+            self._move_aside(path, fault, cell)
+            return None
         digest = record["result"].get("artifact_sha256")
         if digest is not None:
             artifact = self.artifact(cell)
             if not artifact.is_file():
-                return self._move_aside(path, f"{artifact.name} is missing")
+                self._move_aside(path, f"{artifact.name} is missing")
+                return None
             if file_sha256(artifact) != digest:
                 self._move_aside(artifact, "the checksum does not match")
-                return self._move_aside(path, f"{artifact.name} was damaged")
+                self._move_aside(path, f"{artifact.name} was damaged")
+                return None
         return {**record, "run": self._run(cell)}
 
     def _run(self, cell: Cell) -> dict[str, Any]:

@@ -343,8 +343,8 @@ def test_errors_by_layer_are_stored_and_drawn(compared, tmp_path):
     assert lines[0] == ["layer", "kind", "int4", "fake", "int4 - fake"] and len(lines) == 29
     assert float(lines[1][2]) == results[1]["errors"][0]["decibels"]["int4"]
     page = (tmp_path / "tiny-opt_results.md").read_text()
-    assert "Signal over error in dB, best g=64 p=5% sort=rms, int4, 1 window of 128" in page
-    assert "Calibration of rtn: " in page and "Calibration of best, per-token-rtn, " in page
+    assert "Signal-to-error ratio in dB, best g=64 p=5% sort=rms, int4, 1 window of 128" in page
+    assert "Calibration for rtn: " in page and "Calibration for best, per-token-rtn, " in page
     assert "simulated in floating point" in page
 
 
@@ -355,7 +355,9 @@ def test_fused_experts_are_refused_before_any_work(tmp_path, make_model, monkeyp
     preset = dataclasses.replace(
         RECIPES, model=str(tmp_path / "moe"), seqlen=32, calibration_block_size=32
     )
-    with pytest.raises(ValueError, match="no fused experts: model.layers.0.mlp.experts"):
+    with pytest.raises(
+        ValueError, match="only mixedquant can quantize fused experts: model.layers.0.mlp.experts"
+    ):
         run_experiments.sweep(preset, Store(tmp_path / "results"), progress=False)
 
 
