@@ -15,6 +15,7 @@ import math
 import os
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -347,7 +348,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line. An invalid value exits with a message that names the flag."""
     # argparse, not Typer: most flags take several values (`--group-sizes 32 128`), which Typer
     # cannot express.
-    presets = "\n".join(f"  {name:<8} {preset.about}" for name, preset in PRESETS.items())
+    presets = "\n".join(
+        textwrap.fill(f"  {name:<10}{preset.about}", 80, subsequent_indent=" " * 12)
+        for name, preset in PRESETS.items()
+    )
     parser = argparse.ArgumentParser(
         prog="python -m run_experiments",
         description=__doc__.replace("\n\n\n", "\n\n"),

@@ -53,14 +53,14 @@ def test_each_method_beats_plain_rounding(scores):
 
 
 def test_every_linear_is_replaced_and_recorded(tiny, scores):
-    wanted = {n for n, m in tiny[0].named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
+    expected = {n for n, m in tiny[0].named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
     for name, (_, records) in scores.items():
-        assert {record.name for record in records} == wanted
+        assert {record.name for record in records} == expected
         assert all(record.action == "quantized" for record in records)
         rounding = "GPTQ" if name in ("quarot-style", "atom-style") else "nearest"
         assert {record.reason for record in records} == {rounding}
     model, _ = quantized(tiny, "per-token-rtn")
-    assert {n for n, m in model.named_modules() if isinstance(m, peers.PeerLinear)} == wanted
+    assert {n for n, m in model.named_modules() if isinstance(m, peers.PeerLinear)} == expected
 
 
 @pytest.mark.parametrize(
@@ -161,8 +161,8 @@ def test_short_groups_and_few_channels(make_model, token_ids):
             records = method(peer, stats, [token_ids], group_size)
             assert torch.isfinite(peer(token_ids).logits).all()
             if name == "atom-style":
-                wanted = {8 + 16 / k for k in (48, 88)}
-                assert {record.bits_per_weight for record in records} == wanted
+                expected = {8 + 16 / k for k in (48, 88)}
+                assert {record.bits_per_weight for record in records} == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -757,12 +757,12 @@ def test_the_page_works_offline(compared, tmp_path):
     assert path.name == "tiny-opt_report.html" and "command &lt;with&gt; &amp;" in text
     assert "<!-- " not in text.replace(plotly.offline.get_plotlyjs(), "")
     # nothing is fetched: the page has no external reference
-    own = text.replace(plotly.offline.get_plotlyjs(), "")
-    assert not re.findall(r"""(?:src|href)\s*=\s*["']|@import|url\(""", own)
+    own_text = text.replace(plotly.offline.get_plotlyjs(), "")
+    assert not re.findall(r"""(?:src|href)\s*=\s*["']|@import|url\(""", own_text)
     for name in ("ppl_vs_bits", "kl_vs_bits", "layers"):
-        assert f'id="chart-{name}"' in own
-    assert "vs_group_size" not in own  # there is only one group size
-    (models,) = re.findall(r'<script id="models" type="application/json">(.*?)</script>', own)
+        assert f'id="chart-{name}"' in own_text
+    assert "vs_group_size" not in own_text  # there is only one group size
+    (models,) = re.findall(r'<script id="models" type="application/json">(.*?)</script>', own_text)
     models = {model["key"]: model for model in json.loads(models)}
     evaluated = [cell for cell in plan if cell.task in ("baseline", "quantized")]
     assert list(models) == [cell.key for cell in evaluated]
@@ -771,7 +771,7 @@ def test_the_page_works_offline(compared, tmp_path):
         assert model["perplexity"] == result["perplexity"]
         assert model["spec"] == json.loads(cell.to_json()) and model["run"] == result["run"]
     # every point in a chart is a model in the table
-    keys = re.findall(r'"customdata":\[("[0-9a-f]{64}"(?:,"[0-9a-f]{64}")*)\]', own)
+    keys = re.findall(r'"customdata":\[("[0-9a-f]{64}"(?:,"[0-9a-f]{64}")*)\]', own_text)
     assert len(keys) >= 3
     assert {key for line in keys for key in json.loads(f"[{line}]")} <= set(models)
     before = path.read_bytes()

@@ -547,11 +547,11 @@ preset = grid.override(grid.PRESETS["tiny"], {preset_fields(preset)!r})
 sweep(preset, store.Store({str(store.folder)!r}), progress=False)
 print(time.process_time(), {{"torch", "transformers"}} & set(sys.modules))
 """
-    found = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
-    assert "All 1002 cells are in" in found
-    seconds, modules = found.splitlines()[-1].split(maxsplit=1)
+    assert "All 1002 cells are in" in output
+    seconds, modules = output.splitlines()[-1].split(maxsplit=1)
     assert float(seconds) <= 2 and modules == "set()"
 
 
@@ -590,5 +590,5 @@ def test_the_published_formula_in_the_benchmark():
     from smoothquant.fake_quant import quantize_activation_per_group_absmax_sort
 
     x = torch.randn(3, 5, 130, generator=torch.Generator().manual_seed(0))
-    wanted = quantize_activation_per_group_absmax_sort(x, 4, 16)
-    assert torch.equal(published_group_absmax_sort(x, 4, 16), wanted)
+    expected = quantize_activation_per_group_absmax_sort(x, 4, 16)
+    assert torch.equal(published_group_absmax_sort(x, 4, 16), expected)
