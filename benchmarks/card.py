@@ -3,12 +3,13 @@
     python benchmarks/card.py --json docs/benchmark_cuda.json       # Llama-2-7B's shapes
     python benchmarks/card.py --shapes 4096x4096 --tokens 1 4096 --group-sizes 128
 
-Every figure of W4A4 includes the quantization of the activations; torch._int_mm is the product of
-int8 matrices alone, without scales; W4A16 is torch's _weight_int4pack_mm. A CUDA graph holds a call
-for each copy of the weights, and these are more than four times the card's L2 cache, so that each
-call reads them from memory. The contenders take turns, and medians are reported. The quantizer is
-timed by torch's profiler, beside the bandwidth of a copy. benchmarks/report.py draws the roofline;
-benchmarks/card.sh builds and tests first.
+W4A4 times include quantizing the activations. torch._int_mm multiplies int8 matrices and applies no
+scales. W4A16 is torch's _weight_int4pack_mm.
+
+A CUDA graph makes one call per copy of the weights. All copies together are four times as large as
+the L2 cache, so each call reads its weights from memory. The contenders take turns, and the script
+reports medians. torch's profiler times the quantizer, whose speed is compared with the bandwidth of
+a copy. benchmarks/report.py draws the roofline; benchmarks/card.sh builds and tests first.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,36 +30,40 @@ from torch import Tensor
 
 from smoothquant.kernels import ops
 
-CACHES = 4  # copies of a weight fill the L2 cache so many times
-MOST_ERROR = 1e-2  # relative, beside the same product of the same rounded numbers in fp32
-INT_MM_TOKENS = 17  # torch._int_mm takes no fewer
+CACHES = 4  # size of all copies of a weight, in L2 caches
+MOST_ERROR = 1e-2  # relative to the same product of the same rounded numbers in fp32
+INT_MM_TOKENS = 17  # minimum for torch._int_mm
 BASELINE = "cuBLAS fp16"
 to_int4pack = torch.ops.aten._convert_weight_to_int4pack
 
 
 @dataclass
 class Contender:
-    """A linear of one weight, whose calls in a graph are for one copy of it each."""
+    """A linear with one weight. Each call in its graph uses another copy of the weight."""
 
     name: str
     weight_bytes: int
     graph: torch.cuda.CUDAGraph
-    reads: object  # what the graph reads, kept alive
+    inputs: object  # keeps alive what the graph reads
     calls: int
-    error: float  # of the outputs against the exact linear, relative
+    error: float  # relative error of the outputs against the exact linear
 
 
 def card() -> str:
+    """Name and compute capability of the card."""
     properties = torch.cuda.get_device_properties(0)
     return f"{properties.name}, compute capability {properties.major}.{properties.minor}"
 
 
 def relative(y: Tensor, expected: Tensor) -> float:
+    """Relative error of y."""
     return ((y - expected).norm() / expected.norm()).item()
 
 
-def dequantized(x: Tensor, packed: tuple[Tensor | None, ...], perm: Tensor, n: int, g: int):
-    """What w4a4_linear shall give, in fp32 from the numbers that its codes stand for."""
+def dequantized(
+    x: Tensor, packed: tuple[Tensor | None, ...], perm: Tensor, n: int, g: int
+) -> Tensor:
+    """The expected result of w4a4_linear: an fp32 product of the dequantized codes."""
     channels = perm.long()
     int4 = len(channels) - packed[2].shape[1]
     x = x.float()[:, channels]
@@ -72,9 +78,14 @@ def contender(
     exact: Tensor,
     expected: Tensor | None = None,
 ) -> Contender:
-    """Captures call(*weights) for as many copies of the weights as keep them out of the cache.
+    """Capture call(*weights) in a graph, for enough copies of the weights to exceed the cache.
 
-    exact: the linear that is approximated; expected: what the call shall give, if not that.
+    Args:
+        name: name of the contender.
+        weights: the tensors to copy.
+        call: the linear.
+        exact: result of the linear that it approximates.
+        expected: expected result of the call; None: `exact`.
     """
     size = sum(w.nbytes for w in weights if w is not None)
     cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -85,9 +96,9 @@ def contender(
     with torch.cuda.stream(side):
         y = call(*copies[0]).float()
     torch.cuda.current_stream().wait_stream(side)
-    wrong = relative(y, exact if expected is None else expected)
-    if not wrong < MOST_ERROR:
-        raise SystemExit(f"{name} is wrong: relative error {wrong}")
+    error = relative(y, exact if expected is None else expected)
+    if not error < MOST_ERROR:
+        raise SystemExit(f"{name} is wrong: relative error {error}")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for copy in copies:
@@ -96,13 +107,13 @@ def contender(
 
 
 def contenders(w: Tensor, x: Tensor, args: argparse.Namespace) -> list[Contender]:
-    """Of a weight [N, K] and tokens [M, K], fp32."""
+    """All contenders for a weight [N, K] and tokens [M, K], both fp32."""
     n, k = w.shape
     expected = F.linear(x, w)
     result = []
     for name, dtype in ((BASELINE, torch.float16), ("cuBLAS bf16", torch.bfloat16)):
-        own = x.to(dtype)
-        result.append(contender(name, (w.to(dtype),), lambda w, x=own: F.linear(x, w), expected))
+        cast = x.to(dtype)
+        result.append(contender(name, (w.to(dtype),), lambda w, x=cast: F.linear(x, w), expected))
     if x.shape[0] >= INT_MM_TOKENS:
         scales = w.abs().amax() / 127, x.abs().amax() / 127
         w8, x8 = ((t / s).round().to(torch.int8) for t, s in zip((w, x), scales, strict=True))
@@ -114,45 +125,45 @@ def contenders(w: Tensor, x: Tensor, args: argparse.Namespace) -> list[Contender
     try:
         weights, call, product = int4pack(w, x)
         result.append(contender("W4A16 g128", weights, call, expected, product))
-    except (RuntimeError, NotImplementedError) as error:  # another card, shape or torch
+    except (RuntimeError, NotImplementedError) as error:  # unsupported card, shape or torch
         print(f"W4A16 g128 was not measured: {str(error).splitlines()[0]}", file=sys.stderr)
     perm = torch.randperm(k, device="cuda").int()
-    own = x.to(torch.bfloat16)
+    x_bf16 = x.to(torch.bfloat16)
     for group_size, prop in itertools.product(args.group_sizes, args.salient_props):
         packed = ops.pack_weight(w, perm, int(prop * k), group_size)
         result.append(
             contender(
                 f"W4A4 g{group_size} p{prop:g}",
                 (*packed, perm),
-                lambda *w, g=group_size: ops.w4a4_linear(own, *w, None, n, g),
+                lambda *w, g=group_size: ops.w4a4_linear(x_bf16, *w, None, n, g),
                 expected,
-                dequantized(own, packed, perm, n, group_size),
+                dequantized(x_bf16, packed, perm, n, group_size),
             )
         )
     return result
 
 
 def int4pack(w: Tensor, x: Tensor) -> tuple[tuple[Tensor, Tensor], Callable[..., Tensor], Tensor]:
-    """torch's W4A16: packed weights with their scales, the call, and what it shall give."""
+    """torch's W4A16: (packed weights and scales, the call, its expected result)."""
     codes, scales = four_bits(w, 128)
     pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
     packed = to_int4pack(pairs, 8)
     table = torch.stack([scales.T, torch.zeros_like(scales.T)], -1).bfloat16().contiguous()
-    own = x.to(torch.bfloat16)
+    x_bf16 = x.to(torch.bfloat16)
     weights = (codes - 8) * scales.bfloat16().float().repeat_interleave(128, 1)
-    expected = F.linear(own.float(), weights)
+    expected = F.linear(x_bf16.float(), weights)
     return (
         (packed, table),
-        lambda w, t: torch.ops.aten._weight_int4pack_mm(own, w, 128, t),
+        lambda w, t: torch.ops.aten._weight_int4pack_mm(x_bf16, w, 128, t),
         expected,
     )
 
 
 def measure(group: list[Contender], seconds: float) -> dict[str, float]:
-    """Median seconds of a call of each; they take turns until `seconds` each have passed."""
+    """Median seconds per call. The contenders take turns until each has run for `seconds`."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = {contender.name: [] for contender in group}
-    turn = -2  # two that do not count
+    times: dict[str, list[float]] = {contender.name: [] for contender in group}
+    turn = -2  # two warm-up turns
     while turn < 5 or min(map(sum, times.values())) < seconds:
         for contender in group:
             start.record()
@@ -178,21 +189,28 @@ def median_seconds(call: Callable[[], object], turns: int = 20) -> float:
 
 
 def limits() -> dict[str, float]:
-    """What the card does at best: GB/s of a copy, read and written; 1e9 multiply-accumulates per
-    second of large square products."""
+    """Peaks of the card.
+
+    Returns:
+        {"memory": GB/s of a copy, read and written; "fp16", "int8": 1e9 multiply-accumulates per
+        second of large square products}.
+    """
     bytes_ = torch.zeros(2, 1 << 30, dtype=torch.uint8, device="cuda")
-    found = {"memory": 1e-9 * bytes_.nbytes / median_seconds(lambda: bytes_[0].copy_(bytes_[1]))}
+    peaks = {"memory": 1e-9 * bytes_.nbytes / median_seconds(lambda: bytes_[0].copy_(bytes_[1]))}
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
     codes = torch.ones_like(a, dtype=torch.int8)
     for name, call in (("fp16", lambda: a @ a.T), ("int8", lambda: torch._int_mm(codes, codes.T))):
         call()
-        found[name] = 1e-9 * 8192**3 / median_seconds(call)
-    return found
+        peaks[name] = 1e-9 * 8192**3 / median_seconds(call)
+    return peaks
 
 
 def quantizer(args: argparse.Namespace, memory: float) -> list[dict]:
-    """The quantizing kernel alone, of the most tokens: bytes of activations that it reads and of
-    codes and scales that it writes. Inputs take turns, so that they come from memory."""
+    """Time the quantizing kernel alone, at the largest number of tokens; print and return rows.
+
+    Its bandwidth counts the activations that it reads and the codes and scales that it writes. The
+    calls alternate between inputs, so that these come from memory.
+    """
     rows, m = [], max(args.tokens)
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     print("\n| K | M | quantizer | median us | GB/s | of a copy |")
@@ -223,7 +241,7 @@ def quantizer(args: argparse.Namespace, memory: float) -> list[dict]:
 
 
 def row_of(contender: Contender, k: int, n: int, m: int, median: float, ratio: float) -> dict:
-    """A measurement, with the names that benchmarks/report.py knows; median: seconds of a call."""
+    """A row for benchmarks/report.py. median: seconds per call."""
     return {
         "k": k,
         "n": n,
@@ -238,7 +256,7 @@ def row_of(contender: Contender, k: int, n: int, m: int, median: float, ratio: f
 
 
 def speeds(args: argparse.Namespace) -> list[dict]:
-    """The table of linears; prints each row when it is there."""
+    """Measure all linears; print each row as soon as it is ready."""
     print(f"\n| KxN | M | contender | median us | TOP/s | weights GB/s | x {BASELINE} | error |")
     print("|---|---|---|---|---|---|---|---|")
     rows = []
@@ -268,23 +286,27 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[2**i for i in range(13)])
     parser.add_argument("--group-sizes", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument("--salient-props", nargs="+", type=float, default=[0.0, 0.05, 0.1])
-    parser.add_argument("--seconds", type=float, default=0.2, help="per contender")
+    parser.add_argument("--seconds", type=float, default=0.2, help="time per contender")
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
     if not ops.has_cuda():
         sys.exit(
-            "nothing was measured: no CUDA card is here, or MixedQuant was built without CUDA "
+            "nothing was measured: there is no CUDA card, or MixedQuant was built without CUDA "
             f"(architectures built: {ops.build_info()['cuda_archs'] or 'none'})"
         )
     torch.manual_seed(0)
-    record = {"chip": card(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    record: dict[str, Any] = {
+        "chip": card(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
     record |= {"archs": ops.build_info()["cuda_archs"], "date": str(date.today())}
-    print("; ".join(record.values()))
+    print("; ".join(map(str, record.values())))
     peaks = limits()
     print("; ".join(f"{name} {value:.0f}" for name, value in peaks.items()), end=" ")
     print("(GB/s of a copy; 1e9 multiply-accumulates per second)")
     record |= {"baseline": BASELINE, "limits": {"GPU": peaks}}
-    ops.set_cuda_kernel("prefill_s8")  # its codes are bytes
+    ops.set_cuda_kernel("prefill_s8")  # writes codes as bytes
     record["activations"] = quantizer(args, peaks["memory"])
     ops.set_cuda_kernel(None)
     record["rows"] = speeds(args)

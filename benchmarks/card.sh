@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# On a machine with an Nvidia card and nvcc: build with CUDA, test on the card, measure. One call:
+# Build with CUDA, test on the card, and measure, on a machine with an Nvidia card and nvcc:
 #     benchmarks/card.sh [--quick] [options of benchmarks/card.py]
-# --quick: this card's kernels only, one pass of compute-sanitizer, few shapes: for some 8 minutes.
-# Stops at the first thing that is wrong, and where there is no card. PYTHON: with a CUDA build of torch
-# and the packages of pip's extra "test". ALLOW_NO_SANITIZER=1: go on without compute-sanitizer.
+# --quick: only this card's kernels, one pass of compute-sanitizer, few shapes; about 8 minutes.
+# Stops at the first failure, or if there is no card. Environment variables:
+#     PYTHON                  a Python with a CUDA build of torch and the packages of extra "test"
+#     ALLOW_NO_SANITIZER=1    continue without compute-sanitizer
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON="${PYTHON:-python3}"
@@ -17,9 +18,9 @@ fail() {
 }
 
 "$PYTHON" -c 'import torch, sys; sys.exit(not (torch.version.cuda and torch.cuda.is_available()))' ||
-    fail "nothing was run: $PYTHON has no torch that sees a CUDA card"
+    fail "nothing was run: torch in $PYTHON sees no CUDA card"
 if ! command -v compute-sanitizer >/dev/null && [ "${ALLOW_NO_SANITIZER:-}" != 1 ]; then
-    fail "nothing was run: compute-sanitizer was not found (ALLOW_NO_SANITIZER=1 goes on without)"
+    fail "nothing was run: compute-sanitizer was not found (ALLOW_NO_SANITIZER=1 continues without it)"
 fi
 
 tools=(memcheck racecheck initcheck synccheck)
@@ -27,7 +28,7 @@ tests=(tests/test_cuda.py tests/test_cuda_build.py)
 speed=() kernels=() model=()
 if [ "${1:-}" = --quick ]; then
     shift
-    # wgmma is in 90a alone
+    # wgmma needs 90a
     MIXEDQUANT_CUDA_ARCHS="$("$PYTHON" -c 'import torch
 major, minor = torch.cuda.get_device_capability()
 print(f"{major}{minor}" + "a" * (major == 9))')"
@@ -43,14 +44,14 @@ fi
 printf '== Build\n'
 "$PYTHON" setup.py -q build_ext --inplace
 "$PYTHON" -c 'import sys; from smoothquant import ops; sys.exit(not ops.has_cuda())' ||
-    fail "the CUDA kernels were built, but are not loaded"
+    fail "the CUDA kernels were built, but cannot be loaded"
 
 printf '== Tests\n'
 "$PYTHON" -m pytest -q "${tests[@]}"
 
 printf '== compute-sanitizer\n'
 if command -v compute-sanitizer >/dev/null; then
-    # without torch's pool, so that every tensor has bounds of its own
+    # without torch's memory pool, so that the tools see the bounds of every tensor
     for tool in "${tools[@]}"; do
         printf -- '-- %s\n' "$tool"
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \

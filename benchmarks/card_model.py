@@ -1,14 +1,16 @@
-"""Memory and speed of a whole model on a CUDA card: Llama-2-7B's shape, W4A4 beside bf16.
+"""Memory and speed of a whole model on a CUDA card: Llama-2-7B's shape, W4A4 against bf16.
 
     python benchmarks/card_model.py --json docs/benchmark_cuda_model.json
-    python benchmarks/card_model.py --device cpu --layers 2 --hidden 256    # to see that it works
+    python benchmarks/card_model.py --device cpu --layers 2 --hidden 256    # a quick trial
 
-Weights are made and packed a decoder layer at a time, so that a card needs no more memory than the
-larger model. Order of channels and salient channels are random: speed does not depend on them.
-Embedding, attention and head stay in bf16. Prefill is the whole prompt; decode goes on one greedy
-token after another, with a static cache: call by call, captured in a CUDA graph, and through
-torch.compile. Where one of these cannot be done, its row says why. Medians; one model after the
-other, so that the peaks of memory are their own. benchmarks/card.sh builds and tests first.
+Weights are created and packed one decoder layer at a time, so that the card needs memory only for
+the larger model. Channel order and salient channels are random, because speed does not depend on
+them. Embedding, attention and head stay in bf16.
+
+Prefill is the whole prompt. Decode adds greedy tokens one by one with a static cache, in three
+ways: call by call, in a CUDA graph, and through torch.compile. If one of them fails, its row says
+why. The script reports medians, and runs one model after the other to measure the memory peak of
+each. benchmarks/card.sh builds and tests first.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from typing import Any
 
 import torch
 import transformers
@@ -27,7 +30,7 @@ from card import card
 from linear import chip
 from report import MODEL_HEAD, model_line
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, StaticCache
 
 from smoothquant import MixedQuantConfig
 from smoothquant.kernels import ops
@@ -38,8 +41,8 @@ DTYPE = torch.bfloat16
 WARM_UP = 3  # steps
 
 
-def shape(args: argparse.Namespace):
-    """Llama-2-7B's configuration, of another size if asked for."""
+def shape(args: argparse.Namespace) -> PretrainedConfig:
+    """Llama-2-7B's configuration, scaled by the arguments."""
     return AutoConfig.for_model(
         "llama",
         hidden_size=args.hidden,
@@ -54,7 +57,7 @@ def shape(args: argparse.Namespace):
 
 
 def packed(linear: nn.Linear, config: MixedQuantConfig) -> W4A4Linear:
-    """The linear as a quantized layer, with random channels chosen."""
+    """The linear as a quantized layer with random salient channels."""
     n, k = linear.weight.shape
     count = int(config.salient_prop * k)
     options = {"bias": False, "config": config, "num_salient": count, "dtype": DTYPE}
@@ -68,7 +71,7 @@ def packed(linear: nn.Linear, config: MixedQuantConfig) -> W4A4Linear:
 
 @torch.no_grad()
 def build(args: argparse.Namespace, config: MixedQuantConfig | None) -> nn.Module:
-    """The model on the device, its decoder's linears quantized by config if there is one."""
+    """Create the model on the device; with a config, quantize the linears of its decoder."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape(args), dtype=DTYPE).eval()
     body = model.model
@@ -87,6 +90,7 @@ def build(args: argparse.Namespace, config: MixedQuantConfig | None) -> nn.Modul
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
+    """Seconds that work() takes, including what it starts on the card."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -97,13 +101,15 @@ def seconds(work: Callable[[], object], device: str) -> float:
 
 
 class Decoder:
-    """Greedy decoding behind a prompt. What a step reads and writes stays where it is, so that a
-    CUDA graph of it can be replayed."""
+    """Greedy decoding after a prompt.
 
-    def __init__(self, model: nn.Module, prompt: Tensor, most_tokens: int) -> None:
+    A step reads and writes the same memory every time, so that a CUDA graph of it can be replayed.
+    """
+
+    def __init__(self, model: nn.Module, prompt: Tensor, max_tokens: int) -> None:
         self.model, self.prompt = model, prompt
-        self.cache = StaticCache(config=model.config, max_cache_len=most_tokens)
-        # transformers has given it another name
+        self.cache = StaticCache(config=model.config, max_cache_len=max_tokens)
+        # the argument has been renamed in transformers
         names = inspect.signature(model.forward).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"
         self.forward: Callable = model
@@ -127,7 +133,7 @@ class Decoder:
         self.ids.copy_(logits.argmax(-1))
         self.position.add_(1)
 
-    # Each gives what to call for the next token.
+    # Each of these returns a function that decodes the next token.
 
     def eager(self) -> Callable[[], None]:
         return self.step
@@ -156,26 +162,26 @@ MODES = {"eager": Decoder.eager, "graph": Decoder.graph, "compile": Decoder.comp
 
 @torch.no_grad()
 def speeds(model: nn.Module, args: argparse.Namespace) -> list[dict]:
-    """Rows of prefill and of each way to decode: tokens per second, or why there are none."""
+    """Rows for prefill and for each way to decode: tokens per second, or why it failed."""
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(model.config.vocab_size, (args.batch, args.prompt), generator=generator)
     prompt = prompt.to(args.device)
-    most_tokens = args.prompt + args.turns * args.new + 2 * WARM_UP + 1
-    rows = []
-    decoder = Decoder(model, prompt, most_tokens)
+    max_tokens = args.prompt + args.turns * args.new + 2 * WARM_UP + 1
+    rows: list[dict[str, Any]] = []
+    decoder = Decoder(model, prompt, max_tokens)
     decoder.prefill()
     took = [seconds(decoder.prefill, args.device) for _ in range(args.turns)]
     rows.append({"phase": "prefill", "tokens_per_second": prompt.numel() / statistics.median(took)})
     for mode in args.modes:
-        row = {"phase": f"decode, {mode}"}
+        row: dict[str, Any] = {"phase": f"decode, {mode}"}
         rows.append(row)
-        decoder = Decoder(model, prompt, most_tokens)
+        decoder = Decoder(model, prompt, max_tokens)
         decoder.prefill()
         try:
             step = MODES[mode](decoder)
             for _ in range(WARM_UP):
                 step()
-        except Exception as error:  # whatever torch, or a compiler it calls, could not do
+        except Exception as error:  # anything may fail in torch or in a compiler that it calls
             row["failed"] = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
             continue
         took = [
@@ -189,28 +195,29 @@ def speeds(model: nn.Module, args: argparse.Namespace) -> list[dict]:
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
-    """All rows; prints each."""
+    """Measure all models; print and return the rows."""
     config = MixedQuantConfig(group_size=args.group_size, salient_prop=args.salient_prop)
     name = f"W4A4 g{args.group_size} p{args.salient_prop:g}"
     print("\n".join(MODEL_HEAD))
-    rows, of_bf16 = [], {}
+    rows: list[dict[str, Any]] = []
+    bf16_speeds: dict[str, float] = {}
     for contender, chosen in (("bf16", None), (name, config)):
         if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         model = build(args, chosen)
         tensors = [*model.parameters(), *model.buffers()]
         weight_bytes = sum(t.nbytes for t in tensors)
-        found = speeds(model, args)
+        measured = speeds(model, args)
         peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else None
-        for row in found:
+        for row in measured:
             row.update(contender=contender, weight_bytes=weight_bytes, peak_bytes=peak)
             speed = row.get("tokens_per_second")
             if speed and chosen is None:
-                of_bf16[row["phase"]] = speed
-            if speed and row["phase"] in of_bf16:
-                row["ratio"] = speed / of_bf16[row["phase"]]
+                bf16_speeds[row["phase"]] = speed
+            if speed and row["phase"] in bf16_speeds:
+                row["ratio"] = speed / bf16_speeds[row["phase"]]
             print(model_line(row), flush=True)
-        rows += found
+        rows += measured
         del model, tensors
         torch.compiler.reset()
         gc.collect()
@@ -225,7 +232,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096, help="a multiple of 128")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of the prompt")
-    parser.add_argument("--new", type=int, default=64, help="tokens to generate in a turn")
+    parser.add_argument("--new", type=int, default=64, help="tokens to generate per turn")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
@@ -238,10 +245,13 @@ def main() -> None:
         parser.error(f"--hidden must be a multiple of 128; got {args.hidden}")
     if args.device == "cuda" and not ops.has_cuda():
         sys.exit(
-            "nothing was measured: no CUDA card is here, or MixedQuant was built without CUDA "
+            "nothing was measured: there is no CUDA card, or MixedQuant was built without CUDA "
             f"(architectures built: {ops.build_info()['cuda_archs'] or 'none'})"
         )
-    record = {"chip": card() if args.device == "cuda" else chip(), "torch": torch.__version__}
+    record: dict[str, Any] = {
+        "chip": card() if args.device == "cuda" else chip(),
+        "torch": torch.__version__,
+    }
     record |= {"transformers": transformers.__version__, "date": str(date.today())}
     print("; ".join(record.values()) + "\n")
     record |= {"arguments": vars(args), "rows": measure(args)}

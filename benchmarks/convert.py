@@ -1,15 +1,15 @@
-"""A checkpoint far bigger than its share of memory, converted under a hard limit of memory.
+"""Convert a checkpoint that is much larger than the memory the conversion may use.
 
-    python benchmarks/convert.py                        # 6.6 GB, about as much again while it runs
+    python benchmarks/convert.py                        # 6.6 GB of disk, twice that while it runs
     python benchmarks/convert.py --recipe best --layers 2
 
-Makes a LLaMA of random weights in bfloat16, a file for each decoder layer, and converts it in a
-process that may hold, beyond what its imports do,
+Creates a LLaMA with random bfloat16 weights, one file per decoder layer, and converts it in a
+subprocess. After its imports, the subprocess may allocate
 
-    2 x the largest decoder layer in float32 + the hidden states that wait in memory + 500 MB
+    2 x the largest decoder layer in float32 + the hidden states kept in memory + 500 MB
 
-of memory of its own (RLIMIT_DATA: pages mapped from files do not count, all else does). Prints what
-it took, and what `quantize --dry-run` would have said, as JSON; a conversion that needs more fails.
+(RLIMIT_DATA: everything but pages mapped from files). A conversion that needs more fails. Prints as
+JSON how much it used, and how much `quantize --dry-run` would have predicted.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SEQ_LEN = 1024
 
 
 def make_checkpoint(folder: Path, layers: int, hidden: int, intermediate: int, vocab: int) -> int:
-    """Bytes of the largest decoder layer in float32."""
+    """Write the checkpoint; return the bytes of its largest decoder layer in float32."""
     config = AutoConfig.for_model(
         "llama", hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
         num_attention_heads=hidden // 128, num_key_value_heads=hidden // 512, vocab_size=vocab,
@@ -52,48 +52,49 @@ def make_checkpoint(folder: Path, layers: int, hidden: int, intermediate: int, v
     config.save_pretrained(folder)
     files: dict[str, dict[str, torch.Size]] = {}
     for name, tensor in shapes.items():
-        place = name.split(".")[2] if ".layers." in name else "rest"
-        files.setdefault(f"model-{place}.safetensors", {})[name] = tensor.shape
-    places, size, largest = {}, 0, 0
-    for file, own in files.items():
+        part = name.split(".")[2] if ".layers." in name else "rest"
+        files.setdefault(f"model-{part}.safetensors", {})[name] = tensor.shape
+    weight_map: dict[str, str] = {}
+    size = largest = 0
+    for file, file_shapes in files.items():
         tensors = {
             name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02)
             if len(shape) > 1
             else torch.ones(shape, dtype=torch.bfloat16)
-            for name, shape in own.items()
+            for name, shape in file_shapes.items()
         }
         save_file(tensors, folder / file, {"format": "pt"})
-        places |= dict.fromkeys(tensors, file)
+        weight_map |= dict.fromkeys(tensors, file)
         size += sum(t.nbytes for t in tensors.values())
         if "rest" not in file:
             largest = max(largest, sum(4 * t.numel() for t in tensors.values()))
-    index = {"metadata": {"total_size": size}, "weight_map": places}
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index))
     return largest
 
 
-def held(field: str) -> int:
-    """Bytes, from the system's account of this process."""
+def memory(field: str) -> int:
+    """A field of /proc/self/status in bytes."""
     with open("/proc/self/status") as status:
         return next(1024 * int(line.split()[1]) for line in status if line.startswith(field + ":"))
 
 
 def convert_limited(
     source: Path, target: Path, recipe: str, tokens: int, spill: bool, allowed: int
-):
-    """In this process, for good: limit its memory and convert; prints JSON."""
+) -> None:
+    """Limit the memory of this process for good, convert, and print JSON."""
     torch.manual_seed(0)
     batches = [torch.randint(0, 1000, (1, SEQ_LEN)) for _ in range(-(-tokens // SEQ_LEN))]
-    torch.ones(512, 512) @ torch.ones(512, 512)  # threads
-    float_shapes(source)  # imports: of the model's class, and of packages that transformers finds
-    before, resident = held("VmData"), held("RssAnon")
+    torch.ones(512, 512) @ torch.ones(512, 512)  # starts the threads
+    float_shapes(source)  # imports the model's class and optional packages of transformers
+    before, resident = memory("VmData"), memory("RssAnon")
     resource.setrlimit(resource.RLIMIT_DATA, (before + allowed, before + allowed))
     peak, done = {"VmData": 0, "RssAnon": 0}, threading.Event()
 
     def watch() -> None:
         while not done.wait(0.02):
             for field in peak:
-                peak[field] = max(peak[field], held(field))
+                peak[field] = max(peak[field], memory(field))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -116,9 +117,11 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--recipe", default="fast")
-    parser.add_argument("--in-memory", action="store_true", help="Spill nothing.")
+    parser.add_argument(
+        "--in-memory", action="store_true", help="keep hidden states in memory, not on disk"
+    )
     parser.add_argument("--allowance", type=int, default=500, metavar="MB")
-    parser.add_argument("--folder", type=Path, help="Where there is room on the disk.")
+    parser.add_argument("--folder", type=Path, help="a folder with enough disk space")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         source, target = Path(folder, "float"), Path(folder, "quantized")
@@ -129,14 +132,15 @@ def main() -> None:
         allowed = 2 * layer + activations + args.allowance * MB
         model, config = float_shapes(source), MixedQuantConfig(recipe=args.recipe)
         size = sum(planned_bytes(model, config).values())
-        how = {"by_layer": True, "spill": not args.in_memory}
-        planned = planned_memory(model, config, size, args.tokens, **how)
+        planned = planned_memory(
+            model, config, size, args.tokens, by_layer=True, spill=not args.in_memory
+        )
         words = [source, target, args.recipe, args.tokens, int(not args.in_memory), allowed]
         command = [sys.executable, __file__, "child", *map(str, words)]
         run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if run.returncode:
-            sys.exit(f"the conversion failed within {allowed / MB:,.0f} MB of its own")
-        found = json.loads(run.stdout.splitlines()[-1])
+            sys.exit(f"the conversion failed with a limit of {allowed / MB:,.0f} MB")
+        measured = json.loads(run.stdout.splitlines()[-1])
         written = sum(path.stat().st_size for path in target.glob("*.safetensors"))
         checkpoint = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     result = {
@@ -148,11 +152,11 @@ def main() -> None:
         "written_mb": written / MB,
         "largest_layer_fp32_mb": layer / MB,
         "allowed_mb": allowed / MB,
-        "peak_mb": (found["VmData"] - found["before"]) / MB,
-        "peak_resident_mb": (found["RssAnon"] - found["resident"]) / MB,
-        "imports_mb": found["before"] / MB,
+        "peak_mb": (measured["VmData"] - measured["before"]) / MB,
+        "peak_resident_mb": (measured["RssAnon"] - measured["resident"]) / MB,
+        "imports_mb": measured["before"] / MB,
         "planned_peak_mb": sum(planned.values()) / MB,
-        "seconds": found["seconds"],
+        "seconds": measured["seconds"],
     }
     print(json.dumps({k: round(v) if isinstance(v, float) else v for k, v in result.items()}))
 

@@ -1,11 +1,11 @@
-"""A cell of the simulation ("fake" backend) beside the same cell by the published code's formulas.
+"""Speed of the simulation ("fake" backend) against the published code's formulas, for whole cells.
 
     python benchmarks/fake.py --model smollm2-135m --windows 1
 
-The published code loads and calibrates the model anew for every cell, quantizes weights and
-activations a group at a time, and finds the activations' order in each call. It is written here
-from its formulas in plain torch. Both sides run in turn, each takes its best of --rounds; seconds
-are those of the processor, so that other programs on the machine count little.
+The published code loads and calibrates the model again for every cell, quantizes weights and
+activations group by group, and sorts the activations in every call. This script re-implements its
+formulas in plain torch. Both sides take turns, and the best of --rounds counts. Times are CPU
+seconds, which other programs affect little.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ PARTS = ("load", "calibrate", "quantize", "evaluate")
 
 
 def published_group_absmax_sort(t: Tensor, n_bits: int, group_size: int) -> Tensor:
-    """t [..., K] with its channels sorted by largest magnitude, quantized and dequantized a group
-    at a time, in the caller's order."""
+    """Quantize and dequantize t [..., K] group by group, with channels sorted by largest magnitude.
+
+    The result has the channels in their original order.
+    """
     rows = t.reshape(-1, t.shape[-1])
     order = torch.argsort(rows.abs().max(dim=0).values)
     rows = rows[:, order]
@@ -52,7 +54,7 @@ def published_group_absmax_sort(t: Tensor, n_bits: int, group_size: int) -> Tens
 
 
 class PublishedLinear(nn.Module):
-    """A linear layer whose input is quantized in every call, but for its salient channels."""
+    """A linear layer that quantizes its input in every call, except for the salient channels."""
 
     def __init__(self, linear: nn.Linear, importance: Tensor, share: float, group_size: int):
         super().__init__()
@@ -74,7 +76,7 @@ class PublishedLinear(nn.Module):
 
 
 def timed(seconds: dict[str, float], part: str, function: Callable) -> Any:
-    """Call a function; its seconds go to seconds[part]."""
+    """Call a function and store its CPU seconds in seconds[part]."""
     started = time.process_time()
     result = function()
     seconds[part] = time.process_time() - started
@@ -83,7 +85,7 @@ def timed(seconds: dict[str, float], part: str, function: Callable) -> Any:
 
 @torch.no_grad()
 def published_cell(source: str, cell: grid.Cell, bench: runner.Bench) -> dict[str, float]:
-    """The seconds of each part of a cell by the published formulas."""
+    """Seconds for each part of a cell by the published formulas."""
     seconds: dict[str, float] = {}
     model, _ = timed(seconds, "load", lambda: load_model(source))
     blocks, config = bench.blocks(cell.calibration), cell.config
@@ -101,8 +103,8 @@ def published_cell(source: str, cell: grid.Cell, bench: runner.Bench) -> dict[st
     return seconds
 
 
-def cell_of_a_worker(cell: grid.Cell, bench: runner.Bench) -> dict[str, float]:
-    """The same of a cell as a worker of a sweep does it."""
+def worker_cell(cell: grid.Cell, bench: runner.Bench) -> dict[str, float]:
+    """Seconds for each part of a cell as a worker of a sweep computes it."""
     seconds = {"load": 0.0, "calibrate": 0.0}
     model, *_ = timed(seconds, "quantize", lambda: runner.quantized_model(cell, bench))
     timed(seconds, "evaluate", lambda: bench.evaluator(cell.evaluation).evaluate(model))
@@ -126,14 +128,14 @@ def measure(source: str, group_sizes: list[int], rounds: int, **sizes: int) -> l
         store.put(plan[0], runner.run_cell(plan[0], bench))
         rows = []
         for cell in plan[2:]:
-            cell_of_a_worker(cell, bench)  # what is made once for all cells
+            worker_cell(cell, bench)  # makes what all cells share
             tried: dict[str, list] = {"published": [], "worker": []}
             for _ in range(rounds):
                 tried["published"].append(published_cell(source, cell, bench))
-                tried["worker"].append(cell_of_a_worker(cell, bench))
+                tried["worker"].append(worker_cell(cell, bench))
             best = {
-                side: {part: min(times[part] for times in every) for part in PARTS}
-                for side, every in tried.items()
+                side: {part: min(times[part] for times in rounds_) for part in PARTS}
+                for side, rounds_ in tried.items()
             }
             rows.append({"group_size": cell.config["group_size"], **best})
     return rows

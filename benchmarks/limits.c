@@ -1,11 +1,11 @@
-/* What one core can do at best: multiply-accumulates by each instruction that a kernel is built on, and
- * bytes read from memory. benchmarks/linear.py compiles it and sets speeds in relation to it. */
+/* Peaks of one core: multiply-accumulates per second for each instruction that the kernels use, and
+ * bytes per second read from memory. benchmarks/linear.py compiles this and relates speeds to it. */
 #include <stddef.h>
 #include <time.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-enum { CHAINS = 12 }; /* enough to hide the latency, and no more than registers */
+enum { CHAINS = 12 }; /* enough to hide the latency, few enough for the registers */
 #define EACH_CHAIN(i) _Pragma("GCC unroll 12") for (int i = 0; i < CHAINS; i++)
 #else
 #include <arm_neon.h>
@@ -21,7 +21,7 @@ static double seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-/* 1e9 multiply-accumulates per second, the best of some repeats. step(acc) has `macs` of them. */
+/* 1e9 multiply-accumulates per second, the best of several repeats. step(acc) does `macs` of them. */
 #define DEFINE_PEAK(name, isa, vector, zero, macs, step)                              \
     __attribute__((target(isa))) double name(void) {                                  \
         vector acc[CHAINS], x = zero(), product = zero();                             \
@@ -38,7 +38,7 @@ static double seconds(void) {
         return best;                                                                  \
     }
 
-/* peak_<isa> and, for fp32 and bf16, the widest there is */
+/* peak_<isa>; for fp32 and bf16 with the widest vectors available */
 #if defined(__x86_64__)
 #define FMA(acc) __asm__ volatile("vfmadd231ps %1, %1, %0" : "+v"(acc) : "v"(x))
 #define DPBF16(acc) __asm__ volatile("vdpbf16ps %1, %1, %0" : "+v"(acc) : "v"(x))
@@ -77,7 +77,7 @@ int has_bf16(void) { return 0; }
 #define WIDE "arch=armv8.2-a"
 #endif
 
-/* 1e9 bytes per second read in order from `bytes` bytes, more than the caches hold, a multiple of 64 */
+/* 1e9 bytes per second read in order from `bytes` bytes: a multiple of 64, larger than the caches */
 __attribute__((target(WIDE))) double memory_read(const char *from, size_t bytes) {
     typedef long long wide __attribute__((vector_size(32)));
     double best = 0;

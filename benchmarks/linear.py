@@ -1,17 +1,18 @@
-"""Speed of the W4A4 linear against other linears, as ratios of one interleaved run.
+"""Speed of the W4A4 linear against other linears on the CPU, measured in one interleaved run.
 
     python benchmarks/linear.py [--threads 1 2] [--shapes 4096x4096] [--tokens 1 64 512] [--json F]
-    python benchmarks/linear.py --matrix --json docs/benchmark_peers.json  # of docs/results.md
-    python benchmarks/linear.py --gate                                # after a change of a kernel
+    python benchmarks/linear.py --matrix --json docs/benchmark_peers.json  # for docs/results.md
+    python benchmarks/linear.py --gate                                # after changing a kernel
 
-Every figure includes the quantization of the activations. The contenders take turns, and medians
-are reported; weights of M <= 16 rotate over more than 200 MB, so that they come from memory.
-With --peers (benchmarks/peers.py) several libraries' threads are at work, which go on spinning for
-a while after a call: each timed call then follows a pause and a call that does not count.
-"of limit" is the time that the chip would need at the peak of the instruction in use and of its
-memory, both measured at the start, over the time that was needed; "error" is that of the outputs
-against fp32, relative, for normally distributed weights and activations. --gate fails where a
-kernel's share of the limit is below FLOORS, on any machine. Benchmarks need a quiet machine.
+All times include quantizing the activations. The contenders take turns, and the script reports
+medians. For M <= 16, calls rotate over more than 200 MB of weights, so that they come from memory.
+With --peers (benchmarks/peers.py), other libraries' threads keep spinning for a while after a call,
+so each timed call follows a pause and an untimed call.
+
+"of limit" is the time that the chip needs at the peak of its instructions and memory, both measured
+at the start, divided by the measured time. "error" is the relative error of the outputs against
+fp32, for normally distributed weights and activations. --gate fails if a kernel reaches a smaller
+share of the limit than FLOORS, on any machine. Benchmarks need a quiet machine.
 """
 
 import argparse
@@ -27,15 +28,16 @@ import sys
 import tempfile
 import time
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peers import PEERS
+from peers import PEERS, Layer
 
 from smoothquant.kernels import ops
 from smoothquant.layers.linear import W4A4Linear
@@ -43,12 +45,13 @@ from smoothquant.layers.linear import W4A4Linear
 COLD_BYTES = 200e6
 MEMORY_BYTES = 256 << 20
 LIMIT_ROUNDS = 5
-FLOORS = {1: 0.35, 64: 0.6}  # by tokens: least share of the limit, g = 128, one thread
+FLOORS = {1: 0.35, 64: 0.6}  # {tokens: smallest accepted share of the limit}; g = 128, one thread
 MATRIX_SHAPES = ["4096x4096", "4096x11008", "11008x4096", "576x1536", "1536x576"]
 MATRIX_TOKENS = [1, 4, 16, 64, 512]
 
 
 def chip() -> str:
+    """Name, family and AVX-512 VNNI support of the processor."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"{platform.system()} {platform.machine()}, {ops.isa()}"
     with open("/proc/cpuinfo") as lines:
@@ -60,8 +63,12 @@ def chip() -> str:
 
 
 def measure_limits(thread_counts: list[int]) -> dict[int, dict[str, float]]:
-    """By threads: 1e9 multiply-accumulates per second by instruction, and "memory" in 1e9 bytes,
-    the best of several rounds: whatever shares the machine makes a limit no lower."""
+    """Measure the peaks of the chip.
+
+    Returns:
+        {threads: {instruction: 1e9 multiply-accumulates per second, "memory": 1e9 bytes per
+        second}}, the best of several rounds: other load on the machine must not lower a limit.
+    """
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/limits.so"
         source = Path(__file__).with_name("limits.c")
@@ -80,41 +87,47 @@ def measure_limits(thread_counts: list[int]) -> dict[int, dict[str, float]]:
         start = ctypes.c_void_p(data.data_ptr() + part * size)
         return limits.memory_read(start, ctypes.c_size_t(size))
 
-    measures = {name: lambda _, f=function: f() for name, function in functions.items()}
+    measures: dict[str, Callable[[int], float]] = {
+        name: lambda _, f=function: f() for name, function in functions.items()
+    }
     measures["memory"] = memory_read
     result = {}
     for threads in thread_counts:
-        with ThreadPoolExecutor(threads) as pool:  # ctypes releases the interpreter
+        with ThreadPoolExecutor(threads) as pool:  # ctypes releases the GIL
             rounds = [
                 {name: sum(pool.map(measure, range(threads))) for name, measure in measures.items()}
                 for _ in range(LIMIT_ROUNDS)
             ]
-        result[threads] = {name: max(found[name] for found in rounds) for name in measures}
+        result[threads] = {name: max(speeds[name] for speeds in rounds) for name in measures}
     return result
 
 
 @dataclass
 class Contender:
-    """Layers to rotate over, run on one instruction set."""
+    """Layers to rotate over, on one instruction set."""
 
     name: str
-    layers: list[Callable[[torch.Tensor], torch.Tensor]]
+    layers: list[Layer]
     isa: str
     weight_bytes: float
-    macs: dict[str, float]  # per token, by the limit that they are measured by
-    offset: int = 0  # in the rotation, where several contenders share layers
+    macs: Mapping[str, float]  # {name of a limit: multiply-accumulates per token}
+    offset: int = 0  # start in the rotation, for contenders that share layers
 
 
-def copies(weights: list[torch.Tensor | None], layer_of, count: int) -> tuple[list, float]:
+def copies(
+    weights: Sequence[torch.Tensor | None], make_layer: Callable[..., Layer], count: int
+) -> tuple[list[Layer], float]:
+    """Make `count` layers with their own copies of the weights: (layers, bytes of one copy)."""
     size = sum(w.nbytes for w in weights if w is not None)
-    return [layer_of(*(w if w is None else w.clone() for w in weights)) for _ in range(count)], size
+    layers = [make_layer(*(w if w is None else w.clone() for w in weights)) for _ in range(count)]
+    return layers, size
 
 
 def cold_copies(size: float, cold: bool) -> int:
     return int(COLD_BYTES / size) + 1 if cold else 1
 
 
-def dense(w: torch.Tensor, args, cold: bool) -> list[Contender]:
+def dense(w: torch.Tensor, args: argparse.Namespace, cold: bool) -> list[Contender]:
     result = []
     for name, dtype, limit in (
         ("torch fp32", torch.float32, "fma"),
@@ -130,7 +143,7 @@ def dense(w: torch.Tensor, args, cold: bool) -> list[Contender]:
     return result
 
 
-def packed(w: torch.Tensor, args, cold: bool) -> list[Contender]:
+def packed(w: torch.Tensor, args: argparse.Namespace, cold: bool) -> list[Contender]:
     n, k = w.shape
     perm = torch.randperm(k).int()
     result = []
@@ -154,7 +167,9 @@ def packed(w: torch.Tensor, args, cold: bool) -> list[Contender]:
     return result
 
 
-def others(w: torch.Tensor, args, cold: bool, m: int, threads: int) -> list[Contender]:
+def others(
+    w: torch.Tensor, args: argparse.Namespace, cold: bool, m: int, threads: int
+) -> list[Contender]:
     result = []
     for name, (make, bytes_per_weight, limit) in PEERS.items():
         try:
@@ -167,7 +182,7 @@ def others(w: torch.Tensor, args, cold: bool, m: int, threads: int) -> list[Cont
     return result
 
 
-UNAVAILABLE: dict[str, str] = {}  # peers that were asked for, and why they are not here
+UNAVAILABLE: dict[str, str] = {}  # {requested peer: why it could not be measured}
 
 
 def errors(group: list[Contender], w: torch.Tensor, x: torch.Tensor) -> dict[str, float]:
@@ -185,12 +200,17 @@ def errors(group: list[Contender], w: torch.Tensor, x: torch.Tensor) -> dict[str
 def measure(
     group: list[Contender], x: torch.Tensor, seconds: float, settle: bool
 ) -> dict[str, float]:
-    """Median seconds of each contender; they take turns until `seconds` each have passed.
+    """Median seconds per call. The contenders take turns until each has run for `seconds`.
 
-    settle: wait until other libraries' threads are at rest, and wake the contender's own.
+    Args:
+        group: the contenders.
+        x: their input.
+        seconds: time for each contender.
+        settle: before each call, let other libraries' threads go to sleep, then wake the
+            contender's own threads with an untimed call.
     """
-    times = {contender.name: [] for contender in group}
-    turn = -1  # one that does not count
+    times: dict[str, list[float]] = {contender.name: [] for contender in group}
+    turn = -1  # a warm-up turn
     while turn < 5 or min(map(sum, times.values())) < seconds:
         for contender in group:
             ops.set_isa(contender.isa)
@@ -208,7 +228,7 @@ def measure(
 
 
 def least_seconds(contender: Contender, m: int, cold: bool, limits: dict[str, float]) -> float:
-    """What the chip needs at its peaks; 0 where one of them is not known."""
+    """Seconds that the chip needs at its peaks; 0 if a peak is unknown."""
     if not all(name in limits for name, macs in contender.macs.items() if macs):
         return 0.0
     arithmetic = sum(m * macs / limits[name] for name, macs in contender.macs.items() if macs)
@@ -226,17 +246,17 @@ def main() -> None:
         "--salient-dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "int8"]
     )
     parser.add_argument("--isas", nargs="+", default=[ops.isa()], choices=ops.supported_isas())
-    parser.add_argument("--bf16", action="store_true", help="also against torch's bf16 linear")
-    parser.add_argument("--peers", action="store_true", help="also against benchmarks/peers.py")
+    parser.add_argument("--bf16", action="store_true", help="also measure torch's bf16 linear")
+    parser.add_argument("--peers", action="store_true", help="also measure benchmarks/peers.py")
     parser.add_argument(
-        "--matrix", action="store_true", help="five shapes, five numbers of tokens, all peers"
+        "--matrix", action="store_true", help="five shapes, five token counts, all peers"
     )
     parser.add_argument(
-        "--quantizer", action="store_true", help="only the quantizer and what a call costs"
+        "--quantizer", action="store_true", help="only the quantizer and the cost of a call"
     )
-    parser.add_argument("--seconds", type=float, default=1.0, help="per contender")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time per contender")
     parser.add_argument("--json", help="also write the rows to this file")
-    parser.add_argument("--gate", action="store_true", help="fail where a kernel is too slow")
+    parser.add_argument("--gate", action="store_true", help="fail if a kernel is too slow")
     args = parser.parse_args()
     if args.matrix:
         args.shapes, args.tokens = MATRIX_SHAPES, MATRIX_TOKENS
@@ -253,7 +273,7 @@ def main() -> None:
     for threads, values in limits.items():
         peaks = ", ".join(f"{k} {v:.0f}" for k, v in values.items() if k != "memory")
         print(f"Limits of {threads} threads: {values['memory']:.1f} GB/s; GMAC/s: {peaks}")
-    record = {"chip": chip(), "torch": torch.__version__, "date": str(date.today())}
+    record: dict[str, Any] = {"chip": chip(), "torch": torch.__version__, "date": str(date.today())}
     record |= {"limits": limits, "rows": [] if args.quantizer else speeds(args, limits)}
     for name, reason in UNAVAILABLE.items():
         print(f"not measured: {name} ({reason})")
@@ -264,16 +284,16 @@ def main() -> None:
             json.dump(record, file, indent=1)
     if args.gate:
         slow = [
-            f"{row['contender']}, M = {row['m']}: {row['of_limit']:.0%} of its limit, "
-            f"at least {FLOORS[row['m']]:.0%} wanted"
+            f"{row['contender']}, M = {row['m']}: {row['of_limit']:.0%} of the limit, "
+            f"expected at least {FLOORS[row['m']]:.0%}"
             for row in record["rows"]
             if row["contender"].startswith("W4A4") and row["of_limit"] < FLOORS[row["m"]]
         ]
         sys.exit("\n".join(slow) or None)
 
 
-def speeds(args, limits: dict[int, dict[str, float]]) -> list[dict]:
-    """The table of linears; prints each row when it is there."""
+def speeds(args: argparse.Namespace, limits: dict[int, dict[str, float]]) -> list[dict]:
+    """Measure all linears; print each row as soon as it is ready."""
     print(
         "\n| KxN | M | threads | contender | median ms | GMAC/s | x torch fp32 | of limit | error |"
     )
@@ -284,11 +304,11 @@ def speeds(args, limits: dict[int, dict[str, float]]) -> list[dict]:
         for m in args.tokens:
             cold = m <= 16
             w, x = torch.randn(n, k), torch.randn(m, k)
-            own = [*dense(w, args, cold), *packed(w, args, cold)]
+            always = [*dense(w, args, cold), *packed(w, args, cold)]
             for threads in args.threads:
                 torch.set_num_threads(threads)
-                group = own + (others(w, args, cold, m, threads) if args.peers else [])
-                wrong = errors(group, w, x)
+                group = always + (others(w, args, cold, m, threads) if args.peers else [])
+                relative_errors = errors(group, w, x)
                 medians = measure(group, x, args.seconds, args.peers)
                 for contender in group:
                     median = medians[contender.name]
@@ -304,7 +324,7 @@ def speeds(args, limits: dict[int, dict[str, float]]) -> list[dict]:
                         "ratio": medians["torch fp32"] / median,
                         "of_limit": least / median,
                         "weight_bytes": contender.weight_bytes,
-                        "error": wrong[contender.name],
+                        "error": relative_errors[contender.name],
                     }
                     rows.append(row)
                     print(
@@ -316,8 +336,8 @@ def speeds(args, limits: dict[int, dict[str, float]]) -> list[dict]:
     return rows
 
 
-def quantizer(args) -> list[dict]:
-    """Speed of quantizing 512 x 4096 fp32 activations, in 1e9 bytes read per second."""
+def quantizer(args: argparse.Namespace) -> list[dict]:
+    """Measure the speed of quantizing 512 x 4096 fp32 activations, in 1e9 bytes read per second."""
     m, k = 512, 4096
     x = torch.randn(m, k)
     perms = {"in place": torch.arange(k).int(), "gathered": torch.randperm(k).int()}
@@ -353,7 +373,7 @@ def quantizer(args) -> list[dict]:
 
 
 def call_microseconds() -> dict[str, float]:
-    """What a call of a layer too small to have any work takes; the best of some repeats."""
+    """Overhead of a call, measured on a tiny layer; the best of several repeats."""
     torch.set_num_threads(1)
     dense = torch.nn.Linear(16, 16, bias=False)
     layer = W4A4Linear.from_float(dense, group_size=16)
@@ -369,7 +389,7 @@ def call_microseconds() -> dict[str, float]:
             name: 1e6 * min(timeit.repeat(call, number=2000, repeat=15)) / 2000
             for name, call in calls.items()
         }
-    print("\nA call without work:", ", ".join(f"{k} {v:.1f} us" for k, v in result.items()))
+    print("\nOverhead of a call:", ", ".join(f"{k} {v:.1f} us" for k, v in result.items()))
     return result
 
 

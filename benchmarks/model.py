@@ -1,12 +1,12 @@
-"""Speed of a whole model in transformers' plain `generate`, and time and memory of packing it.
+"""Speed of a whole model in transformers' `generate`, and time and memory for packing it.
 
     python benchmarks/model.py [--model smollm2-135m] [--threads 1 2] [--prompt 512] [--profile]
 
-The contenders (the model in fp32, in bf16, and as W4A4 beside embeddings, attention and head in
-either) take turns, and medians are reported. A streamer takes the times: prefill is all until the
-first new token, decode the tokens after it, greedy and one at a time. Packing runs `quantize` with
-statistics that are there already; its memory is the peak of what the process holds above what it
-held before. Benchmarks need a quiet machine.
+The contenders are the model in fp32, in bf16, and as W4A4 with the rest in fp32 or bf16. They take
+turns, and the script reports medians. A streamer takes the times: prefill ends with the first new
+token; decode is the greedy tokens after it, one at a time. Packing runs `quantize` with existing
+statistics; its memory is the peak of the process above its level before. Benchmarks need a quiet
+machine.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
@@ -26,54 +27,60 @@ from linear import chip
 from smoothquant import MixedQuantConfig, collect_stats, quantize
 from smoothquant.bundled import load_model, wikitext
 from smoothquant.calibration.tokens import token_blocks
+from smoothquant.channels.statistics import ChannelStats
 from smoothquant.evaluation.speed import generate_times
 from smoothquant.kernels import ops
 from smoothquant.layers.linear import QuantizedLinear
 from smoothquant.models.modules import module_copy
 
 
-def held_bytes(field: str) -> int:
-    """VmRSS or VmHWM, the peak of it, of this process."""
+def memory_bytes(field: str) -> int:
+    """Resident memory of this process: VmRSS, or VmHWM for its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
-def peak_of(work) -> tuple[float, float]:
-    """Seconds that work() takes and bytes that it holds at most above those held before."""
-    with suppress(OSError):  # kernels without it: the peak since the process began
+def peak_of(work: Callable[[], object]) -> tuple[float, int]:
+    """(seconds that work() takes, peak bytes above the level before)."""
+    with suppress(OSError):  # on kernels without it, the peak since the process started
         Path("/proc/self/clear_refs").write_text("5")
-    before, start = held_bytes("VmRSS"), time.perf_counter()
+    before, start = memory_bytes("VmRSS"), time.perf_counter()
     work()
-    return time.perf_counter() - start, held_bytes("VmHWM") - before
+    return time.perf_counter() - start, memory_bytes("VmHWM") - before
 
 
-def packing(model, config: MixedQuantConfig, stats, threads: int) -> tuple[torch.nn.Module, dict]:
-    """A quantized copy of the model, and the row of the table about it."""
+def packing(
+    model: torch.nn.Module,
+    config: MixedQuantConfig,
+    stats: Mapping[str, ChannelStats],
+    threads: int,
+) -> tuple[torch.nn.Module, dict]:
+    """(a quantized copy of the model, its row in the table)."""
     torch.set_num_threads(threads)
-    packed = module_copy(model)  # shares all tensors: the float ones stay
+    packed = module_copy(model)  # shares all tensors, so the float ones stay in memory
     seconds, peak = peak_of(lambda: quantize(packed, config, stats, progress=False))
     linears = [m for m in packed.modules() if isinstance(m, QuantizedLinear)]
-    held = sum(b.nbytes for m in linears for b in m.buffers())
+    packed_bytes = sum(b.nbytes for m in linears for b in m.buffers())
     weights = sum(m.in_features * m.out_features for m in linears)
     row = {
         "threads": threads,
         "weights": weights,
         "seconds": seconds,
-        "packed_bytes": held,
+        "packed_bytes": packed_bytes,
         "largest_float_bytes": max(4 * m.in_features * m.out_features for m in linears),
-        "peak_above_packed_bytes": peak - held,
+        "peak_above_packed_bytes": peak - packed_bytes,
     }
     return packed, row
 
 
-def profile(model, prompt: torch.Tensor, new: int) -> list[dict]:
-    """Shares of time by operator, of a prefill and of a decoding of `new` tokens."""
+def profile(model: torch.nn.Module, prompt: torch.Tensor, new: int) -> list[dict]:
+    """Shares of time by operator, for a prefill and for decoding `new` tokens."""
     rows = []
     for phase, tokens in (("prefill", 1), ("decode", new)):
         inputs = prompt if phase == "prefill" else prompt[:, :1]
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as result:
             generate_times(model, inputs, max(2, tokens))
-        events = sorted(found.key_averages(), key=lambda e: -e.self_cpu_time_total)
+        events = sorted(result.key_averages(), key=lambda e: -e.self_cpu_time_total)
         total = sum(event.self_cpu_time_total for event in events)
         for event in events[:10]:
             share, calls = event.self_cpu_time_total / total, event.count
@@ -87,12 +94,16 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, os.cpu_count()])
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens to generate")
-    parser.add_argument("--turns", type=int, default=5, help="of each contender")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each contender")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--salient-prop", type=float, default=0.05)
     parser.add_argument("--recipe", default="rtn", choices=["rtn", "fast"])
-    parser.add_argument("--compile", action="store_true", help="torch.compile each model, too")
-    parser.add_argument("--profile", action="store_true", help="where the W4A4 model's time goes")
+    parser.add_argument(
+        "--compile", action="store_true", help="also measure each model with torch.compile"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="show where the W4A4 model spends its time"
+    )
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -135,8 +146,8 @@ def main() -> None:
     rows = []
     for threads in args.threads:
         torch.set_num_threads(threads)
-        times = {key: [] for key in contenders}
-        for turn in range(-1, args.turns):  # the first does not count
+        times: dict[str, list[tuple[float, float]]] = {key: [] for key in contenders}
+        for turn in range(-1, args.turns):  # the first turn is a warm-up
             for key, contender in contenders.items():
                 took = generate_times(contender, prompt, args.new if turn >= 0 else 4)
                 if turn >= 0:

@@ -1,15 +1,15 @@
-"""Other 8-bit and 4-bit linears for the processor, each through its own library, for linear.py.
+"""Other libraries' 8-bit and 4-bit linears on the CPU, for linear.py.
 
-Every function takes a weight [N, K], the number of copies to rotate over, the tokens of a call and
-the threads, and returns (layers, bytes of one copy's weights): a layer takes x [M, K] and gives
-[M, N]. It raises ImportError or RuntimeError where its library is not there or cannot do it.
+Every function takes a weight [N, K], the number of copies to rotate over, the tokens per call and
+the number of threads. It returns (layers, bytes of one copy's weights); a layer maps x [M, K] to
+[M, N]. It raises ImportError or RuntimeError if the library is missing or cannot do this.
 
-- w8a8: torch's dynamically quantized linear, by either of its engines, FBGEMM and oneDNN.
+- w8a8: torch's dynamically quantized linear, with the engine FBGEMM or oneDNN.
 - int4pack: torch's `_weight_int4pack_mm_for_cpu`, bf16 activations, g = 128.
 - onnxruntime: MatMulNBits at accuracy_level 4 (int8 activations), g = 128. Its threads do not spin,
-  since each copy is a session with threads of its own.
-- ggml: llama.cpp's Q4_0 (g = 32, int8 activations), in the repacked layout that it chooses itself.
-  Its input lies in its own tensor before the clock starts.
+  because each copy is a session with its own threads.
+- ggml: llama.cpp's Q4_0 (g = 32, int8 activations), in the repacked layout that it chooses. Its
+  input is copied into its own tensor before the clock starts.
 """
 
 import ctypes
@@ -17,6 +17,7 @@ import glob
 import os
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -30,7 +31,9 @@ def w8a8(
     scales = w.abs().amax(1).double() / 127
     codes = torch.quantize_per_channel(w, scales, torch.zeros(len(w)).long(), 0, torch.qint8)
     chosen = torch.backends.quantized.engine
-    torch.backends.quantized.engine = engine  # a packed weight stays with the one that packed it
+    torch.backends.quantized.engine = (
+        engine  # a packed weight keeps using the engine that packed it
+    )
     try:
         packed = [quantized.linear_prepack(codes, None) for _ in range(copies)]
     finally:
@@ -39,9 +42,9 @@ def w8a8(
 
 
 def four_bits(w: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes 0 ... 15 around 8, int32 [N, K], and scales [N, K / group_size]."""
+    """Quantize to (codes in [1, 15] around 8, int32 [N, K]; scales [N, K / group_size])."""
     if w.shape[1] % group_size:
-        raise RuntimeError(f"{w.shape[1]} channels are no multiple of {group_size}")
+        raise RuntimeError(f"{w.shape[1]} channels are not a multiple of {group_size}")
     groups = w.unflatten(1, (-1, group_size))
     scales = groups.abs().amax(-1, keepdim=True) / 7
     codes = (groups / scales).round().clamp(-7, 7) + 8
@@ -54,7 +57,7 @@ def int4pack(w: torch.Tensor, copies: int, m: int, threads: int) -> tuple[list[L
     table = torch.stack([scales.T, torch.zeros_like(scales.T)], -1).bfloat16().contiguous()
     multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
     pairs = [(packed.clone(), table.clone()) for _ in range(copies)]
-    layers = [lambda x, p=p, t=t: multiply(x.bfloat16(), p, 128, t) for p, t in pairs]
+    layers: list[Layer] = [lambda x, p=p, t=t: multiply(x.bfloat16(), p, 128, t) for p, t in pairs]
     return layers, packed.nbytes + table.nbytes
 
 
@@ -90,7 +93,7 @@ def onnxruntime(w: torch.Tensor, copies: int, m: int, threads: int) -> tuple[lis
         ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
         for _ in range(copies)
     ]
-    layers = [
+    layers: list[Layer] = [
         lambda x, s=session: torch.from_numpy(s.run(None, {"x": x.numpy()})[0])
         for session in sessions
     ]
@@ -98,7 +101,7 @@ def onnxruntime(w: torch.Tensor, copies: int, m: int, threads: int) -> tuple[lis
 
 
 class Ggml:
-    """llama.cpp's tensor library, out of the installed package llama_cpp."""
+    """llama.cpp's tensor library, from the installed package llama_cpp."""
 
     F32, Q4_0 = 0, 2
 
@@ -108,12 +111,12 @@ class Ggml:
         spec = importlib.util.find_spec("llama_cpp")
         if spec is None:
             raise ImportError("llama-cpp-python is not installed")
-        folder = os.path.join(os.path.dirname(spec.origin), "lib")
+        folder = os.path.join(os.path.dirname(str(spec.origin)), "lib")
         self.libraries = [
             ctypes.CDLL(glob.glob(f"{folder}/lib{name}.*")[0], mode=ctypes.RTLD_GLOBAL)
             for name in ("ggml-base", "ggml-cpu", "ggml")
         ]
-        # kept here: the library calls it as long as it lives
+        # an attribute, because the library keeps calling it
         self.silence = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(
             lambda level, text, data: None
         )
@@ -133,13 +136,14 @@ class Ggml:
             names[name] = extra[index]
             index += 1
         if b"CPU_REPACK" not in names:
-            raise RuntimeError(f"ggml has no repacked weights here, only {sorted(names)}")
+            raise RuntimeError(f"ggml cannot repack weights here, it has only {sorted(names)}")
         self.repacked = names[b"CPU_REPACK"]
         self.contexts: list[ctypes.c_void_p] = []
         self.buffers: list[ctypes.c_void_p] = []
         self.plain = self("ggml_backend_cpu_buffer_type")
 
-    def __call__(self, name: str, *args, to=ctypes.c_void_p):
+    def __call__(self, name: str, *args: Any, to: Any = ctypes.c_void_p) -> Any:
+        """Call a function of the library; integers are passed as pointers."""
         library = next(library for library in self.libraries if hasattr(library, name))
         function = getattr(library, name)
         function.restype = to
@@ -157,7 +161,7 @@ class Ggml:
         self.contexts.append(self("ggml_init", Parameters(1 << 20, None, True)))
         return self.contexts[-1]
 
-    def allocate(self, context, buffer_type) -> None:
+    def allocate(self, context: ctypes.c_void_p, buffer_type: ctypes.c_void_p) -> None:
         buffer = self("ggml_backend_alloc_ctx_tensors_from_buft", context, buffer_type)
         self.buffers.append(buffer)
 
@@ -168,14 +172,23 @@ class Ggml:
             self("ggml_free", context, to=None)
         self.buffers, self.contexts = [], []
 
-    def tensor(self, context, kind: int, columns: int, rows: int, buffer_type) -> ctypes.c_void_p:
+    def tensor(
+        self,
+        context: ctypes.c_void_p,
+        kind: int,
+        columns: int,
+        rows: int,
+        buffer_type: ctypes.c_void_p,
+    ) -> ctypes.c_void_p:
         sizes = ctypes.c_int64(columns), ctypes.c_int64(rows)
-        made = self("ggml_new_tensor_2d", context, ctypes.c_int(kind), *sizes)
+        tensor = self("ggml_new_tensor_2d", context, ctypes.c_int(kind), *sizes)
         self.allocate(context, buffer_type)
-        return made
+        return tensor
 
-    def layers(self, w: torch.Tensor, copies: int, m: int, threads: int):
-        self.free()  # the layers of the last call have been measured
+    def layers(
+        self, w: torch.Tensor, copies: int, m: int, threads: int
+    ) -> tuple[list[Layer], float]:
+        self.free()  # the previous layers have been measured
         n, k = w.shape
         zero = ctypes.c_size_t(0)
         size = n * k // 32 * 18
@@ -188,7 +201,7 @@ class Ggml:
         self("ggml_backend_cpu_set_n_threads", self.backend, ctypes.c_int(threads))
         inputs = self.tensor(self.context(), self.F32, k, m, self.plain)
 
-        def layer():
+        def layer() -> Layer:
             weight = self.tensor(self.context(), self.Q4_0, k, n, self.repacked)
             amount = ctypes.c_size_t(size)
             self("ggml_backend_tensor_set", weight, codes.data_ptr(), zero, amount)
@@ -198,7 +211,7 @@ class Ggml:
             graph = self("ggml_new_graph", context)
             self("ggml_build_forward_expand", graph, product)
             y = torch.empty(m, n)
-            written: list[torch.Tensor] = []
+            written: list[torch.Tensor] = []  # the input that is already in its tensor
 
             def run(x: torch.Tensor) -> torch.Tensor:
                 if not written:
@@ -207,7 +220,7 @@ class Ggml:
                     written.append(x)
                 status = compute(self.backend, graph)
                 if status:
-                    raise RuntimeError(f"ggml_backend_graph_compute gave {status}")
+                    raise RuntimeError(f"ggml_backend_graph_compute returned {status}")
                 return y
 
             def result(x: torch.Tensor) -> torch.Tensor:
@@ -216,7 +229,7 @@ class Ggml:
                 self("ggml_backend_tensor_get", product, y.data_ptr(), zero, nbytes)
                 return y
 
-            run.result = result
+            run.result = result  # type: ignore[attr-defined]
             return run
 
         compute = next(
@@ -237,9 +250,9 @@ def ggml(w: torch.Tensor, copies: int, m: int, threads: int) -> tuple[list[Layer
     return _ggml[0].layers(w, copies, m, threads)
 
 
-# name of the row -> how to make its layers, about how many bytes a weight takes there, and the
-# limit of benchmarks/limits.c that it multiplies at (None: the instruction set in use)
-PEERS: dict[str, tuple[Callable, float, str | None]] = {
+# {name of the row: (function that makes its layers, approximate bytes per weight, limit of
+# benchmarks/limits.c for its arithmetic (None: the instruction set in use))}
+PEERS: dict[str, tuple[Callable[..., tuple[list[Layer], float]], float, str | None]] = {
     "torch W8A8 FBGEMM": (partial(w8a8, engine="fbgemm"), 1.0, None),
     "torch W8A8 oneDNN": (partial(w8a8, engine="onednn"), 1.0, None),
     "torch int4pack bf16 g128": (int4pack, 0.56, "bf16"),

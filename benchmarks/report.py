@@ -1,10 +1,10 @@
-"""Tables and roofline figures for docs/, from what linear.py, card.py and card_model.py measured.
+"""Tables and roofline figures for docs/, from the JSON files of linear.py, card.py, card_model.py.
 
     cd docs && python ../benchmarks/report.py benchmark_peers.{json,png} > benchmark_peers.md
     cd docs && python ../benchmarks/report.py benchmark_cuda_model.json > benchmark_cuda_model.md
 
-Prints Markdown. The figure: speed over the multiply-accumulates that come to a byte of weights, for
-the first shape, with the measured limits of the chip as lines.
+Prints Markdown. The figure shows speed against multiply-accumulates per byte of weights, for the
+first shape; lines mark the measured limits of the chip.
 """
 
 import itertools
@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# Okabe and Ito's colours, told apart by colour-blind readers; markers for print
+# Okabe and Ito's colours are distinct for colour-blind readers; markers are for print
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#999999"]
 MARKERS = "osv^DPX*"
 
@@ -32,37 +32,40 @@ MODEL_HEAD = [
 
 
 def model_line(row: dict) -> str:
-    sizes = (row["weight_bytes"], row["peak_bytes"])
-    sizes = ("-" if size is None else f"{size / 2**20:.0f}" for size in sizes)
+    sizes = (
+        "-" if size is None else f"{size / 2**20:.0f}"
+        for size in (row["weight_bytes"], row["peak_bytes"])
+    )
     speed = f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else row["failed"]
     ratio = f"{row['ratio']:.2f}" if "ratio" in row else "-"
     return f"| {' | '.join((row['contender'], *sizes, row['phase'], speed, ratio))} |"
 
 
 def model_table(record: dict) -> str:
-    """Of card_model.py."""
-    asked = record["arguments"]
+    """The Markdown table for a file of card_model.py."""
+    arguments = record["arguments"]
     lines = [
-        f"{header(record)}. {asked['layers']} layers of {asked['hidden']} channels; prompt of "
+        f"{header(record)}. {arguments['layers']} layers of {arguments['hidden']} channels; "
+        f"prompt of {arguments['prompt']} tokens, batch of {arguments['batch']}."
     ]
-    lines[0] += f"{asked['prompt']} tokens, batch of {asked['batch']}."
     lines += ["", *MODEL_HEAD, *map(model_line, record["rows"])]
     return "\n".join(lines)
 
 
 def tables(record: dict) -> str:
+    """The Markdown tables for a file of linear.py or card.py."""
     rows = record["rows"]
     names = list(dict.fromkeys(row["contender"] for row in rows))
     lines = [header(record)] if "activations" in record else []
     baseline = record.get("baseline", "torch fp32")
-    for threads in dict.fromkeys(row.get("threads") for row in rows):  # a card's rows have none
-        of = f"Threads: {threads}. " if threads else ""
-        lines += ["", f"{of}Milliseconds of {baseline}, then times its speed.", ""]
+    for threads in dict.fromkeys(row.get("threads") for row in rows):  # None in a card's rows
+        prefix = f"Threads: {threads}. " if threads else ""
+        lines += ["", f"{prefix}Milliseconds of {baseline}, then times its speed.", ""]
         lines.append("| K x N | M | " + " | ".join(names) + " |")
         lines.append("|" + "---|" * (2 + len(names)))
-        of_threads = [row for row in rows if row.get("threads") == threads]
+        same_threads = [row for row in rows if row.get("threads") == threads]
         for (k, n, m), group in itertools.groupby(
-            of_threads, key=lambda row: (row["k"], row["n"], row["m"])
+            same_threads, key=lambda row: (row["k"], row["n"], row["m"])
         ):
             by_name = {row["contender"]: row for row in group}
             cells = [
@@ -85,12 +88,13 @@ def tables(record: dict) -> str:
         lines.append("|---|---|---|---|---|---|")
         for row in record["activations"]:
             speed = f"{row['microseconds']:.1f} | {row['gigabytes_per_second']:.0f}"
-            cells = (row["k"], row["m"], row["choice"], speed, f"{row['of_copy']:.0%}")
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+            fields = (row["k"], row["m"], row["choice"], speed, f"{row['of_copy']:.0%}")
+            lines.append(f"| {' | '.join(map(str, fields))} |")
     return "\n".join(lines)
 
 
 def roofline(record: dict, path: str) -> None:
+    """Draw the roofline figure, with a panel for each number of threads."""
     rows = record["rows"]
     k, n = rows[0]["k"], rows[0]["n"]
     rows = [row for row in rows if (row["k"], row["n"]) == (k, n)]
@@ -114,7 +118,7 @@ def roofline(record: dict, path: str) -> None:
         )
         for index, (name, value) in enumerate(arithmetic.items()):
             panel.plot([value / memory, right], [value, value], color="0.6", lw=1, ls="--")
-            at = right / 8 ** (index % 2), value  # neighbours would overlap
+            at = right / 8 ** (index % 2), value  # alternate, so that neighbours do not overlap
             label = f"{name} {value:.0f}"
             panel.annotate(label, at, color="0.4", fontsize=8, ha="right", va="bottom")
         for index, name in enumerate(names):
@@ -149,7 +153,7 @@ def roofline(record: dict, path: str) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) not in (2, 3):
+    if len(sys.argv) not in (2, 3) or sys.argv[1] in ("-h", "--help"):
         sys.exit(__doc__)
     with open(sys.argv[1]) as file:
         record = json.load(file)

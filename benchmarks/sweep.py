@@ -1,13 +1,12 @@
-"""What a cell of a sweep takes beside its work, which is quantizing and evaluating the model.
+"""Overhead of a sweep's cell beyond its work, which is quantizing and evaluating the model.
 
     python benchmarks/sweep.py --model smollm2-135m
 
-Runs a few cells as a worker does, in this process, with the model loaded. Work is all of
-`runner.quantized_model` (so also the copy of the model's modules and a simulation of its layers)
-and `Evaluator.token_comparison`. The rest stands beside it, and is not told apart: looking the cell
-up, claiming it, the 16-bit model's logits, the size by counting and, of packed integers, by saving,
-writing the result. Seconds of the wall, and of the processor, which other programs on the machine
-lengthen less.
+Runs a few cells in this process, as a worker does, with the model loaded. Work is
+`runner.quantized_model` (including the copy of the modules and the simulation of layers) and
+`Evaluator.token_comparison`. Overhead is everything else: looking up and claiming the cell, the
+16-bit model's logits, the size by counting and (for packed integers) by saving, and writing the
+result. Reports wall time and CPU time; other programs affect CPU time less.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ CLOCKS = (time.perf_counter, time.process_time)
 
 
 class Watch:
-    """Seconds of both clocks since the last `lap`, and those of them inside of watched calls."""
+    """Measures time by both clocks since the last `lap`, inside and outside of watched calls."""
 
     def __init__(self) -> None:
         self.inside = [0.0, 0.0]
         self.started = [clock() for clock in CLOCKS]
 
     def watch(self, owner: Any, name: str) -> None:
-        """Count an attribute's calls as work from now on."""
+        """From now on, count calls of `owner.name` as work."""
         original: Callable = getattr(owner, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -52,7 +51,7 @@ class Watch:
         setattr(owner, name, counted)
 
     def lap(self) -> list[tuple[float, float]]:
-        """(seconds inside, seconds beside) by each clock."""
+        """(seconds inside, seconds outside) for each clock."""
         now = [clock() for clock in CLOCKS]
         pairs = zip(now, self.started, self.inside, strict=True)
         result = [(inside, end - start - inside) for end, start, inside in pairs]
@@ -79,22 +78,22 @@ def main() -> None:
     watch = Watch()
     watch.watch(runner, "quantized_model")
     watch.watch(Evaluator, "token_comparison")
-    beside: dict[str, list[list[tuple[float, float]]]] = {}
+    laps_by_backend: dict[str, list[list[tuple[float, float]]]] = {}
 
     def report(cell: grid.Cell, _: Any) -> None:
         lap = watch.lap()
         if cell.config:
-            beside.setdefault(cell.config["backend"], []).append(lap)
+            laps_by_backend.setdefault(cell.config["backend"], []).append(lap)
 
     with tempfile.TemporaryDirectory() as folder:
         job = worker.Job([cell.to_json() for cell in cells], args.model, folder)
         worker.work(job.to_json(), report)
-    print(f"\n{chip_name()}, {args.threads} threads, {args.model}; median seconds of a cell\n")
-    print(f"{'backend':<8}{'work':>9}{'beside':>9}{'work, CPU':>12}{'beside, CPU':>13}")
-    for backend, laps in beside.items():
+    print(f"\n{chip_name()}, {args.threads} threads, {args.model}; median seconds per cell\n")
+    print(f"{'backend':<8}{'work':>9}{'overhead':>10}{'work, CPU':>12}{'overhead, CPU':>15}")
+    for backend, laps in laps_by_backend.items():
         wall, cpu = ([statistics.median(part) for part in zip(*lap, strict=True)]
                      for lap in zip(*laps, strict=True))  # fmt: skip
-        print(f"{backend:<8}{wall[0]:>9.3f}{wall[1]:>9.3f}{cpu[0]:>12.3f}{cpu[1]:>13.3f}")
+        print(f"{backend:<8}{wall[0]:>9.3f}{wall[1]:>10.3f}{cpu[0]:>12.3f}{cpu[1]:>15.3f}")
 
 
 if __name__ == "__main__":

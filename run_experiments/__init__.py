@@ -15,8 +15,8 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    if name in __all__:  # those that need torch
+def __getattr__(name: str) -> object:
+    if name in __all__:  # the names that need torch
         from . import published
 
         return getattr(published, name)

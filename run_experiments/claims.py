@@ -1,8 +1,12 @@
-"""Which worker computes which cell: files on a file system that all workers share, no server.
+"""Claims decide which worker computes which cell. They need a shared file system, but no server.
 
-A claim is a file `<key>.<n>` that only one process can create, with its owner in it from the start.
-While the owner works, a thread sets the file's time again and again; where that stops, the owner is
-gone and another worker takes over by creating `<key>.<n + 1>`, which again only one can.
+A claim is a file `<key>.<n>` that names its owner. Only one process can create it. While the owner
+works, a thread keeps updating the file's modification time. When these heartbeats stop, another
+worker takes over by creating `<key>.<n + 1>`, which again only one process can do.
+
+Why not filelock: its `SoftFileLease` (4.3) has heartbeats and takeovers too, but it creates the
+file first and writes the owner afterwards. A worker killed in between leaves an empty file that
+nobody ever takes over. Here, a hard link creates the file together with its contents.
 """
 
 from __future__ import annotations
@@ -17,46 +21,47 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 STALE_SECONDS = 60.0
-BEATS = 6  # heartbeats in that time
+BEATS = 6  # heartbeats per STALE_SECONDS
 
 
 class Claims:
-    """The claims in a folder, as one worker sees them.
+    """One worker's view of the claims in a folder.
 
     Args:
-        folder: on a file system that all workers share; made when needed.
-        stale_seconds: how long a claim without a heartbeat still counts.
+        folder: on a file system that all workers share; created when needed.
+        stale_seconds: how long a claim stays valid without a heartbeat.
     """
 
     def __init__(self, folder: Path, stale_seconds: float = STALE_SECONDS) -> None:
         self.folder, self.stale_seconds = folder, stale_seconds
-        self._seen: dict[Path, tuple[int, float]] = {}  # last heartbeat, when it was first seen
+        self._seen: dict[Path, tuple[int, float]] = {}  # (heartbeat, when first seen)
 
     @contextmanager
     def claim(self, key: str) -> Iterator[bool]:
-        """Whether the block may compute the cell; its claim ends with the block.
+        """Try to claim a cell for the length of a `with` block.
 
-        A cell may have been finished between the last look at the store and the claim: look again.
+        Yields True if this worker has the claim. Check the store again then: another worker may
+        have finished the cell just before.
 
         Raises:
-            RuntimeError: the folder cannot be written to.
+            RuntimeError: the folder is not writable.
         """
         path = self._create(key)
         if path is None:
             yield False
             return
         ended = threading.Event()
-        beat = threading.Thread(target=self._beat, args=(path, ended), daemon=True)
-        beat.start()
+        heartbeat = threading.Thread(target=self._beat, args=(path, ended), daemon=True)
+        heartbeat.start()
         try:
             yield True
         finally:
             ended.set()
-            beat.join()
+            heartbeat.join()
             self._release(path)
 
     def clear(self, keys: Iterable[str]) -> None:
-        """Remove what is left of claims on finished cells, whose owners ended before they could."""
+        """Remove claims on finished cells whose owners were killed before they could."""
         finished = set(keys)
         for path in self.folder.glob("*.*"):
             if path.name.split(".")[0] in finished:
@@ -72,8 +77,8 @@ class Claims:
             return path if self._write(path) else None
         except OSError as error:
             raise RuntimeError(
-                f"output: cannot write to {self.folder} ({error}); finished cells are kept, the "
-                "same command goes on from there"
+                f"output: cannot write to {self.folder} ({error}); finished cells are kept, run "
+                "the same command again to continue"
             ) from error
 
     def _write(self, path: Path) -> bool:
@@ -87,7 +92,7 @@ class Claims:
                 file.write(owner)
             os.chmod(draft, 0o644)  # mkstemp makes files private
             return _create_from(draft, owner, path)
-        except FileNotFoundError:  # the cell is finished, and `clear` took the draft
+        except FileNotFoundError:  # the cell is finished, and `clear` removed the draft
             return False
         finally:
             Path(draft).unlink(missing_ok=True)
@@ -100,15 +105,15 @@ class Claims:
 
     def _alive(self, path: Path) -> bool:
         try:
-            # opened first, for a network file system looks up the time anew then
+            # opening makes a network file system refresh the modification time
             with open(path, encoding="utf-8") as file:
                 text, beat = file.read(), os.fstat(file.fileno()).st_mtime_ns
         except FileNotFoundError:
-            return True  # it has just ended: look again later
+            return True  # it ended just now: look again later
         if _is_gone(text):
             return False
         now = time.monotonic()
-        # Clocks of machines differ: only the time between two looks of this one counts.
+        # Clocks differ between machines: measure with this machine's clock alone.
         known, since = self._seen.get(path, (None, now))
         if known != beat:
             self._seen[path] = beat, now
@@ -117,12 +122,12 @@ class Claims:
 
     def _beat(self, path: Path, ended: threading.Event) -> None:
         while not ended.wait(self.stale_seconds / BEATS):
-            with suppress(OSError):  # the file system may be away for a moment
+            with suppress(OSError):  # the file system may be unavailable for a moment
                 os.utime(path)
 
     def _release(self, path: Path) -> None:
         if self._next(path).exists():
-            return  # taken over: the new owner clears up
+            return  # taken over: the new owner cleans up
         while True:
             path.unlink(missing_ok=True)
             generation = int(path.suffix[1:]) - 1
@@ -132,15 +137,15 @@ class Claims:
 
 
 def _create_from(draft: str, owner: str, path: Path) -> bool:
-    """Create `path` from a draft with `owner` in it; False where somebody else was first."""
+    """Create `path` from a draft that contains `owner`; False if another worker was first."""
     try:
         os.link(draft, path)
         return True
     except FileExistsError:
-        # a network file system may have made the link and say so when it is asked again
+        # a network file system may have created our link and then retried
         return os.path.samefile(draft, path)
     except OSError:
-        pass  # no links here, likely: who is killed in the middle leaves nobody's claim
+        pass  # probably no hard links here; below, a kill in between leaves a claim without owner
     created = False
     try:
         with open(path, "x", encoding="utf-8") as file:
@@ -156,10 +161,10 @@ def _create_from(draft: str, owner: str, path: Path) -> bool:
 
 
 def _is_gone(text: str) -> bool:
-    """Whether the owner was a process of this machine that has ended: no need to wait then."""
+    """Whether the owner was a process on this machine that has ended: no need to wait then."""
     try:
         owner = json.loads(text)
-    except ValueError:  # no links here, and not written yet
+    except ValueError:  # no hard links here, and not written yet
         return False
     if _place() is None or owner["place"] != _place():
         return False
@@ -173,7 +178,7 @@ def _is_gone(text: str) -> bool:
 
 
 def _place() -> str | None:
-    """What process numbers belong to: a start of the kernel and a namespace in it."""
+    """The scope of process ids: one boot of one kernel, and a PID namespace in it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

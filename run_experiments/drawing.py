@@ -1,19 +1,31 @@
-"""Pictures of plots and of errors by layer: `name.png`, the same for print as `name.svg`, and the
-data as `name.csv`."""
+"""Draws figures and heat maps of errors by layer.
+
+Each is written three times: `name.png`, `name.svg` for print, and its data as `name.csv`.
+
+Labels are placed by hand, not by adjustText: that keeps every label, so labels overlap each other
+and run over the axes where points are close together (72 points in figures/grid). Here, a label
+without room is left out.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .plots import Plot, Series
 from .rows import by_layer_and_kind, layer_name
 from .tables import write_csv
 
-# Okabe and Ito's colours stay apart for colour-blind readers; markers and dashes do it in grey.
-STYLES = (
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Style = tuple[str, str, Any]  # colour, marker, dashes
+
+# Okabe and Ito's colours are distinct for colour-blind readers; markers and dashes work in grey.
+STYLES: tuple[Style, ...] = (
     ("#0072B2", "o", "-"),
     ("#D55E00", "s", "--"),
     ("#009E73", "^", "-."),
@@ -27,7 +39,7 @@ REFERENCE_DASHES = (0, (2, 2))
 
 
 def draw(plot: Plot, path: Path) -> Path:
-    """Draw into `path`.png and .svg and write the points to `path`.csv; the picture's path."""
+    """Draw `path`.png and `path`.svg, write the points to `path`.csv, and return the PNG's path."""
     # Figure without pyplot: no global state, no display.
     from matplotlib.figure import Figure
 
@@ -55,7 +67,7 @@ def draw(plot: Plot, path: Path) -> Path:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     _label_ends(figure, axes, plot)
-    # Labels at points are placed by pixels, so nothing may move from here on.
+    # Point labels are placed in pixels, so the layout must not change from here on.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     _label_points(axes, plot)
@@ -65,7 +77,7 @@ def draw(plot: Plot, path: Path) -> Path:
 
 
 def draw_layers(result: dict[str, Any], stem: str, settings: str, folder: Path) -> Path:
-    """Draw the errors by layer and kind, a panel per comparison, and write them as CSV."""
+    """Draw the errors by layer and kind, one panel per comparison, and write them as CSV."""
     from matplotlib.figure import Figure
 
     errors = result["errors"]
@@ -91,12 +103,12 @@ def draw_layers(result: dict[str, Any], stem: str, settings: str, folder: Path) 
     return picture
 
 
-def _draw_heat_map(figure, axes, errors: Sequence[dict[str, Any]], name: str) -> None:
+def _draw_heat_map(figure: Figure, axes: Axes, errors: Sequence[dict[str, Any]], name: str) -> None:
     kinds, layers, decibels = by_layer_and_kind(errors, name)
     values = [[decibels.get((layer, kind)) for layer in layers] for kind in kinds]
     numbers = [[math.nan if v is None else v for v in row] for row in values]
     low, high = colour_range(values)
-    # cividis is told apart without colour vision, and rises in lightness, so in grey print too
+    # cividis works for colour-blind readers and in grey: its lightness rises throughout
     image = axes.imshow(numbers, cmap="cividis", aspect="auto", vmin=low, vmax=high)
     for y, row in enumerate(values):
         for x, value in enumerate(row):
@@ -109,7 +121,7 @@ def _draw_heat_map(figure, axes, errors: Sequence[dict[str, Any]], name: str) ->
     axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    if "hidden" in kinds:  # what all layers before add up to, apart from each one's own
+    if "hidden" in kinds:  # separates the accumulated error from the errors of single layers
         axes.axhline(kinds.index("hidden") - 0.5, color="white", linewidth=3)
     one, _, other = name.partition(" - ")
     against = other or "the 16-bit model"
@@ -120,24 +132,24 @@ def _draw_heat_map(figure, axes, errors: Sequence[dict[str, Any]], name: str) ->
 
 
 def colour_range(values: Sequence[Sequence[float | None]]) -> tuple[float, float]:
-    """What nine tenths of the values lie in: one layer unlike all others must not take the colours
-    from them."""
+    """Return the range of the middle 90 % of the values, so that outliers do not hide the rest."""
     known = sorted(v for row in values for v in row if v is not None) or [0.0]
     cut = len(known) // 20
     return known[cut], known[-1 - cut]
 
 
-def styles(series: Sequence[Series]) -> list[tuple]:
-    """(colour, marker, dashes) of each."""
-    found = []
+def styles(series: Sequence[Series]) -> list[Style]:
+    """Return (colour, marker, dashes) for each line."""
+    result = []
     for index, line in enumerate(series):
         first, second = (number % len(STYLES) for number in line.style or (index, index))
-        found.append((*STYLES[first][:2], STYLES[second][2]))
-    return found
+        colour, marker, _ = STYLES[first]
+        result.append((colour, marker, STYLES[second][2]))
+    return result
 
 
-def _save(figure, path: Path) -> Path:
-    """Write `path`.png and, for print, `path`.svg, the same bytes each time; the former's path."""
+def _save(figure: Figure, path: Path) -> Path:
+    """Write `path`.png and `path`.svg, always with the same bytes, and return the PNG's path."""
     import matplotlib
 
     picture = path.with_name(path.name + ".png")
@@ -147,7 +159,7 @@ def _save(figure, path: Path) -> Path:
     return picture
 
 
-def _set_scales(axes, plot: Plot) -> None:
+def _set_scales(axes: Axes, plot: Plot) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     xs = sorted({x for line in plot.series for x, _ in line.points})
@@ -165,9 +177,9 @@ def _set_scales(axes, plot: Plot) -> None:
         axes.set_ylim(0, 1.08 * max(ys))
 
 
-def _label_ends(figure, axes, plot: Plot) -> None:
-    """Name each line at the right of the axes, near its last point's height, pushed apart."""
-    named = [
+def _label_ends(figure: Figure, axes: Axes, plot: Plot) -> None:
+    """Write each line's name to the right of the axes, near the height of its last point."""
+    named: list[tuple[float, str, str, dict[str, Any]]] = [
         (
             line.points[-1][1],
             line.label,
@@ -186,11 +198,11 @@ def _label_ends(figure, axes, plot: Plot) -> None:
     heights = [(axes.transData.transform((1, y))[1] - bottom) / height for y, *_ in named]
     spacing = 1.45 * 9 * figure.dpi / 72 / height
     places = spread(heights, spacing, 0.0, 1.0)
-    over = {"transform": axes.transAxes, "clip_on": False, "linewidth": 1.4}
-    for (_, text, colour, style), want, place in zip(named, heights, places, strict=True):
-        # Lines over group sizes all end at the edge; others end anywhere.
+    outside: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False, "linewidth": 1.4}
+    for (_, text, colour, style), end, place in zip(named, heights, places, strict=True):
+        # Lines over group sizes end at the edge of the axes; connect those to their names.
         if plot.x_scale == "log":
-            axes.plot([1, 1.03], [want, place], color=colour, **(over | {"linewidth": 0.7}))
+            axes.plot([1, 1.03], [end, place], color=colour, **(outside | {"linewidth": 0.7}))
         axes.plot(
             [1.03, 1.06, 1.09],
             [place] * 3,
@@ -198,7 +210,7 @@ def _label_ends(figure, axes, plot: Plot) -> None:
             markevery=[1],
             markersize=5,
             **style,
-            **over,
+            **outside,
         )
         axes.annotate(
             text, (1.105, place), xycoords="axes fraction", color=colour, fontsize=9, va="center"
@@ -206,8 +218,8 @@ def _label_ends(figure, axes, plot: Plot) -> None:
 
 
 def spread(wanted: Sequence[float], spacing: float, low: float, high: float) -> list[float]:
-    """Move ascending positions as little as needed to be `spacing` apart, within [low, high]."""
-    # Clusters of touching labels, each centred on the mean of what its members want.
+    """Move ascending positions just enough to be `spacing` apart and within [low, high]."""
+    # Clusters of touching labels, each centred on the mean of its members' wanted positions.
     clusters: list[list[float]] = []  # [sum of (wanted - offset in cluster), count]
 
     def start(total: float, count: float) -> float:
@@ -229,11 +241,13 @@ def spread(wanted: Sequence[float], spacing: float, low: float, high: float) -> 
     return placed
 
 
-def _label_points(axes, plot: Plot) -> None:
-    """Write the texts of points beside them, where there is room."""
+def _label_points(axes: Axes, plot: Plot) -> None:
+    """Write the text of each point next to it if there is room."""
     to_pixels = axes.transData.transform
     em = 7.5 * axes.figure.dpi / 72
-    drawn = [to_pixels(line.points) for line in plot.series if line.points and line.joined]
+    drawn: list[Any] = [
+        to_pixels(line.points) for line in plot.series if line.points and line.joined
+    ]
     drawn += [[p] for line in plot.series if not line.joined for p in to_pixels(line.points)]
     if plot.level:
         drawn.append(to_pixels([(x, plot.level[1]) for x in axes.get_xlim()]))
@@ -244,7 +258,7 @@ def _label_points(axes, plot: Plot) -> None:
     ]
     inside, points = axes.bbox, 72 / axes.figure.dpi
     for line, (colour, _, _) in zip(plot.series, styles(plot.series), strict=True):
-        # Lines without texts have points all the same.
+        # not strict: a line may have no texts
         for point, text in zip(line.points, line.texts, strict=False):
             x, y = to_pixels(point)
             width, height, gap = 0.64 * em * len(text), 1.1 * em, 0.8 * em
@@ -274,7 +288,7 @@ def _label_points(axes, plot: Plot) -> None:
 
 
 def _along(points: Sequence[Sequence[float]], step: float) -> Iterator[tuple[float, float]]:
-    """Positions along a polyline, at most `step` apart, its corners among them."""
+    """Positions along a polyline, at most `step` apart, including its corners."""
     for index, (x, y) in enumerate(points):
         yield x, y
         if index + 1 < len(points):
@@ -284,12 +298,13 @@ def _along(points: Sequence[Sequence[float]], step: float) -> Iterator[tuple[flo
                 yield x + (x1 - x) * k / count, y + (y1 - y) * k / count
 
 
-def _overlap(a: tuple, b: tuple) -> bool:
+def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two boxes (left, bottom, right, top) overlap."""
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _write_points(path: Path, plot: Plot) -> None:
-    rows = []
+    rows: list[list[Any]] = []
     for line in plot.series:
         pairs = zip(line.points, line.texts or ("",) * len(line.points), strict=True)
         rows += [[line.label, x, y, t] for (x, y), t in pairs]

@@ -1,7 +1,7 @@
-"""Where workers run: in this process, in others of this machine, on Dask or on Slurm.
+"""Where workers run: in this process, in local subprocesses, on Dask or on Slurm.
 
-Every executor starts workers (`worker.work`) with the same job, a JSON text, and nothing else; they
-share the work out among themselves by claims in the store.
+An executor starts workers (`worker.work`) and gives each of them the same job as JSON. The workers
+divide the cells among themselves through claims in the store.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,22 +25,22 @@ from .store import Store
 from .worker import POLL_SECONDS, Job, Report, error_from_json, work
 
 LOCAL = "local"
-FORMS = "local, dask://HOST:PORT, slurm (or slurm://local, slurm://debug to try it without one)"
+FORMS = "local, dask://HOST:PORT, slurm (slurm://local or slurm://debug to try it without Slurm)"
 
 
 class Handle(Protocol):
-    """A worker that was started; futures of Dask and jobs of submitit are such, too."""
+    """A running worker. Dask futures and submitit jobs have these methods too."""
 
     def done(self) -> bool: ...
 
     def exception(self) -> BaseException | None:
-        """Waits for the worker to end; what it raised, or that it vanished."""
+        """Wait for the worker to end, and return what it raised, or an error if it died."""
 
     def cancel(self) -> Any: ...
 
 
 def check(executor: str, jobs: int | None, slurm: Mapping[str, Any]) -> None:
-    """Raise ValueError for an executor or a number of workers that cannot be meant."""
+    """Raise ValueError if the executor, the number of workers or the parameters are invalid."""
     if executor != LOCAL and not re.fullmatch(
         r"dask://[^/\s]+:\d+|slurm(://(local|debug))?", executor
     ):
@@ -48,44 +48,50 @@ def check(executor: str, jobs: int | None, slurm: Mapping[str, Any]) -> None:
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1; got {jobs}")
     if slurm and not executor.startswith("slurm"):
-        raise ValueError(f"slurm: parameters for Slurm, but the executor is {executor!r}")
+        raise ValueError(f"slurm: parameters need executor slurm; got {executor!r}")
 
 
 def run(
     job: Job, report: Report, executor: str, jobs: int | None, slurm: Mapping[str, Any]
 ) -> None:
-    """Have a job done.
+    """Run a job to its end.
 
     Args:
-        job: what is missing.
+        job: the missing cells.
         report: called with each cell and its result as soon as it is in the store.
         executor: "local", "dask://host:port" or "slurm".
-        jobs: workers; None for one, or all of a Dask cluster's.
+        jobs: number of workers. None: one, or every worker of a Dask cluster.
         slurm: parameters of submitit's executor.
 
     Raises:
-        RuntimeError: a package is missing, no worker is left, or as `worker.work`.
-        ValueError: as `worker.work`.
+        RuntimeError: a package is missing, all workers died, or as in `worker.work`.
+        ValueError: as in `worker.work`.
     """
     if executor == LOCAL and jobs in (None, 1):
         work(job.to_json(), report)
         return
     start = {"local": _local, "dask": _dask, "slurm": _slurm}[executor.partition(":")[0]]
     with ExitStack() as stack:
-        for handle in (handles := start(job, executor, jobs, slurm, stack)):
-            stack.callback(lambda handle=handle: handle.done() or handle.cancel())
+        handles = start(job, executor, jobs, slurm, stack)
+        for handle in handles:
+            stack.callback(_cancel, handle)
         _watch(job, handles, report)
     cells = map(Cell.from_json, job.cells)
     Claims(Path(job.output) / "claims").clear(cell.key for cell in cells)
 
 
-def _watch(job: Job, handles: list[Handle], report: Report) -> None:
-    """Report cells as they appear in the store until all are there or no worker is left."""
+def _cancel(handle: Handle) -> None:
+    if not handle.done():
+        handle.cancel()
+
+
+def _watch(job: Job, handles: Sequence[Handle], report: Report) -> None:
+    """Report cells as they appear in the store, until all are there or all workers have ended."""
     store = Store(job.output)
     waiting = [Cell.from_json(text) for text in job.cells]
     while True:
-        at_work = not all(handle.done() for handle in handles)
-        errors = [] if at_work else [handle.exception() for handle in handles]
+        running = not all(handle.done() for handle in handles)
+        errors = [] if running else [handle.exception() for handle in handles]
         names = set(os.listdir(store.folder))
         for cell in list(waiting):
             result = store.get(cell) if store.path(cell).name in names else None
@@ -94,16 +100,16 @@ def _watch(job: Job, handles: list[Handle], report: Report) -> None:
                 report(cell, result)
         if not waiting:
             return
-        if not at_work:
+        if not running:
             raise next(filter(None, errors), None) or RuntimeError(
-                f"{len(waiting)} cells are missing after all workers ended; finished cells are "
-                f"in {store.folder}, the same command goes on from there"
+                f"all workers ended, but {len(waiting)} cells are missing; finished cells are in "
+                f"{store.folder}, run the same command again to continue"
             )
         time.sleep(POLL_SECONDS)
 
 
 class _Process:
-    """A worker in a process of this machine, which ends when this one does."""
+    """A worker in a local subprocess. It ends when this process ends."""
 
     def __init__(self, job: str) -> None:
         root = str(Path(__file__).resolve().parent.parent)
@@ -115,23 +121,25 @@ class _Process:
             env=os.environ | {"PYTHONPATH": path},
             text=True,
         )
+        assert self._process.stdin and self._process.stdout
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
         with suppress(BrokenPipeError):
-            self._process.stdin.write(job + "\n")
-            self._process.stdin.flush()
+            self._stdin.write(job + "\n")
+            self._stdin.flush()
 
     def done(self) -> bool:
         return self._process.poll() is not None
 
     def exception(self) -> Exception | None:
-        answer = self._process.stdout.read()
+        answer = self._stdout.read()
         status = self._process.wait()
         if answer:
             return error_from_json(answer)
         if status == 0:
             return None
-        how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+        how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
         return RuntimeError(
-            f"a worker {how}; finished cells are kept, the same command goes on from there"
+            f"a worker {how}; finished cells are kept, run the same command again to continue"
         )
 
     def cancel(self) -> None:
@@ -139,11 +147,15 @@ class _Process:
         self._process.wait()
 
 
-def _local(job: Job, executor: str, jobs: int, slurm, stack: ExitStack) -> list[Handle]:
-    return [_Process(job.to_json()) for _ in range(jobs)]
+def _local(
+    job: Job, executor: str, jobs: int | None, slurm: Mapping[str, Any], stack: ExitStack
+) -> Sequence[Handle]:
+    return [_Process(job.to_json()) for _ in range(jobs or 1)]
 
 
-def _dask(job: Job, executor: str, jobs: int | None, slurm, stack: ExitStack) -> list[Handle]:
+def _dask(
+    job: Job, executor: str, jobs: int | None, slurm: Mapping[str, Any], stack: ExitStack
+) -> Sequence[Handle]:
     try:
         from distributed import Client
     except ImportError as error:
@@ -154,9 +166,9 @@ def _dask(job: Job, executor: str, jobs: int | None, slurm, stack: ExitStack) ->
         client.wait_for_workers(jobs or 1, timeout=60)
     except (OSError, TimeoutError, asyncio.TimeoutError) as error:
         raise RuntimeError(f"executor: no Dask workers at {address}: {error}") from error
-    # A worker each; a process can only do one cell at a time, however many threads it has.
+    # One job per worker: a process computes one cell at a time, however many threads it has.
     workers = list(client.scheduler_info(n_workers=-1)["workers"])[:jobs]
-    text = _while_wanted(job, stack).to_json()
+    text = _stoppable(job, stack).to_json()
     return [
         client.submit(work, text, workers=[name], allow_other_workers=True, pure=False)
         for name in workers
@@ -165,7 +177,7 @@ def _dask(job: Job, executor: str, jobs: int | None, slurm, stack: ExitStack) ->
 
 def _slurm(
     job: Job, executor: str, jobs: int | None, slurm: Mapping[str, Any], stack: ExitStack
-) -> list[Handle]:
+) -> Sequence[Handle]:
     try:
         import submitit
     except ImportError as error:
@@ -179,15 +191,18 @@ def _slurm(
         pool.update_parameters(**{"name": "mixedquant", **slurm})
     except (NameError, TypeError) as error:
         raise ValueError(f"slurm: {error}") from error
-    text = _while_wanted(job, stack).to_json()
+    text = _stoppable(job, stack).to_json()
     with pool.batch():
         handles = [pool.submit(work, text) for _ in range(jobs or 1)]
     return handles
 
 
-def _while_wanted(job: Job, stack: ExitStack) -> Job:
-    """The job, for workers that this process cannot stop at once: they stop when the block ends,
-    after the cells they are at. They go on to the end where this process is killed."""
+def _stoppable(job: Job, stack: ExitStack) -> Job:
+    """The job, for workers that this process cannot kill.
+
+    When the stack closes, they stop after their current cell. If this process is killed, they
+    finish the job.
+    """
     descriptor, path = tempfile.mkstemp(prefix=".wanted.", suffix=".tmp", dir=job.output)
     os.close(descriptor)
     stack.callback(Path(path).unlink, missing_ok=True)
@@ -196,6 +211,6 @@ def _while_wanted(job: Job, stack: ExitStack) -> Job:
 
 def _missing(extra: str, error: ImportError) -> RuntimeError:
     return RuntimeError(
-        f"the executor needs a package that is missing ({error}): "
+        f"this executor needs a package that is not installed ({error}): "
         f"pip install 'smoothquant[{extra}]'"
     )

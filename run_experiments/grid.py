@@ -1,10 +1,13 @@
-"""Sweeps as data: what a cell is, what names it, and the presets.
+"""Sweeps as data: cells, their keys, and the presets.
 
-A cell is one piece of work that can be done, kept and looked up by itself: the calibration of a
-model, the perplexity of the unquantized model, the scores and size of one quantized model, or the
-errors of its layers.
-Its key is the sha256 of its specification, so that a result can only be found again by a run that
-would compute the same thing.
+A cell is one unit of work with a stored result: the calibration of a model, the perplexity of the
+unquantized model, the scores and size of one quantized model, or the errors of its layers.
+
+A cell's key is the sha256 of its specification. A run therefore reuses a result only if it would
+compute the same thing.
+
+`smoothquant` is imported inside functions here: figures can be drawn from stored results without
+it and without torch.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ PUBLISHED_SALIENT_PROPS = (0.0, 0.01, 0.05, 0.1)
 SORTS = ("none", "max", "mean3std", "argmax", "rms")
 TASKS = ("calibration", "baseline", "quantized", "layers")
 MIXEDQUANT = "mixedquant"
-# Other methods, simulated by `peers`, and whether group sizes concern them.
+# Other methods, simulated in `peers`: {name: whether it uses group sizes}.
 OTHER_METHODS = {
     "per-token-rtn": False,
     "smoothquant-style": False,
@@ -33,18 +36,20 @@ OTHER_METHODS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """The specification of one piece of work: plain JSON values only.
+    """The specification of one unit of work, as plain JSON values.
 
-    task: "calibration", "baseline" (the unquantized model), "quantized" or "layers" (its errors).
-    model: name, sha256 of the model's files, dtype of its floating-point tensors.
-    versions: version of every package that takes part in the numbers.
-    calibration: data and sha256 of the texts, number and length of the token blocks, seed of their
-        draw. A quantized model has its statistics and, for GPTQ, its tokens from them. None for a
-        baseline.
-    evaluation: data and sha256 of the texts, windows (None: all), seqlen, and, of a quantized
-        model, what it is compared with. None for a calibration.
-    config: the fields of MixedQuantConfig, or {"method", "group_size"} of another method
-        (`OTHER_METHODS`). Only for "quantized" and "layers".
+    Args:
+        task: "calibration", "baseline" (the unquantized model), "quantized" or "layers" (the
+            errors of a quantized model's layers).
+        model: name, sha256 of each model file, dtype of the floating-point tensors.
+        versions: version of every package that affects the numbers.
+        calibration: name and sha256 of the text, number and length of the token blocks, and the
+            seed that draws them. Quantization takes its statistics, and GPTQ its tokens, from these
+            blocks. None for a baseline.
+        evaluation: name and sha256 of the text, windows (None: all) and seqlen. For a quantized
+            model also "against", the task it is compared with. None for a calibration.
+        config: fields of MixedQuantConfig, or {"method", "group_size"} for one of `OTHER_METHODS`.
+            Only for "quantized" and "layers".
     """
 
     task: str
@@ -55,7 +60,7 @@ class Cell:
     config: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
-        """The canonical JSON text: sorted names, no spaces, ASCII."""
+        """Canonical JSON: sorted names, no spaces, ASCII."""
         return canonical_json({name: getattr(self, name) for name in self.__dataclass_fields__})
 
     @classmethod
@@ -70,7 +75,7 @@ class Cell:
 
     @property
     def needs(self) -> list[Cell]:
-        """The cells whose results this one is computed from."""
+        """The cells whose results this one needs."""
         needs = []
         if self.task in ("quantized", "layers"):
             needs.append(self._companion("calibration", calibration=self.calibration))
@@ -83,7 +88,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """A few words for progress bars."""
+        """A short name for progress output."""
         if self.config is None:
             return {"baseline": "unquantized model"}.get(self.task, self.task)
         if self.task == "layers":
@@ -92,8 +97,8 @@ class Cell:
 
     @property
     def settings(self) -> str:
-        """What tells a quantized model from the others of a sweep, but for its backend."""
-        fields = self.config
+        """A name for the quantization settings, without the backend."""
+        fields = self.config or {}
         group = "" if fields["group_size"] is None else f" g={fields['group_size']}"
         if "method" in fields:
             return fields["method"] + group
@@ -102,11 +107,11 @@ class Cell:
 
 
 def _without_reference(cell: Cell) -> dict[str, Any]:
-    return {key: value for key, value in cell.evaluation.items() if key != "against"}
+    return {key: value for key, value in (cell.evaluation or {}).items() if key != "against"}
 
 
 def canonical_json(value: Any) -> str:
-    """One text for equal JSON values, whatever the order of their names."""
+    """JSON text that is equal for equal values, whatever the order of their names."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -114,9 +119,10 @@ def canonical_json(value: Any) -> str:
 class Product:
     """Every combination of these choices.
 
-    methods: "mixedquant", and others by their names in `OTHER_METHODS`, which only group sizes
-        concern.
-    fields: (name, value) pairs of MixedQuantConfig fields, the same in every combination.
+    Args:
+        methods: "mixedquant" and names from `OTHER_METHODS`. The other methods depend on no choice
+            but the group size.
+        fields: (name, value) of MixedQuantConfig fields that are the same in every combination.
     """
 
     group_sizes: tuple[int, ...]
@@ -132,12 +138,15 @@ class Product:
 class Preset:
     """A named sweep.
 
-    model: a name or folder `load_model` knows.
-    windows: of the test split, to score; None for all.
-    calibration_blocks: token blocks that statistics are collected from.
-    gptq_blocks: token blocks instead of these for what needs tokens (GPTQ, searches), which want
-        more.
-    layer_windows: windows over which the errors of each layer are measured; 0 for no such report.
+    Args:
+        about: description for `--help`.
+        model: a name, folder or id that `load_model` accepts.
+        windows: windows of the test split to evaluate; None for all.
+        calibration_blocks: token blocks for statistics.
+        gptq_blocks: token blocks for settings that need tokens (GPTQ, searches), in place of
+            calibration_blocks; these settings gain from more tokens.
+        layer_windows: windows for measuring the errors of each layer; 0 to skip this.
+        seed: draws the token blocks.
     """
 
     about: str
@@ -157,8 +166,8 @@ _PAPER = Product(PUBLISHED_GROUP_SIZES, PUBLISHED_SALIENT_PROPS, ("max",))
 
 PRESETS = {
     "default": Preset(
-        about="the bundled SmolLM2-135M: 3 group sizes x 4 salient shares, then the 4 other sorts "
-        "and the simulation at one group size",
+        about="SmolLM2-135M: 3 group sizes x 4 salient shares; at g = 128 also the other 4 sort "
+        "keys and the simulation",
         model="smollm2-135m",
         products=(
             Product((32, 128, 512), PUBLISHED_SALIENT_PROPS),
@@ -171,7 +180,7 @@ PRESETS = {
         calibration_block_size=512,
     ),
     "recipes": Preset(
-        about='each recipe at 3 group sizes x 2 salient shares; "best" takes minutes a cell',
+        about='every recipe at 3 group sizes x 2 salient shares; "best" takes minutes per cell',
         model="smollm2-135m",
         products=(Product((32, 128, 512), (0.05, 0.1), recipes=("rtn", "fast", "best")),),
         windows=4,
@@ -181,7 +190,7 @@ PRESETS = {
         gptq_blocks=32,
     ),
     "full-test": Preset(
-        about="the headline rows of recipes, on the whole test split: half an hour a cell and more",
+        about="the main rows of recipes on the whole test split; at least half an hour per cell",
         model="smollm2-135m",
         products=(
             Product((128,), (0.05,), recipes=("rtn", "fast", "best")),
@@ -195,12 +204,11 @@ PRESETS = {
         gptq_blocks=32,
     ),
     "peers": Preset(
-        about='recipes "rtn" and "best" beside other methods, simulated, at g = 128, and "best" '
-        "with no more bits than any of them in groups",
+        about='recipes "rtn" and "best" against simulations of other methods at g = 128',
         model="smollm2-135m",
         products=(
             Product((128,), (0.05, 0.1), recipes=("rtn", "best")),
-            Product((512,), (0.0,), recipes=("best",)),  # no more bits than quarot-style
+            Product((512,), (0.0,), recipes=("best",)),  # fewer bits than quarot-style
             Product(
                 (128,),
                 (),
@@ -214,8 +222,8 @@ PRESETS = {
         gptq_blocks=32,
     ),
     "grid": Preset(
-        about="the published grid by recipe rtn, sorted by each key and unsorted, and by recipe "
-        "best, on 8 k calibration tokens (tiny-opt: add --seqlen 512)",
+        about='the published grid by "rtn" with every sort key, and by "best"; 8 k calibration '
+        "tokens (for tiny-opt add --seqlen 512)",
         model="smollm2-135m",
         products=(
             Product(PUBLISHED_GROUP_SIZES, PUBLISHED_SALIENT_PROPS, SORTS),
@@ -229,7 +237,7 @@ PRESETS = {
     ),
     "paper": Preset(
         about="the published grid: 9 group sizes x 4 salient shares, sorted by max, 10 windows of "
-        "2,048 (with --windows all: the whole test split)",
+        "2,048 tokens (--windows all: the whole test split)",
         model="smollm2-135m",
         products=(_PAPER,),
         windows=10,
@@ -247,7 +255,7 @@ PRESETS = {
         calibration_block_size=512,
     ),
     "tiny": Preset(
-        about="a few cells of the bundled tiny OPT, done in seconds",
+        about="a few cells of the bundled tiny OPT; takes seconds",
         model="tiny-opt",
         products=(
             Product((16, 64), (0.0, 0.05)),
@@ -264,10 +272,12 @@ PRESETS = {
 
 
 def override(preset: Preset, products: Mapping[str, tuple], **fields: Any) -> Preset:
-    """Return `preset` with some choices replaced.
+    """Return a copy of `preset` with some choices replaced.
 
-    products: {field of Product: values}, replaced in every product of the preset.
-    fields: fields of Preset.
+    Args:
+        preset: the preset to copy.
+        products: {field of Product: values}, replaced in every product.
+        fields: fields of Preset to replace.
     """
     return replace(
         preset, products=tuple(replace(p, **products) for p in preset.products), **fields
@@ -275,17 +285,17 @@ def override(preset: Preset, products: Mapping[str, tuple], **fields: Any) -> Pr
 
 
 def configs(products: Iterable[Product]) -> list[dict[str, Any]]:
-    """The settings of `products` as `Cell.config` holds them, each once, in order.
+    """Return the distinct settings of `products` in order, as values for `Cell.config`.
 
     Raises:
-        ValueError, TypeError: a setting that MixedQuantConfig refuses, an unknown method, or no
-            setting at all.
+        ValueError, TypeError: MixedQuantConfig refuses a setting, a method is unknown, or there are
+            no settings.
     """
     unique: dict[str, dict[str, Any]] = {}
     for product in products:
         for method in product.methods:
-            of_method = _mixedquant if method == MIXEDQUANT else _other_method
-            for fields in of_method(method, product):
+            settings = _mixedquant if method == MIXEDQUANT else _other_method
+            for fields in settings(method, product):
                 unique.setdefault(canonical_json(fields), fields)
     if not unique:
         raise ValueError(
@@ -306,7 +316,7 @@ def _mixedquant(method: str, product: Product) -> Iterator[dict[str, Any]]:
     ):
         fields = {
             "group_size": group_size,
-            # 0 and 0.0 are the same share and must give the same key.
+            # 0 and 0.0 must give the same key
             "salient_prop": float(salient_prop),
             "sort": sort,
             "backend": backend,
@@ -335,9 +345,12 @@ def cells(
     calibration_data: Mapping[str, Any],
     evaluation_data: Mapping[str, Any],
 ) -> list[Cell]:
-    """All cells of a sweep: calibrations, the unquantized model, every setting, errors by layer.
+    """Return all cells of a sweep: calibrations, baseline, quantized models, errors by layer.
 
-    model, versions: as in Cell. calibration_data, evaluation_data: name and sha256 of the texts.
+    Args:
+        preset: what to sweep over.
+        model, versions: as in `Cell`.
+        calibration_data, evaluation_data: name and sha256 of the texts.
     """
     common = {"model": model, "versions": versions}
     evaluation = {**evaluation_data, "windows": preset.windows, "seqlen": preset.seqlen}
@@ -355,7 +368,7 @@ def cells(
     layers = [
         replace(cell, task="layers", evaluation={**evaluation, "windows": preset.layer_windows})
         for cell in quantized
-        if preset.layer_windows and cell.config.get("backend") == "int4"
+        if preset.layer_windows and (cell.config or {}).get("backend") == "int4"
     ]
     calibrations = [Cell("calibration", calibration=c.calibration, **common) for c in quantized]
     return [*{c.key: c for c in calibrations}.values(), baseline, *quantized, *layers]
@@ -366,10 +379,10 @@ def _calibration(
 ) -> dict[str, Any]:
     from smoothquant.core.config import MixedQuantConfig
 
-    by_tokens = "method" in fields or MixedQuantConfig.from_dict(dict(fields)).needs_tokens
+    needs_tokens = "method" in fields or MixedQuantConfig.from_dict(dict(fields)).needs_tokens
     return {
         **data,
-        "blocks": preset.gptq_blocks if by_tokens else preset.calibration_blocks,
+        "blocks": preset.gptq_blocks if needs_tokens else preset.calibration_blocks,
         "block_size": preset.calibration_block_size,
         "seed": preset.seed,
     }

@@ -1,4 +1,4 @@
-"""What a cell's key says of the things it is computed from: model files, texts, packages."""
+"""What a cell's key records about its inputs: model files, texts and package versions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import smoothquant
+from smoothquant.bundled import (
+    BUNDLED_MODELS,
+    DATA,
+    WIKITEXT_FILES,
+    cache_folder,
+    check_model_name,
+    load_model,
+)
+
 from .store import file_sha256
 
-# Files of a model folder that take part in its numbers.
+# Files of a model folder that affect its numbers.
 MODEL_FILES = (
     "config.json",
     "*.safetensors",
@@ -24,41 +34,37 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def package_versions() -> dict[str, str]:
-    """Version of every package that takes part in a cell's numbers; none of them is imported."""
-    import smoothquant
-
+    """Return the version of every package that affects a cell's numbers, without importing them."""
     packages = {name: version(name) for name in ("torch", "transformers")}
     return {"smoothquant": smoothquant.__version__, **packages}
 
 
 def wikitext_identity(split: str) -> dict[str, Any]:
-    """Name, split and sha256 of one of the bundled WikiText-2 texts."""
-    from smoothquant.bundled import DATA, WIKITEXT_FILES
-
+    """Return the name, split and sha256 of a bundled WikiText-2 text."""
     path = DATA / "wikitext-2-raw" / WIKITEXT_FILES[split]
     return {"data": "wikitext-2-raw", "split": split, "sha256": file_sha256(path)}
 
 
 def model_identity(source: str, dtype: str) -> dict[str, Any]:
-    """Name, sha256 of the model's files, dtype.
+    """Return the model's name, the sha256 of its files, and dtype.
 
     Args:
-        source: what `smoothquant.bundled.load_model` takes: bundled name, folder, Hugging Face id.
-            Loaded only to have it downloaded or converted, where it is not here yet.
+        source: anything `smoothquant.bundled.load_model` accepts: a bundled name, a folder or a
+            Hugging Face id. The model is loaded only if it still has to be downloaded or converted.
         dtype: one of DTYPES, for the model's floating-point tensors.
 
     Raises:
-        ValueError: source or dtype cannot be understood, or there are no model files.
+        ValueError: source or dtype is invalid, or there are no model files.
     """
     check_source(source, dtype)
     folder = _folder(source)
     if folder is None:
-        from smoothquant.bundled import load_model
-
         load_model(source)
         folder = _folder(source, whole=False)
-    names = {path.name for pattern in MODEL_FILES for path in folder.glob(pattern)}
-    digests = {name: file_sha256(folder / name) for name in sorted(names)}
+    digests = {}
+    if folder is not None:
+        names = {path.name for pattern in MODEL_FILES for path in folder.glob(pattern)}
+        digests = {name: file_sha256(folder / name) for name in sorted(names)}
     if not digests:
         raise ValueError(f"model: no model files in {str(folder)!r}")
     name = Path(source).resolve().name if os.path.isdir(source) else source
@@ -66,18 +72,14 @@ def model_identity(source: str, dtype: str) -> dict[str, Any]:
 
 
 def check_source(source: str, dtype: str) -> None:
-    """Raise ValueError if `model_identity` cannot understand its arguments; reads no file."""
-    from smoothquant.bundled import check_model_name
-
+    """Raise ValueError if `model_identity` would refuse these arguments. Reads no file."""
     check_model_name(source)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
 
 
 def _folder(source: str, *, whole: bool = True) -> Path | None:
-    """Where a model's files lie; None if they are not here yet."""
-    from smoothquant.bundled import BUNDLED_MODELS, DATA, cache_folder
-
+    """Return the folder of a model's files, or None if they are not on this machine yet."""
     if source == "tiny-opt":
         return DATA / "tiny-opt"
     if source in BUNDLED_MODELS:
@@ -92,6 +94,6 @@ def _folder(source: str, *, whole: bool = True) -> Path | None:
         folder = Path(snapshot_download(source, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    # A download that was broken off leaves the small files only.
+    # An interrupted download leaves only the small files.
     has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
     return folder if has_weights or not whole else None

@@ -1,5 +1,8 @@
-"""A sweep as one HTML page that needs no network: curves, the Pareto front, errors by layer and a
-table of every number with its specification."""
+"""A sweep as one HTML page that works offline.
+
+It has the curves, the Pareto front, the errors by layer, and a table of all numbers with their
+specifications.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .drawing import REFERENCE_COLOUR, STYLES, colour_range, styles
 from .grid import Cell
@@ -16,11 +19,15 @@ from .plots import Plot, plots_of
 from .rows import Row, by_layer_and_kind, layer_name, stored_rows
 from .store import Store, write_atomically
 
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
 SYMBOLS = {
     "o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down",
     "P": "cross", "X": "x",
 }  # fmt: skip
-DASHES = {"-": "solid", "--": "dash", "-.": "dashdot"}  # and for the longer patterns
+DASHES = {"-": "solid", "--": "dash", "-.": "dashdot"}
+# for the dash patterns in drawing.STYLES, in order
 LONG_DASHES = ("longdashdot", "dot", "longdash", "5px,2px")
 CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": False}
 NUMBERS = ("perplexity", "kl", "top1", "bits_per_weight", "model_bytes")
@@ -30,18 +37,16 @@ SETTINGS = ("method", "group_size", "salient_prop", "sort", "backend")
 def write(
     store: Store, cells: Sequence[Cell], model_name: str, folder: str | Path, command: str
 ) -> Path:
-    """Write `<model>_report.html` from the store; its path.
-
-    Args: as `report.write`.
+    """Write `<model>_report.html` from the store and return its path. Arguments as `report.write`.
 
     Raises:
-        RuntimeError: plotly is missing.
+        RuntimeError: plotly is not installed.
     """
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise RuntimeError(
-            f"the page needs a package that is missing ({error}): "
+            f"the HTML page needs a package that is not installed ({error}): "
             "pip install 'smoothquant[experiments]'"
         ) from error
     rows = stored_rows(store, cells)
@@ -56,7 +61,7 @@ def write(
               if (result := store.get(cell)) is not None]  # fmt: skip
     if layers:
         sections.append(
-            "<section><h2>Error of each layer</h2><p>Signal over error in dB: more is better."
+            "<section><h2>Error of each layer</h2><p>Signal-to-error ratio in dB: higher is better."
             f"</p>{_html(_heat_maps(layers), 'layers')}</section>"
         )
     models = [_model(row) for row in rows]
@@ -78,24 +83,25 @@ def write(
 _PAGE = Path(__file__).with_name("page.html")
 
 
-def _html(figure, name: str) -> str:
+def _html(figure: Figure, name: str) -> str:
     return figure.to_html(
         full_html=False, include_plotlyjs=False, config=CONFIG, div_id=f"chart-{name}"
     )
 
 
 def _model(row: Row) -> dict[str, Any]:
-    """A line of the table."""
+    """A row of the table."""
+    assert row.cell is not None
     config = row.config or {}
     settings = {name: config.get(name) for name in SETTINGS}
     settings["method"] = row.method or "16-bit model"
     numbers = {name: row.result.get(name) for name in NUMBERS}
-    if row.is_other_method:  # as simulated
+    if row.is_other_method:
         settings["backend"] = "fake"
     if row.config is None:
         numbers |= {"bits_per_weight": 16, "model_bytes": row.result["model_bytes_16_bit"]}
     elif settings["backend"] != "int4":
-        numbers["model_bytes"] = None  # float weights: no bytes of the method
+        numbers["model_bytes"] = None  # a simulation keeps float weights
         if not row.is_other_method:
             numbers["bits_per_weight"] = None
     run = row.result["run"]
@@ -109,7 +115,7 @@ def _model(row: Row) -> dict[str, Any]:
     }
 
 
-def _chart(plot: Plot):
+def _chart(plot: Plot) -> Figure:
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -122,8 +128,8 @@ def _chart(plot: Plot):
             mode="lines+markers" if line.joined else "markers",
             line={"color": colour, "width": 2, "dash": _dash(dashes)},
             marker={"symbol": SYMBOLS[marker], "size": 9},
-            customdata=[row.cell.key for row in line.rows] or None,
-            text=[html.escape(row.cell.settings) for row in line.rows] or None,
+            customdata=[row.cell.key for row in line.rows if row.cell] or None,
+            text=[html.escape(row.cell.settings) for row in line.rows if row.cell] or None,
             hovertemplate="%{text}<br>%{x}: <b>%{y:.6g}</b>" if line.rows else None,
         )
     if plot.level:
@@ -134,20 +140,20 @@ def _chart(plot: Plot):
             y=math.log10(height) if plot.is_log else height, showarrow=False,
             font={"color": REFERENCE_COLOUR},
         )  # fmt: skip
-    figure.update_xaxes(title=_broken(plot.x_name), type=plot.x_scale)
+    figure.update_xaxes(title=_wrapped(plot.x_name), type=plot.x_scale)
     if plot.x_scale == "log":
         xs = sorted({x for line in plot.series for x, _ in line.points})
         figure.update_xaxes(tickvals=xs, ticktext=[f"{x:g}" for x in xs])
-    figure.update_yaxes(title=_broken(plot.y_name), type="log" if plot.is_log else "linear")
+    figure.update_yaxes(title=_wrapped(plot.y_name), type="log" if plot.is_log else "linear")
     if plot.is_log:
         ticks = [m * 10.0**e for e in range(-6, 12) for m in (1, 2, 5)]
         figure.update_yaxes(tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks])
-    _settle(figure, 440)
+    _set_layout(figure, 440)
     return figure
 
 
-def _broken(name: str) -> str:
-    """A long name in two lines, for a phone's width."""
+def _wrapped(name: str) -> str:
+    """Break a long name into two lines, to fit a phone."""
     for end in (" (", " from "):
         if len(name) > 24 and end in name:
             return name.replace(end, f"<br>{end.lstrip()}", 1)
@@ -161,8 +167,8 @@ def _dash(dashes: Any) -> str:
     return LONG_DASHES[others.index(dashes)]
 
 
-def _heat_maps(layers: Sequence[tuple[Cell, dict[str, Any]]]):
-    """A heat map per cell and comparison, one of them shown."""
+def _heat_maps(layers: Sequence[tuple[Cell, dict[str, Any]]]) -> Figure:
+    """A heat map per cell and comparison, with a menu to choose the visible one."""
     import plotly.graph_objects as go
 
     figure, names = go.Figure(), []
@@ -194,11 +200,11 @@ def _heat_maps(layers: Sequence[tuple[Cell, dict[str, Any]]]):
     figure.update_layout(updatemenus=[menu | {"font": {"size": 11}, "pad": {"l": -50}}])
     figure.update_xaxes(title="Decoder layer", type="category")
     figure.update_yaxes(autorange="reversed")
-    _settle(figure, 420)
+    _set_layout(figure, 420)
     return figure
 
 
-def _settle(figure, height: int) -> None:
+def _set_layout(figure: Figure, height: int) -> None:
     figure.update_layout(
         template="plotly_white",
         height=height,

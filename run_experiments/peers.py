@@ -1,18 +1,19 @@
-"""Other W4A4 methods, simulated in floating point, to set MixedQuant beside them in one run.
+"""Other W4A4 methods, simulated in floating point, for comparison with MixedQuant in one sweep.
 
-Re-implemented from their papers in this project's arithmetic, hence "-style":
+They are re-implemented from their papers in this project's arithmetic, hence "-style":
 
-- per-token-rtn: nearest rounding, a scale per output channel and per token;
-- smoothquant-style: SmoothQuant with alpha 0.5 (Xiao et al., 2023), then the same;
-- quarot-style: QuaRot with groups (Ashkboos et al., 2024): each input rotated over its whole
-  dimension, activations clipped at 0.9, weights by GPTQ with scales of least squared error;
-- atom-style: Atom (Zhao et al., 2024): channels in the order of their sums of squares, the last 128
-  in INT8, the others in INT4 groups; clips 0.9 for activations and 0.85 for weights, GPTQ.
+- per-token-rtn: round to nearest, with a scale per output channel and per token.
+- smoothquant-style: SmoothQuant with alpha 0.5 (Xiao et al., 2023), then per-token-rtn.
+- quarot-style: QuaRot with groups (Ashkboos et al., 2024). Each input is rotated over its whole
+  dimension, activations are clipped at 0.9, and weights are rounded by GPTQ with the scales that
+  minimize the squared error.
+- atom-style: Atom (Zhao et al., 2024). Channels are sorted by their sums of squares: the last 128
+  are INT8, the rest INT4 in groups. Activations are clipped at 0.9, weights at 0.85, with GPTQ.
 
-Common to all: symmetric codes in [-7, 7] (the originals use -8 too), weight scales in bfloat16,
-GPTQ with scales chosen before its loop and Hessians of the inputs as the method rounds them.
-Key-value caches and attention stay in 16 bits. Bits per weight count codes and scales; the order of
-channels and rotations, which these methods fuse into other weights, count nothing.
+All of them use symmetric codes in [-7, 7] (the originals use -8 too) and weight scales in bfloat16.
+GPTQ chooses the scales before its loop and takes Hessians of the rounded inputs. Key-value caches
+and attention stay in 16 bits. Bits per weight include codes and scales, but not channel orders and
+rotations, because these methods fuse them into other weights.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,17 +39,24 @@ from smoothquant.models.running import first_argument
 from smoothquant.quantization.records import LinearRecord
 from smoothquant.quantization.smoothing import smooth_lm
 
+T = TypeVar("T")
+
 BITS = 4
 OUTLIER_BITS = 8
 ROTATION_SEED = 0
 
 
 class PeerLinear(nn.Module):
-    """A rounded weight times an input that is rounded on the way.
+    """A linear layer with a rounded weight, which rounds its input in every call.
 
-    weight: [N, K], rounded, its channels reordered or rotated as the method does.
-    round_input: x [..., K] -> the same, reordered or rotated and rounded, in float32.
+    Args:
+        weight: [N, K], rounded; channels reordered or rotated by the method.
+        bias: [N] or None.
+        round_input: x [..., K] -> x reordered or rotated, then rounded, in float32.
     """
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, round_input: Callable) -> None:
         super().__init__()
@@ -58,17 +66,20 @@ class PeerLinear(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype."""
+        """Return [..., N] in x's dtype for x [..., K]."""
         return nn.functional.linear(self.round_input(x).to(x.dtype), self.weight, self.bias)
 
 
 class Treatment(NamedTuple):
-    """What a method does with one layer input of K channels and the weights that read it.
+    """What a method does to one layer input of K channels and to the weights that read it.
 
-    turn: x or a weight [..., K] -> the same, reordered or rotated: both alike, so products stay.
-    round_act: turned x in float32 -> quantized and dequantized.
-    round_weight: (turned weight, float32 [N, K]; factor [K, K] for GPTQ or None) -> the same.
-    bits_per_weight: of codes and scales.
+    Args:
+        turn: reorders or rotates x or a weight [..., K]. It does the same to both, which keeps
+            their product.
+        round_act: quantizes and dequantizes a turned x in float32.
+        round_weight: quantizes and dequantizes a turned weight, float32 [N, K]; the second argument
+            is GPTQ's factor [K, K], or None for rounding to nearest.
+        bits_per_weight: codes and scales.
     """
 
     turn: Callable[[Tensor], Tensor]
@@ -86,22 +97,22 @@ def per_token_rtn(
     batches: Sequence[Tensor] | None = None,
     group_size: int | None = None,
 ) -> list[LinearRecord]:
-    """Nearest rounding with a scale per output channel and per token; needs the model alone.
+    """Round to nearest with a scale per output channel and per token. Uses only the model.
 
-    Every method takes these arguments and quantizes the model in place.
+    All methods take these arguments and quantize the model in place.
 
     Args:
         model: a float model of `smoothquant.models.families`, without fused experts.
         stats: {name of a linear: statistics of its input}.
         batches: int64 [B, T] tensors of token ids, for GPTQ.
-        group_size: INT4 channels to a scale, where the method has groups.
+        group_size: INT4 channels per scale, for methods with groups.
 
     Returns:
-        a record per linear, as `smoothquant.quantize` gives it.
+        A record per linear, as from `smoothquant.quantize`.
 
     Raises:
-        ValueError: a model that is quantized already or has fused experts, a missing argument or
-            entry of stats.
+        ValueError: the model is already quantized or has fused experts, or an argument or an entry
+            of stats is missing.
     """
 
     def treatment(name: str, k: int) -> Treatment:
@@ -115,15 +126,25 @@ def per_token_rtn(
     return _quantize(model, treatment)
 
 
-def smoothquant_style(model, stats, batches=None, group_size=None) -> list[LinearRecord]:
-    """SmoothQuant with alpha 0.5, then `per_token_rtn`; arguments as there."""
+def smoothquant_style(
+    model: nn.Module,
+    stats: Mapping[str, ChannelStats] | None,
+    batches: Sequence[Tensor] | None = None,
+    group_size: int | None = None,
+) -> list[LinearRecord]:
+    """SmoothQuant with alpha 0.5, then `per_token_rtn`. Arguments as in `per_token_rtn`."""
     check_model(model)
     smooth_lm(model, {name: entry.abs_max for name, entry in _needed("stats", stats).items()}, 0.5)
     return per_token_rtn(model)
 
 
-def quarot_style(model, stats, batches, group_size) -> list[LinearRecord]:
-    """QuaRot with groups; arguments as in `per_token_rtn`."""
+def quarot_style(
+    model: nn.Module,
+    stats: Mapping[str, ChannelStats] | None,
+    batches: Sequence[Tensor] | None,
+    group_size: int,
+) -> list[LinearRecord]:
+    """QuaRot with groups. Arguments as in `per_token_rtn`."""
     rotations: dict[int, Tensor] = {}
 
     def treatment(name: str, k: int) -> Treatment:
@@ -139,12 +160,19 @@ def quarot_style(model, stats, batches, group_size) -> list[LinearRecord]:
     return _quantize(model, treatment, _needed("batches", batches))
 
 
-def atom_style(model, stats, batches, group_size, *, num_outliers: int = 128) -> list[LinearRecord]:
-    """Atom; arguments as in `per_token_rtn`. Inputs of num_outliers channels or fewer are INT8."""
-    stats = _needed("stats", stats)
+def atom_style(
+    model: nn.Module,
+    stats: Mapping[str, ChannelStats] | None,
+    batches: Sequence[Tensor] | None,
+    group_size: int,
+    *,
+    num_outliers: int = 128,
+) -> list[LinearRecord]:
+    """Atom. Arguments as in `per_token_rtn`. Inputs of num_outliers channels or fewer are INT8."""
+    entries = _needed("stats", stats)
 
     def treatment(name: str, k: int) -> Treatment:
-        order = ops.argsort(_entry(stats, name).sq_sum)
+        order = ops.argsort(_entry(entries, name).sq_sum)
         k4 = max(0, k - num_outliers)
 
         def by_part(x: Tensor, normal: Callable, outlier: Callable) -> Tensor:
@@ -154,7 +182,7 @@ def atom_style(model, stats, batches, group_size, *, num_outliers: int = 128) ->
             scales = _scales(w[:, :k4], group_size, clip=0.85)
             if factor is not None:
                 w = gptq.gptq(w, factor, scales, k4, min(group_size, max(1, k4)), BITS)
-            # GPTQ leaves what it could not round well to the outliers, whose grid is 16 times finer
+            # GPTQ moves the remaining error to the outliers, whose grid is 16 times finer
             return by_part(
                 w,
                 partial(_to_grid, scales=scales, group_size=group_size),
@@ -176,17 +204,20 @@ def atom_style(model, stats, batches, group_size, *, num_outliers: int = 128) ->
     return _quantize(model, treatment, _needed("batches", batches))
 
 
-METHODS = {
+METHODS: dict[str, Callable[..., list[LinearRecord]]] = {
     "per-token-rtn": per_token_rtn,
     "smoothquant-style": smoothquant_style,
     "quarot-style": quarot_style,
     "atom-style": atom_style,
-}  # as `grid.OTHER_METHODS`
+}  # the names in `grid.OTHER_METHODS`
 
 
 def random_rotation(k: int, seed: int) -> Tensor:
-    """A random orthogonal matrix, float64 [k, k]: the Kronecker product of a random orthogonal
-    matrix of k's odd part and a Hadamard matrix of its power of two, rows with random signs."""
+    """Return a random orthogonal matrix, float64 [k, k].
+
+    It is the Kronecker product of a random orthogonal matrix for the odd part of k and a Hadamard
+    matrix for the power of two in k, with random signs on the rows.
+    """
     generator = torch.Generator().manual_seed(seed)
     power = k & -k
     hadamard = torch.ones(1, 1, dtype=torch.float64)
@@ -194,7 +225,7 @@ def random_rotation(k: int, seed: int) -> Tensor:
         hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), hadamard)
     odd = torch.randn(k // power, k // power, dtype=torch.float64, generator=generator)
     signs = torch.randint(0, 2, (k, 1), generator=generator) * 2 - 1
-    orthogonal = torch.linalg.qr(odd).Q.contiguous()  # torch.kron wants it so
+    orthogonal = torch.linalg.qr(odd).Q.contiguous()  # required by torch.kron
     return signs * torch.kron(orthogonal, hadamard / math.sqrt(power))
 
 
@@ -203,12 +234,12 @@ def check_model(model: nn.Module) -> None:
     refuse_quantized(model)
     fused = [item.experts for item in layer_inputs(model) if item.experts]
     if fused:
-        raise ValueError(f"methods other than mixedquant quantize no fused experts: {fused[0]}")
+        raise ValueError(f"only mixedquant can quantize fused experts: {fused[0]}")
 
 
-def _needed(name: str, value):
+def _needed(name: str, value: T | None) -> T:
     if not value:
-        raise ValueError(f"{name} must be given to this method; got {value!r}")
+        raise ValueError(f"this method needs {name}; got {value!r}")
     return value
 
 
@@ -222,8 +253,8 @@ def _round_act(x: Tensor, *, group_size: int, num_bits: int = BITS, clip: float 
     return ops.group_fake_quantize(x, max(1, group_size), num_bits, "symmetric", clip)
 
 
-def _scales(w: Tensor, group_size: int, *, clip: float = 1.0, **config) -> Tensor:
-    """Weight scales, float32 [N, G], as stored in bfloat16. config: fields of MixedQuantConfig."""
+def _scales(w: Tensor, group_size: int, *, clip: float = 1.0, **config: Any) -> Tensor:
+    """Weight scales, float32 [N, G], rounded to bfloat16. config: fields of MixedQuantConfig."""
     scales = weight_group_scales(w, MixedQuantConfig(backend="fake", **config), group_size)
     return scales if clip == 1 else (scales * clip).bfloat16().float()
 
@@ -234,9 +265,9 @@ def _to_grid(w: Tensor, *, scales: Tensor, group_size: int, num_bits: int = BITS
 
 
 def _round_weight(
-    w: Tensor, factor: Tensor | None, *, group_size: int, num_bits: int = BITS, **config
+    w: Tensor, factor: Tensor | None, *, group_size: int, num_bits: int = BITS, **config: Any
 ) -> Tensor:
-    """Round all columns of w [N, K]: by GPTQ with a factor, else to nearest."""
+    """Round all columns of w [N, K]: with GPTQ if there is a factor, else to nearest."""
     scales = _scales(w, group_size, num_bits=num_bits, **config)
     if factor is not None:
         w = gptq.gptq(w, factor, scales, w.shape[1], group_size, num_bits)
@@ -244,7 +275,7 @@ def _round_weight(
 
 
 def _bits(k: int, group_size: int, num_bits: int = BITS) -> float:
-    """Bits per weight of k channels with a 16-bit scale per group; 0 for none."""
+    """Bits per weight of k channels with a 16-bit scale per group; 0 if k is 0."""
     return num_bits + 16 * math.ceil(k / group_size) / k if k else 0.0
 
 
@@ -254,35 +285,41 @@ def _quantize(
     treatment: Callable[[str, int], Treatment],
     batches: Sequence[Tensor] | None = None,
 ) -> list[LinearRecord]:
-    """Swap every linear of a model by `treatment(name of the input, K)`; GPTQ with batches."""
+    """Replace every linear by `treatment(name of its input, K)`; with batches, use GPTQ."""
     check_model(model)
     records = []
     for items, run in _parts(model, layer_inputs(model), batches):
         treatments = {
-            item.name: treatment(item.name, model.get_submodule(item.name).in_features)
-            for item in items
+            item.name: treatment(item.name, _linear(model, item.name).in_features) for item in items
         }
         factors = _factors(run, treatments) if run else {}
         for item in items:
             treated, factor = treatments[item.name], factors.get(item.name)
-            how = "nearest" if factor is None else "GPTQ"
+            rounding = "nearest" if factor is None else "GPTQ"
             for name in item.linears:
-                linear = model.get_submodule(name)
+                linear = _linear(model, name)
                 weight = treated.round_weight(treated.turn(linear.weight.float()), factor)
                 bias = None if linear.bias is None else linear.bias.detach()
                 layer = PeerLinear(weight.to(linear.weight.dtype), bias, treated.round_input)
                 replace_module(model, name, layer)
                 shape = tuple(weight.shape)
                 bits = treated.bits_per_weight
-                records.append(LinearRecord(name, shape, 0, bits, "quantized", how))
+                records.append(LinearRecord(name, shape, 0, bits, "quantized", rounding))
     return records
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    return cast(nn.Linear, model.get_submodule(name))
 
 
 def _parts(
     model: nn.Module, items: Sequence[LayerInput], batches: Sequence[Tensor] | None
 ) -> Iterator[tuple[list[LayerInput], Callable | None]]:
-    """Layer inputs that are quantized together, and what runs the tokens through their part of the
-    model with hooks: decoder layer by decoder layer, or all at once without tokens."""
+    """Yield the layer inputs to quantize together, one decoder layer at a time.
+
+    With them comes a function that runs the tokens through that decoder layer with hooks. Without
+    tokens, yields all layer inputs at once and None.
+    """
     if not batches:
         yield list(items), None
         return
@@ -291,11 +328,11 @@ def _parts(
 
 
 def _factors(run: Callable, treatments: Mapping[str, Treatment]) -> dict[str, Tensor | None]:
-    """GPTQ's factors of some layer inputs, as the method turns and rounds them."""
+    """GPTQ's factor for each layer input, after the method has turned and rounded the input."""
     hessians: dict[str, Tensor] = {}
 
     def hook_for(name: str, treated: Treatment) -> Callable:
-        def hook(module, args, kwargs):
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = first_argument(args, kwargs)
             x = treated.round_input(x.reshape(-1, x.shape[-1]))
             hessians.setdefault(name, x.new_zeros(x.shape[1], x.shape[1])).addmm_(x.T, x)

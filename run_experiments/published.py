@@ -1,7 +1,8 @@
-"""The published functions that work on a model, kept for code that imports them."""
+"""The published functions that work on a model, kept for existing code that imports them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,18 +16,18 @@ from smoothquant.core.progress import progress_bar
 def get_calib_dataset(
     tokenizer: Any = None, n_samples: int = 256, block_size: int = 512
 ) -> list[Tensor]:
-    """Token blocks of WikiText-2 validation, as published: shuffled lines, joined and cut.
+    """Return token blocks of WikiText-2 validation as published: lines shuffled, joined and cut.
 
     Args:
         tokenizer: a transformers tokenizer.
-        n_samples: lines to take; empty ones and those longer than block_size are passed over.
+        n_samples: lines to take. Empty lines and lines longer than block_size are skipped.
         block_size: tokens per block.
 
     Returns:
-        list of int64 [1, block_size]; the incomplete last block is dropped.
+        list of int64 [1, block_size]. An incomplete last block is dropped.
 
     Raises:
-        ValueError: no tokenizer, or a count below 1.
+        ValueError: there is no tokenizer, or a count is below 1.
     """
     if tokenizer is None:
         raise ValueError("tokenizer must be a transformers tokenizer; got None")
@@ -38,7 +39,7 @@ def get_calib_dataset(
     rows = wikitext("validation")
     token_ids: list[int] = []
     taken = 0
-    # The generator and seed by which the published code's dataset library shuffles.
+    # The generator and seed that the published code's dataset library shuffles with.
     for index in numpy.random.default_rng(42).permutation(len(rows)):
         line = tokenizer.encode(rows[index].strip())
         if not line or len(line) > block_size:
@@ -55,18 +56,22 @@ def get_calib_dataset(
 
 @torch.no_grad()
 def get_calib_feat(model: nn.Module, tokenizer: Any) -> dict[str, list[Tensor]]:
-    """Mean absolute input per channel of every nn.Linear, as published.
+    """Return the mean absolute input per channel of every nn.Linear, as published.
 
-    `smoothquant.calibration.collect_stats` gives more (what sorting by rms, max or mean + 3 STD
-    needs) in less time.
+    `smoothquant.calibration.collect_stats` is faster and also collects the statistics for sorting
+    by rms, max or mean + 3 STD.
+
+    Args:
+        model: the model.
+        tokenizer: a transformers tokenizer.
 
     Returns:
-        name of the linear -> one float32 [K] tensor on the CPU per block of `get_calib_dataset`.
+        {name of the linear: [a float32 [K] CPU tensor per block of `get_calib_dataset`]}.
     """
     features: dict[str, list[Tensor]] = {}
 
-    def record(name: str):
-        def hook(module: nn.Module, args: tuple) -> None:
+    def record(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach()
             mean = x.reshape(-1, x.shape[-1]).float().abs().mean(dim=0)
             features.setdefault(name, []).append(mean.cpu())
@@ -92,10 +97,10 @@ class Evaluator(ppl_eval.Evaluator):
     """Perplexity on the first `n_samples` windows of `batch_size` tokens, as published.
 
     Args:
-        dataset: mapping with the texts under "text", a list of texts, or a path.
+        dataset: a mapping with the texts under "text", a list of texts, or a path.
         tokenizer: a transformers tokenizer.
-        device: where the tokens are put.
-        n_samples: windows; None for all.
+        device: device for the tokens.
+        n_samples: number of windows; None for all.
         batch_size: tokens per window (the published name).
     """
 

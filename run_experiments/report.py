@@ -1,18 +1,18 @@
-"""Tables and figures of a sweep, drawn from stored results alone.
+"""Tables and figures of a sweep, made from stored results alone.
 
-The only writer of the figures folder, with `page`.
+Only this module and `page` write to the figures folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .drawing import draw, draw_layers
 from .grid import Cell
 from .plots import Plot, Series, plots_of, share_label
-from .rows import front, stored_rows, windows_text
+from .rows import Row, front, stored_rows, windows_text
 from .store import Store, write_atomically
 from .tables import layer_table, table, write_cells
 
@@ -20,22 +20,25 @@ from .tables import layer_table, table, write_cells
 def write(
     store: Store, cells: Sequence[Cell], model_name: str, folder: str | Path, command: str
 ) -> tuple[str, list[Path]]:
-    """Write the figures, their data, `<model>_results.md`, `<model>_cells.jsonl`, which holds each
-    result with its specification for `Store.adopt`, and the same in one table as
-    `<model>_cells.csv` and `<model>_cells.parquet`, from the store.
+    """Write the figures, tables and published cells of a sweep.
+
+    These are: every figure with its data; `<model>_results.md`; `<model>_cells.jsonl`, the results
+    with their specifications, which `Store.adopt` reads; and all cells as one table,
+    `<model>_cells.csv` and `<model>_cells.parquet`.
 
     Args:
-        store, cells: where the results lie and which ones belong to this sweep.
-        model_name: its last part begins the files' names.
-        folder: made if it is not there.
-        command: the command that made the results, for the record.
+        store: where the results are.
+        cells: the cells of this sweep.
+        model_name: its last path component starts the file names.
+        folder: created if missing.
+        command: the command that produced the results, for the record.
 
     Returns:
-        (the table as Markdown, the paths of the figures, then of the results and the cells).
+        (the table as Markdown, paths of the figures, then of the other files).
     """
     rows = stored_rows(store, cells)
     text = table(rows)
-    stem = _stem(model_name)
+    stem = Path(model_name).name
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [
@@ -60,26 +63,26 @@ def write(
 
 
 def plot_results(
-    results: dict[str, dict[float, list[float]]],
+    results: Mapping[str, Mapping[float, Sequence[float | None]]],
     group_sizes: Sequence[int],
     model_name: str,
     output_folder: str | Path = "figures",
 ) -> list[Path]:
-    """Draw perplexity and size against group size, one line per salient share.
+    """Plot perplexity and model size against group size, one line per salient share.
 
     Args:
-        results: {"perplexity": {share: values}, "model_size": {share: MiB}}, one value per group
-            size; None where there is none.
+        results: {"perplexity": {share: values}, "model_size": {share: MiB}}, with one value per
+            group size, None if missing.
         group_sizes: the group sizes, in the order of the values.
-        model_name: named in the titles; its last part begins the files' names.
-        output_folder: made if it is not there.
+        model_name: appears in the titles; its last path component starts the file names.
+        output_folder: created if missing.
 
     Returns:
-        paths of `<model>_ppl_vs_group_size.png` and `<model>_size_vs_group_size.png`; the data of
-        each stands beside it as CSV.
+        Paths of `<model>_ppl_vs_group_size.png` and `<model>_size_vs_group_size.png`. The data of
+        each is next to it as CSV.
 
     Raises:
-        ValueError: results lacks an entry, or one has not a value for each group size.
+        ValueError: results lacks an entry, or an entry does not have one value per group size.
     """
     plots = {}
     for name, file, quantity, scale in (
@@ -87,12 +90,12 @@ def plot_results(
         ("model_size", "size_vs_group_size", "Model size (MiB)", "linear"),
     ):
         if name not in results:
-            raise ValueError(f"results must hold {name!r}; got {sorted(results)}")
+            raise ValueError(f"results must have {name!r}; got {sorted(results)}")
         series = []
         for share, values in results[name].items():
             if len(values) != len(group_sizes):
                 raise ValueError(
-                    f"results[{name!r}][{share!r}] must hold {len(group_sizes)} values, one per "
+                    f"results[{name!r}][{share!r}] must have {len(group_sizes)} values, one per "
                     f"group size; got {len(values)}"
                 )
             pairs = zip(group_sizes, values, strict=True)
@@ -102,44 +105,42 @@ def plot_results(
         plots[file] = Plot(title, "", "Group size", quantity, "log", scale, tuple(series))
     folder = Path(output_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    stem = _stem(model_name)
+    stem = Path(model_name).name
     paths = [draw(plot, folder / f"{stem}_{name}") for name, plot in plots.items()]
     print("Figures:", *(f"  {path.resolve()}" for path in paths), sep="\n")
     return paths
 
 
 def front_table(store: Store, cells: Iterable[Cell]) -> str:
-    """`table` of the front alone, and of the unquantized model."""
+    """Return a Markdown table of the unquantized model and the Pareto front."""
     rows = stored_rows(store, cells)
     return table([*(row for row in rows if row.config is None), *front(rows)])
 
 
-def _stem(model_name: str) -> str:
-    return Path(model_name).name
-
-
-def _results_page(rows, cells, model_name: str, command: str, text: str) -> str:
+def _results_page(
+    rows: Sequence[Row], cells: Sequence[Cell], model_name: str, command: str, text: str
+) -> str:
     first = cells[0]
     runs = [row.result["run"] for row in rows if row.result["run"]]
-    evaluation = next((cell.evaluation for cell in cells if cell.evaluation), {})
-    windows = rows[0].result["windows"] if rows else evaluation.get("windows")
-    calibrations = [cell.calibration for cell in cells if cell.task == "calibration"]
+    evaluation: Mapping[str, Any] = next((c.evaluation for c in cells if c.evaluation), {})
+    windows = rows[0].result["windows"] if rows else evaluation["windows"]
+    calibrations = [c.calibration for c in cells if c.task == "calibration" and c.calibration]
     lines = [
         f"# {model_name}: perplexity and size",
         "",
         f"    {command}",
         "",
         f"- Evaluation: WikiText-2 raw {evaluation.get('split')}, "
-        f"{windows_text(windows, evaluation.get('seqlen'))}, exp(mean token NLL)",
+        f"{windows_text(windows, evaluation['seqlen'])}, exp(mean token NLL)",
     ]
     for calibration in calibrations:
         lines.append(
-            f"- Calibration{_use(calibrations, calibration, cells)}: WikiText-2 raw "
+            f"- Calibration{_used_by(calibrations, calibration, cells)}: WikiText-2 raw "
             f"{calibration['split']}, {calibration['blocks']} blocks of "
             f"{calibration['block_size']:,} tokens, seed {calibration['seed']}"
         )
-    for name, what in (("chip", "Chip"), ("isa", "Instruction set"), ("threads", "Threads")):
-        lines.append(f"- {what}: {', '.join(sorted({str(run[name]) for run in runs}))}")
+    for name, title in (("chip", "Chip"), ("isa", "Instruction set"), ("threads", "Threads")):
+        lines.append(f"- {title}: {', '.join(sorted({str(run[name]) for run in runs}))}")
     dates = sorted({run["date"][:10] for run in runs})
     lines.append(f"- Date: {' to '.join(dict.fromkeys([*dates[:1], *dates[-1:]]))}")
     lines.append(
@@ -149,33 +150,36 @@ def _results_page(rows, cells, model_name: str, command: str, text: str) -> str:
         "",
         text,
         "",
-        f"The 16-bit model is the unquantized one, computed in {first.model['dtype']}; its size is "
-        "that of its tensors in 16 bits. The size of a quantized model is that of its tensors as "
-        "they are in memory, equal to the saved file's payload to the byte; embeddings and the "
-        f"language head are not quantized and stay {first.model['dtype']}. Bits per weight count "
-        "codes, scales, salient channels and padding of the quantized layers. KL is the mean over "
-        "tokens of KL(16-bit model || quantized model) in nats, top-1 the share of tokens where "
-        "both hold the same next token most likely. Tokens/s are of the forward passes alone.",
+        f"The 16-bit model is the unquantized model, evaluated in {first.model['dtype']}; its size "
+        "counts 16 bits per element. The size of a quantized model is the size of its tensors in "
+        "memory, which equals the payload of the saved file to the byte; embeddings and the "
+        f"language head are not quantized and stay {first.model['dtype']}. Bits per weight include "
+        "the codes, scales, salient channels and padding of the quantized layers. KL is the mean "
+        "over tokens of KL(16-bit model || quantized model) in nats; top-1 is the share of tokens "
+        "for which both models rank the same next token first. Tokens/s counts only the time of "
+        "the forward passes.",
     ]
     if any(row.is_other_method for row in rows):
         lines += [
             "",
-            "Methods other than the recipes of MixedQuant are simulated in floating point, "
-            "re-implemented from their papers (run_experiments/peers.py says how); their bits per "
-            "weight are computed from codes and scales.",
+            "Methods other than the MixedQuant recipes are re-implemented from their papers and "
+            "simulated in floating point (see run_experiments/peers.py); their bits per weight "
+            "include codes and scales.",
         ]
     return "\n".join(lines) + "\n"
 
 
-def _use(calibrations: Sequence[dict], calibration: dict, cells: Sequence[Cell]) -> str:
-    """Whose calibration it is, where there are several."""
+def _used_by(
+    calibrations: Sequence[Mapping[str, Any]], calibration: Mapping[str, Any], cells: Sequence[Cell]
+) -> str:
+    """Name the recipes and methods that use this calibration, if there are several calibrations."""
     if len(calibrations) == 1:
         return ""
-    of = (cell.config for cell in cells if cell.config and cell.calibration == calibration)
-    names = dict.fromkeys(c.get("method") or c["recipe"] for c in of)
-    return f" of {', '.join(names)}"
+    configs = (cell.config for cell in cells if cell.config and cell.calibration == calibration)
+    names = dict.fromkeys(config.get("method") or config["recipe"] for config in configs)
+    return f" for {', '.join(names)}"
 
 
 def _layers_title(settings: str, result: dict[str, Any]) -> str:
     windows = windows_text(result["windows"], result["seqlen"])
-    return f"Signal over error in dB, {settings}, int4, {windows}"
+    return f"Signal-to-error ratio in dB, {settings}, int4, {windows}"

@@ -1,4 +1,4 @@
-"""What a sweep measured: the stored results, a row per evaluated model."""
+"""Stored results as rows, one per evaluated model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,27 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True)
 class Row:
-    """One evaluated model: its settings (None for the unquantized one), result and run record, and
-    the cell that it is of."""
+    """An evaluated model.
+
+    Args:
+        config: its settings; None for the unquantized model.
+        result: its result, with the run record under "run".
+        cell: the cell that produced it.
+    """
 
     config: dict[str, Any] | None
     result: dict[str, Any]
     cell: Cell | None = None
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """`config`, of a row that is not the unquantized model."""
+        assert self.config is not None
+        return self.config
+
+    @property
     def method(self) -> str:
-        """The recipe, or the name of another method; "" for the unquantized model."""
+        """The recipe, or the name of the other method; "" for the unquantized model."""
         return (self.config or {}).get("method") or (self.config or {}).get("recipe", "")
 
     @property
@@ -41,7 +52,7 @@ class Row:
 
 
 def stored_rows(store: Store, cells: Iterable[Cell]) -> list[Row]:
-    """The stored results of the evaluations among `cells`, in order; unfinished ones left out."""
+    """Return a row for every finished evaluation among `cells`, in order."""
     rows = []
     for cell in cells:
         result = store.get(cell) if cell.task in ("baseline", "quantized") else None
@@ -51,8 +62,10 @@ def stored_rows(store: Store, cells: Iterable[Cell]) -> list[Row]:
 
 
 def front(rows: Iterable[Row]) -> list[Row]:
-    """The Pareto front of perplexity against real bytes, by size: the packed models that no other
-    one beats in both."""
+    """Return the Pareto front of perplexity against model size, smallest model first.
+
+    These are the packed models for which no other model is as small and better.
+    """
     best: list[Row] = []
     for row in sorted(filter(is_packed, rows), key=lambda r: (r.size_mib, r.result["perplexity"])):
         if not best or row.result["perplexity"] < best[-1].result["perplexity"]:
@@ -61,7 +74,7 @@ def front(rows: Iterable[Row]) -> list[Row]:
 
 
 def is_packed(row: Row) -> bool:
-    """Whether a row's bytes are real, and its perplexity a number."""
+    """Whether the model has packed weights (so its size is real) and a finite perplexity."""
     return (row.config or {}).get("backend") == "int4" and row.result["perplexity"] is not None
 
 
@@ -73,11 +86,17 @@ def windows_text(count: int, seqlen: int) -> str:
     return f"{count} window{'' if count == 1 else 's'} of {seqlen:,} tokens"
 
 
-def by_layer_and_kind(errors: Sequence[dict[str, Any]], of: str) -> tuple[list, list, dict]:
-    """(kinds, layers, {(layer, kind): decibels or None})."""
+def by_layer_and_kind(
+    errors: Sequence[dict[str, Any]], comparison: str
+) -> tuple[list[str], list[int | None], dict[tuple[int | None, str], float | None]]:
+    """Arrange the errors of a "layers" cell for one comparison.
+
+    Returns:
+        (kinds, layers, {(layer, kind): decibels or None}).
+    """
     kinds = list(dict.fromkeys(error["kind"] for error in errors))
     layers = list(dict.fromkeys(error["layer"] for error in errors))
-    return kinds, layers, {(e["layer"], e["kind"]): e["decibels"][of] for e in errors}
+    return kinds, layers, {(e["layer"], e["kind"]): e["decibels"][comparison] for e in errors}
 
 
 def layer_name(layer: int | None) -> str:

@@ -1,10 +1,10 @@
-"""Run a sweep of quantization settings over one model, and the published functions for it.
+"""Run a sweep: evaluate one model under many quantization settings.
 
-    python -m run_experiments                        the default preset
+    python -m run_experiments                        run the default preset
     python -m run_experiments --preset paper --model <Hugging Face id or folder>
-    python -m run_experiments report                 figures and a page of what is finished
+    python -m run_experiments report                 redraw the figures and write an HTML page
 
-Every finished cell is kept; the same command again continues where the last one stopped.
+Each setting is a cell. Finished cells are kept: run the same command again to resume a sweep.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import math
 import os
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 if not __package__:
-    # Run as a file: Python put this folder, not the repository, in front of the path.
+    # Run as a file: Python put this folder, not the repository, first on the path.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
@@ -49,17 +50,29 @@ from run_experiments.rows import stored_rows
 from run_experiments.search import Budget, search, space
 from run_experiments.store import Store
 from run_experiments.worker import Job, unload
+from smoothquant.core.config import parse_field
+from smoothquant.core.errors import CheckpointError
 from smoothquant.core.progress import progress_bar
 
-OF_MODELS = ("Evaluator", "get_calib_dataset", "get_calib_feat")  # in published.py
-__all__ = ["Workers", "find_front", "main", "plot_results", "run_experiments", "sweep", *OF_MODELS]
+TORCH_NAMES = ("Evaluator", "get_calib_dataset", "get_calib_feat")  # in published.py
+__all__ = [
+    "Workers",
+    "find_front",
+    "main",
+    "plot_results",
+    "run_experiments",
+    "sweep",
+    *TORCH_NAMES,
+]
 
-INTERRUPTED = 130  # what shells report for Ctrl-C
+INTERRUPTED = 130  # the status that shells report after Ctrl-C
+
+Results = dict[str, dict[float, list[float | None]]]
 
 
 def __getattr__(name: str) -> Any:
-    # They need torch, which "nothing to compute" does not wait for.
-    if name in OF_MODELS:
+    # published.py imports torch: `--help` and a finished sweep must not wait for that.
+    if name in TORCH_NAMES:
         from run_experiments import published
 
         return getattr(published, name)
@@ -74,28 +87,30 @@ def run_experiments(
     *,
     preset: str = "paper",
     output: str | os.PathLike = "results",
-) -> tuple[dict[str, dict[float, list[float]]], Sequence[int]]:
-    """Perplexity and size for each group size and salient share; finished cells are not redone.
+) -> tuple[Results, Sequence[int]]:
+    """Measure perplexity and size for every group size and salient share.
+
+    Results that the store already has are not computed again.
 
     Args:
         model_name: a bundled name ("smollm2-135m", "tiny-opt"), a folder or a Hugging Face id.
         group_sizes: integers >= 1.
         salient_props: shares of channels kept in 16 bits, in [0, 1].
-        device: "cpu", where the INT4 kernels run.
-        preset: the row of `grid.PRESETS` that gives sort, windows and calibration.
+        device: must be "cpu": a sweep runs the CPU's INT4 kernels.
+        preset: name in `grid.PRESETS` that supplies the sort key, windows and calibration.
         output: folder of the store.
 
     Returns:
-        ({"perplexity": {share: [one per group size]}, "model_size": {share: [MiB]}}, group_sizes);
-        a perplexity that is not finite is None.
+        ({"perplexity": {share: [one per group size]}, "model_size": {share: [MiB]}}, group_sizes).
+        A perplexity that is not finite is None.
 
     Raises:
-        ValueError, TypeError: an argument is wrong; nothing was computed yet.
+        ValueError, TypeError: an argument is invalid; nothing has been computed.
     """
     import torch
 
     if torch.device(device).type != "cpu":
-        raise ValueError(f"device must be 'cpu', where the INT4 kernels run; got {device!r}")
+        raise ValueError(f"device must be 'cpu': sweeps run the CPU kernels; got {device!r}")
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
     product = PRESETS[preset].products[0]
@@ -105,14 +120,14 @@ def run_experiments(
     chosen = dataclasses.replace(PRESETS[preset], model=str(model_name), products=products)
     store = Store(output)
     plan = sweep(chosen, store)
-    found = {
+    rows = {
         (row.config["group_size"], row.config["salient_prop"]): row
         for row in stored_rows(store, plan)
         if row.config is not None
     }
-    results: dict[str, dict[float, list[float]]] = {"perplexity": {}, "model_size": {}}
+    results: Results = {"perplexity": {}, "model_size": {}}
     for share in salient_props:
-        line = [found[int(group_size), float(share)] for group_size in group_sizes]
+        line = [rows[int(group_size), float(share)] for group_size in group_sizes]
         results["perplexity"][share] = [row.result["perplexity"] for row in line]
         results["model_size"][share] = [row.size_mib for row in line]
     return results, group_sizes
@@ -125,32 +140,32 @@ def sweep(
     progress: bool = True,
     **workers: Any,
 ) -> list[Cell]:
-    """Compute every cell of a preset that the store does not hold yet.
+    """Compute every cell of a preset that is missing from the store.
 
     Args:
         preset: what to compute.
-        store: where results are kept; other sweeps may share it at the same time.
+        store: where results are kept. Several sweeps may use it at the same time.
         progress: show progress bars.
         workers: fields of `Workers`.
 
     Returns:
-        all cells of the preset, each of them in the store.
+        All cells of the preset. All of them are now in the store.
 
     Raises:
-        ValueError, TypeError: a setting is wrong. Settings are checked before the first cell.
+        ValueError, TypeError: a setting is invalid. Settings are checked before the first cell.
         RuntimeError: a worker or the executor failed; finished cells are kept.
     """
     chosen = Workers(**workers)
     plan = _planned(preset)
-    found = _found(plan, store)
-    if len(found) == len(plan):
+    stored = _stored_results(plan, store)
+    if len(stored) == len(plan):
         print(f"All {len(plan)} cells are in {store.folder}: nothing to compute.")
         return plan
-    waiting = len(plan) - len(found)
-    print(f"{len(plan)} cells, {len(found)} of them in {store.folder}, {waiting} to compute.")
+    missing = len(plan) - len(stored)
+    print(f"{len(plan)} cells: {len(stored)} already in {store.folder}, {missing} to compute.")
     _print_windows(preset)
     try:
-        _compute(plan, found, preset, store, chosen, progress)
+        _compute(plan, stored, preset, store, chosen, progress)
     finally:
         unload()
     return plan
@@ -164,17 +179,17 @@ def find_front(
     progress: bool = True,
     **workers: Any,
 ) -> list[Cell]:
-    """Look for the least perplexity at every size among all combinations of a preset's choices.
+    """Search all combinations of a preset's choices for the lowest perplexity at every size.
 
     Args:
-        budget: how many cells to compute, or for how long; what the store holds costs nothing.
-        preset, store, progress, workers: as `sweep`.
+        budget: how many cells to compute, or for how long. Stored results are free.
+        preset, store, progress, workers: as in `sweep`.
 
     Returns:
-        all cells of these choices that the store holds by then: `rows.front` picks the front.
+        All cells in this space that are now in the store; `rows.front` picks the Pareto front.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `sweep`; RuntimeError without Optuna, too.
+        ValueError, TypeError, RuntimeError: as in `sweep`. RuntimeError also if Optuna is missing.
     """
     chosen = Workers(**workers)
     preset = space(preset)
@@ -185,7 +200,7 @@ def find_front(
     def compute(cells: list[Cell]) -> None:
         needs = {need.key: need for cell in cells for need in cell.needs}
         part = [*needs.values(), *cells]
-        _compute(part, _found(part, store), preset, store, chosen, progress)
+        _compute(part, _stored_results(part, store), preset, store, chosen, progress)
 
     try:
         tried = {c.key for c in search(plan, store, budget, chosen.at_once, compute)}
@@ -196,14 +211,16 @@ def find_front(
 
 @dataclasses.dataclass(frozen=True)
 class Workers:
-    """Who computes the cells of a sweep.
+    """Where a sweep runs, and on how many workers.
 
-    executor: "local", "dask://host:port" or "slurm": where workers run.
-    jobs: workers; None for one, or all of a Dask cluster's.
-    threads: of torch in each worker; None for all of its machine's, shared out among local workers.
-    slurm: parameters of submitit's executor.
+    Args:
+        executor: "local", "dask://host:port" or "slurm".
+        jobs: number of workers. None: one, or every worker of a Dask cluster.
+        threads: torch threads per worker. None: all cores, divided among local workers.
+        slurm: parameters of submitit's executor.
 
-    Raises ValueError for an executor or a number of workers that cannot be meant.
+    Raises:
+        ValueError: the executor or the number of workers is invalid.
     """
 
     executor: str = executors.LOCAL
@@ -220,43 +237,43 @@ class Workers:
 
     @property
     def at_once(self) -> int:
-        """Cells for a round of a search: several for each worker, which starts anew for it."""
+        """Cells per round of a search. Workers restart every round, so each gets several."""
         return 1 if self.in_this_process else 4 * (self.jobs or 1)
 
     @property
     def threads_each(self) -> int | None:
         if self.threads is None and self.executor == executors.LOCAL and not self.in_this_process:
             has_affinity = hasattr(os, "sched_getaffinity")
-            cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-            return max(1, cores // self.jobs)
+            cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+            return max(1, cores // (self.jobs or 1))
         return self.threads
 
 
-def _found(plan: Sequence[Cell], store: Store) -> dict[str, dict[str, Any]]:
-    """The results that the store holds, by the cells' keys."""
+def _stored_results(plan: Sequence[Cell], store: Store) -> dict[str, dict[str, Any]]:
+    """{key of a cell: its result} for every cell in the store."""
     results = ((cell.key, store.get(cell)) for cell in plan)
     return {key: result for key, result in results if result is not None}
 
 
 def _compute(
     plan: Sequence[Cell],
-    found: Mapping[str, dict[str, Any]],
+    stored: Mapping[str, dict[str, Any]],
     preset: Preset,
     store: Store,
     workers: Workers,
     progress: bool,
 ) -> None:
-    """Have the cells computed that are not found, with a line printed for each."""
+    """Compute the cells that are not stored yet, and print a line for each."""
     job = Job(
-        cells=[cell.to_json() for cell in plan if cell.key not in found],
-        # workers may have another working directory
+        cells=[cell.to_json() for cell in plan if cell.key not in stored],
+        # a worker may have another working directory
         source=os.path.abspath(preset.model) if os.path.isdir(preset.model) else preset.model,
         output=str(store.folder.resolve()),
         threads=workers.threads_each,
         progress=progress and workers.in_this_process,
     )
-    reference = next((found.get(cell.key) for cell in plan if cell.task == "baseline"), None)
-    with progress_bar(total=len(plan), initial=len(found), unit="cell", shown=progress) as bar:
+    reference = next((stored.get(cell.key) for cell in plan if cell.task == "baseline"), None)
+    with progress_bar(total=len(plan), initial=len(stored), unit="cell", shown=progress) as bar:
 
         def report_cell(cell: Cell, result: dict[str, Any]) -> None:
             nonlocal reference
@@ -270,24 +287,25 @@ def _compute(
 
 def _print_windows(preset: Preset) -> None:
     windows = "all" if preset.windows is None else preset.windows
-    print(f"Perplexity on {windows} windows of {preset.seqlen:,} tokens of the test split.")
+    print(f"Evaluating {windows} windows of {preset.seqlen:,} tokens from the test split.")
 
 
 def finished(preset: Preset, store: Store) -> list[Cell]:
-    """All cells of a preset whose results are in the store already; nothing is computed.
+    """Return the cells of a preset that are in the store. Computes nothing.
 
     Raises:
-        ValueError: there are none, or a setting is wrong. TypeError: a setting is wrong.
+        ValueError: the store has none of them, or a setting is invalid.
+        TypeError: a setting is invalid.
     """
     plan = _planned(preset)
-    held = _found(plan, store)
-    found = [cell for cell in plan if cell.key in held]
-    if not any(cell.task in ("baseline", "quantized") for cell in found):
+    stored = _stored_results(plan, store)
+    cells = [cell for cell in plan if cell.key in stored]
+    if not any(cell.task in ("baseline", "quantized") for cell in cells):
         raise ValueError(
-            f"output: no result of this sweep is in {store.folder}: run the sweep first"
+            f"output: no result of this sweep is in {store.folder}; run the sweep first"
         )
-    print(f"{len(found)} of {len(plan)} cells are in {store.folder}; no others are computed.")
-    return found
+    print(f"{len(cells)} of {len(plan)} cells are in {store.folder}; the rest are not computed.")
+    return cells
 
 
 def _planned(preset: Preset) -> list[Cell]:
@@ -327,30 +345,50 @@ def _outcome(result: dict[str, Any], reference: dict[str, Any] | None) -> str:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line; wrong values end the program with a message that names the flag."""
-    presets = "\n".join(f"  {name:<8} {preset.about}" for name, preset in PRESETS.items())
+    """Parse the command line. An invalid value exits with a message that names the flag."""
+    # argparse, not Typer: most flags take several values (`--group-sizes 32 128`), which Typer
+    # cannot express.
+    presets = "\n".join(
+        textwrap.fill(f"  {name:<10}{preset.about}", 80, subsequent_indent=" " * 12)
+        for name, preset in PRESETS.items()
+    )
     parser = argparse.ArgumentParser(
         prog="python -m run_experiments",
         description=__doc__.replace("\n\n\n", "\n\n"),
         epilog=f"presets:\n{presets}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--preset", choices=PRESETS, default="default", help="see below")
     parser.add_argument(
-        "--model", help="smollm2-135m, tiny-opt, a folder with a model or a Hugging Face id"
+        "--preset", choices=PRESETS, default="default", help="a named sweep, see below"
     )
-    parser.add_argument("--group-sizes", nargs="+", type=int, metavar="G")
     parser.add_argument(
-        "--salient-props", nargs="+", type=float, metavar="P", help="shares in 0 ... 1"
+        "--model", help="smollm2-135m, tiny-opt, a model folder or a Hugging Face id"
     )
-    parser.add_argument("--sorts", nargs="+", metavar="S", help="none max mean3std argmax rms")
-    parser.add_argument("--backends", nargs="+", metavar="B", help="int4 fake")
+    parser.add_argument(
+        "--group-sizes", nargs="+", type=int, metavar="G", help="channels that share a scale"
+    )
+    parser.add_argument(
+        "--salient-props",
+        nargs="+",
+        type=float,
+        metavar="P",
+        help="shares of channels kept in 16 bits, 0 to 1",
+    )
+    parser.add_argument(
+        "--sorts", nargs="+", metavar="S", help="channel order: none max mean3std argmax rms"
+    )
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        metavar="B",
+        help="int4 (packed weights, integer kernels), fake (floating-point simulation)",
+    )
     parser.add_argument("--recipes", nargs="+", metavar="R", help="rtn fast best")
     parser.add_argument(
         "--methods",
         nargs="+",
         metavar="M",
-        help=f"mixedquant, or simulated: {' '.join(OTHER_METHODS)}",
+        help=f"mixedquant, or one of these simulations: {' '.join(OTHER_METHODS)}",
     )
     parser.add_argument(
         "--set",
@@ -358,37 +396,55 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         type=_field,
         metavar="FIELD=VALUE",
-        help="other fields of MixedQuantConfig, for example act_clip=0.9",
+        help="set other MixedQuantConfig fields, e.g. act_clip=0.9",
     )
-    parser.add_argument("--windows", type=_windows, metavar="N", help="test windows, or all")
+    parser.add_argument(
+        "--windows", type=_windows, metavar="N", help="test windows to evaluate, or all"
+    )
     parser.add_argument("--seqlen", type=int, metavar="T", help="tokens per window")
     parser.add_argument(
         "--calibration-blocks", type=int, metavar="N", help="token blocks for statistics"
     )
-    parser.add_argument("--gptq-blocks", type=int, metavar="N", help="the same for what needs GPTQ")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the draw of these blocks")
+    parser.add_argument(
+        "--gptq-blocks",
+        type=int,
+        metavar="N",
+        help="token blocks for recipes and methods that use GPTQ",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="seed for drawing the blocks")
     parser.add_argument(
         "--layers",
         dest="layer_windows",
         type=int,
         metavar="N",
-        help="also the errors of each layer, over N windows",
+        help="also measure the error of each layer, over N windows",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of what is not quantized")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of unquantized tensors")
     parser.add_argument(
-        "--output", default="results", metavar="FOLDER", help="finished cells (default: results)"
+        "--output",
+        default="results",
+        metavar="FOLDER",
+        help="where finished cells are kept (default: results)",
     )
     parser.add_argument(
         "--cells",
         nargs="+",
         metavar="FILE",
-        help="take finished cells from what earlier runs published: figures/*_cells.jsonl",
+        help="import finished cells from published files, e.g. figures/*_cells.jsonl",
     )
-    parser.add_argument("--figures", default="figures", metavar="FOLDER", help="default: figures")
-    # what `smoothquant plot` adds: draw the finished cells, compute none
+    parser.add_argument(
+        "--figures",
+        default="figures",
+        metavar="FOLDER",
+        help="where figures and tables go (default: figures)",
+    )
+    # set by `report` and by `smoothquant plot`: draw the finished cells, compute none
     parser.add_argument("--plot", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="of each worker (default: all cores, shared out)"
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads per worker (default: all cores, divided among the workers)",
     )
     parser.add_argument(
         "--executor",
@@ -397,20 +453,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="where workers run: local, dask://HOST:PORT or slurm (default: local)",
     )
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="workers (default: 1; of Dask, all that it has)"
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="number of workers (default: 1; on Dask, the whole cluster)",
     )
     parser.add_argument(
         "--search",
         action="store_true",
-        help="try only some of all combinations of the preset's choices: those that may give the "
-        "least perplexity at their size",
+        help="search the combinations of the preset's choices for the lowest perplexity at every "
+        "size, instead of computing all of them",
     )
     parser.add_argument(
         "--budget",
         type=_budget,
         default=Budget(cells=24),
         metavar="N|Nm",
-        help="of a search, in cells or minutes (default: 24)",
+        help="limit for --search: N cells, or N minutes (Nm) (default: 24)",
     )
     parser.add_argument(
         "--slurm",
@@ -418,7 +477,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=_field,
         default=[],
         metavar="NAME=VALUE",
-        help="submitit's parameters, for example slurm_partition=cpu timeout_min=60",
+        help="submitit parameters, e.g. slurm_partition=cpu timeout_min=60",
     )
     args = parser.parse_args(argv)
     if args.threads is not None and args.threads < 1:
@@ -438,8 +497,6 @@ def _windows(text: str) -> float | int:
 
 
 def _field(text: str) -> tuple[str, Any]:
-    from smoothquant.core.config import parse_field
-
     try:
         return parse_field(text)
     except ValueError as error:
@@ -463,7 +520,7 @@ def _chosen_preset(args: argparse.Namespace) -> Preset:
 
 
 def _command(argv: Sequence[str], hidden: str | None = None) -> str:
-    """The command of these words, without a hidden option and its value."""
+    """The shell command with these arguments, without the `hidden` option and its value."""
     words, skip = ["python", "-m", "run_experiments"], False
     for word in argv:
         if not (skip or word in ("--plot", hidden) or word.startswith(f"{hidden}=")):
@@ -473,21 +530,19 @@ def _command(argv: Sequence[str], hidden: str | None = None) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
-    from smoothquant.core.errors import CheckpointError
-
+    """Run the command line and return the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["report"]:
         argv[0] = "--plot"
     args = parse_args(argv)
     started = time.perf_counter()
     command = _command(argv)
-    recorded = _command(argv, hidden="--output")  # a place on this machine, which changes nothing
+    recorded = _command(argv, hidden="--output")  # a local path, which changes no result
     try:
         preset = _chosen_preset(args)
         store = Store(args.output)
         for path in args.cells or []:
-            print(f"{store.adopt(path)} cells taken from {path}")
+            print(f"Imported {store.adopt(path)} cells from {path}")
         print(f"Model {preset.model}, preset {args.preset}")
         if args.plot:
             plan = finished(preset, store)
@@ -503,7 +558,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             paths.append(page.write(store, plan, preset.model, args.figures, recorded))
     except KeyboardInterrupt:
         print(
-            f"\nStopped. Finished cells are kept in {args.output}; continue with\n  {command}",
+            f"\nStopped. Finished cells are in {args.output}; continue with\n  {command}",
             file=sys.stderr,
         )
         return INTERRUPTED
@@ -513,10 +568,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if args.search:
-        print("\nThe front: every other model found is larger or worse than one of these.\n")
+        print("\nPareto front: no other evaluated model is both smaller and better than these.\n")
         print(report.front_table(store, plan))
-    print(f"\n{text}\n\nWritten:", *(f"  {path}" for path in paths), sep="\n")
-    print(f"\n{time.perf_counter() - started:.0f} s in all.")
+    print(f"\n{text}\n\nWrote:", *(f"  {path}" for path in paths), sep="\n")
+    print(f"\nFinished in {time.perf_counter() - started:.0f} s.")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""One cell in, one result out."""
+"""Computes a cell: one cell in, one result out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import safetensors
 import safetensors.torch
@@ -43,6 +43,9 @@ from .grid import Cell
 from .identity import check_source, model_identity, package_versions, wikitext_identity
 from .store import Store, file_sha256
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = [
     "Bench",
     "SafetensorError",
@@ -54,21 +57,22 @@ __all__ = [
     "wikitext_identity",
 ]
 
-HEAD_INPUTS = "head_inputs"  # the tensor that a baseline leaves for comparisons
-KEPT_LOGITS_BYTES = 1 << 30  # of a baseline, from cell to cell; more are computed anew
+HEAD_INPUTS = "head_inputs"  # the tensor that a baseline stores for comparisons
+KEPT_LOGITS_BYTES = 1 << 30  # keep a baseline's logits in memory up to this size, else recompute
 
 
 class Bench:
-    """A model and what the cells of one sweep share, each thing made at most once, when needed.
+    """A model and the data that its cells share. Everything is loaded once, on first use.
 
     Args:
-        source: what `smoothquant.bundled.load_model` takes: bundled name, folder, Hugging Face id.
+        source: anything `smoothquant.bundled.load_model` accepts: a bundled name, a folder or a
+            Hugging Face id.
         dtype: a name in DTYPES, for the model's floating-point tensors.
-        store: where finished calibrations and baselines lie.
+        store: where finished calibrations and baselines are.
         progress: show progress bars.
 
     Raises:
-        ValueError: source or dtype cannot be understood. Nothing is loaded yet.
+        ValueError: source or dtype is invalid. Nothing is loaded yet.
     """
 
     def __init__(self, source: str, dtype: str, store: Store, *, progress: bool = True) -> None:
@@ -81,33 +85,33 @@ class Bench:
         self._references: dict[str, list[Tensor]] = {}
 
     def loaded(self) -> tuple[nn.Module, Any]:
-        """(model, tokenizer); the model is shared by all cells and must not be changed."""
+        """Return (model, tokenizer). All cells share the model: do not change it."""
         if self._loaded is None:
             print(f"Loading {self.source} ...", file=sys.stderr, flush=True)
             self._loaded = load_model(self.source, dtype=getattr(torch, self.dtype))
         return self._loaded
 
     def identity(self) -> dict[str, Any]:
-        """What a cell's key says of the model."""
+        """What a cell's key records about the model."""
         return model_identity(self.source, self.dtype)
 
     def check(self, cells: Sequence[Cell]) -> None:
-        """Find what the model or the texts cannot give before any of the cells is computed.
+        """Check that every cell can be computed, before the first one is.
 
         Raises:
-            ValueError: more tokens than the model has positions or the texts have windows, or a
-                model that a method cannot quantize.
-            RuntimeError: the model is not the one that the cells are of.
+            ValueError: the model has too few positions, the text has too few windows, or a method
+                cannot quantize the model.
+            RuntimeError: the model is not the one that the cells were planned for.
         """
         model, _ = self.loaded()
-        found = self.identity()
+        identity = self.identity()
         for cell in cells:
-            if cell.model != found:
-                changed = sorted({*cell.model["files"].items()} ^ {*found["files"].items()})
+            if cell.model != identity:
+                changed = {*cell.model["files"].items()} ^ {*identity["files"].items()}
+                names = ", ".join(sorted({name for name, _ in changed})) or "dtype"
                 raise RuntimeError(
-                    f"model: {self.source!r} is not what this sweep was planned for, or changed "
-                    f"since ({', '.join(sorted({name for name, _ in changed})) or 'dtype'}); run "
-                    "the sweep again for the model as it is now"
+                    f"model: {self.source!r} is not the model that this sweep was planned for, or "
+                    f"has changed since ({names}); run the sweep again for the current model"
                 )
             if cell.calibration:
                 check_seqlen(model, cell.calibration["block_size"])
@@ -117,7 +121,7 @@ class Bench:
                 peers.check_model(model)
 
     def evaluator(self, evaluation: Mapping[str, Any]) -> Evaluator:
-        """The test windows of an evaluation, tokenized once."""
+        """Return the evaluator for an evaluation; its windows are tokenized once."""
         name = json.dumps([evaluation[key] for key in ("sha256", "windows", "seqlen")])
         if name not in self._evaluators:
             model, tokenizer = self.loaded()
@@ -137,23 +141,26 @@ class Bench:
         return self._evaluators[name]
 
     def stats(self, cell: Cell) -> Mapping:
-        """The stored statistics of the finished calibration that a cell uses."""
+        """Return the statistics of the calibration that a cell needs, which must be finished."""
         calibration = cell.needs[0]
         if calibration.key not in self._stats:
             self._stats[calibration.key] = load_stats(self.store.artifact(calibration))
         return self._stats[calibration.key]
 
     def blocks(self, calibration: Mapping[str, Any]) -> list[Tensor]:
-        """The token blocks of a calibration."""
+        """Return the token blocks of a calibration."""
         name = json.dumps(dict(calibration), sort_keys=True)
         if name not in self._blocks:
             self._blocks[name] = calibration_blocks(self.loaded()[1], calibration)
         return self._blocks[name]
 
     def reference(self, cell: Cell) -> nn.Module | HeadLogits | list[Tensor]:
-        """What a quantized model is compared with: logits from the stored head inputs of the
-        finished baseline of the same windows, or the model itself where it left none."""
-        model, _ = self.loaded()
+        """Return what a quantized model is compared with on the same windows.
+
+        This is the logits, from the head inputs that the finished baseline stored. If it stored
+        none, it is the unquantized model itself.
+        """
+        model: Any = self.loaded()[0]
         _, baseline = cell.needs
         path = self.store.artifact(baseline)
         if not path.is_file():
@@ -171,21 +178,20 @@ class Bench:
 
 
 def check_seqlen(model: nn.Module, seqlen: int) -> None:
-    """Raise ValueError if the model has no positions for windows of `seqlen` tokens."""
+    """Raise ValueError if the model has fewer than `seqlen` positions."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and seqlen > limit:
         raise ValueError(f"seqlen must be at most the model's {limit} positions; got {seqlen}")
 
 
 def run_cell(cell: Cell, bench: Bench) -> dict[str, Any]:
-    """Do a cell's work and return its result, JSON values only.
+    """Compute a cell and return its result as JSON values.
 
-    Everything under "run" (time, speed, machine) differs from run to run; all else is a function
-    of the cell.
+    Only the values under "run" (time, speed, machine) vary from run to run.
 
     Raises:
         ValueError: the cell does not fit the bench's model.
-        RuntimeError: the saved file's payload differs from the reported size.
+        RuntimeError: the payload of the saved file differs from the reported size.
     """
     started = time.perf_counter()
     result = _TASKS[cell.task](cell, bench)
@@ -199,10 +205,18 @@ def run_cell(cell: Cell, bench: Bench) -> dict[str, Any]:
     return result
 
 
+def _part(part: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """A part of a specification that the cell's task requires."""
+    if part is None:
+        raise ValueError("the cell's specification is incomplete")
+    return part
+
+
 def _calibrate(cell: Cell, bench: Bench) -> dict[str, Any]:
     model, _ = bench.loaded()
-    blocks = bench.blocks(cell.calibration)
-    check_seqlen(model, cell.calibration["block_size"])
+    calibration = _part(cell.calibration)
+    blocks = bench.blocks(calibration)
+    check_seqlen(model, calibration["block_size"])
     stats = collect_stats(model, blocks, progress=bench.progress)
     path = bench.store.artifact(cell)
     save_stats(stats, path)
@@ -215,9 +229,9 @@ def _calibrate(cell: Cell, bench: Bench) -> dict[str, Any]:
 
 
 def calibration_blocks(tokenizer: Any, calibration: Mapping[str, Any]) -> list[Tensor]:
-    """Token blocks int64 [1, block_size], drawn by the seed from all over the texts.
+    """Draw token blocks, int64 [1, block_size], from all over the text.
 
-    Running text inside of a block, many articles across blocks: what a model reads in use.
+    A block is running text, and the blocks come from many articles, as in normal use of a model.
     """
     return draw_blocks(
         wikitext(calibration["split"]),
@@ -231,7 +245,7 @@ def calibration_blocks(tokenizer: Any, calibration: Mapping[str, Any]) -> list[T
 def _evaluate_baseline(cell: Cell, bench: Bench) -> dict[str, Any]:
     model, _ = bench.loaded()
     elements = sum(t.numel() for t in distinct_tensors(model)[0].values() if t.is_floating_point())
-    evaluator = bench.evaluator(cell.evaluation)
+    evaluator = bench.evaluator(_part(cell.evaluation))
     with _timed(model) as seconds:
         nlls, head_inputs = evaluator.head_inputs(model)
     result = _scores(evaluator, nlls, seconds)
@@ -250,16 +264,24 @@ def _evaluate_baseline(cell: Cell, bench: Bench) -> dict[str, Any]:
 def quantized_model(
     cell: Cell, bench: Bench, **changes: Any
 ) -> tuple[nn.Module, list[LinearRecord], float]:
-    """A quantized model by the cell's config, its records and the seconds it took.
+    """Quantize a copy of the bench's model by the cell's config.
 
-    The bench's model stays as it is, and shares all tensors that are not quantized.
+    The bench's model is not changed. The copy shares all tensors that are not quantized.
+
+    Args:
+        cell: a "quantized" or "layers" cell.
+        bench: the model and its calibration data.
+        changes: config fields to replace.
+
+    Returns:
+        (quantized model, a record per layer, seconds for quantizing).
     """
-    config = {**cell.config, **changes}
+    config = {**_part(cell.config), **changes}
     model, _ = bench.loaded()
-    stats, batches = bench.stats(cell), bench.blocks(cell.calibration)
+    stats, batches = bench.stats(cell), bench.blocks(_part(cell.calibration))
     started = time.perf_counter()
     if "method" in config:
-        # SmoothQuant changes norms and weights where they are
+        # a deep copy: smoothing changes norms and weights in place
         model = copy.deepcopy(model)
         method = peers.METHODS[config["method"]]
         layers = method(model, stats, batches, config["group_size"])
@@ -272,17 +294,20 @@ def quantized_model(
 
 
 def _packable(fields: Mapping[str, Any]) -> MixedQuantConfig:
-    """The config with packed integers in place of a simulation where they can hold its choices: the
-    simulation of their codes then differs from them by the arithmetic alone, also after GPTQ."""
+    """The config for packed integers, if they support its choices.
+
+    A simulation is then made from the packed codes. It differs from them only in the arithmetic,
+    also after GPTQ.
+    """
     try:
         return MixedQuantConfig.from_dict({**fields, "backend": "int4"})
-    except ValueError:  # more than 4 bits, a scale of the whole live batch
+    except ValueError:  # more than 4 bits, or one scale for the whole batch
         return MixedQuantConfig.from_dict(dict(fields))
 
 
 def _evaluate_quantized(cell: Cell, bench: Bench) -> dict[str, Any]:
     model, layers, quantize_seconds = quantized_model(cell, bench)
-    evaluator = bench.evaluator(cell.evaluation)
+    evaluator = bench.evaluator(_part(cell.evaluation))
     with _timed(model) as seconds:
         nlls, kls, same = evaluator.token_comparison(model, bench.reference(cell))
     result = _scores(evaluator, nlls, seconds)
@@ -292,18 +317,18 @@ def _evaluate_quantized(cell: Cell, bench: Bench) -> dict[str, Any]:
     result["run"]["quantize_seconds"] = round(quantize_seconds, 3)
     result["model_bytes"] = get_model_size(model) // Byte
     result.update(_layer_totals(layers))
-    if cell.config.get("backend") == "int4":
+    if _part(cell.config).get("backend") == "int4":
         result["file_payload_bytes"] = saved_payload_bytes(model)
         if result["file_payload_bytes"] != result["model_bytes"]:
             raise RuntimeError(
-                f"the saved file holds {result['file_payload_bytes']} bytes of tensors, "
-                f"the reported size is {result['model_bytes']}"
+                f"the saved file has {result['file_payload_bytes']} bytes of tensors, but the "
+                f"reported size is {result['model_bytes']}"
             )
     return result
 
 
 def _measure_layers(cell: Cell, bench: Bench) -> dict[str, Any]:
-    evaluator = bench.evaluator(cell.evaluation)
+    evaluator = bench.evaluator(_part(cell.evaluation))
     windows = [evaluator.window(index) for index in range(evaluator.num_windows)]
     model, _, _ = quantized_model(cell, bench, backend="int4")
     models = {"int4": model, "fake": simulated_copy(model)}
@@ -313,7 +338,7 @@ def _measure_layers(cell: Cell, bench: Bench) -> dict[str, Any]:
         "windows": evaluator.num_windows,
         "seqlen": evaluator.seq_len,
         "compared": list(errors[0].noise),
-        # null stands for Inf (equal outputs) and NaN alike
+        # null means Inf (equal outputs) or NaN
         "errors": [
             {
                 "layer": error.layer,
@@ -339,7 +364,7 @@ _TASKS = {
 
 @contextmanager
 def _timed(model: nn.Module) -> Iterator[list[float]]:
-    """Collects the seconds of each forward pass inside."""
+    """Collect the seconds of each forward pass in the block."""
     seconds: list[float] = []
     started = [0.0]
 
@@ -360,7 +385,7 @@ def _timed(model: nn.Module) -> Iterator[list[float]]:
 def _scores(evaluator: Evaluator, nlls: Tensor, forward_seconds: list[float]) -> dict[str, Any]:
     nll, seconds = nlls.mean(), sum(forward_seconds)
     perplexity = nll.exp()
-    # A model that overflows is a result too; null is what JSON has for it.
+    # A model that overflows is a result too; JSON has only null for it.
     finite = bool(torch.isfinite(perplexity))
     return {
         "perplexity": perplexity.item() if finite else None,
@@ -375,7 +400,7 @@ def _scores(evaluator: Evaluator, nlls: Tensor, forward_seconds: list[float]) ->
     }
 
 
-def _layer_totals(layers: list) -> dict[str, Any]:
+def _layer_totals(layers: Sequence[LinearRecord]) -> dict[str, Any]:
     quantized = [layer for layer in layers if layer.action == "quantized"]
     elements = sum(math.prod(layer.shape) for layer in quantized)
     bits = sum(layer.bits_per_weight * math.prod(layer.shape) for layer in quantized)
@@ -387,11 +412,11 @@ def _layer_totals(layers: list) -> dict[str, Any]:
 
 
 def saved_payload_bytes(model: nn.Module) -> int:
-    """Save a quantized model and return the bytes of tensors in its file, headers left out."""
+    """Save a quantized model and return the bytes of tensors in its files, without headers."""
     attach(model)
     with tempfile.TemporaryDirectory(prefix="mixedquant-") as folder:
-        # as `save_quantized` does, but nothing needs to be on the disk when it is measured
-        model.save_pretrained(folder)
+        # like `save_quantized`, but without flushing to disk
+        cast("PreTrainedModel", model).save_pretrained(folder)
         return sum(_payload(path) for path in Path(folder).glob("*.safetensors"))
 
 

@@ -1,7 +1,7 @@
-"""The Pareto front of perplexity against bytes, found by trying few of a sweep's settings.
+"""Search for the Pareto front of perplexity against size without computing a whole sweep.
 
-Optuna proposes; its trials are cells of the store, so that those of earlier sweeps and searches
-count, and a search that was stopped goes on.
+Optuna proposes the settings. Its trials are cells in the store, so a search uses the results of
+earlier sweeps and searches, and can be stopped and resumed.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from typing import Any
 from .grid import Cell, Preset, Product
 from .store import Store
 
-# Dimensions of the space: fields of Product, and of a cell's config; whether they are ordered.
+# Dimensions of the search space: (field of Product, field of a cell's config, is it ordered).
 DIMENSIONS = (
     ("group_sizes", "group_size", True),
     ("salient_props", "salient_prop", True),
     ("sorts", "sort", False),
     ("recipes", "recipe", False),
 )
-PROPOSALS = 20  # in a row that name known cells, before one is drawn at random
+MAX_REPEATS = 20  # after so many proposals of known cells in a row, draw one at random
 SEED = 0
 
-Choice = tuple[Any, ...]  # a value of each dimension
+Choice = tuple[Any, ...]  # one value per dimension
 
 
 @dataclass(frozen=True)
 class Budget:
-    """When a search ends; what is begun is finished.
+    """When a search ends. Cells that have been started are always finished.
 
     Args:
-        cells: quantized models to evaluate; those that the store held already count nothing.
-        minutes: of this run.
+        cells: number of quantized models to evaluate; stored results are free.
+        minutes: duration of this run.
     """
 
     cells: float = math.inf
@@ -43,7 +43,7 @@ class Budget:
 
     @classmethod
     def from_text(cls, text: str) -> Budget:
-        """ "40" is 40 cells, "30m" 30 minutes; ValueError for anything else."""
+        """Parse "40" (cells) or "30m" (minutes); ValueError for anything else."""
         number, in_minutes = text.removesuffix("m"), text.endswith("m")
         try:
             value = float(number) if in_minutes else int(number)
@@ -55,7 +55,7 @@ class Budget:
 
 
 def space(preset: Preset) -> Preset:
-    """The preset of every combination of another's choices, with integer kernels."""
+    """Return a preset with every combination of `preset`'s choices, on the integer kernels."""
     choices = {
         name: tuple(dict.fromkeys(v for product in preset.products for v in getattr(product, name)))
         for name, _, _ in DIMENSIONS
@@ -71,20 +71,20 @@ def search(
     at_once: int,
     compute: Callable[[list[Cell]], None],
 ) -> list[Cell]:
-    """Try cells until the budget is spent or none is left.
+    """Evaluate cells until the budget is spent or none are left.
 
     Args:
         plan: the cells of a `space`.
-        store: where results are found and put.
-        budget: what may be spent.
-        at_once: cells to propose before their results are known: one for each worker.
-        compute: has cells, and what they need, computed into the store.
+        store: where results are read from and written to.
+        budget: when to stop.
+        at_once: cells per round, proposed before any of their results are known.
+        compute: computes cells, and the cells they need, into the store.
 
     Returns:
-        the quantized cells that the store holds by then.
+        The quantized cells that are now in the store.
 
     Raises:
-        RuntimeError: Optuna is missing.
+        RuntimeError: Optuna is not installed.
     """
     study = _Study([cell for cell in plan if cell.task == "quantized"])
     for cell in list(study.untried.values()):
@@ -100,30 +100,33 @@ def search(
         cells = study.propose(int(min(at_once, budget.cells - spent)))
         compute(cells)
         for cell in cells:
-            study.tell(cell, store.get(cell))
+            result = store.get(cell)
+            if result is None:
+                raise RuntimeError(f"output: the result of {cell.label} vanished from the store")
+            study.tell(cell, result)
         spent += len(cells)
     return study.tried
 
 
 class _Study:
-    """Optuna's study over cells, each of which is told once."""
+    """An Optuna study whose trials are cells. Each cell is told once."""
 
     def __init__(self, cells: Iterable[Cell]) -> None:
         try:
             import optuna
         except ImportError as error:
             raise RuntimeError(
-                f"the search needs a package that is missing ({error}): "
+                f"the search needs a package that is not installed ({error}): "
                 "pip install 'smoothquant[search]'"
             ) from error
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._optuna, self._random = optuna, random.Random(SEED)
         self.untried = {_choice(cell): cell for cell in cells}
         self.tried: list[Cell] = []
-        self._trials: dict[str, Any] = {}  # proposed, by key
+        self._trials: dict[str, Any] = {}  # {key of a proposed cell: its trial}
         values = [sorted(set(column)) for column in zip(*self.untried, strict=True)]
         self._values = dict(zip((name for _, name, _ in DIMENSIONS), values, strict=True))
-        self._distributions = {
+        self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
             name: optuna.distributions.IntDistribution(0, len(self._values[name]) - 1)
             if is_ordered
             else optuna.distributions.CategoricalDistribution(self._values[name])
@@ -135,30 +138,30 @@ class _Study:
         self._study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
 
     def propose(self, count: int) -> list[Cell]:
-        """Up to `count` untried cells."""
+        """Propose up to `count` untried cells."""
         proposed: dict[str, Cell] = {}
-        known = 0
+        repeats = 0
         while len(proposed) < min(count, len(self.untried)):
-            if known >= PROPOSALS:
+            if repeats >= MAX_REPEATS:
                 left = [c for c, cell in self.untried.items() if cell.key not in proposed]
                 self._study.enqueue_trial(self._params(self._random.choice(left)))
             trial = self._study.ask(self._distributions)
             cell = self.untried.get(self._choice_of(trial.params))
             if cell is None or cell.key in proposed:
                 self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
-                known += 1
+                repeats += 1
                 continue
-            proposed[cell.key], self._trials[cell.key], known = cell, trial, 0
+            proposed[cell.key], self._trials[cell.key], repeats = cell, trial, 0
         return list(proposed.values())
 
     def tell(self, cell: Cell, result: dict[str, Any]) -> None:
-        """Take a result in, of a proposed cell or another."""
+        """Record the result of a cell, whether it was proposed or not."""
         choice = _choice(cell)
         del self.untried[choice]
         self.tried.append(cell)
         trial, state = self._trials.pop(cell.key, None), self._optuna.trial.TrialState
-        values = [result["perplexity"], result["model_bytes"]]
-        if result["perplexity"] is None:  # it overflowed: nothing to learn a value from
+        values: list[float] | None = [result["perplexity"], result["model_bytes"]]
+        if result["perplexity"] is None:  # the model overflowed: there is no value to learn from
             values = None
         if trial is not None:
             self._study.tell(trial, values, state.FAIL if values is None else None)
@@ -183,4 +186,5 @@ class _Study:
 
 
 def _choice(cell: Cell) -> Choice:
-    return tuple(cell.config[name] for _, name, _ in DIMENSIONS)
+    config = cell.config or {}
+    return tuple(config[name] for _, name, _ in DIMENSIONS)

@@ -1,4 +1,4 @@
-"""Results on disk: one JSON file per cell, there as a whole or not at all."""
+"""Results on disk: one JSON file per cell, written atomically."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from typing import Any
 from .grid import Cell, canonical_json
 
 FORMAT_VERSION = 2
-ALONE = ("quantized", "layers")  # tasks whose records are all that they leave
+PUBLISHABLE = ("quantized", "layers")  # tasks that leave a record but no tensors
 
 
 class Store:
-    """A folder of finished cells, `<key>.json` each; a calibration and, mostly, a baseline have
-    `<key>.safetensors` too. These files are the same bytes whoever computed them; what differs from
-    run to run (times, speeds, the machine) lies apart, in `runs/<key>.json`.
+    """A folder of finished cells.
 
-    Files are written under a temporary name, flushed to disk and renamed, so a process killed at
-    any moment leaves only finished cells behind. Several processes may share a folder; `claims`
-    keeps them from computing the same cell.
+    `<key>.json` is the result of a cell. A calibration, and usually a baseline, also has
+    `<key>.safetensors`. These files are byte-identical whoever computes them. What varies from run
+    to run (times, speeds, the machine) goes to `runs/<key>.json`.
+
+    Each file is written under a temporary name, flushed to disk and renamed: a process killed at
+    any moment leaves only finished cells. Several processes may share a folder; `claims` keeps them
+    from computing the same cell.
 
     Args:
-        folder: made if it is not there.
+        folder: created if missing.
 
     Raises:
-        ValueError: folder cannot be made or written to.
+        ValueError: the folder cannot be created or is not writable.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
@@ -38,54 +40,59 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"output: cannot make the folder {str(folder)!r}: {error}") from error
+            raise ValueError(f"output: cannot create folder {str(folder)!r}: {error}") from error
         if not os.access(self.folder, os.W_OK):
-            raise ValueError(f"output: the folder {str(folder)!r} is not writable")
+            raise ValueError(f"output: folder {str(folder)!r} is not writable")
 
     def path(self, cell: Cell) -> Path:
-        """The file of a cell's result, there or not."""
+        """Path of a cell's result, whether it exists or not."""
         return self.folder / f"{cell.key}.json"
 
     def run_path(self, cell: Cell) -> Path:
-        """The file of when, where and how fast a cell's result was computed, there or not."""
+        """Path of the run record (when, where and how fast), whether it exists or not."""
         return self.folder / "runs" / f"{cell.key}.json"
 
     def artifact(self, cell: Cell) -> Path:
-        """The file for the tensors that a cell leaves (statistics; what an output head reads)."""
+        """Path of the tensors of a cell: its statistics, or the inputs of the output head."""
         return self.folder / f"{cell.key}.safetensors"
 
     def get(self, cell: Cell) -> dict[str, Any] | None:
-        """Return the cell's result with its run record as "run", or None if there is none.
+        """Return the cell's result with its run record under "run", or None if not stored.
 
-        A damaged file is moved aside (`<name>.damaged`) with a warning and counts as none.
+        A damaged file is renamed to `<name>.damaged` with a warning, and its cell counts as not
+        stored.
         """
         record = self._record(cell)
         return None if record is None else {**record["result"], "run": record["run"]}
 
     def _record(self, cell: Cell) -> dict[str, Any] | None:
-        """What `publish` writes of a cell."""
+        """The record of a cell as `publish` writes it, or None if not stored."""
         path = self.path(cell)
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
-            return self._move_aside(path, str(error))
-        record, fault = _sound(text, cell)
+            self._move_aside(path, str(error))
+            return None
+        record, fault = _parse(text, cell)
         if fault:
-            return self._move_aside(path, fault, cell)
+            self._move_aside(path, fault, cell)
+            return None
         digest = record["result"].get("artifact_sha256")
         if digest is not None:
             artifact = self.artifact(cell)
             if not artifact.is_file():
-                return self._move_aside(path, f"{artifact.name} is missing")
+                self._move_aside(path, f"{artifact.name} is missing")
+                return None
             if file_sha256(artifact) != digest:
-                self._move_aside(artifact, "its contents are not those that were stored")
-                return self._move_aside(path, f"{artifact.name} was damaged")
+                self._move_aside(artifact, "the checksum does not match")
+                self._move_aside(path, f"{artifact.name} was damaged")
+                return None
         return {**record, "run": self._run(cell)}
 
     def _run(self, cell: Cell) -> dict[str, Any]:
-        # A result stands without it.
+        # Optional: the result is valid without it.
         try:
             run = json.loads(self.run_path(cell).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -93,11 +100,13 @@ class Store:
         return run if isinstance(run, dict) else {}
 
     def put(self, cell: Cell, result: dict[str, Any]) -> None:
-        """Store a cell's result, replacing an earlier one.
+        """Store a cell's result, replacing any earlier one.
 
-        result: JSON values, finite numbers, the same whenever and wherever the cell is computed,
-            but for "run", which is kept apart. "artifact_sha256", if there, is that of
-            `artifact(cell)`, which must be in its place already.
+        Args:
+            cell: the cell.
+            result: JSON values with finite numbers. All but "run" must be the same whenever and
+                wherever the cell is computed; "run" is stored separately. "artifact_sha256", if
+                present, is the hash of `artifact(cell)`, which must exist already.
         """
         run = result.get("run", {})
         result = {name: value for name, value in result.items() if name != "run"}
@@ -110,18 +119,21 @@ class Store:
         }
         path, run_path = self.path(cell), self.run_path(cell)
         run_path.parent.mkdir(exist_ok=True)
-        # The result comes last: where it is, the cell is finished.
+        # The result comes last: its presence marks the cell as finished.
         for target, contents in ((run_path, run), (path, record)):
             write_atomically(
                 target, json.dumps(contents, indent=1, sort_keys=True, allow_nan=False) + "\n"
             )
-        # What a killed writer of this cell left behind is of no use now.
+        # Remove temporary files of writers of this cell that were killed.
         for leftover in self.folder.rglob(f".{cell.key}.*.tmp"):
             leftover.unlink(missing_ok=True)
 
     def rows(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
-        """A flat row per finished one among `cells`, its specification ("config.group_size") beside
-        its result ("result.perplexity") and its run ("run.threads"); lists as JSON text."""
+        """Return a flat row for every finished cell.
+
+        Columns are named like "config.group_size", "result.perplexity" and "run.threads". Lists
+        become JSON text.
+        """
         rows = []
         for cell in cells:
             record = self._record(cell)
@@ -131,17 +143,20 @@ class Store:
         return rows
 
     def publish(self, cells: Iterable[Cell], path: Path) -> None:
-        """Write the records of the finished ones among `cells` that stand by themselves (no
-        calibrations or baselines, which leave tensors too) to one file, a line of JSON each."""
-        records = [self._record(cell) for cell in cells if cell.task in ALONE]
+        """Write the records of the finished cells to one file, one line of JSON each.
+
+        Calibrations and baselines are left out: their records are incomplete without their tensors.
+        """
+        records = [self._record(cell) for cell in cells if cell.task in PUBLISHABLE]
         lines = [json.dumps(record, sort_keys=True) for record in records if record is not None]
         write_atomically(path, "".join(line + "\n" for line in lines))
 
     def adopt(self, path: str | os.PathLike) -> int:
-        """Take over the records of a file that `publish` wrote; returns how many were not here yet.
+        """Import the records of a file that `publish` wrote; return how many were new.
 
         Raises:
-            ValueError: no such file, or a line of it is no sound record; nothing is taken then.
+            ValueError: the file cannot be read, or one of its records is invalid. Nothing is
+                imported then.
         """
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -151,12 +166,12 @@ class Store:
         for number, line in enumerate(lines, 1):
             try:
                 cell = Cell.from_json(json.dumps(json.loads(line)["spec"]))
-                record, fault = _sound(line, cell)
+                record, fault = _parse(line, cell)
             except (ValueError, TypeError, KeyError) as error:
                 fault = repr(error)
-            if fault or cell.task not in ALONE:
+            if fault or cell.task not in PUBLISHABLE:
                 raise ValueError(
-                    f"cells: line {number} of {str(path)!r} is no record of a finished cell"
+                    f"cells: line {number} of {str(path)!r} is not a record of a finished cell"
                     f"{f' ({fault})' if fault else ''}"
                 )
             records.append((cell, {**record["result"], "run": record.get("run", {})}))
@@ -170,18 +185,18 @@ class Store:
         try:
             os.replace(path, aside)
         except FileNotFoundError:
-            return  # another process was first
-        if cell and not _sound(aside.read_text(encoding="utf-8", errors="replace"), cell)[1]:
-            os.replace(aside, path)  # another process had computed it again meanwhile
+            return  # another process moved it first
+        if cell and not _parse(aside.read_text(encoding="utf-8", errors="replace"), cell)[1]:
+            os.replace(aside, path)  # another process has recomputed it in the meantime
             return
         warnings.warn(
-            f"{path} is damaged ({fault}); moved to {aside.name}, the cell is computed again",
+            f"{path} is damaged ({fault}); moved to {aside.name}, the cell will be computed again",
             stacklevel=3,
         )
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:
-    """Write `contents` (text as UTF-8) to `path` so that the file appears whole or not at all."""
+    """Write `contents` (text as UTF-8) to `path`, so that the file is never seen half-written."""
     descriptor, temporary = tempfile.mkstemp(
         prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
     )
@@ -190,7 +205,7 @@ def write_atomically(path: Path, contents: str | bytes) -> None:
             file.write(contents if isinstance(contents, bytes) else contents.encode())
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files private; results are read by whoever may read the folder.
+        # mkstemp makes files private; anyone who can read the folder may read results.
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -210,7 +225,7 @@ def _flat(value: dict[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def file_sha256(path: str | os.PathLike) -> str:
-    """sha256 of a file's bytes, 64 hexadecimal digits."""
+    """Return the sha256 of a file as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
@@ -219,7 +234,7 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    # The rename itself must survive a power cut; not every system lets a folder be opened.
+    # Makes the rename survive a power cut. Not every system can open a folder.
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -236,19 +251,19 @@ def _checksum(result: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(result).encode()).hexdigest()
 
 
-def _sound(text: str, cell: Cell) -> tuple[dict[str, Any], str | None]:
-    """The record in the text of a cell's file, or {} and what is wrong with it."""
+def _parse(text: str, cell: Cell) -> tuple[dict[str, Any], str | None]:
+    """Parse a cell's file: (record, None), or ({}, what is wrong)."""
     try:
         record = json.loads(text)
     except ValueError as error:
-        return {}, f"no JSON: {error}"
+        return {}, f"not JSON: {error}"
     if not isinstance(record, dict) or not isinstance(record.get("result"), dict):
-        return {}, "no result in it"
+        return {}, "it has no result"
     version = record.get("format_version")
     if version != FORMAT_VERSION:
-        return {}, f"format_version {version!r}, not {FORMAT_VERSION}"
+        return {}, f"format_version is {version!r}, expected {FORMAT_VERSION}"
     if record.get("key") != cell.key or record.get("spec") != json.loads(cell.to_json()):
         return {}, "it belongs to another cell"
     if record.get("checksum") != _checksum(record["result"]):
-        return {}, "the checksum does not fit"
+        return {}, "the checksum does not match"
     return record, None

@@ -1,4 +1,9 @@
-"""Results as tables: Markdown for reading, CSV for other programs."""
+"""Results as tables: Markdown for readers, CSV and Parquet for programs.
+
+Plain Python, because pandas is no shorter here: its `to_markdown` needs tabulate and lays out
+columns differently from the published tables, and its `to_csv` writes the integers of a column with
+gaps as floats.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ from .store import write_atomically
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A Markdown table of the results, one line per evaluated model."""
+    """Return a Markdown table with one line per evaluated model."""
     reference = next((r.result["perplexity"] for r in rows if r.config is None), None)
     head = (
         ["method", "group", "salient", "sort", "backend"]
@@ -36,11 +41,11 @@ def _settings(row: Row) -> list[str]:
 def _numbers(row: Row, reference: float | None) -> list[str]:
     result = row.result
     perplexity = result["perplexity"]
-    # The simulation holds float weights: its bytes say nothing about the method, and its bits only
-    # where they were computed.
-    real = row.config is None or row.config.get("backend") == "int4"
-    bits = f"{row.bits_per_weight:.3f}" if real or row.is_other_method else "-"
-    size = f"{row.size_mib:.1f}" if real else "-"
+    # A simulation keeps float weights, so its size means nothing. Its bits per weight are known for
+    # other methods only.
+    has_size = row.config is None or row.config.get("backend") == "int4"
+    bits = f"{row.bits_per_weight:.3f}" if has_size or row.is_other_method else "-"
+    size = f"{row.size_mib:.1f}" if has_size else "-"
     delta = "-"
     if perplexity is not None and row.config is not None and reference is not None:
         delta = f"{perplexity - reference:+.2f}"
@@ -62,7 +67,7 @@ def _number(value: float) -> str:
 
 def _markdown(head: list[str], body: list[list[str]]) -> str:
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    # Words to the left, numbers to the right.
+    # Align words left and numbers right.
     left = {"method", "sort", "backend"}
 
     def line(fields: list[str]) -> str:
@@ -78,13 +83,14 @@ def _markdown(head: list[str], body: list[list[str]]) -> str:
     return "\n".join([line(head), line(rule), *map(line, body)])
 
 
-def layer_table(errors: Sequence[dict[str, Any]], of: str = "int4") -> str:
-    """A Markdown table of decibels, decoder layers down, kinds of layers across.
+def layer_table(errors: Sequence[dict[str, Any]], comparison: str = "int4") -> str:
+    """Return a Markdown table of decibels, with a row per decoder layer and a column per kind.
 
-    errors: as a "layers" cell holds them, {"layer", "kind", "decibels": {name: value or None}}.
-    of: the name whose decibels are shown.
+    Args:
+        errors: from a "layers" cell: {"layer", "kind", "decibels": {comparison: value or None}}.
+        comparison: the one to show.
     """
-    kinds, layers, decibels = by_layer_and_kind(errors, of)
+    kinds, layers, decibels = by_layer_and_kind(errors, comparison)
     body = [
         [layer_name(layer), *(_decibels(decibels.get((layer, kind))) for kind in kinds)]
         for layer in layers
@@ -96,14 +102,14 @@ def _decibels(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def write_csv(path: Path, head: list, rows: Iterable[list]) -> None:
+def write_csv(path: Path, head: list[str], rows: Iterable[list[Any]]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([head, *rows])
     write_atomically(path, text.getvalue())
 
 
 def write_cells(rows: Sequence[dict[str, Any]], csv_path: Path, parquet_path: Path) -> None:
-    """The store in one table, for other programs."""
+    """Write all cells as one table, for other programs."""
     import pyarrow
     from pyarrow import parquet
 
@@ -115,8 +121,8 @@ def write_cells(rows: Sequence[dict[str, Any]], csv_path: Path, parquet_path: Pa
     write_atomically(parquet_path, sink.getvalue().to_pybytes())
 
 
-def _one_type(values: list) -> list:
-    """The values, as text where some of them are: a clip may be 0.9 or "search"."""
+def _one_type(values: list[Any]) -> list[Any]:
+    """Convert all values to text if any of them is text: a clip may be 0.9 or "search"."""
     if any(isinstance(value, str) for value in values):
         return [None if value is None else str(value) for value in values]
     return values

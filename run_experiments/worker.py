@@ -1,7 +1,7 @@
-"""A worker: computes the cells of a job that nobody else does, until all are in the store.
+"""A worker computes the cells of a job until all of them are in the store.
 
-Any number of workers, on any machines that share the store's folder, may have the same job; claims
-keep them from computing the same cell. An executor (`executors`) starts them with the job's JSON.
+Any number of workers, on all machines that share the store's folder, can work on the same job.
+Claims keep them from computing the same cell. `executors` starts them with the job as JSON.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .claims import STALE_SECONDS, Claims
 from .grid import Cell, canonical_json
 from .store import Store
 
+if TYPE_CHECKING:
+    from .runner import Bench  # imports torch
+
 POLL_SECONDS = 0.2
-# One model, and the threads of one process, serve one cell at a time.
+# A process computes one cell at a time: cells share its model and its threads.
 _one_job_at_a_time = threading.Lock()
 
 Report = Callable[[Cell, dict[str, Any]], None]
@@ -31,15 +34,18 @@ Report = Callable[[Cell, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is given: JSON values only.
+    """The input of a worker, as JSON values.
 
-    cells: specifications, `Cell.to_json` of each.
-    source: what `smoothquant.bundled.load_model` takes; a folder must be there for every worker.
-    output: folder of the store, the same for every worker.
-    threads: of torch; None for what the worker's machine gives.
-    stale_seconds: how long a claim without a heartbeat still counts.
-    progress: show progress bars of single cells.
-    wanted: a file; workers stop between two cells when it is gone. None: they never do.
+    Args:
+        cells: `Cell.to_json` of each cell.
+        source: anything `smoothquant.bundled.load_model` accepts. A folder must exist on every
+            worker's machine.
+        output: folder of the store, the same for every worker.
+        threads: torch threads; None for torch's default.
+        stale_seconds: how long a claim stays valid without a heartbeat.
+        progress: show progress bars within cells.
+        wanted: path of a file. Once it is deleted, workers stop after their current cell. None:
+            they only stop when the job is done.
     """
 
     cells: list[str]
@@ -61,11 +67,11 @@ class Job:
 
 
 def work(job: str, report: Report | None = None) -> None:
-    """Compute what is missing of a job, and wait for what other workers compute of it.
+    """Compute the missing cells of a job, and wait for those that other workers compute.
 
     Args:
         job: `Job.to_json`.
-        report: called with each cell that was not in the store at first, and its result.
+        report: called with each cell that was missing, and its result.
 
     Raises:
         ValueError: the cells do not fit the model.
@@ -91,11 +97,11 @@ def _work(job: Job, report: Report) -> None:
                 if any(need.key in waiting for need in cell.needs):
                     continue
                 with claims.claim(key) as mine:
-                    # what another worker finished just before the claim is not done again
+                    # another worker may have finished the cell just before the claim
                     result = store.get(cell) if mine else None
                     if mine and result is None:
                         bench = bench or _bench(job, store, list(waiting.values()))
-                        result = _computed(cell, bench, store)
+                        result = _compute(cell, bench, store)
             if result is not None:
                 del waiting[key]
                 report(cell, result)
@@ -104,8 +110,8 @@ def _work(job: Job, report: Report) -> None:
     claims.clear(cell.key for cell in cells)
 
 
-def _bench(job: Job, store: Store, cells: list[Cell]):
-    """The model, loaded and found to be the one that the cells were planned for."""
+def _bench(job: Job, store: Store, cells: list[Cell]) -> Bench:
+    """Load the model and check that the cells were planned for it."""
     from . import runner
 
     if job.threads:
@@ -119,17 +125,19 @@ def _bench(job: Job, store: Store, cells: list[Cell]):
 
 
 @lru_cache(maxsize=1)
-def _loaded_bench(make: Callable, source: str, model: str, folder: str, progress: bool):
-    """From job to job the same, so that a process loads a model once; model: its identity."""
+def _loaded_bench(
+    make: Callable[..., Bench], source: str, model: str, folder: str, progress: bool
+) -> Bench:
+    """Cached, so that a process loads a model once for all its jobs. model: identity as JSON."""
     return make(source, json.loads(model)["dtype"], Store(folder), progress=progress)
 
 
 def unload() -> None:
-    """Forget the model that this process has loaded for its jobs."""
+    """Free the model that this process has loaded."""
     _loaded_bench.cache_clear()
 
 
-def _computed(cell: Cell, bench, store: Store) -> dict[str, Any]:
+def _compute(cell: Cell, bench: Bench, store: Store) -> dict[str, Any]:
     from . import runner
 
     try:
@@ -137,27 +145,30 @@ def _computed(cell: Cell, bench, store: Store) -> dict[str, Any]:
         store.put(cell, result)
     except (OSError, runner.SafetensorError) as error:
         raise RuntimeError(
-            f"output: {cell.label} was not kept ({error}); finished cells are in {store.folder}, "
-            "the same command goes on from there"
+            f"output: cannot store {cell.label} ({error}); finished cells are in {store.folder}, "
+            "run the same command again to continue"
         ) from error
     return result
 
 
 def error_from_json(text: str) -> Exception:
-    """The exception that `main` wrote, by the name of a built-in type, else a RuntimeError."""
+    """Rebuild an exception that `main` wrote: the same built-in type, or else RuntimeError."""
     error = json.loads(text)
     kind = getattr(builtins, error["type"], RuntimeError)
     return kind(error["message"])
 
 
 def main() -> int:
-    """Reads a job from the first line of stdin and works on it until stdin ends, as it does when
-    the process that gave the job ends in any way. Writes an error as JSON to stdout."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the giver of the job says when to stop
+    """Read a job from the first line of stdin and work on it.
+
+    Exits when stdin closes, that is, also when the parent process dies. Writes an error as JSON to
+    stdout. Returns the exit status.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C, the parent decides when to stop
     job = sys.stdin.readline()
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else is printed goes to stderr
+    os.dup2(2, 1)  # all other output goes to stderr
     try:
         work(job)
     except Exception as error:
@@ -168,6 +179,6 @@ def main() -> int:
 
 
 def _end_with_stdin() -> None:
-    while os.read(0, 1):  # not by sys.stdin, whose lock would keep the interpreter from ending
+    while os.read(0, 1):  # not sys.stdin: its lock would keep the interpreter from exiting
         pass
     os._exit(1)

@@ -1,6 +1,7 @@
-"""A worker whose cells are trivial to compute, to try what is around them: the store, claims, ends
-at any moment. Each computation leaves a line in `computed` of the store's folder: the cell's key
-and whether it was finished already.
+"""A worker with trivial cells, for tests of everything around them: the store, claims and kills.
+
+Each computation appends a line to the file `computed` in the store's folder: the cell's key, and
+whether the cell was already finished.
 
     python stub_worker.py SECONDS < job
 """
@@ -10,6 +11,11 @@ import sys
 import time
 import types
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from run_experiments.grid import Cell
+    from run_experiments.store import Store
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -17,14 +23,14 @@ SECONDS = float(sys.argv[1])
 
 
 class Bench:
-    def __init__(self, source, dtype, store, *, progress):
+    def __init__(self, source: str, dtype: str, store: "Store", *, progress: bool) -> None:
         self.store = store
 
-    def check(self, cells):
+    def check(self, cells: "list[Cell]") -> None:
         pass
 
 
-def run_cell(cell, bench):
+def run_cell(cell: "Cell", bench: Bench) -> dict[str, Any]:
     finished = bench.store.path(cell).exists()
     with open(bench.store.folder / "computed", "a") as file:
         file.write(f"{cell.key} {finished}\n")
@@ -32,7 +38,7 @@ def run_cell(cell, bench):
     return {"value": int(cell.key[:8], 16), "run": {"process": os.getpid()}}
 
 
-stub = types.ModuleType("run_experiments.runner")
+stub: Any = types.ModuleType("run_experiments.runner")
 stub.Bench, stub.run_cell, stub.SafetensorError = Bench, run_cell, OSError
 sys.modules["run_experiments.runner"] = stub
 

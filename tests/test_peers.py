@@ -1,4 +1,4 @@
-"""Other methods, simulated: what they turn keeps the function, their bits, what they are worth."""
+"""Simulations of other methods: they keep the model's function, count their bits, and pay off."""
 
 import copy
 from functools import partial
@@ -35,11 +35,11 @@ def quantized(tiny, name, group_size=64):
 @pytest.fixture(scope="module")
 def scores(tiny):
     """{method: (Comparison with the float model, records)}."""
-    found = {}
+    results = {}
     for name in METHODS:
         model, records = quantized(tiny, name)
-        found[name] = tiny[3].compare(model, tiny[0]), records
-    return found
+        results[name] = tiny[3].compare(model, tiny[0]), records
+    return results
 
 
 def test_each_method_beats_plain_rounding(scores):
@@ -51,15 +51,17 @@ def test_each_method_beats_plain_rounding(scores):
         assert score.top1 > plain.top1 + 0.2
 
 
-def test_every_linear_is_swapped_and_recorded(tiny, scores):
-    wanted = {n for n, m in tiny[0].named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
+def test_every_linear_is_replaced_and_recorded(tiny, scores):
+    expected = {n for n, m in tiny[0].named_modules() if isinstance(m, torch.nn.Linear)} - {
+        "lm_head"
+    }
     for name, (_, records) in scores.items():
-        assert {record.name for record in records} == wanted
+        assert {record.name for record in records} == expected
         assert all(record.action == "quantized" for record in records)
         rounding = "GPTQ" if name in ("quarot-style", "atom-style") else "nearest"
         assert {record.reason for record in records} == {rounding}
     model, _ = quantized(tiny, "per-token-rtn")
-    assert {n for n, m in model.named_modules() if isinstance(m, peers.PeerLinear)} == wanted
+    assert {n for n, m in model.named_modules() if isinstance(m, peers.PeerLinear)} == expected
 
 
 @pytest.mark.parametrize(
@@ -75,12 +77,12 @@ def test_every_linear_is_swapped_and_recorded(tiny, scores):
     ],
 )
 def test_bits_per_weight(scores, name, k, bits):
-    (found,) = {r.bits_per_weight for r in scores[name][1] if r.shape[1] == k}
-    assert found == pytest.approx(bits, rel=1e-12)
+    (reported,) = {r.bits_per_weight for r in scores[name][1] if r.shape[1] == k}
+    assert reported == pytest.approx(bits, rel=1e-12)
 
 
-def test_weights_take_no_more_values_than_the_bits_give(tiny):
-    """So the bits that are reported are those of the weights that compute."""
+def test_weights_use_only_the_reported_bits(tiny):
+    """The reported bits are those of the weights that compute."""
     for name, group_size in (("per-token-rtn", None), ("quarot-style", 64), ("atom-style", 64)):
         model, _ = quantized(tiny, name)
         weight = model.get_submodule("model.decoder.layers.1.fc1").weight
@@ -95,8 +97,8 @@ def test_weights_take_no_more_values_than_the_bits_give(tiny):
 
 
 @pytest.mark.parametrize("name", list(METHODS))
-def test_without_rounding_each_is_the_float_model(tiny, name, monkeypatch):
-    """What a method turns, reorders or smooths keeps the model's function."""
+def test_without_rounding_each_method_equals_the_float_model(tiny, name, monkeypatch):
+    """Rotating, reordering and smoothing keep the model's function."""
     monkeypatch.setattr(peers, "_round_act", lambda x, **_: x)
     monkeypatch.setattr(peers, "_to_grid", lambda w, **_: w)
     monkeypatch.setattr(peers, "round_to_grid", lambda w, *_: w)
@@ -107,8 +109,8 @@ def test_without_rounding_each_is_the_float_model(tiny, name, monkeypatch):
     assert torch.allclose(nlls, tiny[3].token_nlls(tiny[0]), atol=2e-3)
 
 
-def test_gptq_is_worth_something(tiny, scores, monkeypatch):
-    """It is calibrated on the inputs as the method turns and rounds them."""
+def test_gptq_improves_the_result(tiny, scores, monkeypatch):
+    """It is calibrated on the turned and rounded inputs."""
     monkeypatch.setattr(peers.gptq, "inverse_factor", lambda *_: None)
     for name in ("quarot-style", "atom-style"):
         model, records = quantized(tiny, name)
@@ -120,7 +122,7 @@ def test_gptq_is_worth_something(tiny, scores, monkeypatch):
 def test_calibration_in_several_passes(tiny, scores, name, monkeypatch):
     monkeypatch.setattr(peers.gptq, "HESSIAN_BYTES", 1_000_000)
     model, _ = quantized(tiny, name)
-    # later layers see the outputs of quantized ones: other weights, about as good
+    # later layers see the outputs of quantized layers: different weights of about the same quality
     assert tiny[3].compare(model, tiny[0]).kl == pytest.approx(scores[name][0].kl, rel=0.3)
 
 
@@ -137,21 +139,21 @@ def test_rotations_are_orthogonal_and_spread_every_channel(k):
         assert rotation.abs().max() < 0.999 and (rotation != 0).all()
 
 
-def test_outliers_are_the_channels_of_largest_square_sum(tiny):
+def test_outliers_are_the_channels_with_the_largest_sums_of_squares(tiny):
     model, _ = quantized(tiny, "atom-style")
     name = "model.decoder.layers.2.fc1"
     layer, energy = model.get_submodule(name), tiny[1][name].sq_sum
     order = layer.round_input.__self__.turn(torch.arange(128.0)).long()
     assert set(order[112:].tolist()) == set(energy.topk(16).indices.tolist())
     assert (energy[order].diff() >= 0).all()
-    # an outlier's input has 8 bits: its error is far below that of 4
+    # an outlier's input has 8 bits: its error is far below that of 4 bits
     x = torch.randn(50, 128, generator=torch.Generator().manual_seed(0))
     error = (layer.round_input(x) - x[:, order]).square().mean(0)
     assert error[112:].mean() < 0.02 * error[:112].mean()
 
 
 def test_short_groups_and_few_channels(make_model, token_ids):
-    """K of 48 and 88 with groups of 20 or 1000; Atom's 128 outliers are all channels then."""
+    """K = 48 and 88 with groups of 20 or 1000; Atom's 128 outliers then cover all channels."""
     model = make_model("llama")
     stats = collect_stats(model, [token_ids], progress=False)
     for name, method in peers.METHODS.items():
@@ -160,8 +162,8 @@ def test_short_groups_and_few_channels(make_model, token_ids):
             records = method(peer, stats, [token_ids], group_size)
             assert torch.isfinite(peer(token_ids).logits).all()
             if name == "atom-style":
-                wanted = {8 + 16 / k for k in (48, 88)}
-                assert {record.bits_per_weight for record in records} == wanted
+                expected = {8 + 16 / k for k in (48, 88)}
+                assert {record.bits_per_weight for record in records} == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -176,9 +178,9 @@ def test_16_bit_models(make_model, token_ids, dtype):
 
 def test_refusals(tiny, make_model, token_ids):
     model, stats, blocks, _ = tiny
-    with pytest.raises(ValueError, match="batches must be given"):
+    with pytest.raises(ValueError, match="this method needs batches"):
         peers.quarot_style(copy.deepcopy(model), stats, None, 64)
-    with pytest.raises(ValueError, match="stats must be given"):
+    with pytest.raises(ValueError, match="this method needs stats"):
         peers.atom_style(copy.deepcopy(model), None, blocks, 64)
     with pytest.raises(ValueError, match="stats has no entry for model.decoder.layers.0"):
         peers.atom_style(copy.deepcopy(model), {"x": None}, blocks, 64)
@@ -186,5 +188,7 @@ def test_refusals(tiny, make_model, token_ids):
     quantize(already, MixedQuantConfig(), progress=False)
     with pytest.raises(ValueError, match="quantized already"):
         peers.per_token_rtn(already)
-    with pytest.raises(ValueError, match="no fused experts: model.layers.0.mlp.experts"):
+    with pytest.raises(
+        ValueError, match="only mixedquant can quantize fused experts: model.layers.0.mlp.experts"
+    ):
         peers.per_token_rtn(make_model("mixtral"))

@@ -1,4 +1,4 @@
-"""Sweeps: specifications, the store, resuming, the report and the published functions."""
+"""Sweeps: specifications, the store, resuming, reports and the published functions."""
 
 import csv
 import dataclasses
@@ -48,14 +48,14 @@ def some_cells(preset=TINY):
 
 
 def results_in(folder):
-    """The bytes of every finished cell's files."""
+    """{file name: bytes} of all finished cells."""
     files = [*Path(folder).glob("*.json"), *Path(folder).glob("*.safetensors")]
     return {file.name: file.read_bytes() for file in files}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """An undisturbed sweep: (folder of the store, folder of the figures)."""
+    """An uninterrupted sweep: (folder of the store, folder of the figures)."""
     folder = tmp_path_factory.mktemp("undisturbed")
     output, figures = folder / "results", folder / "figures"
     assert main(["--preset", "tiny", "--output", str(output), "--figures", str(figures)]) == 0
@@ -65,7 +65,7 @@ def finished(tmp_path_factory):
 # ---- grid ----
 
 
-def test_cell_survives_json_and_has_one_key():
+def test_a_cell_survives_json_with_the_same_key():
     for cell in some_cells():
         again = Cell.from_json(cell.to_json())
         assert again == cell and again.key == cell.key
@@ -73,8 +73,8 @@ def test_cell_survives_json_and_has_one_key():
         assert Cell.from_json(json.dumps(shuffled)).key == cell.key
 
 
-def test_key_is_the_same_for_ever():
-    # A changed key throws away every finished cell of every user: change it knowingly.
+def test_the_key_never_changes():
+    # A changed key discards every finished cell of every user: change it only on purpose.
     assert some_cells()[1].key == "c0ea1bacbbc437ecb1d7111bf5ad083597cdf2af822cdb5bbd481de105b3440d"
 
 
@@ -87,7 +87,7 @@ def test_key_is_the_same_for_ever():
         {"evaluation_data": {"data": "x", "split": "test", "sha256": "ff"}},
     ],
 )
-def test_key_depends_on_everything(change):
+def test_the_key_depends_on_every_input(change):
     parts = {
         "model": {"name": "a", "files": {"model.safetensors": "00"}, "dtype": "float32"},
         "versions": {"torch": "2.13.0"},
@@ -114,7 +114,7 @@ def test_presets():
         assert len(set(keys)) == len(keys)
 
 
-def test_equal_settings_are_one_cell():
+def test_equal_settings_make_one_cell():
     products = [Product((8, 8), (0, 0.0, 0.05)), Product((8,), (0.05,))]
     assert len(grid.configs(products)) == 2
 
@@ -125,7 +125,7 @@ def test_recipes_and_methods_are_dimensions():
     recipes = [(c["recipe"], c["group_size"]) for c in configs if "recipe" in c]
     assert recipes == [("rtn", 16), ("rtn", 64), ("best", 16), ("best", 64)]
     assert {c["weight_rounding"] for c in configs if c.get("recipe") == "best"} == {"gptq"}
-    # a method without groups is one cell whatever the group sizes
+    # a method without groups makes one cell, whatever the group sizes
     assert [c for c in configs if "method" in c] == [
         {"method": "per-token-rtn", "group_size": None},
         {"method": "smoothquant-style", "group_size": None},
@@ -134,33 +134,33 @@ def test_recipes_and_methods_are_dimensions():
     ]
 
 
-def test_fields_are_set_in_every_combination():
+def test_fields_apply_to_every_combination():
     product = Product((16, 64), (0.0,), recipes=("rtn", "fast"), fields=(("act_clip", 0.5),))
     configs = grid.configs([product])
     assert len(configs) == 4 and {c["act_clip"] for c in configs} == {0.5}
 
 
-def test_cells_say_how_many_tokens_they_are_calibrated_on():
+def test_cells_record_their_number_of_calibration_blocks():
     products = (Product((64,), (0.0,), recipes=("rtn", "best"), methods=("mixedquant", *METHODS)),)
 
     def calibrations(**fields):
         plan = some_cells(dataclasses.replace(TINY, products=products, **fields))
-        found = {c.settings: c for c in plan if c.task == "quantized"}
-        return found, [c.calibration["blocks"] for c in plan if c.task == "calibration"]
+        quantized = {c.settings: c for c in plan if c.task == "quantized"}
+        return quantized, [c.calibration["blocks"] for c in plan if c.task == "calibration"]
 
     cells, blocks = calibrations()
     assert blocks == [TINY.calibration_blocks, TINY.gptq_blocks]
     assert cells["rtn g=64 p=0% sort=rms"].calibration["blocks"] == TINY.calibration_blocks
     assert cells["best g=64 p=0% sort=rms"].calibration["blocks"] == TINY.gptq_blocks
     assert cells["atom-style g=64"].calibration["blocks"] == TINY.gptq_blocks
-    # more tokens for GPTQ leave what needs none as it was
+    # more tokens for GPTQ do not affect settings without GPTQ
     others, _ = calibrations(gptq_blocks=17)
     changed = {name for name in cells if others[name].key != cells[name].key}
     assert changed == set(cells) - {"rtn g=64 p=0% sort=rms"}
     assert len(calibrations(gptq_blocks=TINY.calibration_blocks)[1]) == 1
 
 
-def test_errors_of_layers_are_cells_of_packed_models():
+def test_layer_errors_are_measured_for_packed_models():
     plan = some_cells(dataclasses.replace(TINY, layer_windows=3))
     layers = [cell for cell in plan if cell.task == "layers"]
     packed = [c for c in plan if c.task == "quantized" and c.config["backend"] == "int4"]
@@ -177,7 +177,7 @@ def test_override_replaces_in_every_product():
 # ---- store ----
 
 
-def test_store_gives_back_what_was_put(tmp_path):
+def test_the_store_returns_what_was_put(tmp_path):
     cell, other = some_cells()[:2]
     store = Store(tmp_path / "new" / "folder")
     assert store.get(cell) is None
@@ -200,18 +200,18 @@ def test_store_gives_back_what_was_put(tmp_path):
         lambda text: "\0" * 100,
     ],
 )
-def test_damaged_cell_is_moved_aside_with_a_warning(tmp_path, damage):
+def test_a_damaged_cell_is_moved_aside_with_a_warning(tmp_path, damage):
     cell = dataclasses.replace(some_cells()[1], model={"name": "tiny"})
     store = Store(tmp_path)
     store.put(cell, {"perplexity": 1.5, "run": {}})
     path = store.path(cell)
     path.write_text(damage(path.read_text()))
-    with pytest.warns(UserWarning, match=f"{path.name}.*damaged.*computed again"):
+    with pytest.warns(UserWarning, match=f"{path.name}.*damaged.*will be computed again"):
         assert store.get(cell) is None
     assert not path.exists() and path.with_name(path.name + ".damaged").exists()
 
 
-def test_failing_write_leaves_the_old_cell(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_cell(tmp_path, monkeypatch):
     cell = some_cells()[1]
     store = Store(tmp_path)
     store.put(cell, {"perplexity": 1.5, "run": {}})
@@ -228,7 +228,7 @@ def test_failing_write_leaves_the_old_cell(tmp_path, monkeypatch):
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
 
 
-def test_store_refuses_a_file_as_folder(tmp_path):
+def test_the_store_refuses_a_file_as_its_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="output.*file"):
         Store(tmp_path / "file")
@@ -252,7 +252,7 @@ RECIPES = grid.override(
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """A sweep over recipes and methods with errors by layer: (store, cells, rows by settings)."""
+    """A sweep over recipes and methods, with layer errors: (store, cells, {settings: result})."""
     store = Store(tmp_path_factory.mktemp("recipes"))
     plan = run_experiments.sweep(RECIPES, store, progress=False)
     rows = {c.settings: store.get(c) for c in plan if c.task == "quantized"}
@@ -271,7 +271,7 @@ def test_recipes_and_methods_are_compared_with_the_16_bit_model(compared):
     assert rows["quarot-style g=64"]["bits_per_weight"] == 4.25
 
 
-def test_scores_are_those_of_the_evaluator(compared):
+def test_scores_match_the_evaluator(compared):
     _, _, rows = compared
     model, tokenizer = load_bundled("tiny-opt")
     blocks = runner.calibration_blocks(
@@ -281,15 +281,15 @@ def test_scores_are_those_of_the_evaluator(compared):
     config = MixedQuantConfig(recipe="best", group_size=64, salient_prop=0.05)
     quantize(quantized, config, collect_stats(model, blocks), blocks, progress=False)
     evaluator = Evaluator(wikitext("test"), tokenizer, "cpu", 2, seq_len=128, progress=False)
-    wanted = evaluator.compare(quantized, model)
-    found = rows["best g=64 p=5% sort=rms"]
-    assert found["perplexity"] == pytest.approx(wanted.perplexity, rel=1e-6)
-    assert found["kl"] == pytest.approx(wanted.kl, abs=1e-6)
-    assert found["top1"] == pytest.approx(wanted.top1)
+    expected = evaluator.compare(quantized, model)
+    actual = rows["best g=64 p=5% sort=rms"]
+    assert actual["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+    assert actual["kl"] == pytest.approx(expected.kl, abs=1e-6)
+    assert actual["top1"] == pytest.approx(expected.top1)
 
 
-def test_a_baseline_that_left_nothing_is_run_again(compared, tmp_path, monkeypatch):
-    """As after a model that scales its logits: the same scores, in more time."""
+def test_without_stored_head_inputs_the_baseline_runs_again(compared, tmp_path, monkeypatch):
+    """A model that scales its logits stores none: the scores are the same, but take longer."""
     monkeypatch.setattr(
         Evaluator, "head_inputs", lambda self, model: (self.token_nlls(model), None)
     )
@@ -300,12 +300,12 @@ def test_a_baseline_that_left_nothing_is_run_again(compared, tmp_path, monkeypat
     )
     assert not store.artifact(plan[1]).exists()
     (cell,) = (c for c in plan if c.task == "quantized")
-    found, wanted = store.get(cell), compared[2][cell.settings]
-    assert found["kl"] == pytest.approx(wanted["kl"], abs=1e-6)
-    assert found["perplexity"] == wanted["perplexity"] and found["top1"] == wanted["top1"]
+    actual, expected = store.get(cell), compared[2][cell.settings]
+    assert actual["kl"] == pytest.approx(expected["kl"], abs=1e-6)
+    assert actual["perplexity"] == expected["perplexity"] and actual["top1"] == expected["top1"]
 
 
-def test_a_damaged_reference_is_recorded_again(finished, tmp_path, capsys):
+def test_a_damaged_reference_is_computed_again(finished, tmp_path, capsys):
     output, _ = finished
     store = Store(shutil.copytree(output, tmp_path / "results"))
     baseline = run_experiments.sweep(TINY, store, progress=False)[1]
@@ -313,11 +313,11 @@ def test_a_damaged_reference_is_recorded_again(finished, tmp_path, capsys):
     store.artifact(baseline).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     with pytest.warns(UserWarning, match="damaged"):
         run_experiments.sweep(TINY, store, progress=False)
-    assert "8 cells, 7 of them in" in capsys.readouterr().out
+    assert "8 cells: 7 already in" in capsys.readouterr().out
     assert store.artifact(baseline).read_bytes() == before
 
 
-def test_errors_by_layer_are_stored_and_drawn(compared, tmp_path):
+def test_layer_errors_are_stored_and_drawn(compared, tmp_path):
     store, plan, _ = compared
     cells = [cell for cell in plan if cell.task == "layers"]
     results = [store.get(cell) for cell in cells]
@@ -342,8 +342,8 @@ def test_errors_by_layer_are_stored_and_drawn(compared, tmp_path):
     assert lines[0] == ["layer", "kind", "int4", "fake", "int4 - fake"] and len(lines) == 29
     assert float(lines[1][2]) == results[1]["errors"][0]["decibels"]["int4"]
     page = (tmp_path / "tiny-opt_results.md").read_text()
-    assert "Signal over error in dB, best g=64 p=5% sort=rms, int4, 1 window of 128" in page
-    assert "Calibration of rtn: " in page and "Calibration of best, per-token-rtn, " in page
+    assert "Signal-to-error ratio in dB, best g=64 p=5% sort=rms, int4, 1 window of 128" in page
+    assert "Calibration for rtn: " in page and "Calibration for best, per-token-rtn, " in page
     assert "simulated in floating point" in page
 
 
@@ -354,11 +354,13 @@ def test_fused_experts_are_refused_before_any_work(tmp_path, make_model, monkeyp
     preset = dataclasses.replace(
         RECIPES, model=str(tmp_path / "moe"), seqlen=32, calibration_block_size=32
     )
-    with pytest.raises(ValueError, match="no fused experts: model.layers.0.mlp.experts"):
+    with pytest.raises(
+        ValueError, match="only mixedquant can quantize fused experts: model.layers.0.mlp.experts"
+    ):
         run_experiments.sweep(preset, Store(tmp_path / "results"), progress=False)
 
 
-def test_results_are_whole(finished):
+def test_results_are_complete(finished):
     output, _ = finished
     records = [json.loads(path.read_text()) for path in output.glob("*.json")]
     assert len(records) == 8
@@ -377,24 +379,24 @@ def test_results_are_whole(finished):
 
 def test_int4_and_simulation_agree(finished):
     output, _ = finished
-    found = {}
+    perplexity = {}
     for path in output.glob("*.json"):
         record = json.loads(path.read_text())
         config = record["spec"]["config"] or {}
         if (config.get("group_size"), config.get("salient_prop"), config.get("sort")) == (
             64, 0.05, "rms",
         ):  # fmt: skip
-            found[config["backend"]] = record["result"]["perplexity"]
-    assert found["int4"] == pytest.approx(found["fake"], rel=0.03)
+            perplexity[config["backend"]] = record["result"]["perplexity"]
+    assert perplexity["int4"] == pytest.approx(perplexity["fake"], rel=0.03)
 
 
-def test_simulation_has_the_codes_of_the_integers_where_they_can_hold_them():
+def test_a_simulation_uses_the_packed_codes_if_they_support_its_settings():
     fields = MixedQuantConfig(backend="fake", recipe="best", group_size=16).to_dict()
     assert runner._packable(fields).backend == "int4"
     assert runner._packable({**fields, "num_bits": 6}).backend == "fake"
 
 
-def test_second_run_executes_nothing(finished, tmp_path, capsys, monkeypatch):
+def test_a_second_run_computes_nothing(finished, tmp_path, capsys, monkeypatch):
     output, _ = finished
 
     def forbidden(*_, **__):
@@ -414,18 +416,18 @@ def test_more_cells_reuse_calibration_and_baseline(finished, tmp_path, capsys):
     store = shutil.copytree(output, tmp_path / "results")
     preset = grid.override(TINY, {"group_sizes": (32,), "salient_props": (0.1,)})
     run_experiments.sweep(preset, Store(store), progress=False)
-    assert "5 cells, 2 of them in" in capsys.readouterr().out
+    assert "5 cells: 2 already in" in capsys.readouterr().out
 
 
-def test_published_cells_are_taken_over(finished, tmp_path, capsys):
+def test_published_cells_are_imported(finished, tmp_path, capsys):
     output, figures = finished
     published = figures / "tiny-opt_cells.jsonl"
     arguments = ["--preset", "tiny", "--output", str(tmp_path / "results")]
     arguments += ["--cells", str(published), "--figures", str(tmp_path / "figures")]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    # only what leaves tensors is computed again
-    assert "6 cells taken from" in printed and "8 cells, 6 of them in" in printed
+    # only cells that store tensors are computed again
+    assert "Imported 6 cells from" in printed and "8 cells: 6 already in" in printed
     assert results_in(tmp_path / "results") == results_in(output)
     assert (tmp_path / "figures" / published.name).read_bytes() == published.read_bytes()
     assert Store(tmp_path / "results").adopt(published) == 0
@@ -434,13 +436,13 @@ def test_published_cells_are_taken_over(finished, tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda line: line[:-5], "line 2 of .*no record"),
+        (lambda line: line[:-5], "line 2 of .*not a record"),
         (lambda line: line.replace('"perplexity": ', '"perplexity": 1'), "checksum"),
-        (lambda line: line.replace('"quantized"', '"calibration"'), "line 2 of .*no record"),
-        (lambda line: "[]", "line 2 of .*no record"),
+        (lambda line: line.replace('"quantized"', '"calibration"'), "line 2 of .*not a record"),
+        (lambda line: "[]", "line 2 of .*not a record"),
     ],
 )
-def test_unsound_published_cells_are_refused(finished, tmp_path, change, message, capsys):
+def test_invalid_published_cells_are_refused(finished, tmp_path, change, message, capsys):
     lines = (finished[1] / "tiny-opt_cells.jsonl").read_text().splitlines()
     lines[1] = change(lines[1])
     path = tmp_path / "cells.jsonl"
@@ -463,12 +465,12 @@ def test_damaged_statistics_are_collected_again(finished, tmp_path, capsys):
     statistics.write_bytes(contents[:-1] + bytes([contents[-1] ^ 1]))
     with pytest.warns(UserWarning, match="damaged"):
         run_experiments.sweep(TINY, store, progress=False)
-    assert "8 cells, 7 of them in" in capsys.readouterr().out
+    assert "8 cells: 7 already in" in capsys.readouterr().out
     after = load_stats(statistics)
     assert all(torch.equal(after[name].sq_sum, before[name].sq_sum) for name in before)
 
 
-def test_float_model_is_not_changed_by_a_cell(tmp_path):
+def test_a_cell_does_not_change_the_float_model(tmp_path):
     store = Store(tmp_path)
     bench = runner.Bench("tiny-opt", "float32", store, progress=False)
     model, _ = bench.loaded()
@@ -499,7 +501,7 @@ def test_killed_sweeps_resume_to_the_same_results(finished, tmp_path):
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        # Killed shortly after the wanted number of cells: in the middle of some work or write.
+        # Kill it shortly after the wanted number of cells, in the middle of some work or a write.
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
             if store.is_dir() and len(list(store.glob("*.json"))) >= wanted:
@@ -520,7 +522,7 @@ def test_killed_sweeps_resume_to_the_same_results(finished, tmp_path):
     assert not list(store.glob("*.damaged"))
 
 
-def test_interrupt_says_how_to_resume(tmp_path, monkeypatch, capsys):
+def test_an_interrupt_says_how_to_resume(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -560,7 +562,9 @@ def test_interrupt_says_how_to_resume(tmp_path, monkeypatch, capsys):
         (["--slurm", "timeout_min=5"], "^error: slurm: .*local"),
     ],
 )
-def test_bad_values_are_named_before_any_work(tmp_path, capsys, monkeypatch, arguments, message):
+def test_invalid_values_are_named_before_any_work(
+    tmp_path, capsys, monkeypatch, arguments, message
+):
     monkeypatch.setattr(runner, "run_cell", None)
     output = tmp_path / "results"
     assert main(["--preset", "tiny", "--output", str(output), *arguments]) == 1
@@ -579,7 +583,7 @@ def test_bad_values_are_named_before_any_work(tmp_path, capsys, monkeypatch, arg
         ["--set", "act_clip"],
     ],
 )
-def test_bad_flags_end_with_a_message(arguments, capsys):
+def test_invalid_flags_exit_with_a_message(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
@@ -635,7 +639,7 @@ def test_the_store_is_one_table(finished):
 
 
 def test_figures_are_drawn_from_the_store_alone(finished, tmp_path):
-    """A process that cannot import torch or smoothquant draws the same files."""
+    """A process that can import neither torch nor smoothquant draws the same files."""
     output, figures = finished
     script = """
 import importlib.util, json, pathlib, sys, types
@@ -659,13 +663,13 @@ report.write(store, cells, "tiny-opt", sys.argv[3], "command")
     assert len(list(tmp_path.glob("*.png"))) == 5
 
 
-def test_table_shows_what_is_not_finite():
+def test_the_table_marks_a_perplexity_that_is_not_finite():
     text = tables.table([fake_row(8, 0.0, None), fake_row(16, 0.05, 12.5)])
     assert "not finite" in text and "12.50" in text
     assert len({len(line) for line in text.splitlines()}) == 1
 
 
-def test_table_shows_kl_top1_and_the_bits_of_other_methods():
+def test_the_table_shows_kl_top1_and_the_bits_of_other_methods():
     row = fake_row(16, 0.05, 12.5)
     row.result.update(kl=0.12345, top1=0.6789)
     other = fake_row(128, 0.0, 20.0)
@@ -673,13 +677,13 @@ def test_table_shows_kl_top1_and_the_bits_of_other_methods():
     text = tables.table([row, other, fake_row(8, 0.05, 13.0, backend="fake")])
     lines = [[field.strip() for field in line.split("|")[1:-1]] for line in text.splitlines()]
     assert lines[0][:1] + lines[0][-5:-1] == ["method", "PPL", "vs 16-bit", "KL", "top-1"]
-    found = dict(zip(lines[0], lines[2], strict=True))
-    assert found["method"] == "rtn" and found["KL"] == "0.1235" and found["top-1"] == "67.9 %"
+    fields = dict(zip(lines[0], lines[2], strict=True))
+    assert fields["method"] == "rtn" and fields["KL"] == "0.1235" and fields["top-1"] == "67.9 %"
     assert lines[3][:7] == ["atom-style", "128", "-", "-", "fake", "4.500", "-"]
     assert lines[4][:7] == ["rtn", "8", "5 %", "rms", "fake", "-", "-"]
 
 
-def test_figures_hold_a_line_per_recipe_and_the_other_methods():
+def test_figures_have_a_line_per_recipe_share_and_other_method():
     rows = [
         fake_row(g, p, 10.0 + g, recipe=recipe)
         for recipe in ("rtn", "fast", "best")
@@ -702,7 +706,7 @@ def test_figures_hold_a_line_per_recipe_and_the_other_methods():
     assert plots_of([other], "m", "float32") == {}
 
 
-def test_figure_of_sort_keys_holds_a_line_per_key_of_the_most_compared_share():
+def test_the_sort_figure_has_a_line_per_key_at_the_share_with_most_cells():
     rows = [
         fake_row(g, p, 10.0 + g, sort=sort)
         for sort in ("none", "rms")
@@ -717,7 +721,7 @@ def test_figure_of_sort_keys_holds_a_line_per_key_of_the_most_compared_share():
     assert "ppl_by_sort" not in plots_of(rows[:4], "m", "float32")
 
 
-def test_layer_table_and_colours_of_what_has_no_number():
+def test_layer_table_and_colours_of_missing_values():
     errors = [
         {"layer": layer, "kind": kind, "decibels": {"int4": value}}
         for layer, kind, value in [(None, "head", 3.0), (0, "fc1", None), (0, "fc2", 20.04)]
@@ -740,24 +744,24 @@ def test_spread_keeps_order_and_distance():
         assert all(gap >= 0.05 - 1e-9 for gap in gaps)
         assert placed[0] >= 0 and placed[-1] <= 1 + 1e-9
     assert drawing.spread([0.2, 0.5], 0.1, 0.0, 1.0) == [0.2, 0.5]
-    # a cluster that the lower end pushes up pushes up the next
+    # a cluster that the lower end pushes up pushes up the next one
     placed = drawing.spread([*[0.0] * 5, 0.17], 0.05, 0.0, 1.0)
     assert placed == pytest.approx([0.05 * i for i in range(6)])
 
 
-def test_report_writes_figures_and_a_page_that_needs_no_network(compared, tmp_path):
+def test_the_page_works_offline(compared, tmp_path):
     store, plan, _ = compared
     path = page.write(store, plan, "some/tiny-opt", tmp_path, "command <with> &")
     text = path.read_text()
     assert path.name == "tiny-opt_report.html" and "command &lt;with&gt; &amp;" in text
     assert "<!-- " not in text.replace(plotly.offline.get_plotlyjs(), "")
-    # nothing is fetched: no reference but to the page itself
-    own = text.replace(plotly.offline.get_plotlyjs(), "")
-    assert not re.findall(r"""(?:src|href)\s*=\s*["']|@import|url\(""", own)
+    # nothing is fetched: the page has no external reference
+    own_text = text.replace(plotly.offline.get_plotlyjs(), "")
+    assert not re.findall(r"""(?:src|href)\s*=\s*["']|@import|url\(""", own_text)
     for name in ("ppl_vs_bits", "kl_vs_bits", "layers"):
-        assert f'id="chart-{name}"' in own
-    assert "vs_group_size" not in own  # of one group size
-    (models,) = re.findall(r'<script id="models" type="application/json">(.*?)</script>', own)
+        assert f'id="chart-{name}"' in own_text
+    assert "vs_group_size" not in own_text  # there is only one group size
+    (models,) = re.findall(r'<script id="models" type="application/json">(.*?)</script>', own_text)
     models = {model["key"]: model for model in json.loads(models)}
     evaluated = [cell for cell in plan if cell.task in ("baseline", "quantized")]
     assert list(models) == [cell.key for cell in evaluated]
@@ -765,15 +769,15 @@ def test_report_writes_figures_and_a_page_that_needs_no_network(compared, tmp_pa
         model, result = models[cell.key], store.get(cell)
         assert model["perplexity"] == result["perplexity"]
         assert model["spec"] == json.loads(cell.to_json()) and model["run"] == result["run"]
-    # every point of a chart is a model of the table
-    keys = re.findall(r'"customdata":\[("[0-9a-f]{64}"(?:,"[0-9a-f]{64}")*)\]', own)
+    # every point in a chart is a model in the table
+    keys = re.findall(r'"customdata":\[("[0-9a-f]{64}"(?:,"[0-9a-f]{64}")*)\]', own_text)
     assert len(keys) >= 3
     assert {key for line in keys for key in json.loads(f"[{line}]")} <= set(models)
     before = path.read_bytes()
     assert page.write(store, plan, "tiny-opt", tmp_path, "command <with> &").read_bytes() == before
 
 
-def test_report_command_computes_nothing(finished, tmp_path, monkeypatch, capsys):
+def test_the_report_command_computes_nothing(finished, tmp_path, monkeypatch, capsys):
     output, figures = finished
     monkeypatch.setattr(runner, "run_cell", None)
     arguments = ["--preset", "tiny", "--output", str(output), "--figures", str(tmp_path)]
@@ -784,7 +788,7 @@ def test_report_command_computes_nothing(finished, tmp_path, monkeypatch, capsys
     assert "tiny-opt_report.html" in capsys.readouterr().out
 
 
-def test_page_names_the_extra_without_plotly(finished, tmp_path, monkeypatch, capsys):
+def test_without_plotly_the_page_names_the_extra(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     arguments = ["--preset", "tiny", "--output", str(finished[0]), "--figures", str(tmp_path)]
     assert main(["report", *arguments]) == 1
@@ -886,7 +890,7 @@ def test_run_sh_help_needs_nothing(tmp_path):
         text=True,
     )
     assert shown.returncode == 0 and "./run.sh test" in shown.stdout
-    # Every option of the sweep is explained there too.
+    # it also explains every option of a sweep
     options = subprocess.run(
         [sys.executable, "-m", "run_experiments", "--help"],
         cwd=ROOT, capture_output=True, text=True,

@@ -1,4 +1,4 @@
-"""The search for the Pareto front of perplexity against bytes."""
+"""The search for the Pareto front of perplexity against size."""
 
 import json
 import math
@@ -20,8 +20,10 @@ PRESET = grid.override(PRESET, {"sorts": SORTS, "backends": ("fake",)})
 
 
 def score(config):
-    """(perplexity, bytes) as real models have them: smaller groups and more salient channels cost
-    bytes, and most pairs of them are beaten by another."""
+    """(perplexity, bytes) similar to real models.
+
+    Smaller groups and more salient channels cost bytes, and most combinations are not on the front.
+    """
     g, p = config["group_size"], config["salient_prop"]
     size = 1000 * (4 + 16 / g + 12 * p)
     worse = 0.0 if config["sort"] == "rms" else 4.0
@@ -30,7 +32,7 @@ def score(config):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """Cells are computed by `score`; the keys of those that were."""
+    """Make `score` compute the cells; a list of the keys of computed cells."""
     keys = []
 
     def run_cell(cell, bench):
@@ -61,7 +63,7 @@ def front_of(store, cells):
 
 
 def area(front):
-    """What the front dominates of sizes up to 8000 and perplexities up to 80."""
+    """The area that a front dominates, up to size 8000 and perplexity 80."""
     ends = [size for size, _ in front[1:]] + [8000]
     pairs = zip(front, ends, strict=True)
     return sum((end - size) * (80 - perplexity) for (size, perplexity), end in pairs)
@@ -73,14 +75,14 @@ def test_the_space_is_every_combination_of_the_choices():
     assert len(configs) == 3 * 4 * 5 and {c["backend"] for c in configs} == {"int4"}
 
 
-def test_front_holds_what_nothing_beats():
+def test_the_front_has_the_models_that_no_other_beats():
     def row(size, perplexity, backend="int4"):
         result = {"model_bytes": size, "perplexity": perplexity}
         return Row({"backend": backend, "group_size": 8}, result)
 
     rows = [row(5, 9.0), row(3, 20.0), row(4, 21.0), row(4, 15.0), row(6, 9.0), row(2, None)]
-    found = front([*rows, row(1, 1.0, "fake"), Row(None, {"perplexity": 1.0})])
-    assert found == [rows[1], rows[3], rows[0]]
+    best = front([*rows, row(1, 1.0, "fake"), Row(None, {"perplexity": 1.0})])
+    assert best == [rows[1], rows[3], rows[0]]
 
 
 def test_the_whole_space_gives_the_exact_front(computed, tmp_path):
@@ -88,13 +90,13 @@ def test_the_whole_space_gives_the_exact_front(computed, tmp_path):
     cells = find_front(PRESET, store, Budget(), progress=False)
     assert len(computed) == len(set(computed)) == 2 + 60 and len(cells) == 62
     points = sorted({score(c.config)[::-1] for c in cells if c.config})
-    wanted = [
+    expected = [
         p for p in points if not any(o[0] <= p[0] and o[1] <= p[1] and o != p for o in points)
     ]
-    assert front_of(store, cells) == wanted
+    assert front_of(store, cells) == expected
 
 
-def test_a_third_of_the_space_gives_most_of_the_front_and_goes_on(computed, tmp_path):
+def test_a_third_of_the_space_gives_most_of_the_front_and_can_be_continued(computed, tmp_path):
     whole, part = Store(tmp_path / "whole"), Store(tmp_path / "part")
     everything = find_front(PRESET, whole, Budget(), progress=False)
     best = area(front_of(whole, everything))
@@ -109,18 +111,18 @@ def test_a_third_of_the_space_gives_most_of_the_front_and_goes_on(computed, tmp_
     first = set(computed)
     cells = find_front(PRESET, part, Budget(cells=5), progress=False)
     assert len(computed) == 2 + 25 == len(cells) and first < set(computed)
-    # what is there already costs nothing
+    # stored results are free
     assert len(find_front(PRESET, whole, Budget(cells=1), progress=False)) == 62
 
 
 def test_a_budget_in_minutes_ends_the_search(computed, tmp_path, monkeypatch):
-    clock = iter(range(0, 10_000, 60))  # a minute a look
+    clock = iter(range(0, 10_000, 60))  # every call is a minute later
     monkeypatch.setattr("run_experiments.search.time.monotonic", lambda: next(clock))
     cells = find_front(PRESET, Store(tmp_path), Budget(minutes=3.5), progress=False)
     assert len(cells) == 2 + 3
 
 
-def test_models_that_overflow_are_tried_once(computed, tmp_path, monkeypatch):
+def test_models_that_overflow_are_computed_once(computed, tmp_path, monkeypatch):
     finite = runner.run_cell
 
     def run_cell(cell, bench):
@@ -135,7 +137,7 @@ def test_models_that_overflow_are_tried_once(computed, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "m", "1.5", "0m", "infm", "nanm", "4h", ""])
-def test_budgets_that_mean_nothing_are_refused(text, capsys):
+def test_invalid_budgets_are_refused(text, capsys):
     with pytest.raises(ValueError, match="budget must be like"):
         Budget.from_text(text)
     with pytest.raises(SystemExit) as stop:
@@ -156,12 +158,12 @@ def test_without_optuna_the_extra_is_named(tmp_path, monkeypatch, computed):
 
 
 def test_the_command_searches_real_models(tmp_path, capsys):
-    """The tiny OPT, two workers; the model is loaded once in each, a front is printed and drawn."""
+    """The tiny OPT with two workers: the command prints and draws a front."""
     arguments = ["--preset", "tiny", "--search", "--budget", "4", "--jobs", "2", "--threads", "1"]
     arguments += ["--output", str(tmp_path / "r"), "--figures", str(tmp_path / "f")]
     arguments += ["--group-sizes", "16", "64", "--salient-props", "0", "0.05", "0.2"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "12 combinations" in printed and "The front: " in printed
+    assert "12 combinations" in printed and "Pareto front: " in printed
     records = [json.loads(path.read_text()) for path in (tmp_path / "r").glob("*.json")]
     assert sum(record["spec"]["task"] == "quantized" for record in records) == 4
