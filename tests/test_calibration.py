@@ -88,7 +88,7 @@ def test_token_blocks_arguments(tiny_opt):
     for texts in ("a text", Path("a.txt")):
         with pytest.raises(TypeError, match="texts must be an iterable of texts"):
             token_blocks(texts, tokenizer, 1, 1)
-    with pytest.warns(UserWarning, match="blocks of 8 tokens; 900000 were asked for"):
+    with pytest.warns(UserWarning, match="blocks of 8 tokens; 900000 were requested"):
         token_blocks(ROWS[:4], tokenizer, 900000, 8)
 
 

@@ -155,7 +155,9 @@ def test_calibration_texts_in_the_config(tmp_path):
         recipe="fast", group_size=64, calibration=wikitext("validation")[:300],
         calibration_tokens=2048,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="needs the tokenizer of"):
+    with pytest.raises(
+        ValueError, match="config.calibration needs a tokenizer, but the tokenizer of"
+    ):
         from_pretrained(tmp_path / "float", config)
     tokenizer.save_pretrained(tmp_path / "float")
     loaded = from_pretrained(tmp_path / "float", config)

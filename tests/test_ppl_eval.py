@@ -192,7 +192,7 @@ def test_the_bundled_split_is_read_by_the_row_rule(tiny_opt):
     from smoothquant.bundled import DATA
 
     path = DATA / "wikitext-2-raw" / "wiki.test.raw"
-    assert list(ppl_eval._rows(path)) == list(ppl_eval._rows({"text": wikitext("test")}))
+    assert list(perplexity._rows(path)) == list(perplexity._rows({"text": wikitext("test")}))
 
 
 def test_tiny_opt_perplexity(tiny_opt):
