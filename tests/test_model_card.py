@@ -73,7 +73,7 @@ def test_conversions_have_the_same(make_model, tmp_path):
 
 def test_what_is_no_number_is_refused_before_anything_is_written(make_model, tmp_path):
     model = make_model("opt")
-    with pytest.raises(ValueError, match="quantized one"):
+    with pytest.raises(ValueError, match="model must be quantized"):
         model_card(model)
     quantize(model, MixedQuantConfig(group_size=16), progress=False)
     with pytest.raises(ValueError, match="evaluation of 'loss' must be a number; got '3'"):

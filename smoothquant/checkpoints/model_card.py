@@ -46,8 +46,9 @@ def add_evaluation(folder: str | os.PathLike, evaluation: Mapping[str, float]) -
     except Exception as error:  # YAML errors, or whatever else odd metadata causes
         raise CheckpointError(f"{path}: the metadata cannot be read: {error}") from error
     card.text = card.text.partition(EVALUATION)[0] + section
-    card.data.model_name = card.data.get("model_name") or Path(folder).resolve().name
-    card.data.eval_results = _eval_results(evaluation)
+    metadata: Any = card.data
+    metadata.model_name = metadata.get("model_name") or Path(folder).resolve().name
+    metadata.eval_results = _eval_results(evaluation)
     with atomic_file(path) as partial:
         partial.write_text(str(card), encoding="utf-8")
 
