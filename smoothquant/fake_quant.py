@@ -1,14 +1,16 @@
-"""The published surface: eight quantize-dequantize functions and the model-wide entry points.
+"""The published API: eight quantize-dequantize functions and the functions for whole models.
 
-The functions keep the established definition bit for bit, in the tensor's dtype:
-s = max|x| clamped to at least 1e-5, over 2^(n_bits - 1) - 1; x <- round(x / s) s.
-They return a new tensor of the caller's shape; the caller's tensor is never changed. In float16
-the smallest scale rounds to zero from 9 bits on, and a group below it becomes NaN, as ever.
+The quantize-dequantize functions keep the published definition bit for bit, in the tensor's dtype:
+s = max(max|x|, 1e-5) / (2^(n_bits - 1) - 1); x <- round(x / s) s.
+They return a new tensor of the same shape and never modify their argument. As in the published
+code, in float16 with 9 bits or more the smallest scale underflows to zero, and a group that small
+becomes NaN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,10 +86,13 @@ def _per_group_sorted(name: str, t: Tensor, n_bits: int, group_size: int) -> Ten
 
 
 def quantize_weight_per_channel_absmax(w: Tensor, n_bits: int) -> Tensor:
-    """One scale per output channel of w [N, K]; see the module for the definition.
+    """One scale per output channel of w [N, K]; the module's docstring has the definition.
 
-    All eight functions take float32, float16 or bfloat16 and 2 to 16 bits, and raise ValueError or
-    TypeError naming the argument otherwise.
+    All eight functions accept float32, float16 and bfloat16 and 2 to 16 bits.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or has the wrong type; the message names
+            it.
     """
     return _per_row("w", w, n_bits)
 
@@ -98,14 +103,18 @@ def quantize_weight_per_tensor_absmax(w: Tensor, n_bits: int) -> Tensor:
 
 
 def quantize_weight_per_group_absmax(w: Tensor, n_bits: int, group_size: int = 128) -> Tensor:
-    """One scale per `group_size` neighbouring input channels of each row of w [N, K]; the last
-    group may be short."""
+    """One scale per `group_size` neighbouring input channels of each row of w [N, K].
+
+    The last group of a row may be shorter.
+    """
     return _per_group("w", w, n_bits, group_size)
 
 
 def quantize_weight_per_group_absmax_sort(w: Tensor, n_bits: int, group_size: int = 128) -> Tensor:
-    """As `quantize_weight_per_group_absmax`, the input channels sorted for it by their largest
-    magnitude, ascending; the result is in the caller's order."""
+    """Like `quantize_weight_per_group_absmax`, on channels sorted by ascending largest magnitude.
+
+    The result has the original channel order.
+    """
     return _per_group_sorted("w", w, n_bits, group_size)
 
 
@@ -127,8 +136,10 @@ def quantize_activation_per_group_absmax(t: Tensor, n_bits: int, group_size: int
 def quantize_activation_per_group_absmax_sort(
     t: Tensor, n_bits: int, group_size: int = 128
 ) -> Tensor:
-    """As `quantize_activation_per_group_absmax`, the channels sorted for it by their largest
-    magnitude over all rows given: a token's result depends on the rest of the batch."""
+    """Like `quantize_activation_per_group_absmax`, on channels sorted by largest magnitude.
+
+    The magnitude is taken over all rows, so a token's result depends on the rest of the batch.
+    """
     return _per_group_sorted("t", t, n_bits, group_size)
 
 
@@ -154,23 +165,26 @@ def quantize_model(
     Args:
         model: a float model; see `smoothquant.models.families`.
         weight_quant: "per_group", "per_channel" or "per_tensor".
-        act_quant: "per_group", "per_token" or "per_tensor". The last depends on the live batch:
-            the int4 backend quantizes per token instead and warns.
+        act_quant: "per_group", "per_token" or "per_tensor". "per_tensor" depends on the whole
+            batch; the int4 backend quantizes per token instead and warns.
         quantize_bmm_input: also quantize the outputs of q, k and v.
-        input_feat: {module name: mean magnitude per input channel [K], or a list of such tensors
-            that is summed, or ChannelStats}. With means, sort keys come from the weights; without
-            any, the salient channels do too, as do those of fused experts without an entry.
-        salient_prop: share of input channels kept in 16 bits, in [0, 1]; None for none.
-        quant_bits: bits of weights and activations, 2 to 4, or to 8 with backend "fake".
-        group_size: channels to a scale where quantization is per group.
-        min_prop, max_prop: without effect, as published.
+        input_feat: {module name: mean magnitude per input channel [K], a list of such tensors to
+            sum, or ChannelStats}. With means only, sort keys come from the weights. Without an
+            entry, salient channels come from the weights too.
+        salient_prop: fraction of input channels to keep in 16 bits, in [0, 1]; None for none.
+        quant_bits: bits of weights and activations: 2 to 4, or 2 to 8 with backend "fake".
+        group_size: channels that share a scale in per-group quantization.
+        min_prop, max_prop: ignored, as in the published code.
         sort: "none", "max", "mean3std", "argmax" or "rms".
-        sort_by: take the sort key from "activation" or "weight" statistics.
+        sort_by: compute the sort key from "activation" or "weight" statistics.
         backend: "int4" (packed weights, integer kernels) or "fake" (simulation in floats).
         progress: show a progress bar.
 
+    Returns:
+        The same model.
+
     Raises:
-        ValueError, TypeError: any bad argument, named; the model has not been changed then.
+        ValueError, TypeError: an argument is invalid; the message names it. The model is unchanged.
     """
     config = published_config(
         backend,
@@ -189,23 +203,23 @@ def quantize_model(
 
 def _for_types(
     name: str, types: Sequence[str], weight_quant: str, act_quant: str, quantize_bmm_input: bool
-):
-    """`quantize_model` for some model types, with the defaults published for them."""
+) -> Callable[..., nn.Module]:
+    """Make a `quantize_model` for certain model types, with their published defaults."""
 
     def quantize_family(
         model: nn.Module,
         weight_quant: str = weight_quant,
         act_quant: str = act_quant,
         quantize_bmm_input: bool = quantize_bmm_input,
-        input_feat: Mapping | None = None,
+        input_feat: Mapping[str, Any] | None = None,
         salient_prop: float | None = 0,
         quant_bits: int = 4,
         group_size: int = 128,
-        **options,
+        **options: Any,
     ) -> nn.Module:
-        found = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        if found not in types:
-            raise ValueError(f"model must be of type {' or '.join(types)}; got {found!r}")
+        model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        if model_type not in types:
+            raise ValueError(f"model must be of type {' or '.join(types)}; got {model_type!r}")
         return quantize_model(
             model,
             weight_quant,
@@ -220,7 +234,7 @@ def _for_types(
 
     quantize_family.__name__ = quantize_family.__qualname__ = name
     quantize_family.__doc__ = (
-        f"`quantize_model` for model type {', '.join(types)}; options are its keyword arguments."
+        f"`quantize_model` for models of type {', '.join(types)}, with the same options."
     )
     return quantize_family
 
@@ -236,8 +250,8 @@ quantize_mixtral = _for_types("quantize_mixtral", ["mixtral"], "per_channel", "p
 quantize_falcon = _for_types("quantize_falcon", ["falcon"], "per_channel", "per_token", True)
 
 
-def _stats(input_feat: Mapping | None) -> dict[str, ChannelStats] | None:
-    """The statistics that a published dict of means stands for; None for none."""
+def _stats(input_feat: Mapping[str, Any] | None) -> dict[str, ChannelStats] | None:
+    """Convert the published dict of means to statistics; None if there are none."""
     if input_feat is None:
         return None
     if not isinstance(input_feat, Mapping):
@@ -245,13 +259,15 @@ def _stats(input_feat: Mapping | None) -> dict[str, ChannelStats] | None:
     return {name: _channel_stats(name, entry) for name, entry in input_feat.items()} or None
 
 
-def _channel_stats(name: str, entry) -> ChannelStats:
+def _channel_stats(name: str, entry: Any) -> ChannelStats:
     if isinstance(entry, ChannelStats):
         return entry
     parts = list(entry) if isinstance(entry, Sequence) else [entry]
     shapes = {tuple(part.shape) if isinstance(part, Tensor) else None for part in parts}
     if len(shapes) != 1 or len(next(iter(shapes)) or ()) != 1:
-        raise ValueError(f"input_feat of {name} must be vectors of one length; got {entry!r:.80}")
+        raise ValueError(
+            f"input_feat of {name} must be a vector or vectors of equal length; got {entry!r:.80}"
+        )
     try:
         return ChannelStats.from_mean(sum(part.float().cpu() for part in parts))
     except ValueError as error:

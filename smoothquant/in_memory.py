@@ -1,4 +1,4 @@
-"""Quantize a model that is in memory."""
+"""Quantize a model in memory."""
 
 from __future__ import annotations
 
@@ -25,34 +25,36 @@ def quantize(
     tokenizer: Any = None,
     progress: bool = True,
 ) -> list[LinearRecord]:
-    """Quantize a float model in place, freeing each float weight as soon as it is packed (those of
-    fused experts together, block by block).
+    """Quantize a float model in place.
 
-    Linears that share an input (q/k/v, gate/up) share one permutation and salient set. Output
-    heads and embeddings stay as they are, and so do routers where the table of families knows
-    them. An expert without statistics is quantized by those of its weights.
+    Each float weight is freed as soon as it is packed; the weights of fused experts are freed
+    together, block by block.
+
+    Linears that share an input (q, k and v, or gate and up) share a permutation and a set of
+    salient channels. Output heads, embeddings, and the routers that the table of families knows
+    are not quantized. An expert without statistics is quantized by statistics of its weights.
 
     Args:
         model: a float model (float32, float16 or bfloat16); see `smoothquant.models.families`.
-        config: all choices.
-        stats: {name of a linear: statistics of its input}, as `smoothquant.collect_stats` gives
-            it, or a file that `smoothquant.load_stats` reads; None takes them from batches, and
-            without batches the weights alone choose salient channels and order.
-        batches: int64 [B, T] tensors of token ids, without padding, for
-            ``weight_rounding="gptq"`` (tens of thousands of tokens), ``act_clip="search"`` and
-            ``act_format="auto"`` (thousands). The model runs over them one decoder layer at a time,
-            each on what the quantized layers before it give. None draws them from
-            ``config.calibration``, if that is given and they are needed.
-        tokenizer: the model's, for ``config.calibration``.
+        config: how to quantize.
+        stats: {name of a linear: statistics of its input} from `smoothquant.collect_stats`, or a
+            file for `smoothquant.load_stats`. None collects them from the batches; without batches,
+            salient channels and order come from the weights alone.
+        batches: int64 [B, T] tensors of token ids, without padding. ``weight_rounding="gptq"``
+            needs tens of thousands of tokens, ``act_clip="search"`` and ``act_format="auto"``
+            thousands. Each decoder layer is calibrated on the outputs of the quantized layers
+            before it. None draws them from ``config.calibration`` if they are needed.
+        tokenizer: the model's tokenizer, for ``config.calibration``.
         progress: show progress bars.
 
     Returns:
-        A record for every parameter, the quantized ones first, as `quantization_report` has them.
+        A record for every parameter, the quantized ones first, as from `quantization_report`.
 
     Raises:
-        ValueError: a missing or unfit entry of stats, a weight that is not finite, a model that is
-            quantized already. TypeError: an argument or weight of a wrong type. CheckpointError: a
-            broken file of statistics. Nothing has been changed then.
+        ValueError: an entry of `stats` is missing or does not fit, a weight is not finite, or the
+            model is quantized already. The model is unchanged.
+        TypeError: an argument or weight has the wrong type. The model is unchanged.
+        CheckpointError: the statistics file is damaged. The model is unchanged.
     """
     plan = Plan(model, config, given_stats(stats), batches, tokenizer=tokenizer, progress=progress)
     plan.pack_all()

@@ -1,4 +1,4 @@
-"""The size of a model, counted or estimated."""
+"""The size of a model, measured or estimated."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ def get_model_size(
 ) -> float:
     """The model's size in bits; divide by `MiB` or `GiB`.
 
-    By default the bytes of the tensors that a checkpoint holds are counted: parameters and
-    persistent buffers, shared ones once. The other arguments are not needed for that.
+    By default, this is the measured size of the tensors that a checkpoint stores: parameters and
+    persistent buffers, with shared ones counted once. The arguments after `model` have no effect.
 
     Args:
         model: any module, quantized or not.
-        data_width: estimate only: bits of a quantized element.
-        salient_prop: estimate only: share of elements that take 16 bits, in [0, 1].
-        group_size: estimate only: elements that share 20 bits of scale and zero-point; -1 for none.
-        estimate: the published formula over the model's weights and biases instead of a count; it
-            does not depend on whether they are quantized yet.
+        data_width: bits of a quantized element (estimate only).
+        salient_prop: fraction of elements that take 16 bits, in [0, 1] (estimate only).
+        group_size: elements that share 20 bits of scale and zero-point; -1 for no groups (estimate
+            only).
+        estimate: apply the published formula to the number of weights and biases instead, whether
+            they are quantized or not.
 
     Raises:
-        ValueError: a group size that is neither -1 nor >= 1, a share outside [0, 1].
+        ValueError: `group_size` is neither -1 nor >= 1, or `salient_prop` is outside [0, 1].
     """
     check_real("salient_prop", salient_prop, 0, 1)
     check_real("data_width", data_width, 0, 64)

@@ -1,4 +1,4 @@
-"""SmoothQuant's published functions; `smoothquant.quantization.smoothing` has the mathematics."""
+"""The published SmoothQuant functions, implemented in `smoothquant.quantization.smoothing`."""
 
 from .quantization.smoothing import smooth_lm, smooth_ln_fcs, smooth_ln_fcs_llama_like
 

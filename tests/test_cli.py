@@ -15,6 +15,7 @@ import time
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from spoil import put, set_tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
@@ -106,7 +107,7 @@ def test_the_program_quantizes_and_checks(tmp_path):
     assert checked.returncode == 0 and json.loads(checked.stdout)["ok"] is True
     absent = program("verify", tmp_path / "absent")
     assert absent.returncode == 1 and absent.stdout == ""
-    assert absent.stderr.startswith("smoothquant: error: folder must be a folder")
+    assert absent.stderr.startswith("smoothquant: error: folder must be a quantized model folder")
     assert len(absent.stderr.splitlines()) == 1
 
 
@@ -190,7 +191,7 @@ def test_quantize_refuses_in_one_line_and_writes_nothing(words, message, tmp_pat
 def test_quantize_takes_no_folder_that_is_taken(folder, tmp_path):
     taken = shutil.copytree(folder, tmp_path / "q")
     words = ("quantize", "tiny-opt", taken, "--no-calibration", "--bits", 6)
-    assert "folder exists already" in answer(*words, code=1).stderr
+    assert "folder already exists" in answer(*words, code=1).stderr
     assert load_quantized(taken).mixedquant_config.group_size == 32
     answer(*words, "--overwrite")
     assert load_quantized(taken).mixedquant_config.bits == 6
@@ -215,7 +216,7 @@ def test_dry_run_tells_what_quantize_makes(folder, tmp_path):
     dry = answer(*words, "--dry-run")
     assert not any(tmp_path.iterdir())
     assert "group_size          32" in dry.stdout
-    total = next(line for line in dry.stdout.splitlines() if line.startswith("all "))
+    total = next(line for line in dry.stdout.splitlines() if line.startswith("total "))
     after = total.split()[-1].replace(",", "")
     assert int(after) * Byte == get_model_size(load_quantized(folder))
 
@@ -258,7 +259,7 @@ def test_statistics_come_from_a_file(folder, tmp_path):
     answer("calibrate", "tiny-opt", tmp_path / "s.safetensors", *TOKENS)
     assert len(load_stats(tmp_path / "s.safetensors")) == 24
     assert (
-        "exists already"
+        "already exists"
         in answer("calibrate", "tiny-opt", tmp_path / "s.safetensors", *TOKENS, code=1).stderr
     )
     assert "must end in" in answer("calibrate", "tiny-opt", tmp_path / "s.pt", code=1).stderr
@@ -289,10 +290,10 @@ def test_dequantize(folder, tmp_path):
     assert type(found) is type(want) and not hasattr(found.config, "quantization_config")
     tensors = found.state_dict()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in want.state_dict().items())
-    assert "exists already" in answer("dequantize", folder, tmp_path / "plain", code=1).stderr
+    assert "already exists" in answer("dequantize", folder, tmp_path / "plain", code=1).stderr
     answer("dequantize", folder, tmp_path / "plain", "--overwrite")
     refused = answer("dequantize", tmp_path / "plain", tmp_path / "again", code=1)
-    assert "this is no quantized model" in refused.stderr
+    assert "not a quantized model: it has no quantization_config" in refused.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["plain"]
 
 
@@ -329,12 +330,12 @@ def test_inspect_reads_no_weights(folder, monkeypatch):
 @pytest.mark.parametrize(
     "name, value, fault",
     [
-        (f"{LAYER}.perm", 4, "is no permutation"),
+        (f"{LAYER}.perm", 4, "is not a permutation"),
         ("model.decoder.final_layer_norm.weight", float("nan"), "holds NaN or Inf"),
     ],
 )
 def test_verify_names_what_is_broken(name, value, fault, folder, tmp_path):
-    assert "ok: permutations are permutations" in answer("verify", folder).stdout
+    assert "ok: permutations are valid" in answer("verify", folder).stdout
     spoilt = shutil.copytree(folder, tmp_path / "q")
     set_tensor(name, put(3, value))(spoilt)
     result = answer("verify", spoilt, "--json", code=1)
@@ -365,10 +366,20 @@ def test_eval_writes_the_card(folder, tmp_path):
     row = f"| perplexity, WikiText-2 test, 2 of {found['of_windows']} windows of 32 tokens | "
     for _ in range(2):
         after = (own / "README.md").read_text()
-        assert after.startswith(before) and after.count(row) == 1
+        card = ModelCard(after)
+        assert card.text.startswith(ModelCard(before).text) and after.count(row) == 1
         assert after.endswith(f"{row}{found['perplexity']:.5g} |\n")
+        metadata = card.data.to_dict()
+        (index,) = metadata.pop("model-index")
+        assert metadata == ModelCard(before).data.to_dict()
+        assert [r["metrics"] for r in index["results"]] == [
+            [{"type": "perplexity", "value": found["perplexity"]}]
+        ]
         answer(*words)
-    assert "--card needs a folder" in answer("eval", "tiny-opt", "--card", code=1).stderr
+    assert (
+        "--card needs a quantized model folder"
+        in answer("eval", "tiny-opt", "--card", code=1).stderr
+    )
 
 
 def test_lm_eval_says_what_it_lacks(monkeypatch):
@@ -404,7 +415,7 @@ def test_bench(folder, monkeypatch):
     assert [row["phase"] for row in found["model"]] == ["prefill", "decode"]
     for row in found["layer"] + found["model"]:
         assert all(isinstance(v, str) or v > 0 for v in row.values())
-    assert "A layer of 1024 x 1024" in answer("bench").stdout
+    assert "One 1024 x 1024 layer" in answer("bench").stdout
 
 
 # ---- Sweeps, and the machine
@@ -450,7 +461,7 @@ def test_doctor_answers_where_the_kernels_do_not_load(run_python):
         check=False,
     )
     assert found.returncode == 1 and "processor" in found.stdout
-    assert found.stderr.startswith("smoothquant: error: the package does not work here: ")
+    assert found.stderr.startswith("smoothquant: error: smoothquant does not work here: ")
 
 
 def test_mistakes_can_be_traced(monkeypatch, tmp_path):

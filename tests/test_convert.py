@@ -168,7 +168,7 @@ def test_another_conversion_starts_anew(source, tmp_path, monkeypatch, caplog):
             patch.setattr(conversion._Conversion, "write_rest", None)
             with pytest.raises(TypeError):
                 convert(folder, target, MixedQuantConfig(group_size=group_size), progress=False)
-    assert "starting anew" in caplog.text
+    assert "starting over" in caplog.text
     convert(folder, target, MixedQuantConfig(group_size=16), progress=False)
     assert "going on" in caplog.text
     assert load_quantized(target).mixedquant_config.group_size == 16
@@ -222,12 +222,12 @@ def test_targets_are_not_lost(source, tmp_path):
     config = MixedQuantConfig(group_size=16)
     target.mkdir()
     (target / "mine").write_text("mine")
-    with pytest.raises(ValueError, match="folder exists already"):
+    with pytest.raises(ValueError, match="folder already exists"):
         convert(folder, target, config, progress=False)
     assert (target / "mine").read_text() == "mine"
     (target / "mine").unlink()
     convert(folder, target, config, progress=False)
-    with pytest.raises(ValueError, match="folder exists already"):
+    with pytest.raises(ValueError, match="folder already exists"):
         convert(folder, target, config, progress=False)
     convert(folder, target, MixedQuantConfig(group_size=8), overwrite=True, progress=False)
     assert load_quantized(target).mixedquant_config.group_size == 8
@@ -244,7 +244,7 @@ def test_bad_sources_are_named(source, tmp_path):
     folder = source("mixtral")
     for change, message in (
         (lambda t: None, r"experts.down_proj must have shape \(4, 48, 88\); got \(3, 48, 88\)"),
-        (lambda t: t[1:].contiguous(), "experts.down_proj cannot be made"),
+        (lambda t: t[1:].contiguous(), "cannot build .*experts.down_proj"),
     ):
         set_tensor("model.layers.1.block_sparse_moe.experts.2.w2.weight", change)(folder)
         with pytest.raises(CheckpointError, match=message):

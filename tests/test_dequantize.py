@@ -113,7 +113,7 @@ def test_modules_that_are_no_transformers_models():
 
 
 def test_what_cannot_be_dequantized(make_model):
-    with pytest.raises(ValueError, match="model must be a quantized one; got OPT"):
+    with pytest.raises(ValueError, match="model must be quantized; got OPT"):
         dequantize(make_model("opt"))
     model = make_model("opt")
     model.model.decoder.layers[0].fc1.weight.data.mul_(1e6)

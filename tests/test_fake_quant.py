@@ -213,7 +213,7 @@ def test_published_call(architecture, entry_point, backend, make_model, token_id
     experts = [name for name in layers if name not in feat]
     assert all(".experts." in name for name in experts)
     assert len(experts) == (2 * 4 * 2 if architecture == "mixtral" else 0)
-    assert caplog.text.count("no statistics of 16 expert matrices") == bool(experts)
+    assert caplog.text.count("no statistics for 16 expert matrices") == bool(experts)
     for name, layer in layers.items():
         assert type(layer) is kind
         if name in experts:

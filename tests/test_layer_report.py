@@ -157,9 +157,9 @@ def test_the_float_model_runs_as_before(make_model, token_ids):
 
 def test_refusals(make_model, token_ids):
     model, other = make_model("llama"), make_model("opt")
-    with pytest.raises(ValueError, match="models must hold at least one"):
+    with pytest.raises(ValueError, match="models must contain at least one"):
         layer_report(model, {}, [token_ids])
-    with pytest.raises(ValueError, match="batches must hold at least one"):
+    with pytest.raises(ValueError, match="batches must contain at least one"):
         layer_report(model, {"copy": copy.deepcopy(model)}, [])
     with pytest.raises(ValueError, match=r"models\['same'\] is the float model itself"):
         layer_report(model, {"same": model}, [token_ids])

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from smoothquant import MixedQuantConfig, convert, quantize, save_quantized
 from smoothquant.bundled import load_bundled
@@ -36,11 +37,14 @@ def test_its_numbers_are_the_models(make_model, token_ids, tmp_path):
     kinds = rows(card, "Bytes")
     del kinds["kind"], kinds["---"]
     assert sum(int(n.replace(",", "")) for n in kinds.values()) == get_model_size(model) // Byte
-    choices = rows(card, "Choices")
+    choices = rows(card, "Quantization config")
     assert choices["act_clip"] == "0.9" and choices["calibration"].startswith("sha256:")
     assert "weight_rounding" not in choices
     assert rows(card, "Evaluation")["accuracy of a\\|b"] == "0.51235"
     assert rows(card, "Evaluation")["perplexity"] == "nan"
+    results = ModelCard(card).data.eval_results
+    assert [result.metric_type for result in results] == list(measured)
+    assert results[0].metric_value == 0.512345678 and math.isnan(results[1].metric_value)
 
 
 def test_it_tells_the_hubs_name_but_no_folder(tmp_path):
@@ -69,7 +73,7 @@ def test_conversions_have_the_same(make_model, tmp_path):
 
 def test_what_is_no_number_is_refused_before_anything_is_written(make_model, tmp_path):
     model = make_model("opt")
-    with pytest.raises(ValueError, match="quantized one"):
+    with pytest.raises(ValueError, match="model must be quantized"):
         model_card(model)
     quantize(model, MixedQuantConfig(group_size=16), progress=False)
     with pytest.raises(ValueError, match="evaluation of 'loss' must be a number; got '3'"):

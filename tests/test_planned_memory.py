@@ -66,7 +66,7 @@ def test_plans_follow_what_is_asked_for(make_model, tmp_path):
     in_memory = plan(best, by_layer=True)
     assert spilled.keys() == in_memory.keys() - {"Hessians", "hidden states"}
     assert "Hessians" in plan(best) and "Hessians" not in whole
-    assert plan(fast, 0).keys() == {"float model", "weights at work"}
+    assert plan(fast, 0).keys() == {"float model", "weights being packed"}
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_smoothing_is_planned_with_statistics(make_model, token_ids):
         planned_memory(model, search, 0)
     planned = planned_memory(model, search, 0, 512, stats)
     assert planned == planned_memory(model, search, 0, 512)
-    assert planned["weights at work"] == 12 * 48 * 2 * 88  # gate and up
+    assert planned["weights being packed"] == 12 * 48 * 2 * 88  # gate and up
     assert "smoothed weights" not in planned
     by_layer = planned_memory(model, search, 0, 512, stats, by_layer=True)
     assert by_layer["smoothed weights"] == 4 * 48 * (48 + 2 * 24 + 2 * 88)

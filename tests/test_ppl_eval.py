@@ -165,7 +165,7 @@ def test_comparison_refuses_what_does_not_fit(pair, make_model):
     evaluator, model, reference = pair
     with pytest.raises(ValueError, match=r"reference must give logits of shape \(79, 2048\)"):
         evaluator.compare(model, [torch.zeros(79, 96)])
-    with pytest.raises(ValueError, match="model knows 96 token ids"):
+    with pytest.raises(ValueError, match="model has 96 token ids"):
         evaluator.compare(model, make_model("opt"))
 
 
@@ -192,7 +192,7 @@ def test_the_bundled_split_is_read_by_the_row_rule(tiny_opt):
     from smoothquant.bundled import DATA
 
     path = DATA / "wikitext-2-raw" / "wiki.test.raw"
-    assert list(ppl_eval._rows(path)) == list(ppl_eval._rows({"text": wikitext("test")}))
+    assert list(perplexity._rows(path)) == list(perplexity._rows({"text": wikitext("test")}))
 
 
 def test_tiny_opt_perplexity(tiny_opt):
@@ -235,7 +235,7 @@ def test_bad_arguments(tiny_opt, arguments, error, message):
 
 def test_a_model_that_does_not_fit(tiny_opt, make_model):
     tokenizer = tiny_opt[1]
-    with pytest.raises(ValueError, match="model knows 96 token ids"):
+    with pytest.raises(ValueError, match="model has 96 token ids"):
         Evaluator(ROWS, tokenizer, n_samples=1, seq_len=32).evaluate(make_model("opt"))
     long = Evaluator(wikitext("test"), tokenizer, n_samples=1, seq_len=2049)
     with pytest.raises(ValueError, match="seq_len must be at most 2048.*2049"):

@@ -212,12 +212,12 @@ def test_an_expert_without_tokens_falls_back_to_its_weights_and_the_report_says_
     report = {r.name: r for r in quantize(model, CONFIG, stats, progress=False)}
     perm = model.get_submodule(name).perm
     assert torch.equal(perm, choose_channels(of_weight, salient_prop=0.1).perm)
-    idle = [n for n, r in report.items() if "statistics of this expert" in r.reason]
+    idle = [n for n, r in report.items() if "statistics for this expert" in r.reason]
     assert [n for n in idle if ".0.mlp" in n] == [
         name,
         "model.layers.0.mlp.experts.3.gate_up_proj",
     ]
-    assert f"no statistics of {len(idle)} expert matrices, {name} the first" in caplog.text
+    assert f"no statistics for {len(idle)} expert matrices (first: {name})" in caplog.text
 
 
 def test_a_layer_under_two_names_is_replaced_under_both(make_model, token_ids):
@@ -278,9 +278,9 @@ def foreign_module(model, stats):
 @pytest.mark.parametrize(
     "spoil, error, message",
     [
-        (drop, ValueError, "no entry for model.layers.1.mlp.gate_proj or .*entries begin: model"),
+        (drop, ValueError, "no entry for model.layers.1.mlp.gate_proj or .* entries: model"),
         (narrow, ValueError, "down_proj must have 88 channels; got 7"),
-        (blind, ValueError, "down_proj must be finite and of at least one row"),
+        (blind, ValueError, "down_proj must be finite and cover at least one row"),
         (tensor_entry, TypeError, "down_proj must be ChannelStats; got Tensor"),
         (nan_weight, ValueError, "weight of model.layers.1.mlp.down_proj holds NaN"),
         (huge_weight, ValueError, "down_proj holds values beyond the range of torch.bfloat16"),
@@ -323,7 +323,10 @@ def test_a_quantized_model_is_refused(make_model):
     [
         (("model", CONFIG), "model must be an nn.Module; got str"),
         ((nn.Linear(2, 2), {"group_size": 2}), "config must be a MixedQuantConfig; got dict"),
-        ((nn.Linear(2, 2), CONFIG, [1]), "stats must be a mapping of names or None; got list"),
+        (
+            (nn.Linear(2, 2), CONFIG, [1]),
+            "stats must be a mapping of module names or None; got list",
+        ),
     ],
 )
 def test_argument_types(arguments, message):

@@ -52,7 +52,7 @@ def test_function_is_preserved(architecture, make_model, token_ids):
 @pytest.mark.parametrize("architecture", POST_NORM)
 def test_model_without_a_norm_to_smooth_is_refused(architecture, make_model):
     model = make_model(architecture)
-    with pytest.raises(ValueError, match="has no norm that feeds linears only"):
+    with pytest.raises(ValueError, match="has no norm that feeds only linears"):
         smooth_lm(model, random_scales(model))
 
 

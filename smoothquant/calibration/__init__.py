@@ -1,7 +1,7 @@
-"""Calibration: texts in, statistics of every distinct layer input out.
+"""Calibration: from texts to statistics of every distinct layer input.
 
-`token_blocks` cuts texts into windows of tokens, `collect_stats` runs them through a float model
-once, and `save_stats` and `load_stats` keep the result. `get_act_scales` and
+`token_blocks` cuts texts into blocks of tokens. `collect_stats` runs them through a float model.
+`save_stats` and `load_stats` store the statistics. `get_act_scales` and
 `get_static_decoder_layer_scales` are the published functions.
 """
 

@@ -1,10 +1,11 @@
-"""The published calibration functions: activation scales of a model, and their files."""
+"""The published calibration functions: activation scales of a model."""
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,56 +17,56 @@ from ..layers.linear import refuse_quantized
 from ..models.families import layer_inputs
 from ..models.running import evaluating, first_argument, hooked, no_cache
 
-# The draw of texts is the same in every run; the published one used this number too.
+# Every run draws the same texts. The published code uses this seed too.
 SHUFFLE_SEED = 42
 
 
 def get_act_scales(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Any,
     dataset_path: str | os.PathLike | Iterable[str],
     num_samples: int = 512,
     seq_len: int = 512,
 ) -> dict[str, Tensor]:
-    """Return max|x| per channel of the input of every nn.Linear, the published activation scales.
+    """Collect the published activation scales: max|x| per input channel of every nn.Linear.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
-        dataset_path: what `read_texts` takes: a local file, several, or an iterable of texts. Blank
-            texts are passed over; `num_samples` of the others are drawn by a fixed seed.
-        num_samples: texts at most.
-        seq_len: tokens of each text at most.
+        dataset_path: anything `read_texts` accepts: one or several local files, or an iterable of
+            texts. Blank texts are skipped; `num_samples` of the rest are drawn with a fixed seed.
+        num_samples: maximum number of texts.
+        seq_len: maximum number of tokens per text.
 
     Returns:
-        name -> float32 [K], CPU. For fused experts, whose matrices are no nn.Linear, the experts
-        module and its router have an entry: they read one and the same input.
+        {module name: float32 [K] on the CPU}. Fused experts are not nn.Linear modules; the experts
+        module and its router, which read the same input, each have an entry instead.
 
     Raises:
-        ValueError: an argument is wrong, the model is quantized, no text is left, or an activation
-            is not finite.
+        ValueError: an argument is out of range, the model is quantized, there is no non-blank text,
+            or an activation is not finite.
     """
     scales: dict[str, Tensor] = {}
 
     def record(name: str, x: Tensor) -> None:
         largest = x.detach().reshape(-1, x.shape[-1]).abs().amax(dim=0).float().cpu()
         if not torch.isfinite(largest).all():
-            raise ValueError(f"the input of layer {name} is not finite: NaN or Inf")
+            raise ValueError(f"the input of layer {name} holds NaN or Inf")
         scales[name] = torch.maximum(scales[name], largest) if name in scales else largest
 
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     for item in layer_inputs(model):
         names += filter(None, (item.experts, item.router))
-    hooks = {
-        name: lambda module, args, kwargs, name=name: record(name, first_argument(args, kwargs))
-        for name in names
-    }
-    with hooked(model, hooks):
+
+    def hook_for(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: record(name, first_argument(args, kwargs))
+
+    with hooked(model, {name: hook_for(name) for name in names}):
         _run_samples(model, tokenizer, dataset_path, num_samples, seq_len)
     return scales
 
 
-# Published name of a decoder layer's scale -> (linear, which side of it).
+# {published name of a scale: (linear in the decoder layer, its side)}
 STATIC_SCALES = {
     "attn_input_scale": ("self_attn.q_proj", "input"),
     "q_output_scale": ("self_attn.q_proj", "output"),
@@ -79,25 +80,25 @@ STATIC_SCALES = {
 
 def get_static_decoder_layer_scales(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Any,
     dataset_path: str | os.PathLike | Iterable[str],
     num_samples: int = 512,
     seq_len: int = 512,
 ) -> tuple[list[dict[str, float]], dict[str, dict[str, float]]]:
-    """Return the static INT8 scales of an OPT's decoder layers, as published.
+    """Collect the published static INT8 scales of an OPT model's decoder layers.
 
-    Arguments as in `get_act_scales`.
+    The arguments are those of `get_act_scales`.
 
     Returns:
-        (per decoder layer a dict of scales, max|x| / 127 of the inputs and outputs concerned;
-        name of every nn.Linear -> {"input": max|x|, "output": max|y|}).
+        A pair. First, one dict of scales per decoder layer: max|x| / 127 of the inputs and outputs
+        in `STATIC_SCALES`. Second, {name of an nn.Linear: {"input": max|x|, "output": max|y|}}.
 
     Raises:
-        ValueError: the model is no OPT, or as in `get_act_scales`.
+        ValueError: the model is not an OPT; also as `get_act_scales`.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type != "opt":
-        raise ValueError(f"model must be an OPT (config.model_type 'opt'); got {model_type!r}")
+        raise ValueError(f"model must be an OPT (config.model_type='opt'); got {model_type!r}")
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     layers = [name.removesuffix(".fc1") for name in names if name.endswith(".fc1")]
     ranges: dict[str, dict[str, float]] = {}
@@ -107,16 +108,13 @@ def get_static_decoder_layer_scales(
         for key, tensor in (("input", x), ("output", y)):
             largest = tensor.detach().abs().max().item()
             if not largest < float("inf"):
-                raise ValueError(f"the {key} of layer {name} is not finite: {largest}")
+                raise ValueError(f"the {key} of layer {name} holds NaN or Inf: {largest}")
             entry[key] = max(entry[key], largest)
 
-    hooks = {
-        name: lambda module, args, kwargs, y, name=name: record(
-            name, first_argument(args, kwargs), y
-        )
-        for name in names
-    }
-    with hooked(model, hooks, after=True):
+    def hook_for(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs, y: record(name, first_argument(args, kwargs), y)
+
+    with hooked(model, {name: hook_for(name) for name in names}, after=True):
         _run_samples(model, tokenizer, dataset_path, num_samples, seq_len)
     scales = [
         {key: ranges[f"{layer}.{name}"][side] / 127 for key, (name, side) in STATIC_SCALES.items()}
@@ -126,8 +124,14 @@ def get_static_decoder_layer_scales(
 
 
 @torch.no_grad()
-def _run_samples(model, tokenizer, dataset_path, num_samples, seq_len) -> None:
-    """Run the drawn texts through the model, one by one."""
+def _run_samples(
+    model: nn.Module,
+    tokenizer: Any,
+    dataset_path: str | os.PathLike | Iterable[str],
+    num_samples: int,
+    seq_len: int,
+) -> None:
+    """Run the drawn texts through the model, one at a time."""
     refuse_quantized(model)
     check_integer("num_samples", num_samples, 1)
     check_integer("seq_len", seq_len, 1)
@@ -135,7 +139,7 @@ def _run_samples(model, tokenizer, dataset_path, num_samples, seq_len) -> None:
         (text for text in read_texts(dataset_path) if text.strip()), num_samples, SHUFFLE_SEED
     )
     if not texts:
-        raise ValueError(f"dataset_path: no text in {dataset_path!r:.200}")
+        raise ValueError(f"dataset_path has no non-blank text; got {dataset_path!r:.200}")
     device = next(model.parameters()).device
     with evaluating(model):
         for text in progress_bar(texts, desc="activation scales", unit="text"):
@@ -147,14 +151,14 @@ def _run_samples(model, tokenizer, dataset_path, num_samples, seq_len) -> None:
 
 
 def _draw(texts: Iterable[str], count: int, seed: int) -> list[str]:
-    """Draw `count` texts without keeping all of them in memory (reservoir sampling)."""
+    """Draw `count` texts by reservoir sampling, so that only these are in memory."""
     generator = random.Random(seed)
     drawn: list[str] = []
     for index, text in enumerate(texts):
         if index < count:
             drawn.append(text)
         else:
-            place = generator.randint(0, index)
-            if place < count:
-                drawn[place] = text
+            slot = generator.randint(0, index)
+            if slot < count:
+                drawn[slot] = text
     return drawn

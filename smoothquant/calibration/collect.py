@@ -1,9 +1,4 @@
-"""Calibration: texts in, per-channel statistics of every distinct layer input out.
-
-`token_blocks` turns what `texts.read_texts` reads into token windows, `collect_stats` runs them
-through a float model once, `save_stats` and `load_stats` keep the result. `get_act_scales`
-and `get_static_decoder_layer_scales` are the published functions.
-"""
+"""Collect per-channel statistics of every distinct layer input."""
 
 from __future__ import annotations
 
@@ -20,6 +15,7 @@ from ..layers.linear import refuse_quantized
 from ..models.families import LayerInput, layer_inputs
 from ..models.routing import expert_names
 from ..models.running import evaluating, hooked, input_hooks, no_cache, without_head
+from .blocks import blocks
 
 
 @torch.no_grad()
@@ -33,26 +29,26 @@ def collect_stats(
 ) -> dict[str, ChannelStats]:
     """Run `batches` through a float model and collect the statistics of its layer inputs.
 
-    Each distinct layer input is seen once: q, k and v (or gate and up) read the same activation,
-    and the same ChannelStats object stands under each of their names. Matrices of fused experts
-    stand under their own names (`LayerInput.expert_linear`) with the statistics of the tokens that
-    were routed to them; the name of the experts module holds the statistics of all its tokens.
+    Linears that read the same activation (q, k and v, or gate and up) share one ChannelStats
+    object, stored under each of their names. Each matrix of fused experts has its own name
+    (`LayerInput.expert_linear`) and the statistics of the tokens routed to it; the name of the
+    experts module has the statistics of all tokens.
 
     Args:
-        model: a transformers causal language model (or anything `families.layer_inputs` can walk
-            that takes token ids), not quantized.
+        model: a float transformers causal language model, or any module that takes token ids and
+            that `families.layer_inputs` supports.
         batches: int64 [B, T] tensors of token ids, without padding.
-        by_layer: run all batches through one decoder layer after the other, not through the model
-            one after the other: for weights that do not stay in memory.
-        spill: by layer only: a folder for files of the hidden states between two layers.
+        by_layer: run all batches through one decoder layer before the next, for models whose
+            weights do not fit in memory. The statistics are the same.
+        spill: with `by_layer` only, a folder for the hidden states between layers.
         progress: show a progress bar.
 
     Returns:
-        name of a linear -> ChannelStats of its input, the same either way.
+        {name of a linear: ChannelStats of its input}.
 
     Raises:
-        ValueError: a quantized model, a batch of another shape, an activation that is not finite,
-            no batch at all, or a layer that was never reached; the message names the layer.
+        ValueError: the model is quantized, there is no batch or one of the wrong shape, an
+            activation is not finite, or no token reached a layer, which the message names.
     """
     refuse_quantized(model)
     inputs = layer_inputs(model)
@@ -65,43 +61,40 @@ def collect_stats(
             stats.update(dict.fromkeys(names, ChannelStats.empty(x.shape[-1])))
         stats[names[0]].update(x)
         if not stats[names[0]].is_finite():
-            raise ValueError(
-                f"the input of layer {names[0]} is not finite: NaN or Inf while calibrating"
-            )
+            raise ValueError(f"the input of layer {names[0]} holds NaN or Inf during calibration")
 
-    def checked() -> Iterator[Tensor]:
+    def checked_batches() -> Iterator[Tensor]:
         number = -1
         for number, batch in enumerate(batches):
             shape = tuple(getattr(batch, "shape", ()))
             if len(shape) != 2:
                 raise ValueError(
-                    f"batches must hold int64 [B, T] tensors; item {number} is "
+                    f"batches must contain int64 [B, T] tensors; item {number} is "
                     f"{type(batch).__name__} of shape {shape}"
                 )
             yield batch
         if number < 0:
-            raise ValueError("batches must hold at least one batch; got none")
+            raise ValueError("batches must contain at least one batch; got none")
 
     hooks = input_hooks(inputs, add)
-    shown = {"desc": "calibrating", "shown": progress}
     if by_layer:
-        from .blocks import blocks
-
-        found = blocks(model, list(hooks), list(checked()), spill)
-        for block in progress_bar(found, unit="layer", **shown):
+        layers = blocks(model, list(hooks), list(checked_batches()), spill)
+        for block in progress_bar(layers, desc="calibrating", unit="layer", shown=progress):
             block.run({name: hook for name, hook in hooks.items() if block.holds(name)})
     else:
         with evaluating(model), hooked(model, hooks):
             length = len(batches) if isinstance(batches, Sequence) else None
-            for batch in progress_bar(checked(), total=length, unit="batch", **shown):
+            for batch in progress_bar(
+                checked_batches(), total=length, desc="calibrating", unit="batch", shown=progress
+            ):
                 runner(batch.to(device), **no_cache(model))
     unreached = [item.name for item in inputs if item.name not in stats]
     if unreached:
-        raise ValueError(f"no token reached layer {unreached[0]} ({len(unreached)} layers in all)")
+        raise ValueError(f"no token reached layer {unreached[0]} ({len(unreached)} such layers)")
     idle = [name for name, entry in stats.items() if entry.count == 0]
     if idle:
         warnings.warn(
-            f"no token was routed to {len(idle)} expert matrices, {idle[0]} the first: "
+            f"no token was routed to {len(idle)} expert matrices (first: {idle[0]}); "
             "calibrate on more text",
             stacklevel=3,
         )
@@ -109,7 +102,7 @@ def collect_stats(
 
 
 def _idle_experts(model: nn.Module, inputs: Sequence[LayerInput]) -> dict[str, ChannelStats]:
-    """Statistics of zero rows for every expert's matrix: some experts may never be reached."""
+    """Empty statistics for every expert matrix, as no token may ever reach some experts."""
     stats = {}
     for item in inputs:
         if item.experts:

@@ -1,4 +1,4 @@
-"""What a block's layers read during calibration: sample rows, and the Hessians that GPTQ needs."""
+"""Layer inputs collected during calibration: sample rows, and the Hessians for GPTQ."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from ..models.families import LayerInput
 from ..models.running import input_hooks
 from .blocks import Block
 
-SAMPLE_ROWS = 1024  # of a layer input, to choose by
-SAMPLE_BATCHES = 4  # that they are taken from, more where these hold fewer rows
+SAMPLE_ROWS = 1024  # rows of a layer input to try choices on
+SAMPLE_BATCHES = 4  # take them from this many batches; from more if these have too few rows
 
 
 @torch.no_grad()
 def sample_rows(
     block: Block, inputs: Sequence[LayerInput], names: Sequence[str]
 ) -> dict[str, Tensor]:
-    """About SAMPLE_ROWS evenly spread rows of each layer input named: {name: float32 [t, K]}.
+    """Sample about SAMPLE_ROWS evenly spread rows of each layer input in `names`.
 
-    An expert's matrix that no token reaches has no entry.
+    Returns:
+        {name: float32 [t, K]}, without the expert matrices that no token reaches.
     """
     rows: dict[str, list[Tensor]] = {}
     count = block.batches_of(SAMPLE_ROWS, SAMPLE_BATCHES)
 
-    def add(of: tuple[str, ...], x: Tensor) -> None:
-        if of[0] in names:
+    def add(readers: tuple[str, ...], x: Tensor) -> None:
+        if readers[0] in names:
             x = x.detach().reshape(-1, x.shape[-1])
             step = max(1, len(x) * count // SAMPLE_ROWS)
-            rows.setdefault(of[0], []).append(x[::step].float())
+            rows.setdefault(readers[0], []).append(x[::step].float())
 
     block.run(input_hooks(inputs, add), at_most=count)
     return {name: torch.cat(parts) for name, parts in rows.items()}
@@ -48,15 +49,18 @@ def collect_hessians(
     choices: Mapping[str, tuple[ChannelPlan, MixedQuantConfig]],
     spill: Path | None = None,
 ) -> dict[str, Tensor]:
-    """Sums of x x^T over all tokens, x as the quantized layer will compute with it: in perm's
-    order, the INT4 part rotated, quantized and dequantized.
+    """Sum x x^T over all tokens, with x as the quantized layer will compute with it.
+
+    That is: in the order of the plan's permutation, with the INT4 part rotated, quantized and
+    dequantized.
 
     Args:
-        choices: {name of a layer input: (plan, the layer's own config)}.
-        spill: a folder for their files, the model being on the CPU; None: memory holds them.
+        choices: {name of a layer input: (channel plan, config of the layer)}.
+        spill: keep the Hessians in files in this folder (model on the CPU only); None keeps them in
+            memory.
 
     Returns:
-        {name: float32 [K, K]}; an expert's matrix that no token reaches has no entry.
+        {name: float32 [K, K]}, without the expert matrices that no token reaches.
     """
     hessians: dict[str, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""Statistics of layer inputs in files."""
+"""Files of calibration statistics and activation scales."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ..core.tensor_files import raw_header
 
 STATS_FORMAT = "mixedquant-stats"
 STATS_VERSION = 1
-# What activation scales may be stored as.
+# Dtypes that files of activation scales may have.
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def save_stats(stats: Mapping[str, ChannelStats], path: str | os.PathLike) -> None:
-    """Write statistics to one safetensors file, whole or not at all: equal ones are equal bytes.
+    """Write statistics to a safetensors file, atomically. Equal statistics give equal bytes.
 
-    An object that stands under several names is stored once and is one object again when loaded.
+    An object that is stored under several names is written once, and is shared again after loading.
     """
     index_of: dict[int, int] = {}
     names: dict[str, int] = {}
@@ -53,7 +53,7 @@ def save_stats(stats: Mapping[str, ChannelStats], path: str | os.PathLike) -> No
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put a safetensors file's metadata, which safetensors writes in random order, in one."""
+    """Sort the metadata of a safetensors file, which safetensors writes in random order."""
     with open(path, "r+b") as file:
         size, header = raw_header(file)
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -66,31 +66,31 @@ def _sort_metadata(path: Path) -> None:
 def given_stats(
     stats: Mapping[str, ChannelStats] | str | os.PathLike | None,
 ) -> Mapping[str, ChannelStats] | None:
-    """Statistics as a caller gave them, read if they are in a file."""
+    """The statistics given, loaded first if they are a path."""
     return load_stats(stats) if isinstance(stats, (str, os.PathLike)) else stats
 
 
 def load_stats(path: str | os.PathLike) -> dict[str, ChannelStats]:
-    """Read statistics that `save_stats` wrote, or published activation scales.
+    """Read statistics written by `save_stats`, or published activation scales.
 
     Args:
-        path: a file of `save_stats`, or what `load_act_scales` takes: a published
-            ``act_scales/*.pt`` of max|x| per channel. Of these, mean, rms and max name the same
-            channels (`ChannelStats.from_max`), and no code in the file is run.
+        path: a file written by `save_stats`, or a published ``act_scales/*.pt`` file of max|x| per
+            channel. Scales become statistics by `ChannelStats.from_max`; mean, rms and max then
+            rank the channels alike. Code in the file is never run.
 
     Raises:
-        CheckpointError: the file is missing, damaged or something else; the message names the file
-            and what is wrong in it.
+        CheckpointError: the file is missing, damaged or of another kind. The message names the file
+            and the problem.
     """
     if Path(path).suffix in (".pt", ".pth"):
         return {name: ChannelStats.from_max(s) for name, s in load_act_scales(path).items()}
     tensors, metadata = _read_safetensors(path)
     if metadata.get("format") != STATS_FORMAT:
-        raise CheckpointError(f"{path}: not a file of calibration statistics")
+        raise CheckpointError(f"{path}: not a calibration statistics file")
     if metadata.get("version") != str(STATS_VERSION):
         raise CheckpointError(
-            f"{path}: format version {metadata.get('version')!r}, this package reads "
-            f"{STATS_VERSION}"
+            f"{path}: format version {metadata.get('version')!r} is not supported; this version of "
+            f"smoothquant reads {STATS_VERSION}"
         )
     try:
         names, mean_only = json.loads(metadata["names"]), set(json.loads(metadata["mean_only"]))
@@ -106,11 +106,11 @@ def load_stats(path: str | os.PathLike) -> dict[str, ChannelStats]:
 
 
 def save_act_scales(scales: Mapping[str, Tensor], path: str | os.PathLike) -> None:
-    """Write activation scales, whole or not at all: safetensors, or for .pt as published.
+    """Write activation scales to a .safetensors or .pt file, atomically.
 
-    A .pt file is read by code written for the published repositories.
+    A .pt file has the published format, which the code of the published repositories reads.
     """
-    # clones: safetensors refuses tensors that share memory
+    # Cloned because safetensors rejects tensors that share memory.
     scales = {name: scale.detach().cpu().clone().contiguous() for name, scale in scales.items()}
     with atomic_file(path) as temporary:
         if Path(path).suffix in (".pt", ".pth"):
@@ -120,14 +120,17 @@ def save_act_scales(scales: Mapping[str, Tensor], path: str | os.PathLike) -> No
 
 
 def load_act_scales(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Read activation scales: name -> max|x| per channel, float32 [K], CPU.
+    """Read activation scales.
 
     Args:
-        path: a published .pt file (read with ``weights_only=True``: no code in it is run), a file
-            of `save_act_scales`, or one of `save_stats`, whose abs_max is taken.
+        path: a published .pt file (loaded with ``weights_only=True``, so that no code in it runs),
+            a file written by `save_act_scales`, or one written by `save_stats`, for its abs_max.
+
+    Returns:
+        {module name: max|x| per channel, float32 [K] on the CPU}.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or holds something else.
+        CheckpointError: the file is missing, damaged or of another kind.
     """
     if Path(path).suffix not in (".pt", ".pth"):
         tensors, metadata = _read_safetensors(path)
@@ -137,26 +140,27 @@ def load_act_scales(path: str | os.PathLike) -> dict[str, Tensor]:
     else:
         try:
             scales = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch, zipfile and the unpickler each raise their own
-            # torch's words may advise to run the code in it
-            said = "" if "weights_only" in str(error) else f": {error}"
-            raise CheckpointError(
-                f"{path}: not a readable file of tensors and nothing else{said}"
-            ) from error
+        except Exception as error:  # torch, zipfile and the unpickler raise errors of many types
+            # torch's message may advise running the code in the file
+            detail = "" if "weights_only" in str(error) else f": {error}"
+            raise CheckpointError(f"{path}: not a readable file of tensors only{detail}") from error
     if not isinstance(scales, dict):
-        raise CheckpointError(f"{path}: expected a dict of tensors, found {type(scales).__name__}")
+        raise CheckpointError(f"{path}: expected a dict of tensors; got a {type(scales).__name__}")
     for name, scale in scales.items():
         if not isinstance(name, str):
-            raise CheckpointError(f"{path}: expected names of layers, found {name!r:.80}")
-        # a view of few values may claim to be a vector of more than memory holds
+            raise CheckpointError(f"{path}: expected layer names as keys; got {name!r:.80}")
+        # An expanded view of a few values may claim more elements than fit in memory.
         plain = isinstance(scale, Tensor) and scale.layout == torch.strided
         if not plain or scale.ndim != 1 or not scale.is_contiguous():
-            raise CheckpointError(f"{path}: {name} is no vector of one scale per channel")
+            raise CheckpointError(f"{path}: {name} must be a vector of one scale per channel")
         if scale.dtype not in SCALE_DTYPES or scale.device.type != "cpu":
-            raise CheckpointError(f"{path}: {name} is {scale.dtype} on {scale.device}, no floats")
+            raise CheckpointError(
+                f"{path}: {name} must be floating point on the CPU; got {scale.dtype} on "
+                f"{scale.device}"
+            )
         scales[name] = scale = scale.detach().float()
         if not torch.isfinite(scale).all() or (scale < 0).any():
-            raise CheckpointError(f"{path}: {name} holds a negative or non-finite scale")
+            raise CheckpointError(f"{path}: {name} contains a negative or non-finite scale")
     return scales
 
 

@@ -1,4 +1,4 @@
-"""Texts as blocks of tokens."""
+"""Cut texts into blocks of tokens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,43 +15,45 @@ from torch import Tensor, nn
 from ..core.config import MixedQuantConfig, check_integer
 from ..core.texts import read_texts
 
-# Tokens of a block that a config's calibration texts are cut into.
+# Tokens per block of `config.calibration`.
 CALIBRATION_BLOCK = 1024
 
-# Texts are tokenized in pieces of about this many characters, so that a large corpus is read only
-# as far as needed and a block does not depend on how many blocks are asked for.
+# Texts are tokenized in pieces of about this many characters. A large corpus is then read only as
+# far as needed, and a block does not depend on how many blocks are requested.
 TOKENIZE_CHARACTERS = 1 << 20
 
 
 def token_blocks(
-    texts: Iterable[str], tokenizer, num_blocks: int | None, block_size: int
+    texts: Iterable[str], tokenizer: Any, num_blocks: int | None, block_size: int
 ) -> list[Tensor]:
-    """Cut texts into full blocks of tokens, in order, without overlap.
+    """Cut texts into full, non-overlapping blocks of tokens, in order.
 
-    The texts are joined by a blank line and tokenized like a document, special tokens at the very
-    beginning only. A block depends only on the texts up to it, so asking for more blocks gives the
-    same ones first.
+    The texts are joined by blank lines and tokenized as one document, with special tokens only at
+    the very beginning. A block depends only on the text before its end: a larger `num_blocks` gives
+    the same blocks followed by more.
 
     Args:
-        texts: texts; empty ones are kept, as in the evaluation protocol.
+        texts: the texts. Empty ones are kept, as in the evaluation protocol.
         tokenizer: a transformers tokenizer.
-        num_blocks: how many blocks at most; None for all that the texts give. Fewer texts than
-            needed give fewer blocks and a warning.
+        num_blocks: maximum number of blocks, or None for all. If the texts are too short, there are
+            fewer blocks and a warning.
         block_size: tokens per block, >= 1.
 
     Returns:
-        list of int64 [1, block_size].
+        A list of int64 tensors [1, block_size].
 
     Raises:
-        ValueError: a count below 1, or not even one full block. TypeError: texts is a str, whose
-            characters are no texts, or a count is no integer.
+        ValueError: a count is below 1, or the texts do not fill one block.
+        TypeError: `texts` is a single string or a path, or a count is not an integer.
     """
     if num_blocks is not None:
         check_integer("num_blocks", num_blocks, 1)
     check_integer("block_size", block_size, 1)
     if isinstance(texts, (str, os.PathLike)):
-        raise TypeError(f"texts must be an iterable of texts, not one or a path; got {texts!r:.60}")
-    token_ids = array("q")  # a list of Python's integers takes four times the memory
+        raise TypeError(
+            f"texts must be an iterable of texts, not a single text or a path; got {texts!r:.60}"
+        )
+    token_ids = array("q")  # a list of Python integers takes four times the memory
     for piece in _pieces(texts):
         special = not token_ids
         token_ids.extend(tokenizer(piece, add_special_tokens=special, verbose=False).input_ids)
@@ -59,13 +62,14 @@ def token_blocks(
     available = len(token_ids) // block_size
     if available == 0:
         raise ValueError(
-            f"block_size: texts hold {len(token_ids)} tokens, less than one block of {block_size}"
+            f"block_size: texts have {len(token_ids)} tokens, less than one block of {block_size}"
         )
     if num_blocks is None:
         num_blocks = available
     elif available < num_blocks:
         warnings.warn(
-            f"texts hold {available} blocks of {block_size} tokens; {num_blocks} were asked for",
+            f"texts fill only {available} blocks of {block_size} tokens; {num_blocks} were "
+            "requested",
             stacklevel=2,
         )
         num_blocks = available
@@ -74,33 +78,35 @@ def token_blocks(
 
 
 def draw_blocks(
-    texts: Iterable[str], tokenizer, num_blocks: int, block_size: int, seed: int
+    texts: Iterable[str], tokenizer: Any, num_blocks: int, block_size: int, seed: int
 ) -> list[Tensor]:
-    """Blocks of `token_blocks`, drawn by a seed from all over the texts, in the texts' order:
-    running text inside of a block, many texts across blocks.
+    """Draw blocks of `token_blocks` at random from the whole of the texts, in text order.
+
+    Each block is running text, and together they cover many texts.
 
     Raises:
-        ValueError: the texts give fewer than `num_blocks`, or as `token_blocks`.
+        ValueError: the texts fill fewer than `num_blocks` blocks; also as `token_blocks`.
     """
-    every = token_blocks(texts, tokenizer, None, block_size)
-    if num_blocks > len(every):
+    blocks = token_blocks(texts, tokenizer, None, block_size)
+    if num_blocks > len(blocks):
         raise ValueError(
-            f"calibration blocks must be at most the {len(every)} of {block_size} tokens in the "
-            f"texts; got {num_blocks}"
+            f"calibration blocks must be at most {len(blocks)}, the number of blocks of "
+            f"{block_size} tokens in the texts; got {num_blocks}"
         )
-    chosen = random.Random(seed).sample(range(len(every)), num_blocks)
-    return [every[index] for index in sorted(chosen)]
+    drawn = random.Random(seed).sample(range(len(blocks)), num_blocks)
+    return [blocks[index] for index in sorted(drawn)]
 
 
-def calibration_batches(model: nn.Module, tokenizer, config: MixedQuantConfig) -> list[Tensor]:
-    """The token blocks that ``config.calibration`` stands for: int64 [1, T] each.
+def calibration_batches(model: nn.Module, tokenizer: Any, config: MixedQuantConfig) -> list[Tensor]:
+    """Draw the token blocks of ``config.calibration``, which must be set: int64 [1, T] each.
 
     Raises:
-        ValueError: there are fewer than ``config.calibration_tokens`` tokens, or no tokenizer was
-            given; as `read_texts`.
+        ValueError: the texts have fewer than ``config.calibration_tokens`` tokens, or `tokenizer`
+            is None; also as `read_texts`.
     """
     if tokenizer is None:
-        raise ValueError("tokenizer must be given to calibrate on config.calibration; got None")
+        raise ValueError("tokenizer is required to calibrate on config.calibration; got None")
+    assert config.calibration is not None
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     size = min(CALIBRATION_BLOCK, config.calibration_tokens, positions or CALIBRATION_BLOCK)
     count = config.calibration_tokens // size
@@ -112,20 +118,32 @@ def chosen_batches(
     config: MixedQuantConfig,
     stats: Mapping | None,
     batches: Sequence[Tensor] | None,
-    tokenizer,
+    tokenizer: Any,
 ) -> Sequence[Tensor] | None:
-    """The batches to calibrate on: those given, else the ones that ``config.calibration`` stands
-    for where they are needed, else None. tokenizer: the model's, or where to load it from."""
-    is_needed = batches is None and (stats is None or bool(config.needs_tokens))
-    if not is_needed or config.calibration is None:
+    """The batches to calibrate on.
+
+    These are the given batches, or else, if calibration needs any, the blocks of
+    ``config.calibration``; None if neither applies.
+
+    Args:
+        tokenizer: the model's tokenizer, or the name or folder to load it from.
+    """
+    needs_batches = batches is None and (stats is None or bool(config.needs_tokens))
+    if not needs_batches or config.calibration is None:
         return batches
     if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = load_tokenizer(tokenizer)
+        try:
+            tokenizer = load_tokenizer(tokenizer)
+        except ValueError as error:
+            raise ValueError(
+                f"config.calibration needs a tokenizer, but {error}; load the model without "
+                "quantization_config and call smoothquant.quantize(model, config, tokenizer=...)"
+            ) from error
     return calibration_batches(model, tokenizer, config)
 
 
-def load_tokenizer(name_or_folder: str | os.PathLike):
-    """The tokenizer that was saved with a model, to calibrate on texts.
+def load_tokenizer(name_or_folder: str | os.PathLike) -> Any:
+    """Load the tokenizer that was saved with a model.
 
     Raises:
         ValueError: there is none, or it cannot be loaded.
@@ -136,14 +154,10 @@ def load_tokenizer(name_or_folder: str | os.PathLike):
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
         if tokenizer.vocab_size:
             return tokenizer
-        error: object = "there is none"  # transformers makes one up then
-    except (OSError, ValueError) as loading:
-        error = loading
-    raise ValueError(
-        f"config.calibration needs the tokenizer of {str(name_or_folder)!r}, which cannot be "
-        f"loaded: {error}; load the model without quantization_config and call "
-        "smoothquant.quantize(model, config, tokenizer=...)"
-    )
+        reason = "it has none"  # transformers returns one with an empty vocabulary
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    raise ValueError(f"the tokenizer of {str(name_or_folder)!r} cannot be loaded: {reason}")
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Quantized models on disk: saving, loading, converting, inspecting and exporting folders."""
+"""Quantized models on disk: save, load, convert, inspect and export them."""

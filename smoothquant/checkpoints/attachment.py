@@ -1,4 +1,4 @@
-"""Let transformers know that one of its models is quantized, so that it saves the model as such."""
+"""Register a quantized model with transformers, so that `save_pretrained` saves it as such."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..quantization.records import LinearRecord
 
 
 def attach(model: nn.Module) -> None:
-    """Bring a transformers model's quantizer up to date; any other model is left alone."""
+    """Update the quantizer of a transformers model; do nothing for any other model."""
     if is_transformers_model(model):
-        # By name: it imports transformers, and it is a driver of plans itself.
+        # Not a plain import: hf imports transformers, and this module.
         importlib.import_module(f"{__package__}.hf").set_quantizer(model)
 
 
 def finish(plan: Plan) -> list[LinearRecord]:
-    """`Plan.finish`, and attach the model to transformers."""
+    """Call `plan.finish` and `attach` the model."""
     records = plan.finish()
     attach(plan.model)
     return records

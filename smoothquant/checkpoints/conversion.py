@@ -1,13 +1,13 @@
-"""A checkpoint of any size quantized with the memory of a decoder layer.
+"""Quantize a checkpoint of any size with the memory of one decoder layer.
 
-The float weights are mapped from their files, never read as a whole: the system brings in what a
-layer needs and drops it again. The model runs one decoder layer at a time
-(`smoothquant.calibration.blocks`); a packed layer is written to a file at once and mapped from
-there. Memory holds the hidden states of the calibration tokens and the current layer.
+Float weights are memory-mapped, so the operating system loads what a layer needs and drops it
+again. The model runs one decoder layer at a time (`smoothquant.calibration.blocks`). Each packed
+layer is written to a file and mapped from there. Memory holds only the current layer and the hidden
+states of the calibration tokens.
 
-While it runs, the folder ``.<name of the target>.partial`` stands beside the target, with a file
-for each finished layer. The same call goes on from there after whatever stopped it, and comes to
-the same bytes; at the end the result takes the target's place, which is whole or not there.
+Finished layers are kept in the folder ``.<name of the target>.partial`` beside the target. After an
+interruption, the same call resumes from there and produces the same bytes. The result is moved to
+the target at the end, so that the target is complete or absent.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from .model_card import model_card
 
 logger = logging.getLogger("smoothquant")
 
-# Of a model's folder, what goes along unchanged.
+# Files of the source that are copied unchanged.
 COMPANIONS = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "chat_template*", "generation_config.json",
@@ -74,34 +74,35 @@ def convert(
     stats: Mapping[str, ChannelStats] | str | os.PathLike | None = None,
     batches: Sequence[Tensor] | None = None,
     *,
-    tokenizer=None,
+    tokenizer: Any = None,
     spill: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> list[LinearRecord]:
     """Quantize a folder with a float model into a folder that `load_quantized` reads.
 
-    The result is that of `smoothquant.quantize` on the loaded model, in the dtype it is stored in,
-    and `save_quantized`, bit for bit; its tensors lie in a file for each decoder layer.
+    The result equals, bit for bit, loading the model in its stored dtype and calling
+    `smoothquant.quantize` and `save_quantized`, except that each decoder layer has a file of its
+    own.
 
     Args:
-        source: a folder with config.json and model.safetensors, or shards of it and their index.
+        source: a folder with config.json and model.safetensors, or with shards and their index.
         target: as for `save_quantized`.
-        config, stats, batches: as for `quantize`. Statistics that are not given are collected
-            from the batches, one decoder layer at a time.
-        tokenizer: the model's, for ``config.calibration``; None: the one in `source`.
-        spill: let the hidden states of the calibration tokens, which wait between one decoder layer
-            and the next, and the matrices of GPTQ lie in files beside the target, not in memory.
+        config, stats, batches: as for `quantize`. Missing statistics are collected from the
+            batches, one decoder layer at a time.
+        tokenizer: the model's tokenizer, for ``config.calibration``; None loads it from `source`.
+        spill: keep the hidden states between decoder layers and the matrices of GPTQ in files
+            beside the target, not in memory.
         overwrite: replace a folder that holds a quantized model.
         progress: show progress bars.
 
     Returns:
-        A record for every parameter, as `quantization_report` has them.
+        A record for every parameter, as from `quantization_report`.
 
     Raises:
-        ValueError: no such folder; a model whose decoder layers are not known; as `quantize` and
-            `save_quantized`.
-        CheckpointError: a file of the source is broken, or a tensor is missing.
+        ValueError: there is no such folder, or the decoder layers of the model are unknown; also as
+            `quantize` and `save_quantized`.
+        CheckpointError: a source file is damaged, or a tensor is missing.
         OSError: the disk is full.
     """
     target = check_target(target, overwrite=overwrite)
@@ -117,14 +118,14 @@ def convert(
     folder, mapped = work / "folder", Mapped()
     spilled = work / "spilled" if spill else None
     if progress:
-        print(f"Finished layers are kept in {work} until all are done.", flush=True)
+        print(f"Keeping finished layers in {work} until the conversion is complete.", flush=True)
     try:
         _map_weights(model, source, headers, mapped, work / "fused")
 
         def collect(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, ChannelStats]:
-            found = _statistics(work / "stats.safetensors", model, batches, spilled, progress)
+            collected = _statistics(work / "stats.safetensors", model, batches, spilled, progress)
             mapped.release()
-            return found
+            return collected
 
         plan = Plan(
             model, config, stats, batches, collect=collect, spill=spilled, progress=progress
@@ -135,7 +136,7 @@ def convert(
         conversion.write_rest(source)
         publish_folder(folder, target, overwrite=overwrite)
     except Exception:
-        if folder.exists() and not any(folder.iterdir()):  # nothing to go on from
+        if folder.exists() and not any(folder.iterdir()):  # nothing to resume from
             shutil.rmtree(work, ignore_errors=True)
         raise
     shutil.rmtree(work, ignore_errors=True)
@@ -143,36 +144,38 @@ def convert(
 
 
 class _Conversion:
-    """The layers of a model, packed one after the other into files of a folder."""
+    """Packs the decoder layers of a model one by one into files of a folder."""
 
     def __init__(self, plan: Plan, layers: list[str], folder: Path, mapped: Mapped) -> None:
-        self.plan, self.model, self.config = plan, plan.model, plan.config
+        self.plan, self.config = plan, plan.config
+        model: Any = plan.model
+        self.model = model
         self.layers, self.folder, self.mapped = layers, folder, mapped
-        # A manifest lists where a layer's own config differs from this one.
+        # The manifest lists how the config of each layer differs from this one.
         self.model.mixedquant_config = self.config
 
     def path(self, index: int) -> Path:
-        """The file of a layer; behind the last one's, that of all other tensors."""
+        """The file of a layer; after the last layer, that of the remaining tensors."""
         return self.folder / f"model-{index + 1:05}-of-{len(self.layers) + 1:05}.safetensors"
 
-    def _about(self, index: int) -> Path:
-        """What a finished layer is made of, for a run that goes on."""
+    def _description(self, index: int) -> Path:
+        """The file that describes a finished layer, for resuming."""
         return self.folder.parent / f"layer-{index + 1:05}.json"
 
     def run(self) -> None:
-        """Pack and write every decoder layer that an earlier run has not finished."""
+        """Pack and write every decoder layer that an earlier run did not finish."""
         groups_of: dict[int, list[Group]] = {index: [] for index in range(len(self.layers))}
         for group in self.plan.groups:
             groups_of[self._layer_of(group.name)].append(group)
-        waiting = {}
+        unfinished = {}
         for index, groups in groups_of.items():
             if self.path(index).exists():
-                self._take_up(index)
+                self._restore(index)
             else:
-                waiting[index] = groups
-        # With tokens, a layer is calibrated on the ones before it, so all go in one pass;
-        # without, each layer stands alone.
-        passes = list(waiting.values())
+                unfinished[index] = groups
+        # Calibration tokens run through all layers in one pass; without them, layers are
+        # independent.
+        passes = list(unfinished.values())
         if self.config.needs_tokens and passes:
             passes = [sum(passes, [])]
         records: dict[int, list[LinearRecord]] = {}
@@ -180,20 +183,22 @@ class _Conversion:
             for groups in passes:
                 for record in self.plan.pack(groups):
                     index = self._layer_of(record.name)
-                    of_layer = records.setdefault(index, [])
-                    of_layer.append(record)
+                    layer_records = records.setdefault(index, [])
+                    layer_records.append(record)
                     bar.update()
-                    if len(of_layer) == sum(len(group.names) for group in groups_of[index]):
-                        self._put_down(index, of_layer)
+                    if len(layer_records) == sum(len(group.names) for group in groups_of[index]):
+                        self._write(index, layer_records)
 
     def _layer_of(self, name: str) -> int:
         for index, layer in enumerate(self.layers):
             if name.startswith(layer + "."):
                 return index
-        raise ValueError(f"source: {name} is in no decoder layer; call smoothquant.quantize")
+        raise ValueError(
+            f"source: {name} is not in a decoder layer; use smoothquant.quantize instead"
+        )
 
     def _tensors(self, index: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """A layer's distinct tensors and its aliases, by full name."""
+        """The distinct tensors and the aliases of a layer, by full name."""
         prefix = self.layers[index] + "."
         tensors, aliases = distinct_tensors(self.model)
         return (
@@ -201,42 +206,42 @@ class _Conversion:
             {name: owner for name, owner in aliases.items() if name.startswith(prefix)},
         )
 
-    def _put_down(self, index: int, records: list[LinearRecord]) -> None:
-        """Write a packed layer and have it mapped from its file from now on."""
+    def _write(self, index: int, records: list[LinearRecord]) -> None:
+        """Write a packed layer to its file and map it from there."""
         prefix = self.layers[index] + "."
         linears = Manifest.of_model(self.model).to_dict()["linears"]
-        about = {
+        description = {
             "linears": {name: e for name, e in linears.items() if name.startswith(prefix)},
             "records": [dataclasses.asdict(record) for record in records],
         }
-        # beside the tensors, not in them: safetensors writes metadata in no fixed order
-        with atomic_file(self._about(index)) as partial:
-            partial.write_text(json.dumps(about), encoding="utf-8")
+        # Not in the file's metadata, which safetensors writes in random order.
+        with atomic_file(self._description(index)) as partial:
+            partial.write_text(json.dumps(description), encoding="utf-8")
         write_tensors(self._tensors(index)[0], self.path(index))
         self._map(index)
         self.mapped.release()
 
-    def _take_up(self, index: int) -> None:
-        """Put a layer of an earlier run in the place of its float one."""
-        path = self._about(index)
-        about = read_json(path)
+    def _restore(self, index: int) -> None:
+        """Replace a float layer by the quantized one that an earlier run wrote."""
+        path = self._description(index)
+        description = read_json(path)
         fields = Manifest(self.config, next(self.model.parameters()).dtype).to_dict()
-        fields["linears"] = about["linears"]
+        fields["linears"] = description["linears"]
         insert_linears(self.model, Manifest.from_dict(fields, path), path)
         self._map(index)
-        for fields in about["records"]:
+        for fields in description["records"]:
             record = LinearRecord(**{**fields, "shape": tuple(fields["shape"])})
             self.plan.records[record.name] = record
 
     def _map(self, index: int) -> None:
         tensors, aliases = self._tensors(index)
-        found = self.mapped.read(self.path(index), tensors)
-        found |= {name: found[owner] for name, owner in aliases.items() if owner in found}
-        for name, tensor in found.items():
+        mapped = self.mapped.read(self.path(index), tensors)
+        mapped |= {name: mapped[owner] for name, owner in aliases.items() if owner in mapped}
+        for name, tensor in mapped.items():
             assign(self.model, name, tensor)
 
     def write_rest(self, source: Path) -> None:
-        """Write all that is in no layer, the index, and what stands beside the tensors."""
+        """Write the tensors outside the layers, the index, config, tokenizer and model card."""
         inside = tuple(layer + "." for layer in self.layers)
         tensors = distinct_tensors(self.model)[0]
         last = self.path(len(self.layers))
@@ -258,7 +263,7 @@ class _Conversion:
 
 
 def float_source(source: Path, headers: Mapping[str, Header]) -> tuple[nn.Module, list[str]]:
-    """The float model of a folder, its parameters without memory, and its decoder layers."""
+    """The float model of a folder, with its parameters on meta, and its decoder layers."""
     fields = read_json(source / CONFIG)
     if "quantization_config" in fields:
         method = fields["quantization_config"]
@@ -269,27 +274,30 @@ def float_source(source: Path, headers: Mapping[str, Header]) -> tuple[nn.Module
     layers = decoder_layers(model)
     if not layers:
         raise ValueError(
-            f"source: the decoder layers of {type(model).__name__} are not in the table of "
-            "families; load it and call smoothquant.quantize"
+            f"source: the decoder layers of {type(model).__name__} are unknown; load the model "
+            "and use smoothquant.quantize instead"
         )
     return model.eval(), layers
 
 
 def float_shapes(source: str | os.PathLike) -> nn.Module:
-    """The float model of a folder, its parameters in the files' dtype but without memory; the
-    errors of `convert` for a folder that holds none."""
+    """The float model of a folder, with its parameters on meta in the dtype of the files.
+
+    Raises:
+        ValueError, CheckpointError: as `convert`.
+    """
     headers = stored_tensors(_checked_source(source))
     model, _ = float_source(Path(source), headers)
     return model.to(_main_dtype({}, headers))
 
 
 def _main_dtype(fields: Mapping[str, Any], headers: Mapping[str, Header]) -> torch.dtype:
-    """The dtype that transformers loads a folder in: what config.json says, else what most of the
-    stored values have."""
+    """The dtype that transformers loads a folder in: the one in config.json, else that of most
+    stored values."""
     named = DTYPES.get(str(fields.get("dtype") or fields.get("torch_dtype")))
     if named in FLOATS:
         return named
-    sizes = collections.Counter(dict.fromkeys(FLOATS, 0))
+    sizes: collections.Counter[torch.dtype] = collections.Counter(dict.fromkeys(FLOATS, 0))
     for header in headers.values():
         if DTYPES.get(header.dtype) in FLOATS:
             sizes[DTYPES[header.dtype]] += math.prod(header.shape)
@@ -298,16 +306,18 @@ def _main_dtype(fields: Mapping[str, Any], headers: Mapping[str, Header]) -> tor
 
 def _checked_source(source: str | os.PathLike) -> Path:
     if not (Path(source) / CONFIG).is_file():
-        raise ValueError(f"source must be a folder with a model and its config.json; got {source}")
+        raise ValueError(f"source must be a model folder with a config.json; got {source}")
     return Path(source)
 
 
 def _map_weights(
-    model: nn.Module, source: Path, headers: Mapping[str, Header], mapped: Mapped, fused: Path
+    model: Any, source: Path, headers: Mapping[str, Header], mapped: Mapped, fused: Path
 ) -> None:
-    """Give a model its parameters, mapped from the files of `source`. What transformers makes of
-    several tensors while it loads them, such as all experts of a layer, is made once, one at a
-    time, into files of the folder `fused`."""
+    """Map a model's parameters from the files of `source`.
+
+    Parameters that transformers builds from several tensors on loading, such as the experts of a
+    layer, are built one at a time and stored in files of the folder `fused`.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -324,36 +334,38 @@ def _map_weights(
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
-    found: dict[str, tuple[Path, Tensor]] = {}
+    loaded: dict[str, tuple[Path, Tensor]] = {}
     parts: dict[str, WeightConverter] = {}
     for key in sorted(stored, key=dot_natural_key):
-        name, pattern = key, None
+        name: str = key
+        pattern: str | None = None
         if key not in expected:
             prefix = model.base_model_prefix
             name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
         if name in expected and pattern is None:
-            found[name] = headers[key].path, stored[key]
-        elif name in expected:
+            loaded[name] = headers[key].path, stored[key]
+        elif name in expected and pattern is not None:
             part = parts.setdefault(name, copy.deepcopy(by_pattern[pattern]))
-            part.add_tensor(name, key, pattern, stored[key])
+            tensor: Any = stored[key]  # annotated as a Future, but transformers accepts tensors
+            part.add_tensor(name, key, pattern, tensor)
     for number, (name, part) in enumerate(parts.items()):
         path = fused / f"{number:05}.safetensors"
         if not path.exists():
             try:
-                made = part.convert(name, model=model, config=model.config)
-            except Exception as error:  # whatever odd shapes make transformers do
-                raise CheckpointError(f"{source}: {name} cannot be made: {error}") from error
-            made = {key: t[0] if isinstance(t, list) else t for key, t in made.items()}
-            write_tensors(made, path)
-            del made
+                built: Any = part.convert(name, model=model, config=model.config)
+            except Exception as error:  # wrong shapes may raise anything in transformers
+                raise CheckpointError(f"{source}: cannot build {name}: {error}") from error
+            built = {key: t[0] if isinstance(t, list) else t for key, t in built.items()}
+            write_tensors(built, path)
+            del built
             mapped.release()
         names = read_headers([path])
-        found |= {key: (source, t) for key, t in mapped.read(path, names).items()}
+        loaded |= {key: (source, t) for key, t in mapped.read(path, names).items()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    lacking = sorted(set(expected) - set(found) - tied)
-    if lacking:
-        raise CheckpointError(f"{source}: lacks tensor {lacking[0]} ({len(lacking)} such)")
-    for name, (path, tensor) in found.items():
+    missing = sorted(set(expected) - set(loaded) - tied)
+    if missing:
+        raise CheckpointError(f"{source}: lacks tensor {missing[0]} ({len(missing)} missing)")
+    for name, (path, tensor) in loaded.items():
         if tensor.shape != expected[name].shape:
             raise CheckpointError(
                 f"{path}: tensor {name} must have shape {tuple(expected[name].shape)}; "
@@ -366,14 +378,20 @@ def _map_weights(
 def _statistics(
     path: Path, model: nn.Module, batches: Sequence[Tensor], spill: Path | None, progress: bool
 ) -> dict[str, ChannelStats]:
+    """Collect statistics into a file, unless an earlier run did; read them from there."""
     if not path.exists():
         stats = collect_stats(model, batches, by_layer=True, spill=spill, progress=progress)
         save_stats(stats, path)
     return load_stats(path)
 
 
-def _identity(headers, config, stats, batches) -> dict[str, Any]:
-    """What a started conversion must agree in to be gone on with."""
+def _identity(
+    headers: Mapping[str, Header],
+    config: MixedQuantConfig,
+    stats: Mapping[str, ChannelStats] | None,
+    batches: Sequence[Tensor] | None,
+) -> dict[str, Any]:
+    """What identifies a conversion: only the same one is resumed."""
     digest = hashlib.sha256()
     for batch in batches or ():
         digest.update(json.dumps(batch.tolist()).encode())
@@ -391,16 +409,16 @@ def _identity(headers, config, stats, batches) -> dict[str, Any]:
 
 
 def _begin(work: Path, identity: dict[str, Any]) -> None:
-    """Make the working folder, or find that of the same conversion; another's is removed."""
+    """Create the working folder, or resume from it if it belongs to the same conversion."""
     path = work / "conversion.json"
     text = json.dumps(identity, sort_keys=True, indent=1, default=str) + "\n"
     if path.exists() and path.read_text(encoding="utf-8") == text:
-        logger.warning("going on with the conversion in %s", work)
-        for leftover in work.rglob(".*.tmp"):  # of a killed writer
+        logger.warning("resuming the conversion in %s", work)
+        for leftover in work.rglob(".*.tmp"):  # from a killed process
             leftover.unlink()
         return
     if work.exists():
-        logger.warning("starting anew: %s is of another conversion", work)
+        logger.warning("starting over: %s belongs to another conversion", work)
         shutil.rmtree(work)
     (work / "folder").mkdir(parents=True)
     with atomic_file(path) as partial:

@@ -1,8 +1,9 @@
-"""Quantized models for other engines, where their formats can say what the model is.
+"""Export quantized models to formats of other inference engines.
 
 compressed-tensors (https://github.com/vllm-project/compressed-tensors), format "pack-quantized":
-weights are the same numbers, bit for bit. Activations are quantized by the reader's own rule for
-"4 bits, dynamic, per token or group"; symmetric ones are scaled by max|x| / 7.5 there, / 7 here.
+weights keep their exact values. Activations are quantized by the reader's own rule for "4 bits,
+dynamic, per token or group"; for symmetric ones, it uses the scale max|x| / 7.5, where we use
+max|x| / 7.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ CODES_IN_INT32 = 8
 
 
 class _Packed(nn.Module):
-    """A linear's tensors under the names that compressed-tensors has for them."""
+    """The tensors of a linear under their compressed-tensors names."""
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -36,41 +37,44 @@ class _Packed(nn.Module):
 
 @torch.no_grad()
 def export_compressed_tensors(
-    model: nn.Module, folder: str | os.PathLike, tokenizer=None, *, overwrite: bool = False
+    model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None, *, overwrite: bool = False
 ) -> None:
-    """Write a quantized transformers model as compressed-tensors, whole or not at all.
+    """Write a quantized transformers model in the compressed-tensors format, atomically.
 
     Args:
-        model: quantized by ``backend="int4"``; it stays as it is.
-        folder: must not exist, or be empty, or with overwrite hold a model.
-        tokenizer: a transformers tokenizer to save with it, or None.
+        model: a model quantized with ``backend="int4"``; it is not changed.
+        folder: must not exist or be empty; with `overwrite`, it may also hold a model.
+        tokenizer: a transformers tokenizer to save with the model, or None.
+        overwrite: replace a folder that holds a model.
 
     Raises:
-        ValueError: the format cannot say what the model is: the message names the layer and the
-            reason; or the folder is taken. Nothing has been written then.
-        OSError: the disk's own complaint; nothing is left behind.
+        ValueError: the format cannot express the model (the message names the layer and the
+            reason), or the folder is not free. Nothing is written.
+        OSError: writing failed. Nothing is left behind.
     """
     if not is_transformers_model(model):
-        raise ValueError(f"model must be one of transformers; got {type(model).__name__}")
+        raise ValueError(f"model must be a transformers model; got {type(model).__name__}")
     dtype = Manifest.of_model(model).dtype
     folder = check_target(folder, overwrite=overwrite, of_any_model=True)
     for name, module in model.named_modules():
         if isinstance(module, W4A4Experts):
-            raise _not_expressible(name, "fused experts have no place in the format")
-    exported = module_copy(model)
+            raise _not_expressible(name, "the format has no fused experts")
+    exported: Any = module_copy(model)
     places = module_places(exported)
     schemes: list[tuple[dict[str, Any], list[str]]] = []
     for name, module in model.named_modules():
         if not isinstance(module, QuantizedLinear):
             continue
+        if not isinstance(module, W4A4Linear):
+            raise _not_expressible(name, "it is a simulation (backend='fake')")
         scheme = _scheme(name, module)
         packed = _Packed(*_natural_weight(name, module, dtype), module.bias)
         replace_module(exported, name, packed, places)
-        named = next((names for other, names in schemes if other == scheme), None)
-        if named is None:
+        same_scheme = next((names for other, names in schemes if other == scheme), None)
+        if same_scheme is None:
             schemes.append((scheme, [name]))
         else:
-            named.append(name)
+            same_scheme.append(name)
     floats = [name for name, m in exported.named_modules() if isinstance(m, nn.Linear)]
     if exported.hf_quantizer is not None:
         exported.hf_quantizer.remove_quantization_config(exported)
@@ -90,8 +94,13 @@ def export_compressed_tensors(
 
 
 def pack_int32(codes: Tensor) -> Tensor:
-    """Codes in [-8, 7], int8 [N, K], plus 8, eight to an int32, the first in the lowest bits:
-    int32 [N, ceil(K / 8)]."""
+    """Pack codes in [-8, 7], int8 [N, K], as eight 4-bit values (code + 8) per int32.
+
+    The first code is in the lowest bits.
+
+    Returns:
+        int32 [N, ceil(K / 8)].
+    """
     n, k = codes.shape
     padded = torch.zeros(n, -(-k // CODES_IN_INT32) * CODES_IN_INT32, dtype=torch.int64)
     padded[:, :k] = codes + 8
@@ -104,19 +113,22 @@ def _not_expressible(name: str, reason: str) -> ValueError:
     return ValueError(f"compressed-tensors cannot express {name}: {reason}")
 
 
-def _scheme(name: str, layer: QuantizedLinear) -> dict[str, Any]:
-    """A layer's entry of config_groups, without targets."""
+def _scheme(name: str, layer: W4A4Linear) -> dict[str, Any]:
+    """The entry of config_groups for a layer, without its targets."""
     config = layer.config
-    for unfit, reason in (
-        (not isinstance(layer, W4A4Linear), "it is a simulation (backend='fake')"),
-        (layer.num_salient, f"{layer.num_salient} of its channels are salient, which are 16-bit"),
+    checks: tuple[tuple[bool, str], ...] = (
+        (
+            layer.num_salient > 0,
+            f"{layer.num_salient} of its channels are salient, which are 16-bit",
+        ),
         (config.num_bits != 4, f"it has {config.num_bits} bits; only 4 are exported"),
-        (config.rotation > 1, f"its channels are rotated (rotation={config.rotation})"),
+        (config.rotation not in (0, 1), f"its channels are rotated (rotation={config.rotation})"),
         (config.act_clip != 1.0, f"its activations are clipped (act_clip={config.act_clip:g})"),
         (config.act_format == "unsigned", "its activations have unsigned codes"),
         (layer.quantize_output, "its outputs are quantized, too (quantize_output=True)"),
-    ):
-        if unfit:
+    )
+    for unsupported, reason in checks:
+        if unsupported:
             raise _not_expressible(name, reason)
     size = layer.group_size if _has_groups(layer) else None
     by_group = size and config.act_quant == "per_group"
@@ -131,7 +143,7 @@ def _scheme(name: str, layer: QuantizedLinear) -> dict[str, Any]:
 
 
 def _arguments(group_size: int | None, whole: str, symmetric: bool = True) -> dict[str, Any]:
-    """QuantizationArgs of compressed-tensors; whole: the strategy where nothing is by group."""
+    """QuantizationArgs of compressed-tensors; whole: the strategy if `group_size` is None."""
     return {
         "num_bits": 4,
         "type": "int",
@@ -147,11 +159,17 @@ def _has_groups(layer: QuantizedLinear) -> bool:
 
 
 def _natural_weight(name: str, layer: W4A4Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes int8 [N, K] and scales [N, G] or [N, 1], with the channels in natural order."""
+    """Codes int8 [N, K] and scales [N, G] or [N, 1], with channels in natural order."""
     n, k, size = layer.out_features, layer.in_features, layer.group_size
-    packed = [getattr(layer, key) for key in ops.PACKED]
-    order = torch.arange(k, dtype=torch.int32)
-    values = ops.unpack_weight(*packed, order, n, size, 0)
+    values = ops.unpack_weight(
+        layer.qweight,
+        layer.scales,
+        layer.salient_weight,
+        layer.salient_scales,
+        torch.arange(k, dtype=torch.int32),  # keeps the packed order of the channels
+        n,
+        size,
+    )
     scales = layer.scales.float().movedim(2, 1).flatten(0, 1)[:n]
     by_column = scales.repeat_interleave(size, dim=1)[:, :k]
     codes = torch.where(by_column > 0, values / by_column, 0).to(torch.int8)
@@ -163,22 +181,22 @@ def _natural_weight(name: str, layer: W4A4Linear, dtype: torch.dtype) -> tuple[T
         scales = scales[:, :1]
     stored = scales.to(dtype)
     if not torch.equal(stored.float(), scales):
-        raise _not_expressible(name, f"its scales are beyond the precision or range of {dtype}")
+        raise _not_expressible(name, f"its scales do not fit in {dtype}")
     return natural, stored.contiguous()
 
 
 def _groups_in_order(name: str, layer: W4A4Linear) -> Tensor:
-    """The group that each run of neighbouring channels is: int64 [G]."""
+    """The index of the group of each run of neighbouring channels: int64 [G]."""
     k, size = layer.in_features, layer.group_size
     if k % size:
-        raise _not_expressible(name, f"its {k} channels are no multiple of group_size={size}")
+        raise _not_expressible(name, f"its {k} channels are not a multiple of group_size={size}")
     group = torch.empty(k, dtype=torch.int64)
     group[layer.perm.long()] = torch.arange(k) // size
     runs = group.view(-1, size)
     if (runs != runs[:, :1]).any():
         raise _not_expressible(
             name,
-            "its groups are no neighbouring channels (sort='none' leaves them in their order, and "
-            "fold_permutations moves the order of some into other layers)",
+            "its groups are not neighbouring channels (quantize with sort='none', or move "
+            "permutations into other layers with fold_permutations)",
         )
     return runs[:, 0]

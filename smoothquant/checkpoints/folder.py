@@ -1,13 +1,13 @@
-"""Quantized models on disk: a folder that is whole or absent, read with distrust.
+"""Save and load folders of quantized models. Writing is atomic; reading trusts nothing.
 
-config.json                   the model's own, by transformers, with a `manifest.Manifest` in it
-generation_config.json        the model's own
-README.md                     what it is and what was measured of it (`model_card`)
-model.safetensors             every distinct parameter and persistent buffer, once; or shards of it
-                              and model.safetensors.index.json, which says what is where
+config.json                   the transformers config, with a `manifest.Manifest` in it
+generation_config.json        the transformers generation config
+README.md                     the model card (`model_card`)
+model.safetensors             every distinct parameter and persistent buffer, once; or shards and
+                              their index, model.safetensors.index.json
 
-`model.save_pretrained` writes the same files and `AutoModelForCausalLM.from_pretrained` reads them
-(`smoothquant.checkpoints.hf`).
+`model.save_pretrained` writes the same files except the card, and
+`AutoModelForCausalLM.from_pretrained` reads them (`smoothquant.checkpoints.hf`).
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ from .manifest import CARD, Manifest, check_headers, check_kept, check_linear, i
 def save_quantized(
     model: nn.Module,
     folder: str | os.PathLike,
-    tokenizer=None,
+    tokenizer: Any = None,
     *,
     overwrite: bool = False,
     evaluation: Mapping[str, float] | None = None,
 ) -> None:
     """Write a quantized transformers model to a folder, with a model card.
 
-    The folder is written beside its place under another name, flushed to the disk and renamed, so
-    it is whole or not there.
+    Writing is atomic: a temporary folder beside the target is flushed to disk and then renamed.
 
     Args:
-        model: quantized by `smoothquant.quantize` or its drop-in forms; either backend.
-        folder: must not exist, or be empty, or with overwrite hold a quantized model: that is
-            replaced as a whole.
-        tokenizer: a transformers tokenizer to save with it, or None.
-        evaluation: {what was measured, and on what: number}, for the card.
+        model: a transformers model quantized by this package, with either backend.
+        folder: must not exist or be empty; with `overwrite`, it may also hold a quantized model,
+            which is replaced as a whole.
+        tokenizer: a transformers tokenizer to save with the model, or None.
+        overwrite: replace a folder that holds a quantized model.
+        evaluation: {"metric, dataset": number}, for the model card.
 
     Raises:
-        ValueError: the model is not quantized, is no transformers model, or the folder is taken.
-        OSError: the disk's own complaint; nothing is left behind.
+        ValueError: the model is not a quantized transformers model, or the folder is not free.
+        OSError: writing failed. Nothing is left behind.
     """
     from .model_card import model_card
 
@@ -72,16 +72,19 @@ def save_quantized(
         raise ValueError(
             f"model must be a quantized transformers model; got {type(model).__name__}"
         )
-    attach(model)  # what cannot be saved is refused before anything is written
+    attach(model)  # rejects what cannot be saved before anything is written
     folder, card = check_target(folder, overwrite=overwrite), model_card(model, evaluation)
     write_folder(model, folder, tokenizer, card, overwrite=overwrite)
 
 
 def write_folder(
-    model, folder: Path, tokenizer=None, card: str = "", *, overwrite: bool = False
+    model: Any, folder: Path, tokenizer: Any = None, card: str = "", *, overwrite: bool = False
 ) -> None:
-    """`save_pretrained` of a transformers model, and a tokenizer and a card if there are, whole or
-    not at all; folder: as `check_target` gave it."""
+    """Write a transformers model, and optionally a tokenizer and a model card, atomically.
+
+    Args:
+        folder: as returned by `check_target`.
+    """
     with atomic_folder(folder, overwrite=overwrite) as partial:
         model.save_pretrained(partial)
         if tokenizer is not None:
@@ -93,24 +96,31 @@ def write_folder(
 def check_target(
     folder: str | os.PathLike, *, overwrite: bool = False, of_any_model: bool = False
 ) -> Path:
-    """The absolute path that `save_quantized` would write to, links and dots resolved.
+    """Check that `save_quantized` may write to a folder.
 
-    Raises ValueError if it is taken: by anything but an empty folder, or, with overwrite, by
-    anything but a folder that holds a quantized model (of_any_model: any model).
+    Args:
+        overwrite: also accept a folder that holds a quantized model.
+        of_any_model: with `overwrite`, accept a folder that holds any model.
+
+    Returns:
+        The absolute path, with links and dots resolved.
+
+    Raises:
+        ValueError: the path exists and is neither an empty folder nor one that may be overwritten.
     """
     path = Path(folder).resolve()
     free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     replaceable = (path / CONFIG).is_file() if of_any_model else is_quantized_folder(path)
     if not (free or (overwrite and replaceable)):
         raise ValueError(
-            f"folder exists already: {path} (overwriting replaces a folder with a "
-            f"{'' if of_any_model else 'quantized '}model)"
+            f"folder already exists: {path} (only a folder with a "
+            f"{'' if of_any_model else 'quantized '}model can be overwritten)"
         )
     return path
 
 
 def is_quantized_folder(folder: str | os.PathLike) -> bool:
-    """Whether a folder's config.json says that it holds a model of this package."""
+    """Whether a folder's config.json declares a model quantized by this package."""
     try:
         fields = read_json(Path(folder) / CONFIG).get("quantization_config")
     except CheckpointError:
@@ -119,26 +129,29 @@ def is_quantized_folder(folder: str | os.PathLike) -> bool:
 
 
 def load_quantized(folder: str | os.PathLike) -> nn.Module:
-    """Read a folder that `save_quantized` wrote: the same model, in evaluation mode, on the CPU.
+    """Load a folder written by `save_quantized`, on the CPU and in evaluation mode.
 
-    No code from the folder is run. Everything is checked before a kernel sees it, then the model is
-    tried on three tokens. The attention implementation is not recorded: it is transformers'
-    default, which ``model.set_attn_implementation`` changes; logits are the saved model's, bit for
-    bit, under the same one.
+    No code from the folder is run. All files are checked before any kernel runs; then the model is
+    run on three tokens.
+
+    The attention implementation is not stored. The loaded model has transformers' default, which
+    ``model.set_attn_implementation`` changes. With the same implementation, logits are
+    bit-identical to those of the saved model.
 
     Raises:
-        ValueError: no such folder.
-        CheckpointError: a file is missing, broken or does not fit the others; the message names
-            the file, and the tensor where there is one.
+        ValueError: there is no such folder.
+        CheckpointError: a file is missing, damaged or inconsistent with the others. The message
+            names the file and, if there is one, the tensor.
     """
     model, manifest, headers, dtypes = open_quantized(folder)
     tensors = _read(headers)
     tensors |= {name: tensors[owner] for name, owner in manifest.shared.items()}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
-            own = {key: tensors[f"{name}.{key}"] for key in module.state_dict()}
+            layer_tensors = {key: tensors[f"{name}.{key}"] for key in module.state_dict()}
             perm = f"{name}.perm"
-            check_linear(headers[manifest.shared.get(perm, perm)].path, name, module, own)
+            path = headers[manifest.shared.get(perm, perm)].path
+            check_linear(path, name, module, layer_tensors)
     for name, buffer in unsaved_buffers(model).items():
         assign(model, name, buffer.to(dtypes[name]))
     model.load_state_dict(tensors, assign=True)
@@ -146,7 +159,7 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
     model.mixedquant_config = manifest.config
     parameters = dict(model.named_parameters())
     for name, owner in manifest.shared.items():
-        if owner in parameters:  # of the same memory already, but not yet the same object
+        if owner in parameters:  # it shares the memory already; make it the same object
             assign(model, name, parameters[owner])
     attach(model)
     _try(model.eval(), Path(folder) / CONFIG)
@@ -154,40 +167,43 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
 
 
 @torch.no_grad()
-def _try(model: nn.Module, path: Path) -> None:
-    """Refuse a configuration of which a model can be built, but none that runs."""
+def _try(model: Any, path: Path) -> None:
+    """Reject a config from which a model can be built that does not run."""
     if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
-        return  # it takes more than tokens
+        return  # needs inputs other than tokens
     try:
-        model(torch.zeros(1, 3, dtype=torch.int64))  # 3: wrong sizes of 1 would broadcast
-    except Exception as error:  # whatever a broken configuration makes the model do
+        model(torch.zeros(1, 3, dtype=torch.int64))  # 3, as wrong sizes of 1 would broadcast
+    except Exception as error:  # a broken config may raise anything in the model
         raise CheckpointError(
-            f"{path}: a {type(model).__name__} of it does not run: {error}"
+            f"{path}: the {type(model).__name__} built from it does not run: {error}"
         ) from error
 
 
 class Opened(NamedTuple):
-    """A folder of a quantized model whose files fit each other, none of its tensors read yet.
+    """A folder of a quantized model whose headers are consistent; no tensor is read yet.
 
-    model: with its quantized layers, parameters without memory. headers: of the tensors in the
-    files. dtypes: of these and of the buffers that are built.
+    Attributes:
+        model: the model with its quantized layers and its parameters on meta.
+        manifest: its manifest.
+        headers: headers of the stored tensors.
+        dtypes: dtypes of the stored tensors and of the buffers that are not stored.
     """
 
-    model: nn.Module
+    model: Any
     manifest: Manifest
     headers: dict[str, Header]
     dtypes: dict[str, torch.dtype]
 
 
 def open_quantized(folder: str | os.PathLike) -> Opened:
-    """All of `load_quantized` that needs no tensor's values; the same errors."""
+    """Do everything in `load_quantized` that does not read tensors; raises the same errors."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"folder must be a folder of a quantized model; got {folder}")
+        raise ValueError(f"folder must be a quantized model folder; got {folder}")
     path = folder / CONFIG
     fields = read_json(path)
     if "quantization_config" not in fields:
-        raise CheckpointError(f"{path}: no quantization_config: this is no quantized model")
+        raise CheckpointError(f"{path}: not a quantized model: it has no quantization_config")
     manifest = Manifest.from_dict(fields["quantization_config"], path)
     headers = stored_tensors(folder)
     model = float_model(folder, fields.get("architectures"), len(headers))
@@ -198,7 +214,7 @@ def open_quantized(folder: str | os.PathLike) -> Opened:
 
 
 def _read(headers: Mapping[str, Header]) -> dict[str, Tensor]:
-    """All tensors, out of the mapped files, which may change."""
+    """Copies of all tensors, independent of the files, which may change later."""
     tensors = {}
     for path in {header.path: None for header in headers.values()}:
         try:
@@ -212,26 +228,33 @@ def _read(headers: Mapping[str, Header]) -> dict[str, Tensor]:
 
 def float_model(
     folder: Path, architectures: Any, num_tensors: int, dtype: torch.dtype = torch.float32
-) -> nn.Module:
-    """The float model of a folder, its parameters without memory.
+) -> Any:
+    """Build the float transformers model of a folder, with its parameters on meta.
 
-    dtype: what the model is built in, as transformers builds it before it loads weights: a buffer
-        such as Gemma's ``embed_scale``, which is not stored, has it.
+    Args:
+        architectures: this field of the folder's config.json.
+        num_tensors: number of stored tensors.
+        dtype: torch's default dtype during the build, as transformers sets it before it loads
+            weights. Buffers that are not stored, such as Gemma's ``embed_scale``, get it.
+
+    Raises:
+        CheckpointError: the config does not describe a transformers model.
     """
     import transformers
 
     path = folder / CONFIG
-    model_class = architectures[0] if isinstance(architectures, list) and architectures else None
-    cls = getattr(transformers, model_class, None) if isinstance(model_class, str) else None
+    class_name = architectures[0] if isinstance(architectures, list) and architectures else None
+    cls: Any = getattr(transformers, class_name, None) if isinstance(class_name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise CheckpointError(f"{path}: architectures: {model_class!r} is no transformers model")
+        raise CheckpointError(f"{path}: architectures: {class_name!r} is not a transformers model")
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        if not isinstance(config, cls.config_class):
-            raise TypeError(f"it is of type {config.model_type!r}")
-        # a hostile depth would take forever to build; every layer has tensors of its own
+        config_class: Any = cls.config_class
+        if not isinstance(config, config_class):
+            raise TypeError(f"its model type is {config.model_type!r}")
+        # A malicious depth would take forever to build, but every layer has tensors of its own.
         if config.num_hidden_layers > num_tensors:
             raise ValueError(f"{config.num_hidden_layers} layers, but {num_tensors} tensors")
         with _parameters_on_meta(), _default_dtype(dtype):
@@ -242,8 +265,8 @@ def float_model(
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     except CheckpointError:
         raise
-    except Exception as error:  # whatever a broken configuration makes the model class do
-        raise CheckpointError(f"{path}: no {model_class} can be built from it: {error}") from error
+    except Exception as error:  # a broken config may raise anything in the model class
+        raise CheckpointError(f"{path}: cannot build a {class_name} from it: {error}") from error
     return model
 
 
@@ -262,8 +285,10 @@ _building = threading.local()
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules that this thread builds inside get parameters without memory, but real buffers:
-    those that are not saved, such as rotary frequencies, exist nowhere else."""
+    """Create parameters of modules that this thread builds on meta, but buffers for real.
+
+    Buffers that are not saved, such as rotary frequencies, exist nowhere else.
+    """
     _building.here = True
     try:
         yield
@@ -271,14 +296,14 @@ def _parameters_on_meta() -> Iterator[None]:
         _building.here = False
 
 
-def _without_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+def _move_to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
     if getattr(_building, "here", False) and parameter.device.type != "meta":
-        parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-        parameter._is_hf_initialized = True  # transformers spares itself what would take time
-        return parameter
+        on_meta: Any = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        on_meta._is_hf_initialized = True  # lets transformers skip the slow initialization
+        return on_meta
     return None
 
 
-# Stays registered: torch walks through its hooks in every thread that builds a module, and one
-# that came or went meanwhile would break that walk.
-register_module_parameter_registration_hook(_without_memory)
+# Never removed: torch iterates over its hooks in every thread that builds a module, and changing
+# them meanwhile would break the iteration.
+register_module_parameter_registration_hook(_move_to_meta)  # type: ignore[arg-type]

@@ -1,22 +1,23 @@
-"""The transformers plug-in: quantize while a model is loaded, save and load it as any other.
+"""The transformers plug-in: quantize a model while it loads; save and load it like any other.
 
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=MixedQuantConfig())
     model.save_pretrained(folder)                       # or model.push_to_hub(repository)
     model = AutoModelForCausalLM.from_pretrained(folder)
 
-Loading without ``config.calibration`` quantizes one layer input at a time, as its weights come from
-the file: the weights alone choose salient channels and order, and the most memory ever held is the
-quantized model and the float weights of one input (q, k and v; all experts of a layer). With
-``config.calibration`` the float model is loaded first and quantized by `smoothquant.quantize`; the
-most memory held is that of the float model and one decoder layer.
+Without ``config.calibration``, layers are quantized as their weights arrive from the file. Salient
+channels and order come from the weights alone. Peak memory is the quantized model plus the float
+weights that read one layer input (q, k and v, or all experts of a layer).
 
-`import smoothquant` has transformers know the method, as soon as transformers is imported.
+With ``config.calibration``, the float model is loaded first and then quantized as by
+`smoothquant.quantize`. Peak memory is the float model plus one decoder layer.
+
+`import smoothquant` registers the method as soon as transformers is imported.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,28 +40,29 @@ from ..quantization.undo import dequantize
 from .attachment import finish
 from .manifest import Manifest, check_headers, check_kept, check_linear, insert_linears
 
-QUANTIZED_ELEMENT_BYTES = 0.65  # what a device map plans with: 4 bits, scales, salient channels
+QUANTIZED_ELEMENT_BYTES = 0.65  # for device maps: 4-bit codes, scales, salient channels
 
 
 @register_quantization_config(MixedQuantConfig.quant_method)
 class MixedQuantManifest(Manifest, QuantizationConfigMixin):
-    """What stands in ``model.config.quantization_config``, and under this name in config.json."""
+    """The manifest as ``model.config.quantization_config``, and in config.json."""
 
-    quant_method = MixedQuantConfig.quant_method
+    quant_method = MixedQuantConfig.quant_method  # type: ignore[assignment]
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs):
-        """As `Manifest.from_dict`; CheckpointError for anything that is none."""
+    def from_dict(  # type: ignore[override]
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """As `Manifest.from_dict`, with the arguments and results that transformers expects."""
         manifest = super().from_dict(config_dict)
         return (manifest, kwargs) if return_unused_kwargs else manifest
 
 
 class QuantizeLoadedWeights(ConversionOps):
-    """Takes float weights as they come from the files; packs those of a layer input when the last
-    of them is there."""
+    """Receives float weights as they are loaded, and packs each group once it is complete."""
 
     def __init__(self, model: nn.Module, config: MixedQuantConfig) -> None:
-        """model: float, without memory."""
+        """model: a float model with its parameters on meta."""
         self.plan = Plan(model, config)
         self.error: Exception | None = None
         self.item_of: dict[str, LayerInput] = {}
@@ -73,10 +75,10 @@ class QuantizeLoadedWeights(ConversionOps):
         self.awaited = dict.fromkeys(self.item_of)  # in forward order
 
     @torch.no_grad()
-    def convert(
+    def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], *, model: nn.Module, missing_keys: set[str], **_: Any
     ) -> dict[str, Any]:
-        """Give back what is not to be quantized."""
+        """Take the weights to quantize; return the others."""
         others = {}
         for name, value in input_dict.items():
             if name not in self.item_of:
@@ -86,7 +88,7 @@ class QuantizeLoadedWeights(ConversionOps):
             tensor = value[0] if isinstance(value, list) else value
             try:
                 self._take(model, name, tensor)
-            except (ValueError, TypeError) as error:  # raised in here, it would only be logged
+            except (ValueError, TypeError) as error:  # transformers would only log it
                 self.error = self.error or error
         return others
 
@@ -102,30 +104,30 @@ class QuantizeLoadedWeights(ConversionOps):
         for _ in self.plan.pack([group for group in self.plan.groups if group.item is item]):
             pass
 
-    def finish(self, model: nn.Module) -> None:
-        """Raise what went wrong, or CheckpointError for weights that never came."""
+    def finish(self, model: Any) -> None:
+        """Finish the model; raise the first error, or CheckpointError if weights are missing."""
         if self.error is not None:
             raise self.error
         if self.awaited:
             raise CheckpointError(
                 f"{model.name_or_path}: lacks tensor {next(iter(self.awaited))} "
-                f"({len(self.awaited)} such)"
+                f"({len(self.awaited)} missing)"
             )
         finish(self.plan)
 
 
 @register_quantizer(MixedQuantConfig.quant_method)
 class MixedQuantQuantizer(HfQuantizer):
-    """What transformers asks about the method, before, while and after weights are loaded."""
+    """What transformers calls before, while and after it loads weights."""
 
     requires_calibration = False
+    quantization_config: Any
 
-    def __init__(
-        self, quantization_config: MixedQuantConfig | MixedQuantManifest, **kwargs
-    ) -> None:
+    def __init__(self, quantization_config: MixedQuantConfig | Manifest, **kwargs: Any) -> None:
+        manifest: Any = quantization_config
         if isinstance(quantization_config, MixedQuantConfig):
-            quantization_config = MixedQuantManifest(quantization_config)
-        super().__init__(quantization_config, **kwargs)
+            manifest = MixedQuantManifest(quantization_config)
+        super().__init__(manifest, **kwargs)
         self.on_load: QuantizeLoadedWeights | None = None
         self.headers: dict[str, Header] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -134,7 +136,7 @@ class MixedQuantQuantizer(HfQuantizer):
         self.dtype: torch.dtype | None = None
         self.as_stored = False
 
-    def validate_environment(self, *args, device_map=None, **kwargs) -> None:
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         config = self.quantization_config.config
         if self.pre_quantized:
             return
@@ -142,41 +144,47 @@ class MixedQuantQuantizer(HfQuantizer):
             check_batches(config, None)
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
-                "device_map must leave the disk out while weights are quantized; save the "
-                "quantized model first and load that"
+                "device_map must not use the disk while weights are quantized; save the quantized "
+                "model first and load that"
             )
 
     @property
     def quantized_element_size(self) -> float:
         return QUANTIZED_ELEMENT_BYTES
 
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return self.on_load is not None and param_name in self.on_load.item_of
 
     def get_quantize_ops(self) -> ConversionOps:
+        assert self.on_load is not None
         return self.on_load
 
-    def update_weight_conversions(self, weight_conversions: list, *args, **kwargs) -> list:
-        # not every transformers passes the model on
-        if self.pre_quantized:  # a quantized folder has the names of the model itself
+    def update_weight_conversions(
+        self, weight_conversions: list, *args: Any, **kwargs: Any
+    ) -> list:
+        # Some versions of transformers also pass the model.
+        if self.pre_quantized:  # tensors are stored under the model's own names
             return []
         return super().update_weight_conversions(weight_conversions, *args, **kwargs)
 
-    def get_new_dtype(self, converter, param, dtype: torch.dtype | None) -> torch.dtype | None:
-        """None, as it is stored, for all that is packed, and for the rest unless the caller wants
-        another dtype than the model was saved in."""
+    def get_new_dtype(
+        self, converter: Any, param: Any, dtype: torch.dtype | None
+    ) -> torch.dtype | None:
+        """The dtype to convert a tensor to; None keeps the stored one.
+
+        Packed tensors are never converted. Others are, if the requested dtype differs from that of
+        the saved model.
+        """
         name = converter.target_patterns[0]
         packed = name in self.packed and not name.endswith(".bias")
         return None if self.as_stored or packed else super().get_new_dtype(converter, param, dtype)
 
-    def preprocess_model(
-        self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs
-    ) -> None:
-        self.dtype = dtype  # not every transformers passes it on
+    def preprocess_model(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        self.dtype = dtype  # some versions of transformers do not pass it on
         super().preprocess_model(model, dtype=dtype, **kwargs)
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files=None, **kwargs
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         manifest = self.quantization_config
         if not self.pre_quantized:
@@ -197,7 +205,9 @@ class MixedQuantQuantizer(HfQuantizer):
         if checkpoint_files:
             folders = {os.path.dirname(path) for path in checkpoint_files}
             if len(folders) > 1:
-                raise CheckpointError(f"{max(folders)}: holds tensors of {min(folders)}")
+                raise CheckpointError(
+                    f"{max(folders)}: tensors of the model are also in {min(folders)}"
+                )
             headers = read_headers(checkpoint_files)
             headers = {rename(name): header for name, header in headers.items()}
             path = tensors_file(checkpoint_files)
@@ -205,7 +215,7 @@ class MixedQuantQuantizer(HfQuantizer):
             self.headers, self.dtypes = headers, dtypes
         self.shared = manifest.shared if whole else {}
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.on_load is not None:
             self.on_load.finish(model)
             self.on_load = None
@@ -218,8 +228,8 @@ class MixedQuantQuantizer(HfQuantizer):
         else:
             self._finish_stored(model)
 
-    def _finish_stored(self, model: nn.Module) -> None:
-        """Share what was shared, and refuse what no kernel may see."""
+    def _finish_stored(self, model: Any) -> None:
+        """Restore shared tensors, and reject values that would be unsafe for the kernels."""
         for name, owner in self.shared.items():
             assign(model, name, _tensor(model, owner))
         if self.as_stored:
@@ -236,7 +246,7 @@ class MixedQuantQuantizer(HfQuantizer):
         set_quantizer(model)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict | None, dict]:
-        """Each tensor once, the model's manifest having been brought up to date."""
+        """Update the model's manifest and return each distinct tensor once."""
         if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is saved
             return None, {}
         set_quantizer(model)
@@ -251,7 +261,7 @@ class MixedQuantQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters on top are; see `smoothquant.lora`."""
+        """Adapters can be trained; see `smoothquant.lora`."""
         return True
 
     @property
@@ -259,19 +269,19 @@ class MixedQuantQuantizer(HfQuantizer):
         return True
 
 
-def set_quantizer(model: nn.Module) -> None:
-    """Let transformers know how its model is quantized, so that `save_pretrained` writes it."""
+def set_quantizer(model: Any) -> None:
+    """Tell transformers how a model is quantized, so that `save_pretrained` saves it as such."""
     manifest = MixedQuantManifest.of_model(model)
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, MixedQuantQuantizer):
         quantizer = model.hf_quantizer = MixedQuantQuantizer(manifest)
     quantizer.quantization_config = model.config.quantization_config = manifest
-    model.is_quantized, model.quantization_method = True, manifest.quant_method
-    model._weight_conversions = []  # its tensors are saved under the names that they have
+    model.is_quantized, model.quantization_method = True, MixedQuantConfig.quant_method
+    model._weight_conversions = []  # save the tensors under the model's own names
 
 
-def _renaming(manifest: Manifest, model: nn.Module) -> Callable[[str], str]:
-    """From the names of the saved model to those of another one around the same base model."""
+def _renaming(manifest: Manifest, model: Any) -> Callable[[str], str]:
+    """Map names of the saved model to names of another model class with the same base model."""
     prefix = f"{model.base_model_prefix}."
     if all(name.startswith(prefix) for name in manifest.linears):
         return lambda name: name.removeprefix(prefix)

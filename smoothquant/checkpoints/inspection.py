@@ -1,4 +1,4 @@
-"""What a model is made of, in bytes: of a folder, and of a model before and after `quantize`."""
+"""Inspect and verify folders of quantized models."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ from .folder import load_quantized, open_quantized
 from .manifest import FORMAT_VERSION
 from .sizes import bytes_by_kind
 
-ROWS = 3  # of a trial input
+ROWS = 3  # of a test input
 
 
 def inspect_folder(folder: str | os.PathLike) -> dict[str, Any]:
-    """What a folder of a quantized model holds, as plain JSON values; no tensor is read.
+    """Describe a folder of a quantized model as plain JSON values, without reading tensors.
 
-    "layers" has an entry for every parameter, as `quantization_report` has; "kinds" are those of
+    "layers" has an entry for every parameter, like `quantization_report`; "kinds" is the result of
     `bytes_by_kind`.
 
     Raises:
-        ValueError, CheckpointError: as `smoothquant.load_quantized`, but for tensors' values.
+        ValueError, CheckpointError: as `smoothquant.load_quantized`, except that tensor values are
+            not checked.
     """
     model, manifest, headers, _ = open_quantized(folder)
-    held = {name: _bytes(header) for name, header in headers.items()}
+    sizes = {name: _bytes(header) for name, header in headers.items()}
     layers = []
     for record in quantization_report(model):
-        entry = {**dataclasses.asdict(record), "shape": list(record.shape)}
+        entry: dict[str, Any] = {**dataclasses.asdict(record), "shape": list(record.shape)}
         if record.action == "quantized":
             layer = model.get_submodule(record.name)
             entry["bytes"] = sum(
-                held.get(f"{record.name}.{key}", 0) for key in layer.state_dict() if key != "bias"
+                sizes.get(f"{record.name}.{key}", 0) for key in layer.state_dict() if key != "bias"
             )
             entry["choices"] = manifest.linears[record.name]["choices"]
         else:
             name = next(n for n in (record.name, f"{record.name}.weight") if _is_tensor(model, n))
-            entry["bytes"] = held.get(name, 0)
+            entry["bytes"] = sizes.get(name, 0)
             if name in manifest.shared:
                 entry["shared_with"] = manifest.shared[name]
             owner = headers[manifest.shared.get(name, name)]
@@ -59,12 +60,12 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, Any]:
         "architecture": type(model).__name__,
         "format_version": FORMAT_VERSION,
         "dtype": dtype_name(manifest.dtype),
-        "bytes": sum(held.values()),
-        "tensors": len(held),
+        "bytes": sum(sizes.values()),
+        "tensors": len(sizes),
         "quantized_layers": len(quantized),
         "quantized_weights": weights,
         "bits_per_weight": 8 * sum(entry["bytes"] for entry in quantized) / max(1, weights),
-        "kinds": bytes_by_kind(model, held),
+        "kinds": bytes_by_kind(model, sizes),
         "config": manifest.config.to_dict(),
         "layers": layers,
     }
@@ -72,21 +73,24 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, Any]:
 
 @torch.no_grad()
 def verify_folder(folder: str | os.PathLike) -> dict[str, Any]:
-    """Read a folder of a quantized model with all checks, and try its layers.
+    """Load a folder of a quantized model with all checks, and run its layers.
 
     Returns:
-        {"folder", "tensors", "bytes", "layers", "checks"}; checks: in words, what was found true.
+        {"folder", "tensors", "bytes", "layers", "checks"}, where "checks" describes the checks
+        passed.
 
     Raises:
-        ValueError, CheckpointError: as `smoothquant.load_quantized`; CheckpointError too for a size
-            that is not the model's, or a layer that gives no finite number or not the same bits to
-            a row alone and among others.
+        ValueError, CheckpointError: as `smoothquant.load_quantized`. CheckpointError also if the
+            size does not match the model, a layer's output is not finite, or a row gets different
+            bits alone and in a batch.
     """
     headers = open_quantized(folder).headers
     model = load_quantized(folder)
     size, stored = stored_bytes(model), sum(map(_bytes, headers.values()))
     if size != stored:
-        raise CheckpointError(f"{folder}: its tensors take {stored} bytes, the model's {size}")
+        raise CheckpointError(
+            f"{folder}: its tensors have {stored} bytes, but the model has {size}"
+        )
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     generator = torch.Generator().manual_seed(0)
     for name, layer in layers.items():
@@ -95,17 +99,19 @@ def verify_folder(folder: str | os.PathLike) -> dict[str, Any]:
         if not torch.isfinite(y).all():
             raise CheckpointError(f"{folder}: linear {name} gives NaN or Inf for a normal input")
         if layer.config.backend == "int4" and not torch.equal(layer(x[1:2]), y[1:2]):
-            raise CheckpointError(f"{folder}: linear {name} gives a row other bits among others")
+            raise CheckpointError(
+                f"{folder}: linear {name} gives a row different bits alone and in a batch"
+            )
     return {
         "folder": str(Path(folder).resolve()),
         "tensors": len(headers),
         "bytes": stored,
         "layers": len(layers),
         "checks": [
-            "config.json, tensors, shapes and dtypes fit each other",
-            "permutations are permutations; codes and scales are in their ranges; no NaN, no Inf",
-            "the files' payload is the model's size, to the byte",
-            "every quantized layer gives finite outputs, and a row the same bits in any batch",
+            "config.json, tensors, shapes and dtypes are consistent",
+            "permutations are valid, codes and scales are in range, and no value is NaN or Inf",
+            "the stored tensors have exactly the size of the model",
+            "every quantized layer gives finite outputs, and a row gets the same bits in any batch",
         ],
     }
 

@@ -1,15 +1,15 @@
-"""What a folder says about its quantized model, and the distrust with which that is read.
+"""The description of a quantized model in its folder, and the checks made when it is read.
 
-It stands in config.json under ``quantization_config``, where transformers looks for it:
+It is stored in config.json under ``quantization_config``, where transformers looks for it:
 
 quant_method     "mixedquant"
-format_version   of these fields and of the tensors (docs/format.md)
+format_version   version of these fields and of the tensors (docs/format.md)
 config           the model's MixedQuantConfig
-dtype            of the model, so of every float tensor that is named nowhere below
-linears          {name of a quantized linear: num_salient and, where they differ from false and the
-                 model's config, bias, quantize_output and choices}
-shared           {tensor: the tensor of the file whose memory it shares}
-dtypes           {tensor or unsaved buffer: its dtype}, where it has another than expected
+dtype            the model's dtype: that of every float tensor without an entry in dtypes
+linears          {name of a quantized linear: num_salient; also bias and quantize_output if true,
+                 and choices, the fields in which its config differs from the model's}
+shared           {tensor: the stored tensor whose memory it shares}
+dtypes           {tensor or unsaved buffer: its dtype}, if it is not the expected one
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ FIELDS = {
     "dtypes": dict,
 }
 
-# Of a linear, with what they are where they are left out.
+# Fields of a linear's entry, and the defaults of those that may be omitted.
 LINEAR_FIELDS = {"num_salient": int, "bias": bool, "quantize_output": bool, "choices": dict}
-LINEAR_DEFAULTS = {"bias": False, "quantize_output": False, "choices": {}}
+LINEAR_DEFAULTS: dict[str, Any] = {"bias": False, "quantize_output": False, "choices": {}}
 
-# Fields of the config that `quantize` may settle for each layer.
+# Config fields that `quantize` may choose per layer.
 LAYER_CHOICES = ("act_format", "act_clip", "rotation")
 
 
 @dataclasses.dataclass
 class Manifest:
-    """The fields of ``quantization_config``, checked: see the module's description."""
+    """The fields of ``quantization_config``; the module's docstring describes them."""
 
     config: MixedQuantConfig
     dtype: torch.dtype = torch.float32
@@ -65,10 +65,14 @@ class Manifest:
 
     @classmethod
     def of_model(cls, model: nn.Module) -> Manifest:
-        """That of a quantized model as it is now; ValueError for a model that cannot be saved."""
+        """The manifest of a quantized model in its current state.
+
+        Raises:
+            ValueError: the model is not quantized, or cannot be saved.
+        """
         linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
         if not linears:
-            raise ValueError(f"model must be a quantized one; got {type(model).__name__}")
+            raise ValueError(f"model must be quantized; got {type(model).__name__}")
         config = getattr(model, "mixedquant_config", next(iter(linears.values())).config)
         common = config.to_dict()
         entries = {
@@ -94,7 +98,7 @@ class Manifest:
         return manifest
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The manifest as plain JSON values."""
         return {
             "quant_method": MixedQuantConfig.quant_method,
             "format_version": FORMAT_VERSION,
@@ -114,18 +118,29 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, fields: Any, path: Path | str = CONFIG) -> Manifest:
-        """The inverse of `to_dict`; CheckpointError, naming the path, for anything it is not."""
+        """Check and read the result of `to_dict`.
+
+        Args:
+            fields: the parsed JSON value.
+            path: the file it was read from, for error messages.
+
+        Raises:
+            CheckpointError: `fields` is not a valid manifest.
+        """
         path = f"{path}: quantization_config"
         if isinstance(fields, dict) and fields.get("format_version", FORMAT_VERSION) != (
             FORMAT_VERSION
         ):
             raise CheckpointError(
                 f"{path}: format_version {fields['format_version']!r} is not {FORMAT_VERSION}, "
-                "the one that this version of the package reads"
+                "the one that this version of smoothquant reads"
             )
         _check_fields(path, "it", fields, FIELDS)
         if fields["quant_method"] != MixedQuantConfig.quant_method:
-            raise CheckpointError(f"{path}: quant_method is {fields['quant_method']!r}")
+            raise CheckpointError(
+                f"{path}: quant_method must be {MixedQuantConfig.quant_method!r}; got "
+                f"{fields['quant_method']!r}"
+            )
         try:
             config = MixedQuantConfig.from_dict(fields["config"])
         except (ValueError, TypeError) as error:
@@ -148,16 +163,20 @@ class Manifest:
         return cls(config, dtype, linears, dict(fields["shared"]), dtypes)
 
     def renamed(self, rename: Callable[[str], str]) -> Manifest:
-        """With rename(name) in the place of each name."""
-        linears, shared, dtypes = (
-            {rename(name): value for name, value in fields.items()}
-            for fields in (self.linears, self.shared, self.dtypes)
+        """The manifest with every name replaced by rename(name)."""
+        return dataclasses.replace(
+            self,
+            linears={rename(name): entry for name, entry in self.linears.items()},
+            shared={rename(name): rename(owner) for name, owner in self.shared.items()},
+            dtypes={rename(name): dtype for name, dtype in self.dtypes.items()},
         )
-        shared = {name: rename(owner) for name, owner in shared.items()}
-        return dataclasses.replace(self, linears=linears, shared=shared, dtypes=dtypes)
 
     def blank(self, name: str, k: int, n: int) -> QuantizedLinear:
-        """A linear's layer without memory; ValueError or TypeError if its entry makes none."""
+        """Build the layer of a linear with k inputs and n outputs on meta.
+
+        Raises:
+            ValueError, TypeError: the linear's entry is invalid.
+        """
         entry = self.linears[name]
         if not set(entry["choices"]) <= set(LAYER_CHOICES):
             raise ValueError(f"choices may name {', '.join(LAYER_CHOICES)} only")
@@ -173,12 +192,12 @@ class Manifest:
         )
 
 
-def _choices(name: str, own: MixedQuantConfig, common: dict[str, Any]) -> dict[str, Any]:
-    """Where a layer's config differs from the model's fields."""
-    fields = own.to_dict()
+def _choices(name: str, config: MixedQuantConfig, common: dict[str, Any]) -> dict[str, Any]:
+    """The fields in which a layer's config differs from the model's fields `common`."""
+    fields = config.to_dict()
     differing = {field: value for field, value in fields.items() if value != common[field]}
     if not set(differing) <= set(LAYER_CHOICES):
-        raise ValueError(f"all linears must have one MixedQuantConfig; {name} has another")
+        raise ValueError(f"all linears must have the same MixedQuantConfig; {name} differs")
     return differing
 
 
@@ -191,16 +210,18 @@ def _check_fields(path: str, where: str, value: Any, fields: dict[str, type]) ->
 
 
 def _main_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of the first float parameter, as transformers has it."""
+    """The dtype of the first float parameter, which transformers takes for the model's dtype."""
     return next((p.dtype for p in model.parameters() if p.dtype in FLOATS), torch.float32)
 
 
 def usual_dtypes(
     model: nn.Module, dtype: torch.dtype, blanks: Mapping[str, nn.Module] | None = None
 ) -> dict[str, torch.dtype]:
-    """What a model of a dtype stores its tensors as, and has its unsaved buffers in.
+    """The expected dtypes of a model's stored tensors and unsaved buffers.
 
-    blanks: in the place of modules, where the model's own are not as they were built.
+    Args:
+        dtype: the model's dtype.
+        blanks: {module name: freshly built module}, used instead of the model's own modules.
     """
     usual = {}
     for prefix, module in model.named_modules():
@@ -209,16 +230,20 @@ def usual_dtypes(
         unsaved = module._non_persistent_buffers_set
         for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:
-                of_floats = (
-                    tensor.dtype if quantized else torch.float32 if leaf in unsaved else dtype
-                )
-                name = f"{prefix}.{leaf}" if prefix else leaf
-                usual[name] = of_floats if tensor.dtype in FLOATS else tensor.dtype
+                if quantized or tensor.dtype not in FLOATS:
+                    expected = tensor.dtype
+                else:
+                    expected = torch.float32 if leaf in unsaved else dtype
+                usual[f"{prefix}.{leaf}" if prefix else leaf] = expected
     return usual
 
 
 def insert_linears(model: nn.Module, manifest: Manifest, path: Path | str = CONFIG) -> None:
-    """Put layers without memory in the places of a float model that the manifest names."""
+    """Replace the linears of a float model that the manifest names by quantized layers on meta.
+
+    Raises:
+        CheckpointError: the manifest does not fit the model; path: the file to name.
+    """
     modules, places = dict(model.named_modules()), module_places(model)
     shapes: dict[str, torch.Size] = {}
     blocks: dict[str, dict[tuple[int, str], str]] = {}
@@ -226,7 +251,7 @@ def insert_linears(model: nn.Module, manifest: Manifest, path: Path | str = CONF
         fused = [getattr(module, part, None) for part in PARTS]
         if isinstance(module, nn.Linear):
             shapes[name] = module.weight.shape
-        # no more experts than the manifest may name: a hostile number would fill the memory
+        # Not more experts than the manifest has entries: a malicious number would exhaust memory.
         elif all(isinstance(t, Tensor) and 2 * len(t) <= len(manifest.linears) for t in fused):
             names = expert_names(name, module)
             blocks[name] = {key: full for full, key in names.items()}
@@ -242,13 +267,14 @@ def insert_linears(model: nn.Module, manifest: Manifest, path: Path | str = CONF
             raise CheckpointError(f"{path}: linear {name}: {error}") from error
         if name in modules:
             replace_module(model, name, layers[name], places)
-    for block, names in blocks.items():
-        lacking = [name for name in names.values() if name not in layers]
-        if not lacking:
-            experts = {key: layers[name] for key, name in names.items()}
-            replace_module(model, block, W4A4Experts(experts, modules[block].act_fn), places)
-        elif len(lacking) < len(names):
-            raise CheckpointError(f"{path}: linear {lacking[0]} is missing")
+    for block, matrices in blocks.items():
+        missing = [name for name in matrices.values() if name not in layers]
+        if not missing:
+            experts = {key: layers[name] for key, name in matrices.items()}
+            float_experts: Any = modules[block]
+            replace_module(model, block, W4A4Experts(experts, float_experts.act_fn), places)
+        elif len(missing) < len(matrices):
+            raise CheckpointError(f"{path}: linear {missing[0]} is missing")
 
 
 def check_headers(
@@ -259,14 +285,19 @@ def check_headers(
     *,
     only_linears: bool = False,
 ) -> dict[str, torch.dtype]:
-    """Refuse files that do not hold what a model of `insert_linears` needs.
+    """Check that the stored tensors are exactly those that the model needs.
 
     Args:
-        path: `tensors_file`, for the message where no one file is to blame.
-        only_linears: leave all but the quantized linears aside.
+        model: a model prepared by `insert_linears`.
+        headers: {name: header} of the stored tensors.
+        path: the file to name if no single file is to blame (see `tensors_file`).
+        only_linears: check only the tensors of quantized linears.
 
     Returns:
-        The dtypes of the tensors in the files and of the buffers that are built.
+        The dtypes of the stored tensors and of the unsaved buffers.
+
+    Raises:
+        CheckpointError: a tensor is missing, superfluous or of the wrong shape or dtype.
     """
     expected = model.state_dict(keep_vars=True)
     unsaved = unsaved_buffers(model)
@@ -284,11 +315,11 @@ def check_headers(
     ):
         if which:
             where = headers[which[0]].path if which[0] in headers else path
-            raise CheckpointError(f"{where}: {what} tensor {which[0]} ({len(which)} such)")
+            raise CheckpointError(f"{where}: {what} tensor {which[0]} ({len(which)} in all)")
     dtypes = usual_dtypes(model, manifest.dtype) | manifest.dtypes
-    odd = set(manifest.dtypes) - names - set(unsaved)
-    if odd and not only_linears:
-        raise CheckpointError(f"{path}: dtypes must not name {min(odd)}")
+    unknown = set(manifest.dtypes) - names - set(unsaved)
+    if unknown and not only_linears:
+        raise CheckpointError(f"{path}: dtypes must not name {min(unknown)}")
     for name, buffer in unsaved.items():
         if not may_hold(buffer, dtypes[name]):
             raise CheckpointError(f"{path}: dtypes: {name} must be {dtype_name(buffer.dtype)}")
@@ -307,7 +338,8 @@ def check_headers(
             expected[name], dtypes[owner]
         ):
             raise CheckpointError(
-                f"{path}: tensor {name} has not the shape and dtype of its twin {owner}"
+                f"{path}: tensor {name} and {owner}, which it shares memory with, differ in shape "
+                "or dtype"
             )
     return dtypes
 
@@ -317,27 +349,41 @@ def _in_linear(model: nn.Module, name: str) -> bool:
 
 
 def may_hold(expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a model built with one dtype may hold another here: floats may have been cast."""
+    """Whether `dtype` is allowed for a tensor built like `expected`: floats may have been cast."""
     return dtype in (FLOATS if expected.dtype in FLOATS else {expected.dtype})
 
 
-def check_linear(path: Path, name: str, module: QuantizedLinear, own: Mapping[str, Tensor]) -> None:
-    """Refuse values that the kernels or the mathematics could not stand; own: of module's keys."""
+def check_linear(
+    path: Path | str, name: str, module: QuantizedLinear, tensors: Mapping[str, Tensor]
+) -> None:
+    """Reject values that would be unsafe for the kernels or give wrong results.
+
+    Args:
+        path, name: the file and the name of the layer, for error messages.
+        tensors: the tensors of the layer, by the keys of its state dict.
+
+    Raises:
+        CheckpointError: a tensor has an invalid value.
+    """
 
     def faults() -> Iterator[tuple[str, str]]:
-        if not torch.equal(own["perm"].cpu().sort().values, torch.arange(module.in_features).int()):
-            yield "perm", "is no permutation of the channels"
-        for key, tensor in own.items():
+        natural = torch.arange(module.in_features).int()
+        if not torch.equal(tensors["perm"].cpu().sort().values, natural):
+            yield "perm", "is not a permutation of the channels"
+        for key, tensor in tensors.items():
             if tensor.is_floating_point() and not is_finite(tensor):
                 yield key, "holds NaN or Inf"
         for key in ("scales", "salient_scales"):
-            if key in own and (own[key].dtype != torch.bfloat16 or (own[key] < 0).any()):
+            scales = tensors.get(key)
+            if scales is not None and (scales.dtype != torch.bfloat16 or (scales < 0).any()):
                 yield key, "must be bfloat16 and not negative"
-        if "salient_weight" in own and own["salient_weight"].dtype == torch.float32:
+        salient = tensors.get("salient_weight")
+        if salient is not None and salient.dtype == torch.float32:
             yield "salient_weight", "must be bfloat16 or float16"
-        if "salient_scales" in own and (own["salient_weight"] == -128).any():
+        if salient is not None and "salient_scales" in tensors and (salient == -128).any():
             yield "salient_weight", "holds the code -128"
-        if "qweight" in own and ((own["qweight"] < 0x10) | (own["qweight"] & 0x0F == 0)).any():
+        codes = tensors.get("qweight")
+        if codes is not None and ((codes < 0x10) | (codes & 0x0F == 0)).any():
             yield "qweight", "holds the code -8"
 
     for key, fault in faults():
@@ -345,9 +391,14 @@ def check_linear(path: Path, name: str, module: QuantizedLinear, own: Mapping[st
 
 
 def check_kept(model: nn.Module, headers: Mapping[str, Header], *, cast: bool = False) -> None:
-    """Refuse NaN and Inf in parameters that were not quantized; buffers may mask with them.
+    """Reject NaN and Inf in parameters that were not quantized. Buffers may use them as masks.
 
-    cast: they were cast to another dtype, which may make Inf of a number, but never NaN.
+    Args:
+        cast: the parameters were cast to another dtype, which may turn a number into Inf, so only
+            NaN is rejected.
+
+    Raises:
+        CheckpointError: a parameter has such a value.
     """
     for name, largest in non_finite_parameters(model, headers.__contains__):
         if not cast or largest.isnan():

@@ -1,4 +1,4 @@
-"""The README.md of a saved model: how it was quantized, its size, and what was measured of it."""
+"""The model card (README.md): how the model was quantized, its size and its measured quality."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 from ..core.config import MixedQuantConfig
+from ..core.errors import CheckpointError
 from ..core.files import atomic_file
 from ..core.tensors import dtype_name
 from ..core.version import __version__
@@ -21,29 +23,47 @@ from .manifest import CARD, Manifest
 from .sizes import bytes_by_kind
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-EVALUATION = "\n## Evaluation\n"  # the last part
+EVALUATION = "\n## Evaluation\n"  # the last section
 DEFAULTS = MixedQuantConfig()
 
 
 def add_evaluation(folder: str | os.PathLike, evaluation: Mapping[str, float]) -> None:
-    """Put measured numbers at the end of a folder's card, in the place of earlier ones."""
+    """Write measured numbers into a folder's model card, replacing earlier ones.
+
+    Args:
+        folder: a folder of a quantized model; without a card, one is made that holds nothing else.
+        evaluation: {"metric, dataset": number}.
+
+    Raises:
+        ValueError: a value is not a number.
+        CheckpointError: the metadata of the card cannot be read.
+    """
+    section = _evaluation_section(evaluation)
     path = Path(folder) / CARD
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.exists() else "---\n{}\n---\n"
+    try:
+        card = ModelCard(text)
+    except Exception as error:  # YAML errors, or whatever else odd metadata causes
+        raise CheckpointError(f"{path}: the metadata cannot be read: {error}") from error
+    card.text = card.text.partition(EVALUATION)[0] + section
+    metadata: Any = card.data
+    metadata.model_name = metadata.get("model_name") or Path(folder).resolve().name
+    metadata.eval_results = _eval_results(evaluation)
     with atomic_file(path) as partial:
-        partial.write_text(text.partition(EVALUATION)[0] + _measured(evaluation), encoding="utf-8")
+        partial.write_text(str(card), encoding="utf-8")
 
 
 def model_card(model: nn.Module, evaluation: Mapping[str, float] | None = None) -> str:
-    """A card in Markdown, with the head that the Hugging Face Hub reads.
+    """A card in Markdown, with the metadata that the Hugging Face Hub reads.
 
-    Every number in it is counted from the model's tensors, or given.
+    Every number is either counted from the model's tensors or given in `evaluation`.
 
     Args:
         model: a quantized transformers model.
-        evaluation: {what was measured, and on what: number}, for a table of its own.
+        evaluation: {"metric, dataset": number}, for the evaluation table and ``model-index``.
 
     Raises:
-        ValueError: the model is not quantized, or a number is none.
+        ValueError: the model is not quantized, or a value of `evaluation` is not a number.
     """
     manifest = Manifest.of_model(model)
     config, num_bits = manifest.config, manifest.config.num_bits
@@ -52,11 +72,17 @@ def model_card(model: nn.Module, evaluation: Mapping[str, float] | None = None) 
     bits = sum(r.bits_per_weight * weights[r.name] for r in records) / max(1, sum(weights.values()))
     salient = sum(r.num_salient * r.shape[0] for r in records) / max(1, sum(weights.values()))
     kinds = bytes_by_kind(model)
-    chosen = Counter(record.reason for record in records)
+    reasons = Counter(record.reason for record in records)
     source = _source(model)
-    head = ["library_name: transformers", "tags: [mixedquant, w4a4, quantized]"]
-    if source:
-        head.append(f"base_model: {source}")
+    title = f"{source or type(model).__name__} in {num_bits} bits, weights and activations"
+    section = _evaluation_section(evaluation) if evaluation else ""
+    metadata = ModelCardData(
+        library_name="transformers",
+        tags=["mixedquant", "w4a4", "quantized"],
+        base_model=source,
+        model_name=title if evaluation else None,
+        eval_results=_eval_results(evaluation) if evaluation else None,
+    )
     facts = [
         ("architecture", type(model).__name__),
         ("quantized layers", f"{len(records):,} with {sum(weights.values()):,} weights"),
@@ -64,57 +90,72 @@ def model_card(model: nn.Module, evaluation: Mapping[str, float] | None = None) 
         ("weights of salient channels", f"{salient:.2%}"),
         ("size", f"{sum(kinds.values()):,} bytes"),
         ("other tensors", dtype_name(manifest.dtype)),
-        ("channels chosen by", ", ".join(f"{why} ({n} layers)" for why, n in chosen.items())),
+        ("channels chosen by", ", ".join(f"{why} ({n} layers)" for why, n in reasons.items())),
         ("written by", f"smoothquant {__version__}"),
     ]
     parts = [
-        "\n".join(["---", *head, "---"]),
-        f"# {source or type(model).__name__} in {num_bits} bits, weights and activations",
+        f"---\n{metadata.to_yaml()}\n---",
+        f"# {title}",
         f"{'Quantized' if config.backend == 'int4' else 'Simulated'} by MixedQuant: groups of "
         f"sorted channels in {num_bits}-bit integers, weights of salient channels in "
         f"{'8-bit integers' if config.salient_format == 'int8' else '16 bits'}.",
         _table(("", ""), facts),
-        "## Choices\n\n" + _table(("field", "value"), _choices(config).items()),
+        "## Quantization config\n\n" + _table(("field", "value"), _choices(config).items()),
         "## Bytes\n\n" + _table(("kind", "bytes"), [(k, f"{n:,}") for k, n in kinds.items()]),
-    ]
-    parts.append(
-        "## Use\n\n```python\nimport smoothquant  # has transformers know the method\n"
+        "## Usage\n\n```python\nimport smoothquant  # registers the quantization method\n"
         "from transformers import AutoModelForCausalLM\n\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n```"
-    )
-    return "\n\n".join(parts) + "\n" + (_measured(evaluation) if evaluation else "")
+        "model = AutoModelForCausalLM.from_pretrained(folder)\n```",
+    ]
+    return "\n\n".join(parts) + "\n" + section
 
 
-def _measured(evaluation: Mapping[str, float]) -> str:
+def _evaluation_section(evaluation: Mapping[str, float]) -> str:
     for name, value in evaluation.items():
         if not isinstance(value, (int, float)):
             raise ValueError(f"evaluation of {name!r} must be a number; got {value!r}")
     rows = [(name, f"{value:.5g}") for name, value in evaluation.items()]
-    return f"{EVALUATION}\n{_table(('measured', 'value'), rows)}\n"
+    return f"{EVALUATION}\n{_table(('metric', 'value'), rows)}\n"
+
+
+def _eval_results(evaluation: Mapping[str, float]) -> list[EvalResult]:
+    """The entries of ``model-index``; names are split at the first comma."""
+    results = []
+    for name, value in evaluation.items():
+        metric, _, dataset = (part.strip() for part in name.partition(","))
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=re.sub(r"\W+", "-", dataset.lower()).strip("-") or "unknown",
+                dataset_name=dataset or "unknown",
+                metric_type=metric,
+                metric_value=value,
+            )
+        )
+    return results
 
 
 def _source(model: nn.Module) -> str | None:
-    """The Hub's name of the float model; a folder's would tell of the machine."""
+    """The float model's Hub id, or None: a local path would reveal the user's folders."""
     name = str(getattr(model, "name_or_path", "") or "")
     return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def _choices(config: MixedQuantConfig) -> dict[str, Any]:
-    """The recipe and what is another than usual; of a calibration file its name."""
+    """The main settings and all that are not at their default; a calibration file by its name."""
     fields = config.to_dict()
     if isinstance(config.calibration, str):
         fields["calibration"] = Path(config.calibration).name
-    usual = DEFAULTS.to_dict()
-    shown = {"recipe", "group_size", "salient_prop"}
+    defaults = DEFAULTS.to_dict()
+    always = {"recipe", "group_size", "salient_prop"}
     return {
         name: value
         for name, value in fields.items()
-        if value is not None and (name in shown or value != usual[name])
+        if value is not None and (name in always or value != defaults[name])
     }
 
 
-def _table(head: tuple[str, str], rows) -> str:
-    lines = [head, ("---", "---"), *rows]
+def _table(head: tuple[str, str], rows: Iterable[tuple[str, Any]]) -> str:
+    lines: list[tuple[str, Any]] = [head, ("---", "---"), *rows]
     return "\n".join("| " + " | ".join(_cell(part) for part in line) + " |" for line in lines)
 
 

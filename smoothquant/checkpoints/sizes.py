@@ -1,9 +1,10 @@
-"""What a model's bytes are spent on, before and after `smoothquant.quantize`."""
+"""The size of a model by kind of tensor, before and after `smoothquant.quantize`."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from ..models.families import known_inputs, output_heads
 from ..models.modules import distinct_tensors, module_copy, module_places, replace_module
 from ..quantization.checks import checked_groups
 
-# What a quantized linear's tensors count as.
+# {tensor of a quantized linear: its kind}
 PARTS_OF_LINEAR = {
     "qweight": "4-bit codes",
     "scales": "scales",
@@ -27,19 +28,20 @@ PARTS_OF_LINEAR = {
 }
 
 
-def bytes_by_kind(model: nn.Module, held: Mapping[str, int] | None = None) -> dict[str, int]:
-    """What a model's bytes are spent on: {kind: bytes}, shared tensors once.
+def bytes_by_kind(model: nn.Module, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
+    """The size of a model by kind of tensor: {kind: bytes}. Shared tensors count once.
 
-    held: {tensor: bytes} of the distinct tensors, in the place of the model's own.
+    Args:
+        sizes: {name of a distinct tensor: bytes}; None takes the sizes of the model's own tensors.
     """
-    if held is None:
-        held = {name: tensor.nbytes for name, tensor in distinct_tensors(model)[0].items()}
+    if sizes is None:
+        sizes = {name: tensor.nbytes for name, tensor in distinct_tensors(model)[0].items()}
     items = known_inputs(model)
     heads, routers = output_heads(model), {item.router for item in items}
     fused = {item.experts for item in items}
     modules = dict(model.named_modules(remove_duplicate=False))
     kinds: Counter[str] = Counter()
-    for name, size in held.items():
+    for name, size in sizes.items():
         block, _, leaf = name.rpartition(".")
         module = modules[block]
         if isinstance(module, QuantizedLinear):
@@ -65,17 +67,21 @@ def planned_bytes(
     *,
     stats_to_come: bool = False,
 ) -> dict[str, int]:
-    """`bytes_by_kind` of what `quantize` would make of a float model, which stays as it is; the
-    same errors for arguments that do not fit it. Nothing is packed.
+    """Predict `bytes_by_kind` of a float model after `quantize`, without changing or packing it.
 
-    stats_to_come: the model will be calibrated; an input whose statistics or weights' values are
-        not there counts with the average share of salient channels.
+    Args:
+        model, config, stats: as for `quantize`.
+        stats_to_come: the model is going to be calibrated. Inputs without statistics or weight
+            values then count with the average share of salient channels.
+
+    Raises:
+        ValueError, TypeError: as `quantize`.
     """
     groups = checked_groups(model, config, stats, stats_to_come=stats_to_come)
-    config = config.settled()  # what is found by trial takes no bytes
+    config = config.settled()  # searched options do not change the size
     planned = module_copy(model)
     places = module_places(planned)
-    blocks: dict[str, dict[tuple[int, str], QuantizedLinear]] = {}
+    blocks: dict[str, dict[tuple[int, str], nn.Module]] = {}
     for group in groups:
         for name, (weight, bias) in zip(group.names, group.matrices(model), strict=True):
             n, k = weight.shape
@@ -89,10 +95,11 @@ def planned_bytes(
                 device="meta",
             )
             if group.expert:
-                blocks.setdefault(group.expert[0], {})[group.expert[1:]] = layer
+                block, expert, part = group.expert
+                blocks.setdefault(block, {})[expert, part] = layer
             else:
                 replace_module(planned, name, layer, places)
     for name, layers in blocks.items():
-        experts = W4A4Experts(layers, model.get_submodule(name).act_fn)
-        replace_module(planned, name, experts, places)
+        fused: Any = model.get_submodule(name)
+        replace_module(planned, name, W4A4Experts(layers, fused.act_fn), places)
     return bytes_by_kind(planned)

@@ -1,4 +1,4 @@
-"""The command line, `smoothquant <verb>`."""
+"""The `smoothquant` command line."""
 
 from .commands import app as app
 from .commands import main as main

@@ -1,8 +1,8 @@
 """The command line, `smoothquant <verb>`.
 
-Commands answer 0 when all is well, 1 for a mistake in what they were given (one line on stderr says
-which; MIXEDQUANT_TRACEBACK=1 shows where), 2 for wrong usage and 130 after Ctrl-C. torch and
-transformers are imported by commands, so that --help and completions do not wait for them.
+Exit codes: 0 success; 1 an error, reported as one line on stderr (MIXEDQUANT_TRACEBACK=1 shows the
+traceback); 2 wrong usage; 130 Ctrl-C. Commands import torch and transformers themselves, so that
+--help and shell completion stay fast.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..core.config import RECIPES
 from ..core.errors import CheckpointError
 from ..core.version import __version__
 from .console import (
-    faults_as_exit_codes,
+    errors_as_exit_codes,
     print_bytes,
     print_json,
     print_memory,
@@ -29,59 +29,70 @@ from .console import (
 )
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..channels.statistics import ChannelStats
     from ..core.config import MixedQuantConfig
 
     Stats = Mapping[str, ChannelStats] | None
 
-Recipe = Enum("Recipe", {name: name for name in RECIPES}, type=str)
+Recipe = Enum("Recipe", [(name, name) for name in RECIPES], type=str)  # type: ignore[misc]
+RTN = Recipe("rtn")
 Format = Enum("Format", {"compressed_tensors": "compressed-tensors"}, type=str)
 
 app = typer.Typer(
     name="smoothquant",
-    help="Real W4A4 quantization of Hugging Face models: 4-bit weights and activations.",
-    epilog="A MODEL is smollm2-135m, tiny-opt, a folder, or a Hugging Face id.",
+    help="Quantize Hugging Face models to W4A4: 4-bit weights and 4-bit activations.",
+    epilog="MODEL is a bundled model (smollm2-135m, tiny-opt), a folder, or a Hugging Face id.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Bundled name, folder or id.")]
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a quantized model.")]
+MODEL_HELP = "Bundled model name, folder or Hugging Face id."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Quantized model folder.")]
 
 Target = Annotated[
-    Path, typer.Argument(metavar="DST", help="Folder to write, whole or not at all.")
+    Path, typer.Argument(metavar="DST", help="Output folder. A failed run leaves nothing behind.")
 ]
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there of that kind.")]
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON to stdout.")]
+OVERWRITE = "--overwrite"
+OverwriteFile = Annotated[bool, typer.Option(OVERWRITE, help="Replace an existing file.")]
+OverwriteModel = Annotated[
+    bool, typer.Option(OVERWRITE, help="Replace a folder that holds a model.")
+]
+OverwriteQuantized = Annotated[
+    bool, typer.Option(OVERWRITE, help="Replace a folder that holds a quantized model.")
+]
 
 Calibration = Annotated[
     str | None,
     typer.Option(
         metavar="FILE",
-        help="Texts to calibrate on: .txt, .raw, .jsonl, .jsonl.zst, .parquet. "
-        "[default: the WikiText-2 validation split in the package]",
+        help="Calibration texts: .txt, .raw, .json, .jsonl, .jsonl.zst or .parquet. "
+        "[default: the bundled WikiText-2 validation split]",
     ),
 ]
 
-CalibrationTokens = Annotated[int, typer.Option(metavar="N", help="Tokens drawn from them.")]
-Seed = Annotated[int, typer.Option(metavar="N", help="Of what is drawn.")]
+CalibrationTokens = Annotated[int, typer.Option(metavar="N", help="Number of calibration tokens.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Seed for drawing calibration tokens.")]
 
 
 def main() -> None:
-    """The program; ends the process."""
+    """Run the command line and exit the process."""
     app(prog_name="smoothquant")
 
 
 def command(**settings: Any) -> Callable:
-    """Registers a command whose faults become a line on stderr and an exit code."""
+    """Register a command that reports errors as one line on stderr and an exit code."""
 
     def register(function: Callable) -> Callable:
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> None:
-            with faults_as_exit_codes():
+            with errors_as_exit_codes():
                 function(*args, **kwargs)
 
         return app.command(**settings)(run)
@@ -101,15 +112,15 @@ def _options(
 @command()
 def calibrate(
     model: Model,
-    output: Annotated[Path, typer.Argument(metavar="FILE", help="A .safetensors file to write.")],
+    output: Annotated[Path, typer.Argument(metavar="FILE", help="Output file (.safetensors).")],
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = 32768,
     seed: Seed = 42,
-    overwrite: Overwrite = False,
+    overwrite: OverwriteFile = False,
 ) -> None:
-    """Collect statistics for `quantize --stats`.
+    """Collect calibration statistics for `quantize --stats`.
 
-    They are those of every distinct input of a layer, channel by channel.
+    Writes per-channel statistics of every distinct layer input.
     """
     from ..bundled import load_model
     from ..calibration.collect import collect_stats
@@ -123,32 +134,42 @@ def calibrate(
     if output.suffix != ".safetensors":
         raise ValueError(f"FILE must end in .safetensors; got {str(output)!r}")
     if output.exists() and not (overwrite and output.is_file()):
-        raise ValueError(f"FILE exists already: {output} (--overwrite replaces a file)")
+        raise ValueError(f"FILE already exists: {output} (use --overwrite to replace it)")
     loaded, tokenizer = load_model(model)
     stats = collect_stats(loaded, calibration_batches(loaded, tokenizer, config))
     save_stats(stats, output)
-    typer.echo(f"Statistics of {len(stats)} layers are in {output.resolve()}")
+    typer.echo(f"Wrote statistics of {len(stats)} layers to {output.resolve()}")
 
 
 @command()
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Bundled name, folder or id.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help=MODEL_HELP)],
     target: Target,
     recipe: Annotated[
-        Recipe, typer.Option(help="rtn: to nearest. fast: rotated. best: GPTQ, searches.")
-    ] = Recipe.rtn,
-    group_size: Annotated[int, typer.Option(metavar="G", help="Channels to a scale.")] = 128,
+        Recipe,
+        typer.Option(
+            help="rtn: round to nearest. fast: also rotate. best: also search and run GPTQ."
+        ),
+    ] = RTN,
+    group_size: Annotated[
+        int, typer.Option(metavar="G", help="Channels that share a scale.")
+    ] = 128,
     salient_prop: Annotated[
         float | None,
-        typer.Option(metavar="P", help="Share of channels kept in 16 bits. [default: 0.05]"),
+        typer.Option(metavar="P", help="Fraction of channels to keep in 16 bits. [default: 0.05]"),
     ] = None,
     bits: Annotated[
-        float | None, typer.Option(metavar="B", help="Bits per weight, in --salient-prop's place.")
+        float | None,
+        typer.Option(
+            metavar="B", help="Target bits per weight; chooses the salient fraction for you."
+        ),
     ] = None,
     fields: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="FIELD=VALUE", help="Another field of MixedQuantConfig; repeatable."
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Set any other MixedQuantConfig field. May be repeated.",
         ),
     ] = None,
     calibration: Calibration = None,
@@ -157,45 +178,55 @@ def quantize(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Statistics from `calibrate`, or a published act_scales/*.pt (no code is run).",
+            help="Statistics from `calibrate`, or a published act_scales/*.pt file (read safely, "
+            "without running code).",
         ),
     ] = None,
     no_calibration: Annotated[
-        bool, typer.Option("--no-calibration", help="Choose channels by the weights alone.")
+        bool,
+        typer.Option("--no-calibration", help="Choose salient channels from the weights alone."),
     ] = False,
     seed: Seed = 42,
     fold: Annotated[
-        bool, typer.Option("--fold", help="Move permutations into other layers' rows.")
+        bool, typer.Option("--fold", help="Fold channel permutations into the preceding layers.")
     ] = False,
     by_layer: Annotated[
         bool,
         typer.Option(
             "--by-layer",
-            help="Hold one decoder layer of the folder SRC in memory; after a stop, go on.",
+            help="Load one decoder layer of the folder SRC at a time. Rerun to resume.",
         ),
     ] = False,
     spill: Annotated[
         bool,
-        typer.Option("--spill", help="By layer: hidden states and GPTQ's matrices in files."),
+        typer.Option(
+            "--spill",
+            help="With --by-layer: keep hidden states and GPTQ matrices on disk.",
+        ),
     ] = False,
-    overwrite: Overwrite = False,
+    overwrite: OverwriteQuantized = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print choices, bytes and memory; write nothing."),
+        typer.Option("--dry-run", help="Print settings, sizes and memory use; write nothing."),
     ] = False,
 ) -> None:
-    """Quantize a model and save it. It is held in memory as a whole, but with --by-layer."""
+    """Quantize a model and save it.
+
+    Loads the whole model into memory unless --by-layer is given.
+    """
     from ..calibration.stats_files import load_stats
     from ..checkpoints.conversion import convert
     from ..checkpoints.folder import check_target
     from ..core.config import MixedQuantConfig, parse_field
 
     if no_calibration and (stats or calibration):
-        raise typer.BadParameter("--no-calibration excludes --calibration and --stats")
+        raise typer.BadParameter(
+            "--no-calibration cannot be combined with --calibration or --stats"
+        )
     if by_layer and fold:
-        raise typer.BadParameter("--by-layer excludes --fold")
+        raise typer.BadParameter("--by-layer cannot be combined with --fold")
     if spill and not by_layer:
-        raise typer.BadParameter("--spill needs --by-layer")
+        raise typer.BadParameter("--spill requires --by-layer")
     config = MixedQuantConfig.from_dict(
         {
             "recipe": recipe.value,
@@ -209,22 +240,22 @@ def quantize(
         | dict(map(parse_field, fields or []))
     )
     if no_calibration and config.needs_tokens:
-        raise ValueError(f"{config.needs_tokens} needs calibration; leave --no-calibration out")
+        raise ValueError(f"{config.needs_tokens} needs calibration; drop --no-calibration")
     target = check_target(target, overwrite=overwrite)
-    known = load_stats(stats) if stats else None
+    loaded_stats = load_stats(stats) if stats else None
     if dry_run:
-        _print_plan(source, config, known, by_layer=by_layer, spill=spill)
+        _print_plan(source, config, loaded_stats, by_layer=by_layer, spill=spill)
     elif by_layer:
-        convert(source, target, config, known, spill=spill, overwrite=overwrite)
+        convert(source, target, config, loaded_stats, spill=spill, overwrite=overwrite)
         typer.echo(f"The quantized model is in {target}")
     else:
-        _quantize_in_memory(source, target, config, known, fold=fold, overwrite=overwrite)
+        _quantize_in_memory(source, target, config, loaded_stats, fold=fold, overwrite=overwrite)
 
 
 def _print_plan(
     source: str, config: MixedQuantConfig, stats: Stats, *, by_layer: bool, spill: bool
 ) -> None:
-    """`quantize --dry-run`: choices, bytes before and after, peak memory."""
+    """Print what `quantize --dry-run` reports: settings, sizes and peak memory."""
     from ..bundled import load_model
     from ..checkpoints.conversion import float_shapes
     from ..checkpoints.sizes import bytes_by_kind, planned_bytes
@@ -260,17 +291,17 @@ def _quantize_in_memory(
     before = bytes_by_kind(model)
     quantize(model, config, stats, tokenizer=tokenizer)
     if fold:
-        typer.echo(f"Folded the permutations of {len(fold_permutations(model))} layers")
+        typer.echo(f"Folded the channel permutations of {len(fold_permutations(model))} layers")
     save_quantized(model, target, tokenizer, overwrite=overwrite)
     print_bytes(before, bytes_by_kind(model))
     typer.echo(f"\nThe quantized model is in {target}")
 
 
 @command()
-def dequantize(source: Folder, target: Target, overwrite: Overwrite = False) -> None:
-    """Make a plain model of a quantized folder.
+def dequantize(source: Folder, target: Target, overwrite: OverwriteModel = False) -> None:
+    """Convert a quantized model back to a float model.
 
-    Its weights are floats of the values that the 4-bit codes stand for.
+    The float weights have exactly the values that the 4-bit codes represent.
     """
     from ..checkpoints.folder import check_target, write_folder
     from ..quantization.undo import dequantize
@@ -279,19 +310,20 @@ def dequantize(source: Folder, target: Target, overwrite: Overwrite = False) -> 
     model, tokenizer = _quantized_model(source)
     dequantize(model)
     write_folder(model, target, tokenizer, overwrite=overwrite)
-    typer.echo(f"The plain model is in {target}")
+    typer.echo(f"The float model is in {target}")
 
 
 @command()
 def export(
     source: Folder,
     target: Target,
-    to: Annotated[Format, typer.Option("--format", help="Whose format.")],
-    overwrite: Overwrite = False,
+    to: Annotated[Format, typer.Option("--format", help="Output format.")],
+    overwrite: OverwriteModel = False,
 ) -> None:
-    """Write a quantized folder for other engines.
+    """Export a quantized model for another inference engine.
 
-    Weights are the same numbers; what the format cannot express is refused, with the reason.
+    Weights keep their exact values. A model that the format cannot express is rejected with the
+    reason.
     """
     from ..checkpoints.export import export_compressed_tensors
     from ..checkpoints.folder import check_target
@@ -299,29 +331,29 @@ def export(
     target = check_target(target, overwrite=overwrite, of_any_model=True)
     model, tokenizer = _quantized_model(source)
     export_compressed_tensors(model, target, tokenizer, overwrite=overwrite)
-    typer.echo(f"The model in format {to.value} is in {target}")
+    typer.echo(f"The {to.value} model is in {target}")
 
 
 @command()
 def inspect(folder: Folder, as_json: Json = False) -> None:
-    """Show what is in a quantized folder.
+    """Show the contents of a quantized model folder, layer by layer.
 
-    Layer by layer, without reading weights.
+    Reads file headers only, no weights.
     """
     from ..checkpoints.inspection import inspect_folder
 
-    found = inspect_folder(folder)
+    report = inspect_folder(folder)
     if as_json:
-        return print_json(found)
+        return print_json(report)
     for name in ("folder", "architecture", "format_version", "dtype"):
-        typer.echo(f"{name:<18}{found[name]}")
+        typer.echo(f"{name:<18}{report[name]}")
     typer.echo(
-        f"{'size':<18}{found['bytes']:,} bytes in {found['tensors']} tensors\n"
-        f"{'quantized':<18}{found['quantized_layers']} layers, "
-        f"{found['quantized_weights']:,} weights at {found['bits_per_weight']:.3f} bits"
+        f"{'size':<18}{report['bytes']:,} bytes in {report['tensors']} tensors\n"
+        f"{'quantized':<18}{report['quantized_layers']} layers, "
+        f"{report['quantized_weights']:,} weights at {report['bits_per_weight']:.3f} bits"
     )
-    typer.echo("\nChoices: " + ", ".join(f"{k}={v}" for k, v in found["config"].items()) + "\n")
-    print_table(("kind", "bytes"), [(k, f"{v:,}") for k, v in found["kinds"].items()])
+    typer.echo("\nConfig: " + ", ".join(f"{k}={v}" for k, v in report["config"].items()) + "\n")
+    print_table(("kind", "bytes"), [(k, f"{v:,}") for k, v in report["kinds"].items()])
     typer.echo()
     rows = [
         (
@@ -333,7 +365,7 @@ def inspect(folder: Folder, as_json: Json = False) -> None:
             f"{layer['bytes']:,}",
             _remark(layer),
         )
-        for layer in found["layers"]
+        for layer in report["layers"]
     ]
     print_table(("layer", "shape", "", "bits", "salient", "bytes", ""), rows)
     return None
@@ -341,25 +373,25 @@ def inspect(folder: Folder, as_json: Json = False) -> None:
 
 @command()
 def verify(folder: Folder, as_json: Json = False) -> None:
-    """Check a quantized folder.
+    """Check that a quantized model folder is intact.
 
-    All is read, with every check that loading has, and each layer is tried.
+    Reads every tensor, repeats all checks that loading makes, and runs each quantized layer.
     """
     from ..checkpoints.inspection import verify_folder
 
     try:
-        found = {"ok": True, **verify_folder(folder)}
+        report = {"ok": True, **verify_folder(folder)}
     except (ValueError, CheckpointError) as error:
         if as_json:
             print_json({"ok": False, "folder": str(folder.resolve()), "error": str(error)})
         raise
     if as_json:
-        return print_json(found)
-    for check in found["checks"]:
+        return print_json(report)
+    for check in report["checks"]:
         typer.echo(f"ok: {check}")
     typer.echo(
-        f"{found['folder']}: {found['layers']} quantized layers, {found['tensors']} tensors, "
-        f"{found['bytes']:,} bytes"
+        f"{report['folder']}: {report['layers']} quantized layers, {report['tensors']} tensors, "
+        f"{report['bytes']:,} bytes"
     )
     return None
 
@@ -369,26 +401,34 @@ def evaluate(
     model: Model,
     text: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Texts to score. [default: the WikiText-2 test split]"),
+        typer.Option(
+            metavar="FILE", help="Text to score. [default: the bundled WikiText-2 test split]"
+        ),
     ] = None,
     windows: Annotated[
-        int | None, typer.Option(metavar="N", help="The first N windows only. [default: all]")
+        int | None, typer.Option(metavar="N", help="Score only the first N windows. [default: all]")
     ] = None,
     seq_len: Annotated[
-        int | None, typer.Option(metavar="T", help="Tokens per window. [default: at most 2048]")
+        int | None,
+        typer.Option(
+            metavar="T", help="Tokens per window. [default: the model's maximum, up to 2048]"
+        ),
     ] = None,
     compare: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Also KL divergence and top-1 agreement to this one."),
+        typer.Option(
+            metavar="MODEL", help="Also report KL divergence from, and top-1 agreement with, MODEL."
+        ),
     ] = None,
     card: Annotated[
-        bool, typer.Option("--card", help="Put it into the README.md of the quantized folder.")
+        bool, typer.Option("--card", help="Record the result in the model card (README.md).")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity on a text.
+    """Measure perplexity.
 
-    Rows joined by a blank line, non-overlapping windows, exp(mean token NLL).
+    Joins the rows with blank lines, cuts the tokens into non-overlapping windows and reports
+    exp(mean token NLL).
     """
     from ..bundled import check_model_name, load_model, wikitext
     from ..checkpoints.folder import is_quantized_folder
@@ -397,7 +437,7 @@ def evaluate(
     from ..evaluation.perplexity import Evaluator
 
     if card and not is_quantized_folder(model):
-        raise ValueError(f"--card needs a folder of a quantized model; got {model!r}")
+        raise ValueError(f"--card needs a quantized model folder; got {model!r}")
     for name in filter(None, (model, compare)):
         check_model_name(name)
     rows = list(read_texts(text)) if text else wikitext("test")
@@ -413,9 +453,9 @@ def evaluate(
             result = evaluator.compare(scored, reference)._asdict()
     if card:
         source = Path(text).name if text else "WikiText-2 test"
-        windows = f"{evaluator.num_windows} of {evaluator.available_windows}"
-        where = f"{source}, {windows} windows of {seq_len} tokens"
-        add_evaluation(model, {f"{name}, {where}": n for name, n in result.items()})
+        scope = f"{evaluator.num_windows} of {evaluator.available_windows}"
+        dataset = f"{source}, {scope} windows of {seq_len} tokens"
+        add_evaluation(model, {f"{name}, {dataset}": value for name, value in result.items()})
     if as_json:
         measured = {"windows": evaluator.num_windows, "of_windows": evaluator.available_windows}
         names = {"model": model, "reference": compare, "text": text or "wikitext-2-raw test"}
@@ -425,14 +465,18 @@ def evaluate(
 @command()
 def generate(
     model: Model,
-    prompt: str,
-    max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", min=1)] = 50,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
+    max_new_tokens: Annotated[
+        int,
+        typer.Option("-n", "--max-new-tokens", metavar="N", min=1, help="Tokens to generate."),
+    ] = 50,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the most likely token each time.")
+        float,
+        typer.Option(metavar="T", min=0.0, help="Sampling temperature; 0 decodes greedily."),
     ] = 0.0,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Sampling seed.")] = 0,
 ) -> None:
-    """Continue a prompt."""
+    """Generate text from a prompt."""
     import torch
     from transformers import TextStreamer
 
@@ -457,15 +501,19 @@ def generate(
 def bench(
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="[FOLDER]", help="Also this quantized model. [default: a layer]"),
+        typer.Argument(
+            metavar="[FOLDER]",
+            help="Also benchmark this quantized model. [default: one layer only]",
+        ),
     ] = None,
-    prompt: Annotated[int, typer.Option(min=2, metavar="T", help="Tokens of the prompt.")] = 128,
+    prompt: Annotated[int, typer.Option(min=2, metavar="T", help="Prompt length in tokens.")] = 128,
     new: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens to generate.")] = 16,
     as_json: Json = False,
 ) -> None:
-    """Check the speed of kernels and model.
+    """Run a quick speed check.
 
-    Of a layer beside torch's, and of a quantized model beside itself with float weights.
+    Compares one quantized layer with torch's fp32 layer and, given FOLDER, a quantized model with
+    its dequantized copy.
     """
     import torch
 
@@ -481,7 +529,7 @@ def bench(
         model, tokenizer = _quantized_model(folder)
         if tokenizer is None:
             raise ValueError(f"FOLDER must hold a tokenizer; got {folder}")
-    found = {
+    report: dict[str, Any] = {
         "processor": chip_name(),
         "instruction_set": ops.isa(),
         "threads": torch.get_num_threads(),
@@ -489,13 +537,13 @@ def bench(
     }
     if model is not None:
         ids = token_blocks(wikitext("test"), tokenizer, 1, prompt)[0]
-        found["model"] = model_speeds(model, ids, new)
+        report["model"] = model_speeds(model, ids, new)
     if as_json:
-        return print_json(found)
-    typer.echo(f"{found['processor']}, {found['instruction_set']}, {found['threads']} threads\n")
+        return print_json(report)
+    typer.echo(f"{report['processor']}, {report['instruction_set']}, {report['threads']} threads\n")
     for title, rows in (
-        ("A layer of 1024 x 1024, g = 128, 5 % salient, tokens/s", found["layer"]),
-        (f"{folder}, tokens/s", found.get("model", [])),
+        ("One 1024 x 1024 layer, group size 128, 5% salient, tokens/s", report["layer"]),
+        (f"{folder}, tokens/s", report.get("model", [])),
     ):
         if rows:
             typer.echo(title)
@@ -507,23 +555,20 @@ def bench(
 
 @command()
 def doctor(as_json: Json = False) -> None:
-    """Describe machine and installation.
-
-    To paste into a report of a fault.
-    """
+    """Describe this machine and installation, for bug reports."""
     from .doctor import environment
 
-    found = environment()
+    report = environment()
     if as_json:
-        print_json(found)
+        print_json(report)
     else:
-        for name, value in found.items():
+        for name, value in report.items():
             parts = value if isinstance(value, Mapping) else {"": value}
-            for part, said in parts.items():
-                said = ", ".join(said) if isinstance(said, list) else said
-                typer.echo(f"{name + (part and f'.{part}'):<28}{said}")
-    if "fault" in found:
-        raise RuntimeError(f"the package does not work here: {found['fault']}")
+            for part, item in parts.items():
+                item = ", ".join(item) if isinstance(item, list) else item
+                typer.echo(f"{name + (part and f'.{part}'):<28}{item}")
+    if "fault" in report:
+        raise RuntimeError(f"smoothquant does not work here: {report['fault']}")
 
 
 ARGUMENTS_PASSED_ON = {
@@ -534,9 +579,9 @@ ARGUMENTS_PASSED_ON = {
 
 @command(name="lm-eval", **ARGUMENTS_PASSED_ON)
 def lm_eval(context: typer.Context) -> None:
-    """Run lm-evaluation-harness, which then reads quantized folders.
+    """Run lm-evaluation-harness on quantized models.
 
-    As in: lm-eval run --model hf --model_args pretrained=FOLDER --tasks NAME
+    Example: smoothquant lm-eval run --model hf --model_args pretrained=FOLDER --tasks NAME
     """
     try:
         from lm_eval.__main__ import cli_evaluate
@@ -548,13 +593,16 @@ def lm_eval(context: typer.Context) -> None:
 
 @command(**ARGUMENTS_PASSED_ON)
 def sweep(context: typer.Context) -> None:
-    """Measure many settings, resumably."""
+    """Measure many settings; rerun to resume."""
     _run_experiments(context.args)
 
 
 @command(**ARGUMENTS_PASSED_ON)
 def plot(context: typer.Context) -> None:
-    """Draw a sweep from what is finished, and write an interactive page of it."""
+    """Plot the finished part of a sweep.
+
+    Draws figures and writes an interactive page.
+    """
     _run_experiments(["--plot", *context.args])
 
 
@@ -563,32 +611,31 @@ def _run_experiments(argv: list[str]) -> None:
         from run_experiments import main
     except ImportError as error:
         raise RuntimeError(
-            f"sweeps need run_experiments and its packages ({error}): pip install "
-            "'smoothquant[experiments]', or run this in a clone"
+            f"run_experiments or a package that it needs is missing ({error}): "
+            "pip install 'smoothquant[experiments]'"
         ) from error
     raise typer.Exit(main(argv))
 
 
 def _texts(calibration: str | None) -> str | tuple[str, ...]:
-    """The file, or the texts that stand for none."""
+    """The calibration file, or the bundled texts if none was given."""
     from ..bundled import wikitext
 
     return calibration or tuple(wikitext("validation"))
 
 
-def _quantized_model(folder: Path):
-    """(model, tokenizer or None) of a quantized folder."""
-    from transformers import AutoTokenizer
-
+def _quantized_model(folder: Path) -> tuple[nn.Module, Any]:
+    """The model and the tokenizer (None if there is none) of a quantized folder."""
+    from ..calibration.tokens import load_tokenizer
     from ..checkpoints.folder import load_quantized
 
     model = load_quantized(folder)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    return model, AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+    return model, load_tokenizer(folder) if has_tokenizer else None
 
 
 def _remark(layer: Mapping[str, Any]) -> str:
-    """Of a layer in `inspect`: why it was kept, or what it has of its own."""
+    """What `inspect` notes about a layer: why it was kept, or settings particular to it."""
     if "shared_with" in layer:
         return f"shared with {layer['shared_with']}"
     if layer["action"] == "kept":

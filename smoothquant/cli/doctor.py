@@ -1,6 +1,7 @@
-"""What a report of a fault needs to say about the machine and the installation.
+"""The environment report of `smoothquant doctor`.
 
-Nothing heavy is imported before it is asked about, so that a broken installation can be asked, too.
+It must also work where torch or our kernels fail to load. That rules out torch.utils.collect_env
+for the whole report; only what needs torch anyway comes from there.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ PACKAGES = (
 def environment() -> dict[str, Any]:
     """Versions, processor, kernels and CUDA, as plain JSON values.
 
-    "fault" is there if the package does not work here, and says why.
+    If the package does not work here, "fault" says why.
     """
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "platform": platform.platform(),
         "python": f"{platform.python_version()} ({sys.executable})",
         "processor": chip_name(),
@@ -48,13 +49,16 @@ def environment() -> dict[str, Any]:
         },
     }
     try:
-        with warnings.catch_warnings():  # of kernels that do not load: "fault" will say so
+        with warnings.catch_warnings():  # kernels that do not load are reported as a fault below
             warnings.simplefilter("ignore")
             import torch
+            from torch.utils import collect_env
 
-        found["threads"] = torch.get_num_threads()
-        found["cuda"] = {
+        report["threads"] = torch.get_num_threads()
+        report["cuda"] = {
             "torch": torch.version.cuda,
+            "driver": collect_env.get_nvidia_driver_version(collect_env.run),
+            "toolkit": collect_env.get_running_cuda_version(collect_env.run),
             "devices": [
                 torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
             ],
@@ -62,20 +66,20 @@ def environment() -> dict[str, Any]:
         from ..kernels import ops
 
         build = ops.build_info()
-        found["kernels"] = {
+        report["kernels"] = {
             "instruction_sets": ops.supported_isas(),
             "active": ops.isa(),
             "compiler": build["compiler"],
             "built_for_torch": build["torch"],
             "cuda_architectures": build["cuda_archs"] or None,
         }
-    except (ImportError, OSError, RuntimeError) as error:
-        found["fault"] = f"{type(error).__name__}: {error}"
-    return found
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        report["fault"] = f"{type(error).__name__}: {error}"
+    return report
 
 
 def chip_name() -> str:
-    """The processor's name, as the system tells it."""
+    """The processor's name as the operating system reports it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("model name", "Model")):
@@ -95,5 +99,5 @@ def _version(package: str) -> str | None:
 def _memory_gib() -> float | None:
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (ValueError, OSError, AttributeError):  # not every system tells
+    except (ValueError, OSError, AttributeError):  # not on every system
         return None

@@ -1,1 +1,1 @@
-"""What a quantized model is worth: perplexity, errors layer by layer, speed."""
+"""Measure a quantized model: perplexity, per-layer errors and speed."""

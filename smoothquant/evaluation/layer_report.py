@@ -1,8 +1,8 @@
-"""Where the error of a quantized model comes from: each layer against the float model's.
+"""Per-layer errors: where the error of a quantized model comes from.
 
-Every linear of every model is given the float model's own inputs, so that its error is its own and
-nothing that earlier layers did. The hidden states after each decoder layer, of models that run on
-their own, tell what those errors add up to.
+Every linear of a quantized model is run on the float model's inputs, so that its error does not
+include errors of earlier layers. The hidden states after each decoder layer, for which each model
+runs on its own, show how the errors add up.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +24,20 @@ from ..models.routing import PARTS, expert_arguments, expert_names, routed_input
 from ..models.running import evaluating, first_argument, hooked, no_cache, without_head
 
 HIDDEN = "hidden"
-_LAYER = re.compile(r"((?:.*?\.)?(\d+))\.")  # the decoder layer that a module is in, by its name
+_LAYER = re.compile(r"((?:.*?\.)?(\d+))\.")  # name and number of a module's decoder layer
 
 
 @dataclass
 class LayerError:
-    """The error of one output of the float model in each of some quantized models.
+    """The error of one layer output in each of several quantized models.
 
-    name: full name of a linear, of one expert's matrix, or of a decoder layer.
-    layer: number of the decoder layer; None outside of any.
-    kind: last part of the name ("q_proj"), or "hidden" for the output of a decoder layer.
-    signal: sum of y^2 over all tokens and channels, y the float model's output.
-    noise: {model: sum of (y - its output)^2}, and {"a - b": sum of (a's - b's output)^2} for every
-        pair of models.
+    Attributes:
+        name: full name of a linear, an expert matrix or a decoder layer.
+        layer: number of the decoder layer; None if it is outside all of them.
+        kind: last part of the name ("q_proj"), or "hidden" for the output of a decoder layer.
+        signal: sum of y^2 over all tokens and channels, where y is the float model's output.
+        noise: {model: sum of (y - output of the model)^2}, and for every pair of models
+            {"a - b": sum of (output of a - output of b)^2}.
     """
 
     name: str
@@ -45,7 +47,7 @@ class LayerError:
     noise: dict[str, float] = field(default_factory=dict)
 
     def add(self, y: Tensor, outputs: Mapping[str, Tensor]) -> None:
-        """Add tokens: y, the float model's output, and that of each model; of one shape."""
+        """Add tokens: the float model's output y and each model's output, all of one shape."""
         self.signal += _energy(y)
         for model, output in outputs.items():
             self._add_noise(model, y, output)
@@ -57,8 +59,10 @@ class LayerError:
 
     @property
     def decibels(self) -> dict[str, float]:
-        """10 log10(signal / noise): the more, the better; Inf for equal outputs, NaN where all
-        of them are 0 or one holds NaN."""
+        """Signal-to-noise ratios, 10 log10(signal / noise); higher is better.
+
+        Inf for equal outputs; NaN if all outputs are 0 or one contains NaN.
+        """
         return {name: _decibels(self.signal, noise) for name, noise in self.noise.items()}
 
 
@@ -79,25 +83,25 @@ def layer_report(
     *,
     progress: bool = True,
 ) -> list[LayerError]:
-    """Measure every layer of quantized models against the float model that they were made from.
+    """Measure every layer of quantized models against the float model they were made from.
 
-    Sums are streamed over the batches; of activations, only the outputs of the decoder layers are
-    kept, of one batch at a time.
+    Sums are accumulated batch by batch. The only activations kept are the outputs of the decoder
+    layers for the current batch.
 
     Args:
-        float_model: a float model that `families.layer_inputs` can walk.
-        models: {name of your choice: model with a module in the place of each linear}, for example
+        float_model: a float model that `families.layer_inputs` supports.
+        models: {any name: a model with a module for each linear of the float model}, for example
             {"int4": ..., "fake": ...}.
         batches: int64 [B, T] tensors of token ids, without padding.
         progress: show a progress bar.
 
     Returns:
-        errors of every matrix with an input (an expert that no token was routed to has none),
-        decoder layer by decoder layer, each followed by that of its hidden states.
+        The errors by decoder layer: those of its matrices, then that of its hidden states. An
+        expert that no token was routed to has no entry.
 
     Raises:
-        ValueError: no model, a model that is the float one, a quantized float_model, a model
-            without a layer of the float one, or no batch.
+        ValueError: there is no model or no batch, `float_model` is quantized or among `models`, or
+            a model lacks a layer of the float model.
     """
     refuse_quantized(float_model)
     inputs = layer_inputs(float_model)
@@ -114,26 +118,30 @@ def layer_report(
             modes.enter_context(evaluating(model))
         for batch in progress_bar(batches, desc="layers", unit="batch", shown=progress):
             with hooked(float_model, hooks, after=True):
-                wanted = _hidden_states(float_model, layers, batch, everything)
-            found = {k: _hidden_states(m, layers, batch, everything) for k, m in models.items()}
+                expected = _hidden_states(float_model, layers, batch, everything)
+            hidden = {k: _hidden_states(m, layers, batch, everything) for k, m in models.items()}
             for name in layers:
-                outputs = {key: states[name] for key, states in found.items()}
+                outputs = {key: states[name] for key, states in hidden.items()}
                 error = LayerError(name, _layer(f"{name}.")[1], HIDDEN)
-                errors.setdefault(name, error).add(wanted[name], outputs)
+                errors.setdefault(name, error).add(expected[name], outputs)
     return sorted(
         errors.values(), key=lambda e: (-1 if e.layer is None else e.layer, e.kind == HIDDEN)
     )
 
 
-def _linear_hook(name: str, models: Mapping[str, nn.Module], errors: dict) -> Callable:
-    def hook(module, args, kwargs, y):
+def _linear_hook(
+    name: str, models: Mapping[str, nn.Module], errors: dict[str, LayerError]
+) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], y: Tensor) -> None:
         _measure(name, first_argument(args, kwargs), y, models, errors)
 
     return hook
 
 
-def _experts_hook(name: str, models: Mapping[str, nn.Module], errors: dict) -> Callable:
-    def hook(module, args, kwargs, _):
+def _experts_hook(
+    name: str, models: Mapping[str, nn.Module], errors: dict[str, LayerError]
+) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], _: Tensor) -> None:
         for expert, *xs in routed_inputs(module, *expert_arguments(module, args, kwargs)):
             for part, x in zip(PARTS, xs, strict=True):
                 y = nn.functional.linear(x, getattr(module, part)[expert])
@@ -142,42 +150,52 @@ def _experts_hook(name: str, models: Mapping[str, nn.Module], errors: dict) -> C
     return hook
 
 
-def _measure(name: str, x: Tensor, y: Tensor, models: Mapping[str, nn.Module], errors) -> None:
-    """Add the errors of one matrix for some of its inputs."""
+def _measure(
+    name: str,
+    x: Tensor,
+    y: Tensor,
+    models: Mapping[str, nn.Module],
+    errors: dict[str, LayerError],
+) -> None:
+    """Add the errors of one matrix on inputs x, where y is the float output."""
     error = LayerError(name, _layer(name)[1], name.rpartition(".")[2])
     outputs = {key: model.get_submodule(name)(x) for key, model in models.items()}
     errors.setdefault(name, error).add(y, outputs)
 
 
 def by_kind(errors: Sequence[LayerError]) -> list[LayerError]:
-    """The same with the experts of a decoder layer taken together, under the name "...*..."."""
+    """Merge the errors of all experts of a decoder layer, under a name with "*" for the expert."""
     merged: dict[str, LayerError] = {}
     for error in errors:
-        # of what comes after the decoder layer's number
+        # Replace numbers only after the decoder layer's own number.
         layer, _ = _layer(error.name)
         name = layer + re.sub(r"\.\d+\.", ".*.", error.name[len(layer) :])
-        into = merged.setdefault(name, LayerError(name, error.layer, error.kind))
-        into.signal += error.signal
+        total = merged.setdefault(name, LayerError(name, error.layer, error.kind))
+        total.signal += error.signal
         for model, noise in error.noise.items():
-            into.noise[model] = into.noise.get(model, 0.0) + noise
+            total.noise[model] = total.noise.get(model, 0.0) + noise
     return list(merged.values())
 
 
 def _layer(name: str) -> tuple[str, int | None]:
-    """The name and the number of the decoder layer that something is in: ("", None) for none."""
-    found = _LAYER.match(name)
-    return (found[1], int(found[2])) if found else ("", None)
+    """Name and number of the decoder layer that a module is in; ("", None) outside of all."""
+    match = _LAYER.match(name)
+    return (match[1], int(match[2])) if match else ("", None)
 
 
 def _hidden_states(
     model: nn.Module, layers: Iterable[str], batch: Tensor, needed: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Run a batch through what holds all modules `needed`; outputs of layers, {name: [B, T, H]}."""
+    """Run a batch through the model, as far as `needed`, and record the outputs of `layers`.
+
+    Returns:
+        {name of a decoder layer: [B, T, H]}.
+    """
     states: dict[str, Tensor] = {}
 
-    def hook_for(name: str) -> Callable:
-        def hook(module, args, kwargs, output):
-            # cloned: the next layer may add to it in place
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            # Cloned because the next layer may add to it in place.
             states[name] = (output[0] if isinstance(output, tuple) else output).clone()
 
         return hook
@@ -188,11 +206,17 @@ def _hidden_states(
     return states
 
 
-def _check(float_model, models, batches, linears, experts) -> None:
+def _check(
+    float_model: nn.Module,
+    models: Mapping[str, nn.Module],
+    batches: Sequence[Tensor],
+    linears: Sequence[str],
+    experts: Sequence[str],
+) -> None:
     if not models:
-        raise ValueError("models must hold at least one model; got none")
+        raise ValueError("models must contain at least one model; got none")
     if not batches:
-        raise ValueError("batches must hold at least one batch; got none")
+        raise ValueError("batches must contain at least one batch; got none")
     for key, model in models.items():
         if model is float_model:
             raise ValueError(f"models[{key!r}] is the float model itself")

@@ -1,17 +1,16 @@
-"""Small speed checks, on whatever machine this is: of one layer, and of a whole model.
-
-benchmarks/ has the careful ones.
-"""
+"""Quick speed checks of one layer and of a whole model. benchmarks/ has the careful ones."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 from ..channels.sorting import ChannelPlan
 from ..core.config import MixedQuantConfig
@@ -19,12 +18,12 @@ from ..layers.linear import W4A4Linear
 from ..models.modules import module_copy
 from ..quantization.undo import dequantize
 
-TOKENS = (1, 64, 512)  # of a layer's input
-LEAST_SECONDS = 0.02  # that a layer is called for, again and again
+TOKENS = (1, 64, 512)  # rows of a layer's input
+LEAST_SECONDS = 0.02  # repeat a layer's call for at least this long
 
 
 class TokenTimes:
-    """A streamer that keeps the time at which each new token came."""
+    """A streamer that records when each token arrives."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -36,8 +35,16 @@ class TokenTimes:
         pass
 
 
-def generate_times(model, prompt: Tensor, new: int) -> tuple[float, float]:
-    """Seconds to the first of `new` tokens, seconds per token after it; prompt: int64 [1, T]."""
+def generate_times(model: Any, prompt: Tensor, new: int) -> tuple[float, float]:
+    """Time `model.generate`.
+
+    Args:
+        prompt: int64 [1, T].
+        new: number of tokens to generate, >= 2.
+
+    Returns:
+        Seconds until the first new token, and seconds per token after it.
+    """
     streamer = TokenTimes()
     start = time.perf_counter()
     model.generate(
@@ -49,7 +56,7 @@ def generate_times(model, prompt: Tensor, new: int) -> tuple[float, float]:
         streamer=streamer,
         pad_token_id=0,
     )
-    first, last = streamer.times[1], streamer.times[-1]  # times[0]: the prompt itself
+    first, last = streamer.times[1], streamer.times[-1]  # times[0] is the prompt
     return first - start, (last - first) / (new - 1)
 
 
@@ -57,20 +64,22 @@ def generate_times(model, prompt: Tensor, new: int) -> tuple[float, float]:
 def layer_speeds(
     config: MixedQuantConfig, k: int = 1024, n: int = 1024, turns: int = 5
 ) -> list[dict[str, Any]]:
-    """A W4A4Linear of random weights beside torch's fp32 linear, for some numbers of tokens.
+    """Compare a W4A4Linear with random weights and torch's fp32 linear.
 
-    Returns {"tokens", "int4_tokens_per_second", "fp32_tokens_per_second", "ratio"} of each: medians
-    of `turns` turns that both take one after the other.
+    Returns:
+        One dict for each number of tokens, with "tokens", "int4_tokens_per_second",
+        "fp32_tokens_per_second" and "ratio": medians of `turns` alternating runs.
     """
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(k, n, bias=False)
     linear.weight.copy_(torch.randn(n, k, generator=generator))
-    plan = ChannelPlan(torch.arange(k, dtype=torch.int32), int(config.salient_prop * k))
+    num_salient = int((config.salient_prop or 0) * k)
+    plan = ChannelPlan(torch.arange(k, dtype=torch.int32), num_salient)
     layer = W4A4Linear.from_weight(linear.weight, None, config, plan)
     rows = []
     for tokens in TOKENS:
         x = torch.randn(tokens, k, generator=generator)
-        int4, fp32 = _medians([lambda: _seconds(layer, x), lambda: _seconds(linear, x)], turns)  # noqa: B023
+        int4, fp32 = _medians([partial(_seconds, layer, x), partial(_seconds, linear, x)], turns)
         rows.append(_row(tokens=tokens, int4=tokens / int4, fp32=tokens / fp32))
     return rows
 
@@ -79,20 +88,25 @@ def layer_speeds(
 def model_speeds(
     model: nn.Module, prompt: Tensor, new: int = 16, turns: int = 3
 ) -> list[dict[str, Any]]:
-    """A quantized model beside itself with float weights, in plain `generate`.
+    """Compare a quantized model with its dequantized copy in `generate`.
 
     Args:
-        model: quantized.
+        model: a quantized transformers model.
         prompt: int64 [1, T].
-        new: tokens to generate after it, >= 2.
+        new: number of tokens to generate, >= 2.
 
-    Returns {"phase", "int4_tokens_per_second", "float_tokens_per_second", "ratio"} of prefill (all
-    until the first new token) and decode (those after it): medians of `turns` turns.
+    Returns:
+        Two dicts with "phase", "int4_tokens_per_second", "float_tokens_per_second" and "ratio", for
+        prefill (up to the first new token) and decode (after it): medians of `turns` alternating
+        runs.
     """
     plain = module_copy(model)
     dequantize(plain)
     times = _medians(
-        [lambda: generate_times(model, prompt, new), lambda: generate_times(plain, prompt, new)],
+        [
+            partial(generate_times, model, prompt, new),
+            partial(generate_times, plain, prompt, new),
+        ],
         turns,
     )
     (prefill, decode), (plain_prefill, plain_decode) = times
@@ -104,34 +118,35 @@ def model_speeds(
 
 
 def _row(**values: Any) -> dict[str, Any]:
-    key, ours, other = values
+    key, ours, baseline = values
     return {
         key: values[key],
         f"{ours}_tokens_per_second": values[ours],
-        f"{other}_tokens_per_second": values[other],
-        "ratio": values[ours] / values[other],
+        f"{baseline}_tokens_per_second": values[baseline],
+        "ratio": values[ours] / values[baseline],
     }
 
 
 def _seconds(layer: nn.Module, x: Tensor) -> float:
-    calls, start = 0, time.perf_counter()
-    while time.perf_counter() - start < LEAST_SECONDS:
-        layer(x)
-        calls += 1
-    return (time.perf_counter() - start) / calls
+    """Median seconds of a call."""
+    timer = Timer("layer(x)", globals={"layer": layer, "x": x}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=LEAST_SECONDS).median
 
 
-def _medians(contenders: Sequence[Callable], turns: int) -> list:
-    """What each gives, number by number the median of its turns; a first turn does not count."""
-    results: list[list] = [[] for _ in contenders]
+def _medians(contenders: Sequence[Callable[[], Any]], turns: int) -> list[Any]:
+    """The median result of each contender over `turns` alternating runs, after one warm-up.
+
+    A contender returns a number, or a tuple of numbers whose medians are taken one by one.
+    """
+    results: list[list[Any]] = [[] for _ in contenders]
     for turn in range(-1, turns):
-        for contender, found in zip(contenders, results, strict=True):
+        for contender, times in zip(contenders, results, strict=True):
             result = contender()
             if turn >= 0:
-                found.append(result)
+                times.append(result)
     return [
-        tuple(map(statistics.median, zip(*found, strict=True)))
-        if isinstance(found[0], tuple)
-        else statistics.median(found)
-        for found in results
+        tuple(map(statistics.median, zip(*times, strict=True)))
+        if isinstance(times[0], tuple)
+        else statistics.median(times)
+        for times in results
     ]

@@ -1,1 +1,1 @@
-"""From a float model to a quantized one: `engine.Plan` is the one way that all callers take."""
+"""Quantize a float model. All callers drive `engine.Plan`."""

@@ -1,9 +1,10 @@
-"""Checks of what `smoothquant.quantize` is given, before anything changes."""
+"""Checks of the arguments of `smoothquant.quantize`, made before anything changes."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,43 +20,49 @@ from .pipeline import Group, model_groups, with_shares
 
 logger = logging.getLogger("smoothquant")
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-KEPT_DTYPES = (*WEIGHT_DTYPES, torch.float64)  # of parameters that are looked through for NaN
+KEPT_DTYPES = (*WEIGHT_DTYPES, torch.float64)  # parameters checked for NaN
 
 
-def warn_of_missing_stats(config: MixedQuantConfig, stats, groups: list[Group]) -> None:
-    """Log where weights have to choose in the place of statistics."""
+def warn_of_missing_stats(
+    config: MixedQuantConfig, stats: Mapping[str, ChannelStats] | None, groups: Sequence[Group]
+) -> None:
+    """Log a warning where channels are chosen by the weights for lack of statistics."""
     if stats is None:
-        logger.warning("no calibration statistics: the weights alone choose salience and order")
+        logger.warning("no calibration statistics: salience and order come from the weights alone")
     elif config.sort != "none" and any(group.stats and group.stats.mean_only for group in groups):
         logger.warning(
-            "statistics hold only a mean per channel: sort=%r is taken from the weights",
+            "statistics have only a mean per channel: sort=%r is computed from the weights",
             config.sort,
         )
-    alone = [g.name for g in groups if g.expert and g.stats is None and stats is not None]
-    if alone:
+    without = [g.name for g in groups if g.expert and g.stats is None and stats is not None]
+    if without:
         logger.warning(
-            "no statistics of %d expert matrices, %s the first: their weights choose salience and "
-            "order",
-            len(alone),
-            alone[0],
+            "no statistics for %d expert matrices (first: %s): their salience and order come from "
+            "the weights",
+            len(without),
+            without[0],
         )
 
 
-def check_arguments(model, config, stats) -> None:
-    """Raise ValueError or TypeError for arguments that `smoothquant.quantize` cannot take."""
+def check_arguments(model: Any, config: Any, stats: Any) -> None:
+    """Raise ValueError or TypeError for arguments that `smoothquant.quantize` does not accept."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     if not isinstance(config, MixedQuantConfig):
         raise TypeError(f"config must be a MixedQuantConfig; got {type(config).__name__}")
     if stats is not None and not isinstance(stats, Mapping):
-        raise TypeError(f"stats must be a mapping of names or None; got {type(stats).__name__}")
+        raise TypeError(
+            f"stats must be a mapping of module names or None; got {type(stats).__name__}"
+        )
     if isinstance(model, nn.Linear):
-        raise ValueError("model must hold nn.Linear modules; W4A4Linear.from_float quantizes one")
+        raise ValueError(
+            "model must contain nn.Linear modules, not be one; use W4A4Linear.from_float"
+        )
     refuse_quantized(model)
 
 
-def check_batches(config: MixedQuantConfig, batches) -> None:
-    """Raise ValueError unless these are the token ids that the config needs."""
+def check_batches(config: MixedQuantConfig, batches: Any) -> None:
+    """Raise ValueError unless `batches` provides the calibration tokens that the config needs."""
     if batches is None and not config.needs_tokens:
         return
     if not isinstance(batches, Sequence) or not batches:
@@ -79,11 +86,11 @@ def checked_groups(
     *,
     stats_to_come: bool = False,
 ) -> list[Group]:
-    """The groups of a model, after a check of their shapes and statistics.
+    """The groups of a model, with shapes and statistics checked.
 
     Args:
-        items: the model's layer inputs; None to find them.
-        stats_to_come: there are no statistics yet, but there will be.
+        items: the model's layer inputs, if the caller has them already.
+        stats_to_come: statistics will be collected later, so that it is no error to have none.
     """
     means_only = not stats_to_come
     if stats:
@@ -93,7 +100,7 @@ def checked_groups(
         (config.salient_allocation == "output", "salient_allocation='output'"),
     ):
         if needed and means_only:
-            raise ValueError(f"{name} needs stats that know more than each channel's mean")
+            raise ValueError(f"{name} needs statistics with more than a mean per channel")
     items = layer_inputs(model) if items is None else items
     for item in items:
         for name in item.linears:
@@ -102,7 +109,7 @@ def checked_groups(
                 raise TypeError(f"{name} must be an nn.Linear; got {type(module).__name__}")
     if config.smooth_alpha is not None and not any(item.norm for item in items):
         raise ValueError(
-            f"smooth_alpha must be None: no norm of {type(model).__name__} feeds linears only"
+            f"smooth_alpha must be None: {type(model).__name__} has no norm that feeds only linears"
         )
     groups = model_groups(model, items, stats)
     for group in groups:
@@ -119,14 +126,16 @@ def checked_groups(
 
 
 def check_weights(model: nn.Module, group: Group) -> None:
-    """Raise ValueError or TypeError for a weight or bias of a group that cannot be quantized."""
+    """Raise ValueError or TypeError if a weight or bias of the group cannot be quantized."""
     for name, (weight, bias) in zip(group.names, group.matrices(model), strict=True):
         _check_weight(name, weight, bias)
 
 
 def check_kept_weights(model: nn.Module, items: Iterable[LayerInput]) -> None:
-    """Raise ValueError for NaN or Inf in a parameter that none of these inputs' readers is: what is
-    saved with one is not loaded."""
+    """Raise ValueError for NaN or Inf in a parameter that is not quantized.
+
+    A checkpoint with one could be saved, but not loaded.
+    """
     linears: set[str] = set()
     fused: set[str] = set()
     for item in items:
@@ -143,8 +152,13 @@ def check_kept_weights(model: nn.Module, items: Iterable[LayerInput]) -> None:
 def non_finite_parameters(
     model: nn.Module, wanted: Callable[[str], bool]
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, largest magnitude) of each parameter of a wanted name that holds NaN or Inf. Those
-    without memory, or of a dtype that is none of a float model, are not looked at."""
+    """Yield (name, largest magnitude) of the parameters that contain NaN or Inf.
+
+    Skips parameters on the meta device and those whose dtype is not in `KEPT_DTYPES`.
+
+    Args:
+        wanted: whether to check the parameter of this name.
+    """
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if wanted(name) and parameter.dtype in KEPT_DTYPES and not parameter.is_meta:
             largest = largest_magnitude(parameter)
@@ -158,7 +172,7 @@ def _check_weight(name: str, weight: Tensor, bias: Tensor | None) -> None:
             continue
         if tensor.dtype not in WEIGHT_DTYPES or tensor.device.type == "meta":
             raise TypeError(
-                f"{what} of {name} must be float32, float16 or bfloat16 with values; "
+                f"{what} of {name} must be float32, float16 or bfloat16 and not on meta; "
                 f"got {tensor.dtype} on {tensor.device}"
             )
         if not is_finite(tensor):
@@ -177,4 +191,4 @@ def _check_stats(name: str, weight: Tensor, group: Group) -> None:
             f"stats of {name} must have {weight.shape[1]} channels; got {entry.num_channels}"
         )
     if entry.count == 0 or not entry.is_finite():
-        raise ValueError(f"stats of {name} must be finite and of at least one row")
+        raise ValueError(f"stats of {name} must be finite and cover at least one row")

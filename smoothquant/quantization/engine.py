@@ -1,8 +1,8 @@
-"""How a float model becomes a quantized one: check, group, warn, ready, pack, finish.
+"""The steps that quantize a model: check, group, calibrate, pack, finish.
 
-These steps are `Plan`, and only there. Three callers drive it, each at its own pace:
-`smoothquant.quantize` (a model in memory), `smoothquant.convert` (a folder, layer by layer) and the
-transformers plug-in (weights as they are loaded).
+`Plan` implements them. Three callers drive it, each at its own pace: `smoothquant.quantize` (a
+model in memory), `smoothquant.convert` (a folder, layer by layer) and the transformers plug-in
+(weights as they are loaded).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..channels.statistics import ChannelStats
 from ..core.config import MixedQuantConfig
 from ..core.progress import progress_bar
 from ..layers.experts import W4A4Experts
-from ..layers.linear import QuantizedLinear, linear_class
+from ..layers.linear import linear_class
 from ..models.families import ATTENTION_INPUTS, layer_inputs
 from ..models.modules import module_places, replace_module
 from ..models.routing import PARTS
@@ -41,20 +41,21 @@ Collect = Callable[[nn.Module, Sequence[Tensor]], Mapping[str, ChannelStats]]
 class Plan:
     """The quantization of one model.
 
-    Creating a plan checks the arguments and the model, calibrates, and changes nothing. `pack`
-    quantizes groups of linears, all or a few at a time; `finish` marks the model as quantized.
+    Creating a plan checks the arguments and the model and collects statistics, without changing the
+    model. `pack` quantizes all groups of linears or some of them. `finish` marks the model as
+    quantized.
 
     Args:
-        model: a float model; its parameters may be without memory until they are packed.
+        model: a float model. Its parameters may be on the meta device until they are packed.
         config, stats, batches, tokenizer: as for `smoothquant.quantize`.
-        collect: collects the statistics of batches; None for `collect_stats`.
-        spill: a folder for large tensors (`smoothquant.core.spill`), or None for memory.
+        collect: computes statistics from the model and batches; None for `collect_stats`.
+        spill: a folder for large tensors (`smoothquant.core.spill`); None keeps them in memory.
         progress: show progress bars.
 
     Attributes:
         items: the model's layer inputs, in forward order.
-        groups: the linears that share a channel plan, in forward order.
-        records: {name of a matrix: its record} of what is packed already.
+        groups: groups of linears that share a channel plan, in forward order.
+        records: {name of a matrix: its record} for the matrices packed so far.
 
     Raises:
         ValueError, TypeError: as `smoothquant.quantize`.
@@ -91,9 +92,10 @@ class Plan:
 
     @torch.no_grad()
     def pack(self, groups: Sequence[Group] | None = None) -> Iterator[LinearRecord]:
-        """Replace the linears of some groups, or of all; yields the record of each matrix.
+        """Replace the linears of the given groups (default: all) by quantized ones.
 
-        All weights of these groups are checked before the first one is packed.
+        Checks the weights of all these groups before it packs the first one. Yields the record of
+        each matrix.
         """
         groups = self.groups if groups is None else groups
         for group in groups:
@@ -109,8 +111,8 @@ class Plan:
             for _ in self.pack():
                 bar.update()
 
-    def bar(self):
-        """A progress bar over the matrices, at those that are packed already."""
+    def bar(self) -> Any:
+        """A progress bar over all matrices, advanced by those that are packed already."""
         total = sum(len(group.names) for group in self.groups)
         return progress_bar(
             total=total,
@@ -121,21 +123,25 @@ class Plan:
         )
 
     def finish(self) -> list[LinearRecord]:
-        """Mark the model as quantized; returns the records of all its parameters, those of packed
-        matrices first and in forward order."""
-        if self._awaits_weights:  # those of kept parameters have come since the plan was made
+        """Mark the model as quantized.
+
+        Returns:
+            The records of all parameters: packed matrices in forward order, then the others.
+        """
+        if self._awaits_weights:  # kept parameters were still on meta when the plan was made
             check_kept_weights(self.model, self.items)
         packed = [self.records[name] for group in self.groups for name in group.names]
-        self.model.mixedquant_config = self.config
-        self.model.mixedquant_report = packed + kept_records(self.model, self.items)
-        return self.model.mixedquant_report
+        report = packed + kept_records(self.model, self.items)
+        model: Any = self.model
+        model.mixedquant_config, model.mixedquant_report = self.config, report
+        return report
 
 
 def _pack(
     model: nn.Module, config: MixedQuantConfig, ready: Iterable[Ready]
 ) -> Iterator[LinearRecord]:
-    """Put quantized layers into the model, group after group; yields the record of each matrix."""
-    experts: dict[tuple[int, str], QuantizedLinear] = {}
+    """Put quantized layers into the model, group by group; yield the record of each matrix."""
+    experts: dict[tuple[int, str], nn.Module] = {}
     places = module_places(model)
     for group, plan, layer_config, reason, curvature in ready:
         records = []
@@ -154,16 +160,13 @@ def _pack(
             if not group.expert:
                 replace_module(model, name, layer, places)
             else:
-                block, *place = group.expert
-                experts[tuple(place)] = layer
-                if len(experts) == _num_matrices(model, block):
-                    act_fn = model.get_submodule(block).act_fn
-                    replace_module(model, block, W4A4Experts(experts, act_fn), places)
+                block, index, part = group.expert
+                experts[index, part] = layer
+                fused: Any = model.get_submodule(block)
+                if len(experts) == len(fused.gate_up_proj) * len(PARTS):
+                    replace_module(model, block, W4A4Experts(experts, fused.act_fn), places)
                     experts = {}
+                del fused
             records.append(quantized_record(name, layer, reason))
-        del curvature  # its memory must be free when the caller writes a layer or the next is made
+        del curvature  # free its memory before the caller writes the layer or the next is made
         yield from records
-
-
-def _num_matrices(model: nn.Module, experts: str) -> int:
-    return model.get_submodule(experts).gate_up_proj.shape[0] * len(PARTS)

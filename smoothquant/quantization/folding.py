@@ -1,8 +1,7 @@
-"""Folding: the order of a layer's input channels moved into the layers that make this input.
+"""Fold a layer's channel permutation into the layers that produce its input.
 
-A permuted layer gathers its input, token by token. Where each channel of the input comes from
-certain output channels of earlier linears, these can stand in the permuted order from the
-beginning: rows of weights move once, and nothing is left to gather.
+A permuted layer gathers its input channels at run time. If these channels are output channels of
+earlier linears, the rows of those linears can be permuted once instead, which removes the gather.
 """
 
 from __future__ import annotations
@@ -21,22 +20,23 @@ from ..models.routing import PARTS
 
 @torch.no_grad()
 def fold_permutations(model: nn.Module) -> list[str]:
-    """Move the permutations of layer inputs into the output channels of the layers that make them,
-    in place: data moves, nothing is rounded, and logits stay as they are.
+    """Fold the permutations of layer inputs into the layers that produce them, in place.
 
-    Folded are, where `smoothquant.models.families` has a row for the model,
-      - inputs that are made elementwise: of down_proj, fc2, dense_4h_to_h, and of the down_proj of
-        fused experts. The gather becomes the identity; with ``tp_blocks`` > 1 a compaction, so
-        that each part of the channels stays where it is;
-      - outputs of attention, separate or fused q, k and v, if the model was quantized with
-        ``sort_within_heads=True``. The gather becomes a compaction: the INT4 channels, then the
-        salient ones, either in natural order; the identity without salient channels.
-    Left as they are: what a norm makes; what a layer with ``quantize_output`` makes, whose groups
-    run along its output channels; and layers that the model has under several names.
+    Only rows move; nothing is rounded again and the logits do not change.
 
-    Logits keep their bits as far as torch gives a value the same bits wherever it stands: some of
-    its functions (silu, tanh) and matrix products treat the last columns, where they fill no
-    vectors, otherwise. A key-value cache filled before does not fit a folded model.
+    In models that `smoothquant.models.families` has a row for, this folds
+      - inputs computed elementwise from the outputs of linears: those of down_proj, fc2,
+        dense_4h_to_h and the down_proj of fused experts. The gather becomes the identity, or with
+        ``tp_blocks`` > 1 a compaction, so that channels stay in their block;
+      - attention outputs, with separate or fused q, k and v, if the model was quantized with
+        ``sort_within_heads=True``. The gather becomes a compaction (the INT4 channels, then the
+        salient ones, each in natural order), or the identity without salient channels.
+    It does not fold inputs produced by a norm or by a layer with ``quantize_output``, whose groups
+    run along its output channels, nor layers that the model has under several names.
+
+    Logits are bit-identical as long as torch computes a value independently of its position. Some
+    functions (silu, tanh) and matrix products treat the last columns differently if these do not
+    fill a vector register. A key-value cache filled before folding is invalid afterwards.
 
     Returns:
         Names of the layers whose gather became the identity or a compaction.
@@ -47,35 +47,45 @@ def fold_permutations(model: nn.Module) -> list[str]:
     if not is_quantized(model):
         raise ValueError(f"model must be quantized; got {type(model).__name__}")
     modules = dict(model.named_modules())
-    return [item.name for item in _made_inputs(model, modules) if _fold(item, modules)]
+    return [item.name for item in _foldable_inputs(model, modules) if _fold(item, modules)]
 
 
-def _made_inputs(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[LayerInput]:
-    """Inputs of linears that other linears make, of layers with one name only."""
-    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+def _foldable_inputs(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[LayerInput]:
+    """Inputs produced by linears, where all layers involved have a single name."""
+    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for item in known_inputs(model):
         items = [item] if item.made_by else []
-        if isinstance(modules.get(item.experts), W4A4Experts):
-            for expert in range(modules[item.experts].num_experts):
+        experts = modules.get(item.experts) if item.experts else None
+        if isinstance(experts, W4A4Experts):
+            for expert in range(experts.num_experts):
                 maker, reader = (item.expert_linear(expert, part) for part in PARTS)
                 items.append(LayerInput(reader, None, (reader,), None, None, 0.0, (maker,)))
-        for made in items:
-            if all(names[id(modules[name])] == 1 for name in (*made.linears, *made.made_by)):
-                yield made
+        for candidate in items:
+            layers = (*candidate.linears, *candidate.made_by)
+            if all(uses[id(modules[name])] == 1 for name in layers):
+                yield candidate
 
 
 def _fold(item: LayerInput, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether the order of an input could be moved into the layers that make it."""
-    reader, makers = modules[item.name], [modules[name] for name in item.made_by]
-    if not all(isinstance(layer, QuantizedLinear) for layer in (reader, *makers)):
-        return False
-    if any(maker.quantize_output for maker in makers):
+    """Fold the order of one input into the layers that produce it; returns whether it could."""
+    reader, makers = modules[item.name], []
+    for name in item.made_by:
+        maker = modules[name]
+        if not isinstance(maker, QuantizedLinear) or maker.quantize_output:
+            return False
+        makers.append(maker)
+    if not isinstance(reader, QuantizedLinear):
         return False
     order = _order_in_blocks(reader, item.num_heads or reader.config.tp_blocks)
-    moved = [None if order is None else _moved(item, order, m.out_features) for m in makers]
-    if any(rows is None for rows in moved):
+    if order is None:
         return False
-    for maker, rows in zip(makers, moved, strict=True):
+    sources = []
+    for maker in makers:
+        rows = _source_rows(item, order, maker.out_features)
+        if rows is None:
+            return False
+        sources.append(rows)
+    for maker, rows in zip(makers, sources, strict=True):
         maker.reorder_outputs(rows)
     natural = torch.arange(reader.in_features).view_as(order)
     int4 = natural.shape[1] - reader.num_salient // len(natural)
@@ -85,8 +95,11 @@ def _fold(item: LayerInput, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def _order_in_blocks(reader: QuantizedLinear, blocks: int) -> Tensor | None:
-    """The order of a layer's input channels inside each of some equal blocks, the salient ones
-    last: int64 [blocks, width]; None where channels cross blocks, or nothing needs to move."""
+    """The order of a layer's input channels within equal blocks, salient channels last.
+
+    Returns:
+        int64 [blocks, width], or None if channels cross blocks or are in natural order already.
+    """
     k, num_salient = reader.in_features, reader.num_salient
     if k % blocks or num_salient % blocks:
         return None
@@ -99,9 +112,13 @@ def _order_in_blocks(reader: QuantizedLinear, blocks: int) -> Tensor | None:
     return order if inside and (order != torch.arange(width)).any() else None
 
 
-def _moved(item: LayerInput, order: Tensor, out_features: int) -> Tensor | None:
-    """Where a layer that makes the input must take its output channels from, int64 [N]; None where
-    its sizes do not fit, or heads that share a head of v have different orders."""
+def _source_rows(item: LayerInput, order: Tensor, out_features: int) -> Tensor | None:
+    """The rows that a layer must take its output channels from to produce them in `order`.
+
+    Returns:
+        int64 [N], or None if the sizes do not match or heads that share a head of v have different
+        orders.
+    """
     blocks, width = order.shape
     if item.num_heads:
         rows = value_rows(item, blocks * width, out_features)
@@ -116,6 +133,6 @@ def _moved(item: LayerInput, order: Tensor, out_features: int) -> Tensor | None:
         if rest:
             return None
         rows, order = torch.arange(out_features).view(-1, width), order.repeat(parts, 1)
-    moved = torch.arange(out_features)
-    moved[rows] = rows.gather(1, order)
-    return moved
+    sources = torch.arange(out_features)
+    sources[rows] = rows.gather(1, order)
+    return sources

@@ -1,8 +1,8 @@
-"""From a float model to matrices that are ready to be packed, one after the other in forward order.
+"""Prepare the matrices of a float model for packing, one group at a time in forward order.
 
-calibrate -> smooth -> choose the channels -> settle what is left to trial -> Hessian for GPTQ.
-`smoothquant.quantize` packs what comes out and puts it into the model, so that later layers are
-calibrated on what the quantized layers before them give.
+The steps: calibrate, smooth, choose channels, resolve searched options, collect Hessians for GPTQ.
+The caller packs each group as it comes, so that later layers are calibrated on the outputs of the
+quantized layers before them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +32,16 @@ logger = logging.getLogger("smoothquant")
 
 
 class Group(NamedTuple):
-    """Matrices that read the same rows and so share a plan: linears, or one matrix of an expert.
+    """Matrices that read the same rows and share a channel plan: linears, or one expert matrix.
 
-    item: the layer input they belong to. expert: (experts module, index, part). heads: (heads,
-    heads of v) of an output of attention, where they are known. num_salient: K_s of each.
+    Attributes:
+        item: the layer input that they read.
+        names: full names of the matrices.
+        stats: statistics of the input, or None.
+        expert: (name of the experts module, index of the expert, part) of an expert matrix.
+        heads: (number of heads, number of heads of v) if the input is an attention output and they
+            are known.
+        num_salient: number of salient channels.
     """
 
     item: LayerInput
@@ -47,36 +53,43 @@ class Group(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What the group's input is called by."""
+        """The name of the group's input: that of the first matrix."""
         return self.names[0]
 
     @property
     def reads_norm(self) -> bool:
-        """Whether it reads what item.norm makes: of an expert's matrices only the first does."""
+        """Whether the group reads the output of item.norm; second matrices of experts do not."""
         return self.item.norm is not None and (not self.expert or self.expert[2] == PARTS[0])
 
     def matrices(self, model: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
-        """(weight [N, K], bias [N] or None) of each."""
+        """(weight [N, K], bias [N] or None) of every matrix."""
         return [self.matrix(model, name) for name in self.names]
 
     def matrix(self, model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-        """That of one name alone: a quantized sibling would be unpacked for its weight."""
+        """(weight [N, K], bias [N] or None) of one matrix.
+
+        Unlike `matrices`, this does not unpack siblings that are quantized already.
+        """
         if self.expert:
             experts, index, part = self.expert
             return getattr(model.get_submodule(experts), part)[index], None
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         return module.weight, module.bias
 
     def weight(self, model: nn.Module) -> Tensor:
-        """All weights below each other, [N of all, K]."""
+        """All weights concatenated along the rows, [sum of N, K]."""
         return torch.cat([weight for weight, _ in self.matrices(model)])
 
 
 class Ready(NamedTuple):
-    """A group with all that is needed to pack it.
+    """A group with everything needed to pack it.
 
-    config: the layer's own, with numbers in all fields. reason: what its channels were chosen by.
-    curvature: for GPTQ, or None.
+    Attributes:
+        group: the group.
+        plan: its channel plan.
+        config: the config with searched options replaced by the values found for this group.
+        reason: what the channels were chosen by.
+        curvature: for GPTQ, else None.
     """
 
     group: Group
@@ -91,15 +104,16 @@ def model_groups(
     items: Sequence[LayerInput],
     stats: Mapping[str, ChannelStats] | None,
 ) -> list[Group]:
-    """All groups of a model in forward order, without salient channels yet.
+    """All groups of a model in forward order, with num_salient still 0.
 
-    Raises ValueError for a missing entry of stats.
+    Raises:
+        ValueError: an entry of `stats` is missing.
     """
     return [group for item in items for group in _groups(model, item, stats)]
 
 
 def with_shares(model: nn.Module, groups: list[Group], config: MixedQuantConfig) -> list[Group]:
-    """The groups with the salient channels shared out among them."""
+    """The groups with their numbers of salient channels."""
     shares = share_out([_demand(model, group, config) for group in groups], config)
     return [group._replace(num_salient=n) for group, n in zip(groups, shares, strict=True)]
 
@@ -107,9 +121,10 @@ def with_shares(model: nn.Module, groups: list[Group], config: MixedQuantConfig)
 def _demand(model: nn.Module, group: Group, config: MixedQuantConfig) -> Demand:
     matrices = [weight for weight, _ in group.matrices(model)]
     score, blocks = None, config.tp_blocks
-    # what is only planned, without values or statistics, takes the average share
-    known = group.stats is not None and not matrices[0].is_meta
-    if config.salient_allocation == "output" and known:
+    # Without weight values or statistics (a dry run), a group gets the average share.
+    has_values = group.stats is not None and not matrices[0].is_meta
+    if config.salient_allocation == "output" and has_values:
+        assert group.stats is not None
         score = (group.stats.sq_sum / group.stats.count) * _weight_stats(matrices).sq_sum
     if config.sort_within_heads and group.heads:
         blocks = group.heads[0]
@@ -117,66 +132,74 @@ def _demand(model: nn.Module, group: Group, config: MixedQuantConfig) -> Demand:
 
 
 def _weight_stats(matrices: Iterable[Tensor]) -> ChannelStats:
-    """Statistics of the rows of all matrices that read an input; sq_sum is its column norms."""
-    stats = None
+    """Statistics over the rows of all matrices; sq_sum is the squared norms of their columns."""
+    stats: ChannelStats | None = None
     for weight in matrices:
         stats = stats or ChannelStats.empty(weight.shape[1])
         stats.update(weight)
+    assert stats is not None, "a group has at least one matrix"
     return stats
 
 
 def ready_groups(
     model: nn.Module,
-    groups: list[Group],
+    groups: Sequence[Group],
     config: MixedQuantConfig,
-    batches,
+    batches: Sequence[Tensor] | None,
     spill: Path | None = None,
 ) -> Iterator[Ready]:
-    """Every group in forward order, calibrated on the layers before it as they are by then.
+    """Yield every group in forward order, calibrated on the current state of the layers before it.
 
-    spill: as for `smoothquant.calibration.blocks.blocks`; GPTQ's matrices go there, too.
+    Args:
+        batches: calibration tokens; required if ``config.needs_tokens``.
+        spill: as for `smoothquant.calibration.blocks.blocks`; GPTQ's matrices go there too.
     """
     if not config.needs_tokens:
         for group in _smoothed(model, groups, config, {}):
             plan, reason = _plan(group, group.matrices(model), config)
             yield Ready(group, plan, config, reason)
         return
+    assert batches is not None
     for block in blocks(model, [group.item.name for group in groups], batches, spill):
-        inside = [group for group in groups if block.holds(group.name)]
-        rows = {}
+        in_block = [group for group in groups if block.holds(group.name)]
+        rows: dict[str, Tensor] = {}
         if config.smooth_alpha == "search":
-            inputs = _items(group for group in inside if group.reads_norm)
+            inputs = _items(group for group in in_block if group.reads_norm)
             rows = sample_rows(block, inputs, [item.name for item in inputs])
-        inside = _smoothed(model, inside, config, rows)
-        # without Hessians nothing needs room
-        for chunk in _chunks(model, inside) if config.weight_rounding == "gptq" else [inside]:
+        in_block = _smoothed(model, in_block, config, rows)
+        # Chunks limit the memory for Hessians, which only GPTQ needs.
+        for chunk in _chunks(model, in_block) if config.weight_rounding == "gptq" else [in_block]:
             yield from _calibrated(model, block, chunk, config, spill)
 
 
 def _items(groups: Iterable[Group]) -> list[LayerInput]:
-    """Their layer inputs, each once."""
+    """The distinct layer inputs of the groups."""
     return list(dict.fromkeys(group.item for group in groups))
 
 
 def _smoothed(
-    model: nn.Module, groups: list[Group], config: MixedQuantConfig, rows: Mapping[str, Tensor]
+    model: nn.Module, groups: Sequence[Group], config: MixedQuantConfig, rows: Mapping[str, Tensor]
 ) -> list[Group]:
-    """The groups with the statistics of smoothed inputs, the model's norms and weights having been
-    smoothed. rows: of the inputs, for smooth_alpha="search"."""
+    """Smooth the norms and weights of the model; return the groups with statistics to match.
+
+    Args:
+        rows: sample rows of the inputs, for smooth_alpha="search".
+    """
     if config.smooth_alpha is None:
-        return groups
+        return list(groups)
     modules = dict(model.named_modules())
     factors: dict[LayerInput, Tensor] = {}
     for item in _items(group for group in groups if group.reads_norm):
         readers = [group for group in groups if group.item == item and group.reads_norm]
-        seen = [group.stats.abs_max for group in readers if group.stats is not None]
-        if not seen:
+        maxima = [group.stats.abs_max for group in readers if group.stats is not None]
+        if not maxima:
             continue
-        largest = torch.stack(seen).amax(0)
-        alpha = config.smooth_alpha
-        if alpha == "search":
-            x = rows.get(item.name)
-            alpha = None if x is None else _best_alpha(model, item, readers, largest, x, config)
+        largest = torch.stack(maxima).amax(0)
+        alpha: float | None = None
+        if config.smooth_alpha != "search":
+            alpha = float(config.smooth_alpha)
+        elif item.name in rows:
+            alpha = _best_alpha(model, item, readers, largest, rows[item.name], config)
         if alpha is not None:
             _unshare(modules, item)
             fold = fold_of_input(modules, item, largest, alpha)
@@ -191,8 +214,10 @@ def _smoothed(
 
 
 def _unshare(modules: Mapping[str, nn.Module], item: LayerInput) -> None:
-    """Give the norm and the readers of an input parameters of their own: a copy of the model that
-    shares its tensors with this one must not be smoothed along."""
+    """Give the norm and the readers of an input fresh parameters.
+
+    Otherwise, copies of the model that share its tensors would be smoothed too.
+    """
     readers = [*item.linears, item.experts, item.router]
     for module in (modules[name] for name in (item.norm, *readers) if name):
         for name, parameter in module.named_parameters(recurse=False):
@@ -207,8 +232,10 @@ def _best_alpha(
     x: Tensor,
     config: MixedQuantConfig,
 ) -> float | None:
-    """The strength of smoothing of least output error, summed over the readers; None for no
-    smoothing. A strength that leaves the range of the model's dtype is none to take."""
+    """The smoothing strength with the least output error over all readers; None for no smoothing.
+
+    Skips strengths whose factors leave the range of the model's dtype.
+    """
     modules = dict(model.named_modules())
     trial = dataclasses.replace(config.settled(), weight_rounding="nearest")
 
@@ -237,48 +264,48 @@ def _calibrated(
     config: MixedQuantConfig,
     spill: Path | None,
 ) -> Iterator[Ready]:
-    """Groups of one block, all planned before the first is packed."""
+    """Yield groups of one block. All are planned before the first one is packed."""
     inputs = _items(groups)
-    rows = {}
+    rows: dict[str, Tensor] = {}
     if config.searches:
         rows = sample_rows(block, inputs, [group.name for group in groups])
     ready = []
     for group in groups:
         plan, reason = _plan(group, group.matrices(model), config)
-        own = config
+        resolved = config
         if config.searches:
-            sample = rows.pop(group.name, None), group.weight(model)
-            own = resolve(config, *sample, plan, _never_negative(group.stats))
-            del sample  # a copy of the weights
-        ready.append(Ready(group, plan, own, reason))
-    if config.weight_rounding == "gptq":
-        choices = {item.group.name: (item.plan, item.config) for item in ready}
-        hessians = collect_hessians(block, inputs, choices, spill)
-        ready = (
-            _with_curvature(item, hessians.pop(item.group.name, None), spill) for item in ready
-        )
-    yield from ready
+            x, weight = rows.pop(group.name, None), group.weight(model)
+            resolved = resolve(config, x, weight, plan, _never_negative(group.stats))
+            del x, weight  # the weight is a copy
+        ready.append(Ready(group, plan, resolved, reason))
+    if config.weight_rounding != "gptq":
+        yield from ready
+        return
+    choices = {item.group.name: (item.plan, item.config) for item in ready}
+    hessians = collect_hessians(block, inputs, choices, spill)
+    for item in ready:
+        yield _with_curvature(item, hessians.pop(item.group.name, None), spill)
 
 
 def _never_negative(stats: ChannelStats | None) -> bool:
-    """Whether calibration has seen the channels' minima, none of them negative."""
+    """Whether calibration recorded the channels' minima and none is negative."""
     return stats is not None and not stats.mean_only and bool((stats.minimum >= 0).all())
 
 
 def _with_curvature(item: Ready, hessian: Tensor | None, spill: Path | None) -> Ready:
-    """The group with what GPTQ needs, or rounded to nearest where there is none."""
-    # summed up where the model is; the CPU's LAPACK works in place
+    """Add the curvature for GPTQ, or fall back to rounding to nearest if there is none."""
+    # The Hessian is on the model's device; the CPU's LAPACK factors it in place.
     factor = None if hessian is None else gptq.inverse_factor(hessian.cpu(), gptq.DAMPING, spill)
     if factor is not None:
         k4 = len(factor) - item.plan.num_salient
         return item._replace(curvature=gptq.curvature(factor, k4, spill))
-    why = "no token reached it" if hessian is None else "no damping helped"
+    why = "no token reached it" if hessian is None else "its Hessian is singular"
     logger.warning("%s is rounded to nearest: %s", item.group.name, why)
     return item._replace(reason=f"{item.reason}; rounded to nearest, not by GPTQ: {why}")
 
 
-def _chunks(model, groups: list[Group]) -> Iterator[list[Group]]:
-    """Consecutive groups whose Hessians fit in gptq.HESSIAN_BYTES together, at least one."""
+def _chunks(model: nn.Module, groups: Sequence[Group]) -> Iterator[list[Group]]:
+    """Split groups into runs whose Hessians together fit in gptq.HESSIAN_BYTES (at least one)."""
     chunk: list[Group] = []
     left = gptq.HESSIAN_BYTES
     for group in groups:
@@ -292,7 +319,9 @@ def _chunks(model, groups: list[Group]) -> Iterator[list[Group]]:
         yield chunk
 
 
-def _groups(model: nn.Module, item: LayerInput, stats) -> Iterator[Group]:
+def _groups(
+    model: nn.Module, item: LayerInput, stats: Mapping[str, ChannelStats] | None
+) -> Iterator[Group]:
     if item.linears:
         entry = (
             next((stats[name] for name in item.linears if name in stats), None) if stats else None
@@ -302,52 +331,59 @@ def _groups(model: nn.Module, item: LayerInput, stats) -> Iterator[Group]:
         yield Group(item, item.linears, entry, heads=_heads(model, item))
     if item.experts:
         names = expert_names(item.experts, model.get_submodule(item.experts))
-        # published statistics are of nn.Linear modules only, which fused experts are not
+        # Published statistics cover nn.Linear modules only, not fused experts.
         published = stats and all(getattr(entry, "mean_only", False) for entry in stats.values())
         if stats is not None and not published and not any(name in stats for name in names):
             raise _missing(tuple(names), stats)
         for name, (expert, part) in names.items():
             entry = stats.get(name) if stats is not None else None
-            seen = not isinstance(entry, ChannelStats) or entry.count > 0
-            yield Group(item, (name,), entry if seen else None, (item.experts, expert, part))
+            unused = isinstance(entry, ChannelStats) and entry.count == 0
+            yield Group(item, (name,), None if unused else entry, (item.experts, expert, part))
 
 
 def _heads(model: nn.Module, item: LayerInput) -> tuple[int, int] | None:
-    """(heads, heads of v) of an output of attention, or None."""
+    """(number of heads, number of heads of v) of an attention output, or None."""
     if not item.num_heads:
         return None
-    reader, maker = (model.get_submodule(names[0]) for names in (item.linears, item.made_by))
+    reader: Any = model.get_submodule(item.linears[0])
+    maker: Any = model.get_submodule(item.made_by[0])
     values = value_rows(item, reader.in_features, maker.out_features)
     return None if values is None else (item.num_heads, len(values))
 
 
-def _missing(names: tuple[str, ...], stats: Mapping) -> ValueError:
+def _missing(names: tuple[str, ...], stats: Mapping[str, Any]) -> ValueError:
     wanted = " or ".join(names[:4]) + (" ..." if len(names) > 4 else "")
-    present = ", ".join(map(str, list(stats)[:4])) or "nothing"
-    return ValueError(f"stats has no entry for {wanted}; its {len(stats)} entries begin: {present}")
+    first = ", ".join(map(str, list(stats)[:4])) or "none"
+    return ValueError(
+        f"stats has no entry for {wanted}; first of its {len(stats)} entries: {first}"
+    )
 
 
-def _plan(group: Group, matrices, config: MixedQuantConfig) -> tuple[ChannelPlan, str]:
-    """The group's plan, on the weights' device, and what it was chosen by."""
+def _plan(
+    group: Group, matrices: Sequence[tuple[Tensor, Tensor | None]], config: MixedQuantConfig
+) -> tuple[ChannelPlan, str]:
+    """The group's channel plan, on the weights' device, and what it was chosen by."""
     stats, sort_stats, chosen_by = group.stats, None, "calibration"
     by_weight = config.sort != "none" and (
         config.sort_by == "weight" or (stats is not None and stats.mean_only)
     )
-    of_weights = None
+    column_norms: Tensor | None = None
     if stats is None or by_weight or config.salient_metric == "output":
-        of_weights = _weight_stats(weight for weight, _ in matrices)
-    if stats is None or by_weight:
-        sort_stats, chosen_by = of_weights, "calibration, order by weights"
-    if stats is None:
-        stats, chosen_by = of_weights, "weights"
-        if group.expert:
-            chosen_by = "weights: no calibration statistics of this expert"
-    choices = {
+        weight_stats = _weight_stats(weight for weight, _ in matrices)
+        if stats is None or by_weight:
+            sort_stats, chosen_by = weight_stats, "calibration, order by weights"
+        if stats is None:
+            stats, chosen_by = weight_stats, "weights"
+            if group.expert:
+                chosen_by = "weights: no calibration statistics for this expert"
+        if config.salient_metric == "output":
+            column_norms = weight_stats.sq_sum
+    choices: dict[str, Any] = {
         "num_salient": group.num_salient,
         "salient_metric": config.salient_metric,
         "sort": config.sort,
         "sort_stats": sort_stats,
-        "column_norms": of_weights.sq_sum if config.salient_metric == "output" else None,
+        "column_norms": column_norms,
     }
     if config.sort_within_heads and group.heads:
         plan = choose_within_heads(stats, *group.heads, **choices)

@@ -1,4 +1,4 @@
-"""What became of each parameter of a quantized model."""
+"""Records of what quantization did to each parameter of a model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from ..models.families import LayerInput, known_inputs, output_heads
 
 @dataclass(frozen=True)
 class LinearRecord:
-    """What became of one weight matrix, or of another parameter.
+    """What quantization did to one weight matrix or other parameter.
 
-    name: full name of the module, or of one expert's matrix; of a bias or whatever is no module's
-        weight, its own.
-    shape: (N, K) of a quantized matrix.
-    num_salient: input channels kept in 16 bits inside a quantized matrix.
-    bits_per_weight: of all its tensors but the bias.
-    action: "quantized" or "kept".
-    reason: why it was kept, or what its channels were chosen by.
+    Attributes:
+        name: full name of the module or expert matrix; for a parameter that is not a module's
+            ``weight``, such as a bias, the name of the parameter.
+        shape: (N, K) of a quantized matrix, else the parameter's shape.
+        num_salient: salient input channels of a quantized matrix, which are not rounded to 4 bits.
+        bits_per_weight: bits of all its tensors except the bias, per weight.
+        action: "quantized" or "kept".
+        reason: why it was kept, or what its channels were chosen by.
     """
 
     name: str
@@ -33,26 +34,34 @@ class LinearRecord:
 
 
 def quantization_report(model: nn.Module) -> list[LinearRecord]:
-    """A record for every parameter of a quantized model, the quantized ones first: what `quantize`
-    gave, or of a model that was loaded quantized what can be seen of it."""
+    """A record for every parameter of a quantized model, the quantized ones first.
+
+    These are the records that `quantize` returned. For a model that was loaded quantized, they are
+    reconstructed, with "as stored" as the reason of quantized matrices.
+
+    Raises:
+        ValueError: the model is not quantized.
+    """
     known = getattr(model, "mixedquant_report", None)
     if known is not None:
         return known
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]
     if not layers:
-        raise ValueError(f"model must be a quantized one; got {type(model).__name__}")
+        raise ValueError(f"model must be quantized; got {type(model).__name__}")
     quantized = [quantized_record(name, layer, "as stored") for name, layer in layers]
     return quantized + kept_records(model, known_inputs(model))
 
 
 def quantized_record(name: str, layer: QuantizedLinear, chosen_by: str) -> LinearRecord:
+    """The record of a quantized layer."""
     shape = (layer.out_features, layer.in_features)
-    held = sum(tensor.nbytes for key, tensor in layer.state_dict().items() if key != "bias")
-    bits = 8 * held / max(1, shape[0] * shape[1])
+    size = sum(tensor.nbytes for key, tensor in layer.state_dict().items() if key != "bias")
+    bits = 8 * size / max(1, shape[0] * shape[1])
     return LinearRecord(name, shape, layer.num_salient, bits, "quantized", chosen_by)
 
 
 def kept_records(model: nn.Module, items: Sequence[LayerInput]) -> list[LinearRecord]:
+    """The records of all parameters that are not quantized; items: the model's layer inputs."""
     heads = output_heads(model)
     routers = {item.router for item in items}
     kept = []
@@ -75,7 +84,7 @@ def kept_records(model: nn.Module, items: Sequence[LayerInput]) -> list[LinearRe
         elif leaf == "weight" and block in routers:
             reason = "router"
         elif parameter.dim() == 3:
-            reason = "fused parameter without a row in the table of families"
+            reason = "fused parameter, not in the table of families"
         keep(name, parameter, reason)
     for block, module in modules.items():
         if isinstance(module, QuantizedLinear) and module.bias is not None:

@@ -1,46 +1,47 @@
-"""Choices that calibration makes by trial: each candidate is simulated on sample rows of a layer's
-input, and the one whose output is nearest to the float output is taken.
+"""Searched options: simulate each candidate on sample rows of a layer's input, and take the one
+whose output is closest to the float output.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..channels.sorting import ChannelPlan
 from ..core.config import MixedQuantConfig
-from ..layers.linear import FakeW4A4Linear
+from ..layers.linear import FakeW4A4Linear, QuantizedLinear
 
 ACT_CLIPS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.88, 0.85, 0.8)
 ALPHAS = (0.25, 0.5, 0.75)
 
 
 class Trial:
-    """A layer input's readers, simulated on rows of it.
+    """Simulates all linears that read one layer input, on sample rows.
 
     Args:
-        x: float32 [t, K], rows of the input.
-        weight: [N, K], of all linears that read it.
-        target: float32 [t, N], the output to come near to.
+        x: float32 [t, K], sample rows of the input.
+        weight: [N, K], the weights of all its readers, concatenated.
+        target: float32 [t, N], the output to approximate.
+        plan: the channel plan.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, target: Tensor, plan: ChannelPlan) -> None:
         self.x, self.weight, self.target, self.plan = x, weight, target, plan
-        self._layer: FakeW4A4Linear | None = None
+        self._layer: QuantizedLinear | None = None
 
     @torch.no_grad()
     def error(self, config: MixedQuantConfig) -> float:
-        """Squared distance of the output from the target; config with numbers where it may say
-        "search" or "auto"."""
+        """Squared distance between output and target, for a config without "search" or "auto"."""
         config = dataclasses.replace(config, backend="fake", quantize_output=False)
         layer = self._layer
         if layer is None or layer.config.rotation != config.rotation:
-            self._layer = layer = None  # not two of them at a time
+            layer = self._layer = None  # free the old layer before building the new one
             layer = FakeW4A4Linear.from_weight(self.weight.float(), None, config, self.plan)
             self._layer = layer
-        layer.config = config  # the weight depends on no other choice
+        layer.config = config  # of the options tried, only rotation changes the weight
         return float(layer(self.x).sub_(self.target).square_().sum())
 
 
@@ -51,18 +52,18 @@ def resolve(
     plan: ChannelPlan,
     never_negative: bool,
 ) -> MixedQuantConfig:
-    """The config with the best format in place of act_format="auto" and the best ratio in place of
-    act_clip="search".
+    """Replace act_format="auto" and act_clip="search" by the best format and ratio.
 
     Args:
-        x: float32 [t, K], rows to try on; None, for an input that no token reached, gives
+        x: float32 [t, K], sample rows; None for an input that no token reached, which gives
             `MixedQuantConfig.settled`.
-        never_negative: whether calibration saw no negative value, so that unsigned codes without
-            rotation are a candidate.
+        weight: [N, K], the weights of all readers of the input, concatenated.
+        never_negative: calibration saw no negative value, which makes unsigned codes without
+            rotation a candidate.
     """
     if x is None:
         return config.settled()
-    formats = [{"act_format": config.act_format}]
+    formats: list[dict[str, Any]] = [{"act_format": config.act_format}]
     if config.act_format == "auto":
         formats = [{"act_format": "zero_point"}]
         if never_negative:
@@ -71,7 +72,7 @@ def resolve(
     clips = [{"act_clip": ratio} for ratio in ratios]
     trial = Trial(x, weight, x @ weight.float().T, plan)
 
-    def best(base: dict, candidates: list[dict]) -> dict:
+    def best(base: dict[str, Any], candidates: list[dict[str, Any]]) -> dict[str, Any]:
         if len(candidates) == 1:
             return base | candidates[0]
         tried = [base | candidate for candidate in candidates]

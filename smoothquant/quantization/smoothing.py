@@ -1,13 +1,13 @@
-"""SmoothQuant: move activation outliers into the weights, without changing the function.
+"""SmoothQuant (Xiao et al., 2022): move activation outliers into the weights.
 
-Every channel that a norm produces is divided by a factor s, and the weights that read it are
-multiplied by s = max|x|^alpha / max|w|^(1 - alpha).
+Each output channel of a norm is divided by s = max|x|^alpha / max|w|^(1 - alpha), and the weights
+that read it are multiplied by s. The model's function does not change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,16 @@ FLOOR = 1e-5
 
 
 class Fold(NamedTuple):
-    """One norm, its gain and bias when divided, and the weights [..., K] to multiply, by scales
-    [K]."""
+    """A smoothing step that is ready to apply.
 
-    norm: nn.Module
+    Attributes:
+        norm: the norm.
+        gain, bias: its new parameters, already divided by `scales`.
+        weights: the weights [..., K] to multiply.
+        scales: the factors [K].
+    """
+
+    norm: Any
     gain: Tensor
     bias: Tensor | None
     weights: list[Tensor]
@@ -36,20 +42,22 @@ class Fold(NamedTuple):
 
 @torch.no_grad()
 def smooth_lm(model: nn.Module, scales: Mapping[str, Tensor], alpha: float = 0.5) -> None:
-    """Smooth every norm of the model that feeds linears only, in place.
+    """Smooth every norm of the model that feeds only linears, in place.
 
     Args:
         model: a float model of a family in `smoothquant.models.families`.
-        scales: largest magnitude per channel of the linears' inputs, {module name: [K]}, as
-            `smoothquant.calibration.get_act_scales` gives it. Linears that share an input share the
-            entry of the first of them that has one. A mixture of experts takes its router's entry,
-            else the largest of its experts' entries.
-        alpha: in [0, 1]; how much of the activations' range moves into the weights.
+        scales: {module name: [K]}, the largest magnitude per channel of the linears' inputs, from
+            `smoothquant.calibration.get_act_scales`. Linears that share an input use the first
+            entry among them. A mixture of experts uses the entry of its router, or else the maximum
+            over its experts' entries.
+        alpha: smoothing strength in [0, 1]: how much of the activations' range moves into the
+            weights.
 
     Raises:
-        ValueError: a missing entry, a wrong shape, a negative or non-finite scale, a model without
-            a norm to smooth. Nothing has been changed then.
-        TypeError: an entry that is no tensor, or an argument of a wrong type.
+        ValueError: an entry is missing or has the wrong shape, a scale is negative or not finite,
+            or the model has no norm to smooth. The model is unchanged.
+        TypeError: an entry is not a tensor, or an argument has the wrong type. The model is
+            unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
@@ -63,7 +71,7 @@ def smooth_lm(model: nn.Module, scales: Mapping[str, Tensor], alpha: float = 0.5
     ]
     if not folds:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        raise ValueError(f"model of type {kind!r} has no norm that feeds linears only")
+        raise ValueError(f"model of type {kind!r} has no norm that feeds only linears")
     for fold in folds:
         apply_fold(fold)
 
@@ -75,12 +83,13 @@ def smooth_ln_fcs(
     """Smooth one LayerNorm and the linears that read it, in place.
 
     Args:
-        ln: module with ``weight [K]`` and perhaps ``bias [K]``.
+        ln: a module with ``weight [K]`` and optionally ``bias [K]``.
         fcs: one or more nn.Linear with K input features.
-        act_scales: [K], largest magnitude of each of the norm's output channels.
-        alpha: in [0, 1].
+        act_scales: [K], largest magnitude of each output channel of the norm.
+        alpha: smoothing strength in [0, 1].
 
-    Raises ValueError or TypeError, before any change, on a mismatch.
+    Raises:
+        ValueError, TypeError: the arguments do not fit together. Nothing is changed.
     """
     fcs = [fcs] if isinstance(fcs, nn.Module) else list(fcs)
     for fc in fcs:
@@ -95,24 +104,29 @@ def smooth_ln_fcs_llama_like(
 ) -> None:
     """`smooth_ln_fcs` for an RMSNorm, which has no bias."""
     if getattr(ln, "bias", None) is not None:
-        raise ValueError(
-            f"ln must have no bias; got {type(ln).__name__}, which smooth_ln_fcs takes"
-        )
+        raise ValueError(f"ln must have no bias; got {type(ln).__name__} (use smooth_ln_fcs)")
     smooth_ln_fcs(ln, fcs, act_scales, alpha)
 
 
-def _fold(norm, weights, act_scales, alpha, offset=0.0, name="act_scales") -> Fold:
+def _fold(
+    norm: Any,
+    weights: list[Tensor],
+    act_scales: Tensor,
+    alpha: float,
+    offset: float = 0.0,
+    name: str = "act_scales",
+) -> Fold:
     check_real("alpha", alpha, 0.0, 1.0)
     if not isinstance(act_scales, Tensor):
         raise TypeError(f"scales of {name} must be a tensor; got {type(act_scales).__name__}")
     if getattr(norm, "weight", None) is None:
-        raise ValueError(f"the norm of {name} has no weight to divide: {type(norm).__name__}")
+        raise ValueError(f"the norm of {name}, a {type(norm).__name__}, has no weight to divide")
     if not weights:
-        raise ValueError("fcs must name at least one linear; got none")
+        raise ValueError("fcs must contain at least one linear; got none")
     k = norm.weight.numel()
     shapes = [tuple(act_scales.shape)] + [tuple(weight.shape[-1:]) for weight in weights]
     if any(shape != (k,) for shape in shapes):
-        raise ValueError(f"{name}: the norm has {k} channels; scales and weights have {shapes}")
+        raise ValueError(f"{name}: the norm has {k} channels, but scales and weights have {shapes}")
     if not (torch.isfinite(act_scales).all() and (act_scales >= 0).all()):
         raise ValueError(f"scales of {name} must be finite and not negative")
     device, dtype = weights[0].device, weights[0].dtype
@@ -133,14 +147,15 @@ def _fold(norm, weights, act_scales, alpha, offset=0.0, name="act_scales") -> Fo
 def fold_of_input(
     modules: Mapping[str, nn.Module], item: LayerInput, act_scales: Tensor, alpha: float
 ) -> Fold:
-    """The fold of a layer input that a norm makes; nothing is changed yet.
+    """The smoothing step for a layer input produced by a norm. Changes nothing yet.
 
     Args:
-        modules: all modules of the model by full name.
-        item: with a norm.
+        modules: {full name: module} for all modules of the model.
+        item: a layer input with a norm.
         act_scales: [K], largest magnitude of each channel.
-        alpha: in [0, 1].
+        alpha: smoothing strength in [0, 1].
     """
+    assert item.norm is not None
     weights = _weights(modules, item)
     return _fold(modules[item.norm], weights, act_scales, alpha, item.norm_offset, item.name)
 
@@ -155,15 +170,16 @@ def apply_fold(fold: Fold) -> None:
 
 
 def _weights(modules: Mapping[str, nn.Module], item: LayerInput) -> list[Tensor]:
-    readers = [modules[name] for name in item.linears]
-    for name, module in zip(item.linears, readers, strict=True):
+    weights: list[Tensor] = []
+    for name in item.linears:
+        module = modules[name]
         if not isinstance(module, nn.Linear):
             raise TypeError(f"{name} must be an nn.Linear; got {type(module).__name__}")
-    weights = [module.weight for module in readers]
+        weights.append(module.weight)
     if item.router:
-        weights.append(modules[item.router].weight)
+        weights.append(modules[item.router].get_parameter("weight"))
     if item.experts:
-        weights.append(modules[item.experts].gate_up_proj)
+        weights.append(modules[item.experts].get_parameter("gate_up_proj"))
     return weights
 
 
@@ -175,13 +191,13 @@ def _act_scales(
         if name in scales:
             return scales[name]
     if item.experts:
-        # Every token reaches some expert, so the experts' largest is the input's.
+        # Every token reaches some expert, so the maximum over experts is that of the input.
         experts = expert_names(item.experts, modules[item.experts])
         names += tuple(name for name, (_, part) in experts.items() if part == PARTS[0])
-        found = [scales[name] for name in names if name in scales]
-        if found:
-            return torch.stack(found).amax(0)
+        entries = [scales[name] for name in names if name in scales]
+        if entries:
+            return torch.stack(entries).amax(0)
     raise ValueError(
-        f"scales has no entry for {' or '.join(names)}; it has {len(scales)} entries, "
-        f"the first {next(iter(scales), None)!r}"
+        f"scales has no entry for {' or '.join(names)}; first of its {len(scales)} entries: "
+        f"{next(iter(scales), None)!r}"
     )

@@ -1,6 +1,8 @@
-"""A quantized model as floats: dequantized, or its layers simulated."""
+"""Turn a quantized model back into floats: dequantize it, or simulate its layers."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,26 +17,29 @@ from .checks import WEIGHT_DTYPES
 
 @torch.no_grad()
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Turn a quantized model back into a plain one, in place: in each layer's place a linear of the
-    weight that its codes stand for, in the place of W4A4Experts the model's own fused experts.
-    Linears are of the class that a transformers model has for them, else nn.Linear.
+    """Turn a quantized model back into a float model, in place.
 
-    Activations are quantized no more (nor is what ``quantize_output`` names). What was folded into
-    norms and rows of other layers stays: the model computes what its weights say.
+    Each quantized layer becomes a linear with the weight that its codes represent: of the class
+    that the transformers model uses there, or else nn.Linear. W4A4Experts become the model's own
+    fused experts.
+
+    Activations and outputs are no longer quantized. What was folded into norms and other layers
+    (smoothing, permutations) stays there, which does not change what the model computes.
 
     Args:
-        model: quantized, by either backend; one with fused experts must be of transformers.
-        dtype: of the weights; None for that of the model's first parameter. float16 and bfloat16
-            round them.
+        model: a quantized model of either backend. With fused experts, it must be a transformers
+            model.
+        dtype: dtype of the weights; None uses that of the model's first parameter. float16 and
+            bfloat16 round the weights.
 
     Raises:
-        ValueError: the model is not quantized, its experts are of an unknown class, or a weight is
-            beyond the dtype's range. TypeError: dtype is none of a model's. Nothing has been
-            changed then.
+        ValueError: the model is not quantized, has experts of an unknown class, or has a weight
+            beyond the range of `dtype`. The model is unchanged.
+        TypeError: `dtype` is not float32, float16 or bfloat16. The model is unchanged.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     if not layers:
-        raise ValueError(f"model must be a quantized one; got {type(model).__name__}")
+        raise ValueError(f"model must be quantized; got {type(model).__name__}")
     if dtype is None:
         dtype = next((p.dtype for p in model.parameters() if p.dtype in WEIGHT_DTYPES), None)
         dtype = dtype or torch.float32
@@ -45,31 +50,33 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     unknown = [name for name in blocks if name not in originals]
     if unknown:
         raise ValueError(
-            f"{unknown[0]} of {type(model).__name__} has no float module to go back to"
+            f"cannot restore {unknown[0]} of {type(model).__name__}: its float class is unknown"
         )
-    if dtype == torch.float16:  # what is out of its range is found before anything is changed
+    if dtype == torch.float16:  # find weights beyond its range before anything changes
         for name, layer in layers.items():
             _float_weight(name, layer, dtype)
     for name, block in blocks.items():
         fused = originals[name]
         for part in PARTS:
             names = [f"{name}.{expert}.{part}" for expert in range(block.num_experts)]
-            weights = [_float_weight(each, layers.pop(each), dtype) for each in names]
+            weights = [_float_weight(matrix, layers.pop(matrix), dtype) for matrix in names]
             setattr(fused, part, nn.Parameter(torch.stack(weights)))
         replace_module(model, name, fused, places)
     while layers:
         name, layer = layers.popitem()
-        shape, linear = (layer.out_features, layer.in_features), originals.get(name)
-        if not isinstance(linear, nn.Linear) or linear.weight.shape != shape:
-            linear = nn.Linear(*reversed(shape), bias=layer.bias is not None, device="meta")
+        n, k, linear = layer.out_features, layer.in_features, originals.get(name)
+        if not isinstance(linear, nn.Linear) or linear.weight.shape != (n, k):
+            linear = nn.Linear(k, n, bias=layer.bias is not None, device="meta")
         linear.weight = nn.Parameter(_float_weight(name, layer, dtype))
-        linear.bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype))
+        bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype))
+        linear.register_parameter("bias", bias)
         replace_module(model, name, linear, places)
         del layer
     for name in ("mixedquant_config", "mixedquant_report"):
         vars(model).pop(name, None)
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
 
 
 def _float_weight(name: str, layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
@@ -80,16 +87,19 @@ def _float_weight(name: str, layer: QuantizedLinear, dtype: torch.dtype) -> Tens
 
 
 def _float_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a transformers model as it was built, without memory; none of another."""
+    """The float modules of a transformers model, on the meta device; {} for any other model."""
     if not is_transformers_model(model):
         return {}
+    model_class: Any = type(model)
     with torch.device("meta"):
-        return dict(type(model)(model.config).named_modules())
+        return dict(model_class(model.config).named_modules())
 
 
 def simulate(model: nn.Module) -> None:
-    """Put the simulation of each layer of a packed model, of the same codes and in the model's
-    dtype, into its place: the arithmetic alone changes."""
+    """Replace each packed layer by its simulation, in place.
+
+    A simulation has the same codes and computes in the model's dtype: only the arithmetic differs.
+    """
     places = module_places(model)
     dtype = next(model.parameters()).dtype
     for name, module in list(model.named_modules()):
@@ -98,7 +108,7 @@ def simulate(model: nn.Module) -> None:
 
 
 def simulated_copy(model: nn.Module) -> nn.Module:
-    """A copy of a packed model, simulated; it shares all tensors but those of the layers."""
+    """A simulated copy of a packed model. It shares all tensors except those of packed layers."""
     copied = module_copy(model)
     simulate(copied)
     return copied
