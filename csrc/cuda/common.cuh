@@ -279,7 +279,7 @@ struct part {
     }
 
     __device__ __forceinline__ explicit part(int64_t size) : lanes(lanes_for(size)), n(0) {
-        MQ_ASSUME(size > 0);
+        MQ_ASSUME(size >= 0);
         lane_in_part = lane() & (lanes - 1);
     }
     // Index of this lane's part in the block.
