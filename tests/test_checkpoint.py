@@ -360,7 +360,10 @@ def test_missing_and_surplus_tensors_are_named(rename, message, folder):
         (edit_manifest("format_version", value="3"), "config: format_version '3' is not 3"),
         (edit_manifest("format_version", value=3.0), "format_version of it must be int"),
         (edit_manifest("extra", value=1), "it must have the fields quant_method, format_version"),
-        (edit_manifest("quant_method", value="gptq"), "quant_method is 'gptq'"),
+        (
+            edit_manifest("quant_method", value="gptq"),
+            "quant_method must be 'mixedquant'; got 'gptq'",
+        ),
         (
             edit(CONFIG, "quantization_config", value=None),
             "it must have the fields quant_method",
@@ -434,7 +437,7 @@ def test_missing_and_surplus_tensors_are_named(rename, message, folder):
         (edit("config.json", "hidden_size", value=52), "tensor .* must have shape"),
         (edit("config.json", "hidden_act", value="nothing"), "config.json: "),
         (edit("config.json", "model_type", value="unheard_of"), "config.json: "),
-        (edit("config.json", "model_type", value="opt"), "config.json: .*of type 'opt'"),
+        (edit("config.json", "model_type", value="opt"), "config.json: .*its model type is 'opt'"),
     ],
 )
 def test_bad_manifests_are_named(spoil, message, folder):
@@ -473,7 +476,9 @@ def test_what_does_not_run_is_refused(make_model, tmp_path):
     model = make_model("mixtral")
     save_quantized(quantized(model), tmp_path / "m")
     edit(CONFIG, "num_experts_per_tok", value=5)(tmp_path / "m")
-    with pytest.raises(CheckpointError, match="config.json: a MixtralForCausalLM .* does not run"):
+    with pytest.raises(
+        CheckpointError, match="config.json: the MixtralForCausalLM .* does not run"
+    ):
         load_quantized(tmp_path / "m")
 
 

@@ -170,7 +170,7 @@ def test_another_conversion_starts_anew(source, tmp_path, monkeypatch, caplog):
                 convert(folder, target, MixedQuantConfig(group_size=group_size), progress=False)
     assert "starting over" in caplog.text
     convert(folder, target, MixedQuantConfig(group_size=16), progress=False)
-    assert "going on" in caplog.text
+    assert "resuming the conversion" in caplog.text
     assert load_quantized(target).mixedquant_config.group_size == 16
 
 
@@ -235,7 +235,7 @@ def test_targets_are_not_lost(source, tmp_path):
 
 def test_bad_sources_are_named(source, tmp_path):
     config, target = MixedQuantConfig(group_size=16), tmp_path / "target"
-    with pytest.raises(ValueError, match="source must be a folder .*nothing"):
+    with pytest.raises(ValueError, match="source must be a model folder .*nothing"):
         convert(tmp_path / "nothing", target, config)
     with pytest.raises(TypeError, match="config must be a MixedQuantConfig; got int"):
         convert(source(), target, 4)

@@ -85,7 +85,7 @@ def test_what_the_files_say(make_model, tmp_path):
     assert not any(tmp_path.iterdir())
     model = quantized(make_model("llama-bias"), group_size=44)
     layer = model.model.layers[0].mlp.down_proj
-    with pytest.raises(ValueError, match="q_proj: its 48 channels are no multiple"):
+    with pytest.raises(ValueError, match="q_proj: its 48 channels are not a multiple"):
         export_compressed_tensors(model, tmp_path / "ct")
     model = quantized(make_model("llama-bias"), group_size=8)
     layer = model.model.layers[0].mlp.down_proj
@@ -106,7 +106,7 @@ def test_what_the_files_say(make_model, tmp_path):
 
 def test_layers_that_differ_are_groups_of_their_own(make_model, tmp_path):
     model = quantized(make_model("opt"), group_size=44)  # one group of 44 and one of 4 in 48
-    with pytest.raises(ValueError, match="48 channels are no multiple"):
+    with pytest.raises(ValueError, match="48 channels are not a multiple"):
         export_compressed_tensors(model, tmp_path / "ct")
     model = quantized(make_model("opt", ffn_dim=96), group_size=48)
     export_compressed_tensors(model, tmp_path / "ct")

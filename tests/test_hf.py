@@ -179,7 +179,7 @@ def test_what_cannot_be_done_while_loading_is_refused(float_folder):
         ValueError, match="weight_rounding='gptq' needs batches of calibration tokens"
     ):
         from_pretrained(folder, MixedQuantConfig(recipe="best"))
-    with pytest.raises(ValueError, match="smooth_alpha needs stats"):
+    with pytest.raises(ValueError, match="smooth_alpha needs statistics"):
         from_pretrained(folder, MixedQuantConfig(smooth_alpha=0.5))
     with pytest.raises(ValueError, match="must not use the disk"):
         from_pretrained(folder, CONFIG, device_map={"model": "cpu", "lm_head": "disk"})

@@ -45,7 +45,7 @@ def test_plan_of_budgets_and_searches(make_model, token_ids):
     planned = planned_bytes(model, config, stats)
     quantize(model, config, stats, [token_ids], progress=False)
     assert planned == bytes_by_kind(model)
-    with pytest.raises(ValueError, match="salient_allocation='output' needs stats"):
+    with pytest.raises(ValueError, match="salient_allocation='output' needs statistics"):
         planned_bytes(make_model("llama-bias"), config)
 
 
@@ -75,5 +75,5 @@ def test_verify_tries_the_layers(make_model, tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match="gives NaN or Inf"):
             verify_folder(tmp_path / "q")
     monkeypatch.setattr(inspection, "stored_bytes", lambda model: 1)
-    with pytest.raises(CheckpointError, match="bytes, the model's 1"):
+    with pytest.raises(CheckpointError, match="bytes, but the model has 1"):
         verify_folder(tmp_path / "q")

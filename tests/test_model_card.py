@@ -34,7 +34,7 @@ def test_its_numbers_are_the_models(make_model, token_ids, tmp_path):
     assert found["bits per quantized weight"].startswith(f"{bits:.3f},")
     assert found["quantized layers"] == f"{len(quantized)} with {weights:,} weights"
     assert found["size"] == f"{get_model_size(model) // Byte:,} bytes"
-    kinds = rows(card, "Bytes")
+    kinds = rows(card, "Size")
     del kinds["kind"], kinds["---"]
     assert sum(int(n.replace(",", "")) for n in kinds.values()) == get_model_size(model) // Byte
     choices = rows(card, "Quantization config")

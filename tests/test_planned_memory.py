@@ -86,7 +86,7 @@ def test_smoothing_is_planned_with_statistics(make_model, token_ids):
     model = make_model("llama-bias")
     stats = collect_stats(model, [token_ids], progress=False)
     search = MixedQuantConfig(group_size=16, smooth_alpha="search")
-    with pytest.raises(ValueError, match="smooth_alpha needs stats"):
+    with pytest.raises(ValueError, match="smooth_alpha needs statistics"):
         planned_memory(model, search, 0)
     planned = planned_memory(model, search, 0, 512, stats)
     assert planned == planned_memory(model, search, 0, 512)
@@ -103,7 +103,7 @@ def test_competing_shares_are_planned_without_weights(with_stats, make_model, to
     model.save_pretrained(tmp_path / "m")
     shapes = float_shapes(tmp_path / "m")
     config = MixedQuantConfig(group_size=16, salient_allocation="output", salient_prop=0.25)
-    with pytest.raises(ValueError, match="needs stats"):
+    with pytest.raises(ValueError, match="needs statistics"):
         planned_bytes(model, config)
     uniform = planned_bytes(model, dataclasses.replace(config, salient_allocation="uniform"))
     assert planned_bytes(shapes, config, stats, stats_to_come=True) == uniform

@@ -60,7 +60,7 @@ def test_means_alone_decide_nothing_that_needs_more(tiny):
     model, batches, stats = tiny
     means = {name: ChannelStats.from_mean(entry.mean) for name, entry in stats.items()}
     for fields in ({"smooth_alpha": 0.5}, {"salient_allocation": "output"}):
-        with pytest.raises(ValueError, match=f"{next(iter(fields))}.* needs stats that know more"):
+        with pytest.raises(ValueError, match=f"{next(iter(fields))}.* needs statistics with more"):
             quantize(copy.deepcopy(model), MixedQuantConfig(**fields), means)
     quantized = copy.deepcopy(model)
     quantize(quantized, MixedQuantConfig(act_format="auto"), means, batches[:1], progress=False)
@@ -181,7 +181,7 @@ def test_smoothing_leaves_a_model_that_shares_its_tensors(tiny):
 def test_smoothing_needs_maxima(tiny):
     model, batches, stats = tiny
     config = MixedQuantConfig(smooth_alpha=0.5)
-    with pytest.raises(ValueError, match="smooth_alpha needs stats"):
+    with pytest.raises(ValueError, match="smooth_alpha needs statistics"):
         quantize(copy.deepcopy(model), config)
     with pytest.raises(ValueError, match="smooth_alpha='search' needs batches"):
         quantize(copy.deepcopy(model), MixedQuantConfig(smooth_alpha="search"), stats)

@@ -86,10 +86,10 @@ def model_card(model: nn.Module, evaluation: Mapping[str, float] | None = None) 
     facts = [
         ("architecture", type(model).__name__),
         ("quantized layers", f"{len(records):,} with {sum(weights.values()):,} weights"),
-        ("bits per quantized weight", f"{bits:.3f}, scales and permutations included"),
+        ("bits per quantized weight", f"{bits:.3f}, including scales and permutations"),
         ("weights of salient channels", f"{salient:.2%}"),
         ("size", f"{sum(kinds.values()):,} bytes"),
-        ("other tensors", dtype_name(manifest.dtype)),
+        ("dtype of other tensors", dtype_name(manifest.dtype)),
         ("channels chosen by", ", ".join(f"{why} ({n} layers)" for why, n in reasons.items())),
         ("written by", f"smoothquant {__version__}"),
     ]
@@ -100,8 +100,8 @@ def model_card(model: nn.Module, evaluation: Mapping[str, float] | None = None) 
         f"sorted channels in {num_bits}-bit integers, weights of salient channels in "
         f"{'8-bit integers' if config.salient_format == 'int8' else '16 bits'}.",
         _table(("", ""), facts),
-        "## Quantization config\n\n" + _table(("field", "value"), _choices(config).items()),
-        "## Bytes\n\n" + _table(("kind", "bytes"), [(k, f"{n:,}") for k, n in kinds.items()]),
+        "## Quantization config\n\n" + _table(("field", "value"), _shown_fields(config).items()),
+        "## Size\n\n" + _table(("kind", "bytes"), [(k, f"{n:,}") for k, n in kinds.items()]),
         "## Usage\n\n```python\nimport smoothquant  # registers the quantization method\n"
         "from transformers import AutoModelForCausalLM\n\n"
         "model = AutoModelForCausalLM.from_pretrained(folder)\n```",
@@ -128,7 +128,7 @@ def _eval_results(evaluation: Mapping[str, float]) -> list[EvalResult]:
                 dataset_type=re.sub(r"\W+", "-", dataset.lower()).strip("-") or "unknown",
                 dataset_name=dataset or "unknown",
                 metric_type=metric,
-                metric_value=value,
+                metric_value=float(value),  # numpy scalars would become Python objects in YAML
             )
         )
     return results
@@ -140,7 +140,7 @@ def _source(model: nn.Module) -> str | None:
     return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
-def _choices(config: MixedQuantConfig) -> dict[str, Any]:
+def _shown_fields(config: MixedQuantConfig) -> dict[str, Any]:
     """The main settings and all that are not at their default; a calibration file by its name."""
     fields = config.to_dict()
     if isinstance(config.calibration, str):

@@ -54,9 +54,7 @@ MODEL_HELP = "Bundled model name, folder or Hugging Face id."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Quantized model folder.")]
 
-Target = Annotated[
-    Path, typer.Argument(metavar="DST", help="Output folder. A failed run leaves nothing behind.")
-]
+Target = Annotated[Path, typer.Argument(metavar="DST", help="Output folder, written atomically.")]
 
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON to stdout.")]
 OVERWRITE = "--overwrite"
@@ -148,7 +146,7 @@ def quantize(
     recipe: Annotated[
         Recipe,
         typer.Option(
-            help="rtn: round to nearest. fast: also rotate. best: also search and run GPTQ."
+            help="rtn: round to nearest. fast: also rotate. best: also search and use GPTQ."
         ),
     ] = RTN,
     group_size: Annotated[
@@ -503,7 +501,7 @@ def bench(
         Path | None,
         typer.Argument(
             metavar="[FOLDER]",
-            help="Also benchmark this quantized model. [default: one layer only]",
+            help="Also benchmark this quantized model.",
         ),
     ] = None,
     prompt: Annotated[int, typer.Option(min=2, metavar="T", help="Prompt length in tokens.")] = 128,

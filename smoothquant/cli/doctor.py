@@ -41,7 +41,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gib": _memory_gib(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "package_folder": str(Path(__file__).resolve().parent),
+        "package_folder": str(Path(__file__).resolve().parents[1]),
         "variables": {
             name: value
             for name, value in sorted(os.environ.items())

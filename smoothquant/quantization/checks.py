@@ -150,17 +150,17 @@ def check_kept_weights(model: nn.Module, items: Iterable[LayerInput]) -> None:
 
 
 def non_finite_parameters(
-    model: nn.Module, wanted: Callable[[str], bool]
+    model: nn.Module, selected: Callable[[str], bool]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, largest magnitude) of the parameters that contain NaN or Inf.
 
     Skips parameters on the meta device and those whose dtype is not in `KEPT_DTYPES`.
 
     Args:
-        wanted: whether to check the parameter of this name.
+        selected: whether to check the parameter of this name.
     """
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if wanted(name) and parameter.dtype in KEPT_DTYPES and not parameter.is_meta:
+        if selected(name) and parameter.dtype in KEPT_DTYPES and not parameter.is_meta:
             largest = largest_magnitude(parameter)
             if not largest.isfinite():
                 yield name, largest
