@@ -53,7 +53,9 @@ def test_each_method_beats_plain_rounding(scores):
 
 
 def test_every_linear_is_replaced_and_recorded(tiny, scores):
-    expected = {n for n, m in tiny[0].named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
+    expected = {n for n, m in tiny[0].named_modules() if isinstance(m, torch.nn.Linear)} - {
+        "lm_head"
+    }
     for name, (_, records) in scores.items():
         assert {record.name for record in records} == expected
         assert all(record.action == "quantized" for record in records)
