@@ -90,6 +90,7 @@ def test_kernels_compile_without_warnings_and_without_spills(compiled):
         assert all(int(smem) <= most for smem in re.findall(r"(\d+) bytes smem", says)), cell
 
 
+@pytest.mark.long
 def test_no_code_multiplies_nibbles_where_that_is_a_routine(compiled):
     """By its name, which is in the machine code wherever the routine is."""
     for cell, (cubin, _) in compiled.items():
@@ -136,6 +137,7 @@ HOPPER = {"IGMMA.64x64x32.S8.S8", "HGMMA.64x64x16.F32", "HGMMA.64x64x16.F32.BF16
 RIGHT_SIDES = {"mq_act_format0": ".S4", "mq_act_format1": ".U4", "mq_act_format2": ".U4"}
 
 
+@pytest.mark.long
 def test_products_are_the_tensor_cores(compiled, archs):
     for arch in archs:
         number = int(arch.rstrip("af"))
@@ -159,6 +161,7 @@ def test_products_are_the_tensor_cores(compiled, archs):
                 assert not products, (arch, name)  # an empty kernel, never launched
 
 
+@pytest.mark.long
 def test_kernels_of_the_linear_use_no_local_memory_and_no_routine_but_division(compiled, archs):
     for arch in archs:
         allowed = r"__cuda_sm\d+_(div|rem)_[su]64"
@@ -176,6 +179,7 @@ def test_kernels_of_the_linear_use_no_local_memory_and_no_routine_but_division(c
                 assert not wrong, (arch, name, wrong)
 
 
+@pytest.mark.long
 def test_weights_are_asked_for_before_the_wait_for_the_tokens(compiled, archs):
     """ptxas moves some kinds of loads behind it."""
     for arch in {"90a", "100", "120"} & set(archs):
@@ -315,6 +319,7 @@ def cuda_library(package: Path) -> str:
     return str(library)
 
 
+@pytest.mark.long
 def test_the_library_needs_of_torch_what_its_c_shim_declares(package):
     library = cuda_library(package)
     lines = run("nm", "-D", "--undefined-only", library).splitlines()
@@ -334,6 +339,7 @@ def test_the_library_needs_of_torch_what_its_c_shim_declares(package):
     assert of_torch - exported == {"aoti_torch_get_current_cuda_stream"}
 
 
+@pytest.mark.long
 def test_the_library_brings_its_cuda_runtime_and_exports_nothing(package):
     library = cuda_library(package)
     needed = set(re.findall(r"NEEDED.*\[(\S+)\]", run("readelf", "-d", library)))
@@ -343,6 +349,7 @@ def test_the_library_brings_its_cuda_runtime_and_exports_nothing(package):
     assert not [line for line in lines if re.search(r" (_*cuda|_*cu[A-Z]|mq_)", line)]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA: it may be loaded")
 def test_without_cuda_the_package_works_and_the_library_cannot_be_loaded(package, run_python):
     code = f"""
