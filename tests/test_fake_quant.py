@@ -278,7 +278,7 @@ def test_entry_points_refuse_other_families(make_model):
         (
             {"input_feat": {"lm_head": torch.ones(48)}},
             ValueError,
-            "no entry for .*entries: lm_head",
+            "no entry .*entries: lm_head",
         ),
     ],
 )
