@@ -276,7 +276,11 @@ def test_entry_points_refuse_other_families(make_model):
             ValueError,
             "feat of a.b: mean",
         ),
-        ({"input_feat": {"lm_head": torch.ones(48)}}, ValueError, "no entry for .*begin: lm_head"),
+        (
+            {"input_feat": {"lm_head": torch.ones(48)}},
+            ValueError,
+            "no entry .*entries: lm_head",
+        ),
     ],
 )
 def test_bad_arguments_change_nothing(arguments, error, message, make_model):

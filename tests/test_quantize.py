@@ -335,7 +335,7 @@ def test_argument_types(arguments, message):
 
 
 def test_a_single_linear_is_refused():
-    with pytest.raises(ValueError, match="W4A4Linear.from_float quantizes one"):
+    with pytest.raises(ValueError, match="not be one; use W4A4Linear.from_float"):
         quantize(nn.Linear(2, 2), CONFIG)
 
 
