@@ -30,7 +30,8 @@ def __getattr__(name: str) -> object:
     if name == "__all__":
         return [*public.__all__, "__version__"]
     if name in public.__all__:
-        return getattr(public, name)
+        value = globals()[name] = getattr(public, name)
+        return value
     if importlib.util.find_spec(f"{__name__}.{name}") is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return importlib.import_module(f"{__name__}.{name}")
@@ -45,7 +46,8 @@ class _Package(types.ModuleType):
     """Keeps `smoothquant.quantize` a function after an import of the old module of that name."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name not in old_paths.NAMES_OF_FUNCTIONS:
+        is_old_module = isinstance(value, types.ModuleType) and name in old_paths.NAMES_OF_FUNCTIONS
+        if not is_old_module:
             super().__setattr__(name, value)
 
 

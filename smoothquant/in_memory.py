@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .calibration.stats_files import given_stats
 from .channels.statistics import ChannelStats
-from .checkpoints.attachment import finish
+from .checkpoints.attachment import finish_and_attach
 from .core.config import MixedQuantConfig
 from .quantization.engine import Plan
 from .quantization.records import LinearRecord
@@ -58,4 +58,4 @@ def quantize(
     """
     plan = Plan(model, config, given_stats(stats), batches, tokenizer=tokenizer, progress=progress)
     plan.pack_all()
-    return finish(plan)
+    return finish_and_attach(plan)

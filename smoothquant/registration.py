@@ -54,7 +54,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 def _follow(watched: str) -> None:
     try:
         importlib.import_module(FOLLOWERS[watched])
-    except (ImportError, OSError, RuntimeError) as error:
+    except Exception as error:
         # Do not break the other package's import; the first use of this package raises again.
         warnings.warn(f"smoothquant cannot register with {watched}: {error}", stacklevel=2)
 

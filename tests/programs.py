@@ -60,13 +60,12 @@ def built(name: str, build: Callable[[Path], object], *how: object) -> Path:
     digest = hashlib.sha256(repr(how).encode())
     for path in sorted(p for folder in SOURCES for p in (ROOT / folder).rglob("*") if p.is_file()):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
-    folder = CACHE / f"{name}-{digest.hexdigest()[:16]}"
+    folder = CACHE / name / digest.hexdigest()[:16]
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / f"{name}.lock"):
         if not (folder / "whole").exists():
-            for old in CACHE.glob(f"{name}-*"):
-                shutil.rmtree(old)
-            folder.mkdir()
+            shutil.rmtree(folder.parent, ignore_errors=True)  # those of earlier sources
+            folder.mkdir(parents=True)
             build(folder)
             (folder / "whole").touch()
     return folder

@@ -5,6 +5,7 @@ import pkgutil
 import subprocess
 import sys
 import types
+from unittest import mock
 
 import pytest
 from programs import ROOT
@@ -126,12 +127,22 @@ def test_old_modules_lead_to_the_new_ones():
     assert W4A4Linear is linear.W4A4Linear
     for old, homes in old_paths.MOVED.items():
         module = importlib.import_module(f"smoothquant.{old}")
-        with pytest.raises(AttributeError, match=f"'smoothquant.{old}' has no attribute 'nothing'"):
-            module.nothing  # noqa: B018
-        for home in homes:
-            importlib.import_module(f"smoothquant.{home}")
+        main = importlib.import_module(f"smoothquant.{homes[0]}")
+        if len(homes) == 1:
+            assert module is main
+        for name in vars(main):
+            assert name.startswith("__") or getattr(module, name) is getattr(main, name)
     for name in old_paths.NAMES_OF_FUNCTIONS:
         assert isinstance(getattr(smoothquant, name), types.FunctionType)
+
+
+def test_public_functions_can_be_patched():
+    import smoothquant.quantize  # noqa: F401
+
+    before = smoothquant.quantize
+    with mock.patch("smoothquant.quantize", "patched"):
+        assert smoothquant.quantize == "patched"
+    assert smoothquant.quantize is before
 
 
 def test_no_function_shadows_a_module():

@@ -223,7 +223,7 @@ def test_published_call(architecture, entry_point, backend, make_model, token_id
         salient = torch.argsort(importance, descending=True)[: max(1, int(0.1 * len(importance)))]
         assert sorted(layer.perm[-layer.num_salient :].tolist()) == sorted(salient.tolist()), name
     assert torch.isfinite(model(token_ids).logits).all()
-    said = [record for record in caplog.records if "taken from the weights" in record.message]
+    said = [record for record in caplog.records if "computed from the weights" in record.message]
     assert len(said) == 1
 
 
@@ -279,7 +279,7 @@ def test_entry_points_refuse_other_families(make_model):
         (
             {"input_feat": {"lm_head": torch.ones(48)}},
             ValueError,
-            "no entry .*entries: lm_head",
+            "no entry for .*entries: lm_head",
         ),
     ],
 )

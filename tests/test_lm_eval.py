@@ -54,6 +54,7 @@ def log_likelihood(model, tokenizer, context, continuation):
     return sum(logits[at - 1, whole[at]].item() for at in range(len(before), len(whole)))
 
 
+@pytest.mark.long
 def test_it_scores_a_saved_folder(folder, tmp_path):
     (tmp_path / "tasks").mkdir()
     data = tmp_path / "tasks" / "questions.jsonl"

@@ -20,8 +20,9 @@ from smoothquant.quantization.memory import BATCH_COPIES, planned_memory
 @pytest.mark.skipif(platform.system() != "Linux", reason="the limit counts as Linux counts")
 @pytest.mark.parametrize(
     "recipe, layers, hidden, allowance",
-    [("fast", 2, 1024, 40), pytest.param("best", 1, 1024, 120, marks=pytest.mark.long)],
+    [("fast", 2, 1024, 40), ("best", 1, 1024, 120)],
 )
+@pytest.mark.long
 def test_conversion_keeps_to_its_bound_and_its_plan(recipe, layers, hidden, allowance):
     command = [sys.executable, ROOT / "benchmarks" / "convert.py", "--recipe", recipe]
     command += [

@@ -490,6 +490,7 @@ def test_a_cell_does_not_change_the_float_model(tmp_path):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.long
 def test_killed_sweeps_resume_to_the_same_results(finished, tmp_path):
     output, _ = finished
     store = tmp_path / "results"

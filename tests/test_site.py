@@ -37,6 +37,7 @@ def test_nothing_is_fetched_from_elsewhere(site):
     assert not re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="https?://[^"]*"', page)
 
 
+@pytest.mark.long
 def test_the_tutorial_runs(tmp_path):
     text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))

@@ -96,6 +96,7 @@ def test_the_whole_space_gives_the_exact_front(computed, tmp_path):
     assert front_of(store, cells) == expected
 
 
+@pytest.mark.long
 def test_a_third_of_the_space_gives_most_of_the_front_and_can_be_continued(computed, tmp_path):
     whole, part = Store(tmp_path / "whole"), Store(tmp_path / "part")
     everything = find_front(PRESET, whole, Budget(), progress=False)
@@ -157,6 +158,7 @@ def test_without_optuna_the_extra_is_named(tmp_path, monkeypatch, computed):
     assert computed == []
 
 
+@pytest.mark.long
 def test_the_command_searches_real_models(tmp_path, capsys):
     """The tiny OPT with two workers: the command prints and draws a front."""
     arguments = ["--preset", "tiny", "--search", "--budget", "4", "--jobs", "2", "--threads", "1"]

@@ -163,7 +163,10 @@ def test_a_worker_that_resumes_leaves_its_successor_alone(claims):
 # ---- executors
 
 
-@pytest.mark.parametrize("executor", ["jobs", "dask", "slurm://local", "slurm://debug"])
+EXECUTORS = at_length(["jobs", "dask", "slurm://local", "slurm://debug"], ["jobs", "slurm://debug"])
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
 def test_every_executor_gives_the_same_bytes(executor, undisturbed, tmp_path, capfd):
     output = tmp_path / "results"
     arguments = {"executor": executor, "jobs": 2, "threads": 1}
@@ -453,6 +456,7 @@ def test_worker_errors_keep_their_type(tmp_path):
     assert not list(tmp_path.glob("*.json"))
 
 
+@pytest.mark.long
 def test_killed_workers_are_replaced_by_others_or_named(undisturbed, tmp_path, monkeypatch):
     """Real cells: first one of two workers is killed, then both when half of the cells are done."""
     started, killed = [], []
@@ -535,7 +539,7 @@ def test_a_changed_model_is_refused_or_counts_as_another_model(tmp_path, monkeyp
 # ---- speed
 
 
-def test_a_finished_sweep_of_a_thousand_cells_takes_under_two_seconds(tmp_path, monkeypatch):
+def test_a_finished_sweep_of_a_thousand_cells_is_found_without_loading_torch(tmp_path, monkeypatch):
     """CPU time including the start of Python; other processes do not affect CPU time."""
     fields = {"group_sizes": tuple(range(8, 258)), "salient_props": (0.0, 0.05, 0.1, 0.2)}
     preset = grid.override(PRESETS["tiny"], fields | {"sorts": ("rms",), "backends": ("int4",)})
@@ -557,7 +561,7 @@ print(time.process_time(), {{"torch", "transformers"}} & set(sys.modules))
     ).stdout
     assert "All 1002 cells are in" in output
     seconds, modules = output.splitlines()[-1].split(maxsplit=1)
-    # two on an idle machine; ten times that would be an import of torch, or work done again
+    # about two on an idle machine, and several times that where two threads share a core
     assert float(seconds) <= 20 and modules == "set()"
 
 

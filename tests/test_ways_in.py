@@ -1,4 +1,4 @@
-"""One choreography, three ways in: a model in memory, a folder, weights as transformers loads them.
+"""Three ways in, one sequence of steps: a model in memory, a folder, weights as transformers loads them.
 
 The same situation gives the same records, bytes and errors, whichever way it comes.
 """
@@ -131,11 +131,11 @@ BAD = {
         None,
         "tp_blocks must divide the 4 heads",
     ),
-    "smoothing without statistics": ({"smooth_alpha": 0.5}, None, "smooth_alpha needs stats"),
+    "smoothing without statistics": ({"smooth_alpha": 0.5}, None, "smooth_alpha needs statistics"),
     "shares without statistics": (
         {"salient_allocation": "output"},
         None,
-        "salient_allocation='output' needs stats",
+        "salient_allocation='output' needs statistics",
     ),
     "GPTQ without tokens": (
         {"weight_rounding": "gptq"},
@@ -176,7 +176,7 @@ def test_weights_that_never_come_are_named_by_every_way_that_reads_files(make_mo
     save_file(tensors, source / TENSORS, {"format": "pt"})
     for way in (by_layer, while_loading):
         with pytest.raises(
-            CheckpointError, match=rf"float: lacks tensor {QUERY}.weight \(1 such\)"
+            CheckpointError, match=rf"float: lacks tensor {QUERY}.weight \(1 missing\)"
         ):
             way(source, tmp_path / "q", MixedQuantConfig(group_size=16))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["float"]

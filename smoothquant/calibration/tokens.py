@@ -135,10 +135,7 @@ def chosen_batches(
         try:
             tokenizer = load_tokenizer(tokenizer)
         except ValueError as error:
-            raise ValueError(
-                f"config.calibration needs a tokenizer, but {error}; load the model without "
-                "quantization_config and call smoothquant.quantize(model, config, tokenizer=...)"
-            ) from error
+            raise ValueError(f"config.calibration needs a tokenizer, but {error}") from error
     return calibration_batches(model, tokenizer, config)
 
 
@@ -151,12 +148,14 @@ def load_tokenizer(name_or_folder: str | os.PathLike) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_folder, local_files_only=os.path.isdir(name_or_folder)
+        )
         if tokenizer.vocab_size:
             return tokenizer
         reason = "it has none"  # transformers returns one with an empty vocabulary
     except (OSError, ValueError) as error:
-        reason = str(error)
+        reason = " ".join(str(error).split())  # in one line
     raise ValueError(f"the tokenizer of {str(name_or_folder)!r} cannot be loaded: {reason}")
 
 

@@ -18,7 +18,7 @@ def attach(model: nn.Module) -> None:
         importlib.import_module(f"{__package__}.hf").set_quantizer(model)
 
 
-def finish(plan: Plan) -> list[LinearRecord]:
+def finish_and_attach(plan: Plan) -> list[LinearRecord]:
     """Call `plan.finish` and `attach` the model."""
     records = plan.finish()
     attach(plan.model)

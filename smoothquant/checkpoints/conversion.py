@@ -53,7 +53,7 @@ from ..quantization.checks import check_batches
 from ..quantization.engine import Plan
 from ..quantization.pipeline import Group
 from ..quantization.records import LinearRecord
-from .attachment import finish
+from .attachment import finish_and_attach
 from .folder import check_target, float_model
 from .manifest import CARD, Manifest, insert_linears
 from .model_card import model_card
@@ -132,7 +132,7 @@ def convert(
         )
         conversion = _Conversion(plan, layers, folder, mapped)
         conversion.run()
-        records = finish(plan)
+        records = finish_and_attach(plan)
         conversion.write_rest(source)
         publish_folder(folder, target, overwrite=overwrite)
     except Exception:

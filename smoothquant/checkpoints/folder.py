@@ -257,7 +257,7 @@ def float_model(
         # A malicious depth would take forever to build, but every layer has tensors of its own.
         if config.num_hidden_layers > num_tensors:
             raise ValueError(f"{config.num_hidden_layers} layers, but {num_tensors} tensors")
-        with _parameters_on_meta(), _default_dtype(dtype):
+        with _build_lock, _parameters_on_meta(), _default_dtype(dtype):
             model = cls(config)
         path = folder / "generation_config.json"
         if os.path.lexists(path):
@@ -268,6 +268,10 @@ def float_model(
     except Exception as error:  # a broken config may raise anything in the model class
         raise CheckpointError(f"{path}: cannot build a {class_name} from it: {error}") from error
     return model
+
+
+# torch's default dtype belongs to the process: one model is built at a time.
+_build_lock = threading.Lock()
 
 
 @contextmanager

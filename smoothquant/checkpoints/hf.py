@@ -37,7 +37,7 @@ from ..models.routing import PARTS
 from ..quantization.checks import check_batches
 from ..quantization.engine import Plan
 from ..quantization.undo import dequantize
-from .attachment import finish
+from .attachment import finish_and_attach
 from .manifest import Manifest, check_headers, check_kept, check_linear, insert_linears
 
 QUANTIZED_ELEMENT_BYTES = 0.65  # for device maps: 4-bit codes, scales, salient channels
@@ -63,7 +63,7 @@ class QuantizeLoadedWeights(ConversionOps):
 
     def __init__(self, model: nn.Module, config: MixedQuantConfig) -> None:
         """model: a float model with its parameters on meta."""
-        self.plan = Plan(model, config)
+        self.plan = Plan(model, config, weights_to_come=True)
         self.error: Exception | None = None
         self.item_of: dict[str, LayerInput] = {}
         for item in self.plan.items:
@@ -113,7 +113,7 @@ class QuantizeLoadedWeights(ConversionOps):
                 f"{model.name_or_path}: lacks tensor {next(iter(self.awaited))} "
                 f"({len(self.awaited)} missing)"
             )
-        finish(self.plan)
+        finish_and_attach(self.plan)
 
 
 @register_quantizer(MixedQuantConfig.quant_method)
@@ -224,7 +224,7 @@ class MixedQuantQuantizer(HfQuantizer):
                 model, self.quantization_config.config, tokenizer=model.name_or_path, progress=True
             )
             plan.pack_all()
-            finish(plan)
+            finish_and_attach(plan)
         else:
             self._finish_stored(model)
 

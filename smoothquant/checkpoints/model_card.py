@@ -10,11 +10,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
 from ..core.config import MixedQuantConfig
-from ..core.errors import CheckpointError
 from ..core.files import atomic_file
 from ..core.tensors import dtype_name
 from ..core.version import __version__
@@ -28,7 +27,9 @@ DEFAULTS = MixedQuantConfig()
 
 
 def add_evaluation(folder: str | os.PathLike, evaluation: Mapping[str, float]) -> None:
-    """Write measured numbers into a folder's model card, replacing earlier ones.
+    """Write measured numbers at the end of a folder's model card, replacing earlier ones.
+
+    The rest of the card stays as it is: it may have been edited since it was written.
 
     Args:
         folder: a folder of a quantized model; without a card, one is made that holds nothing else.
@@ -36,21 +37,12 @@ def add_evaluation(folder: str | os.PathLike, evaluation: Mapping[str, float]) -
 
     Raises:
         ValueError: a value is not a number.
-        CheckpointError: the metadata of the card cannot be read.
     """
     section = _evaluation_section(evaluation)
     path = Path(folder) / CARD
-    text = path.read_text(encoding="utf-8") if path.exists() else "---\n{}\n---\n"
-    try:
-        card = ModelCard(text)
-    except Exception as error:  # YAML errors, or whatever else odd metadata causes
-        raise CheckpointError(f"{path}: the metadata cannot be read: {error}") from error
-    card.text = card.text.partition(EVALUATION)[0] + section
-    metadata: Any = card.data
-    metadata.model_name = metadata.get("model_name") or Path(folder).resolve().name
-    metadata.eval_results = _eval_results(evaluation)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     with atomic_file(path) as partial:
-        partial.write_text(str(card), encoding="utf-8")
+        partial.write_text(text.partition(EVALUATION)[0] + section, encoding="utf-8")
 
 
 def model_card(model: nn.Module, evaluation: Mapping[str, float] | None = None) -> str:

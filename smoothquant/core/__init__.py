@@ -1,1 +1,1 @@
-"""The base of all other rooms: configuration, errors, files and texts. Knows nothing of models."""
+"""The base of all other sub-packages: configuration, errors, files, texts. No models."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from tqdm.auto import tqdm
 
 
 def progress_bar(*args: Any, shown: bool = True, **settings: Any) -> tqdm:
-    """A `tqdm` bar, hidden if stderr is not a terminal or `shown` is False."""
-    return tqdm(*args, disable=None if shown else True, **settings)
+    """A `tqdm` bar in a terminal or a notebook; hidden elsewhere and with shown=False."""
+    # tqdm takes a notebook without ipywidgets for a log file
+    in_notebook = "ipykernel" in sys.modules
+    return tqdm(*args, disable=not shown or (False if in_notebook else None), **settings)

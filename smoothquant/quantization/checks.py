@@ -67,8 +67,9 @@ def check_batches(config: MixedQuantConfig, batches: Any) -> None:
         return
     if not isinstance(batches, Sequence) or not batches:
         raise ValueError(
-            f"{config.needs_tokens or 'stats'} needs batches of calibration tokens: a list of "
-            f"[B, T] token ids, or config.calibration and a tokenizer; got {batches!r:.80}"
+            f"{config.needs_tokens or 'stats'} needs batches of calibration tokens: give "
+            f"batches, [B, T] token ids, or MixedQuantConfig(calibration=a file or texts); "
+            f"got {batches!r:.80}"
         )
     for index, batch in enumerate(batches):
         fits = isinstance(batch, Tensor) and batch.ndim == 2 and batch.numel() > 0

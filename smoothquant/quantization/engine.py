@@ -46,10 +46,12 @@ class Plan:
     quantized.
 
     Args:
-        model: a float model. Its parameters may be on the meta device until they are packed.
+        model: a float model.
         config, stats, batches, tokenizer: as for `smoothquant.quantize`.
         collect: computes statistics from the model and batches; None for `collect_stats`.
         spill: a folder for large tensors (`smoothquant.core.spill`); None keeps them in memory.
+        weights_to_come: the model has no weights yet. Those of a group must be there when it is
+            packed, the others at `finish`, which checks them.
         progress: show progress bars.
 
     Attributes:
@@ -71,6 +73,7 @@ class Plan:
         tokenizer: Any = None,
         collect: Collect | None = None,
         spill: Path | None = None,
+        weights_to_come: bool = False,
         progress: bool = False,
     ) -> None:
         check_arguments(model, config, stats)
@@ -79,8 +82,9 @@ class Plan:
         self.model, self.config, self.batches = model, config, batches
         self.spill, self.progress = spill, progress
         self.items = layer_inputs(model)
-        self._awaits_weights = any(p.is_meta for p in model.parameters())
-        check_kept_weights(model, self.items)
+        self._weights_to_come = weights_to_come
+        if not weights_to_come:
+            check_kept_weights(model, self.items)
         if stats is None and batches is not None:
             if collect is None:
                 stats = collect_stats(model, batches, progress=progress)
@@ -128,7 +132,7 @@ class Plan:
         Returns:
             The records of all parameters: packed matrices in forward order, then the others.
         """
-        if self._awaits_weights:  # kept parameters were still on meta when the plan was made
+        if self._weights_to_come:
             check_kept_weights(self.model, self.items)
         packed = [self.records[name] for group in self.groups for name in group.names]
         report = packed + kept_records(self.model, self.items)
