@@ -5,6 +5,9 @@ unquantized model, the scores and size of one quantized model, or the errors of 
 
 A cell's key is the sha256 of its specification. A run therefore reuses a result only if it would
 compute the same thing.
+
+`smoothquant` is imported inside functions here: figures can be drawn from stored results without
+it and without torch.
 """
 
 from __future__ import annotations
@@ -16,8 +19,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
-
-from smoothquant.core.config import MixedQuantConfig, check_integer
 
 PUBLISHED_GROUP_SIZES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 PUBLISHED_SALIENT_PROPS = (0.0, 0.01, 0.05, 0.1)
@@ -304,6 +305,8 @@ def configs(products: Iterable[Product]) -> list[dict[str, Any]]:
 
 
 def _mixedquant(method: str, product: Product) -> Iterator[dict[str, Any]]:
+    from smoothquant.core.config import MixedQuantConfig
+
     for backend, recipe, sort, group_size, salient_prop in itertools.product(
         product.backends,
         product.recipes,
@@ -323,6 +326,8 @@ def _mixedquant(method: str, product: Product) -> Iterator[dict[str, Any]]:
 
 
 def _other_method(method: str, product: Product) -> Iterator[dict[str, Any]]:
+    from smoothquant.core.config import check_integer
+
     if method not in OTHER_METHODS:
         raise ValueError(
             f"method must be one of {', '.join([MIXEDQUANT, *OTHER_METHODS])}; got {method!r}"
@@ -372,6 +377,8 @@ def cells(
 def _calibration(
     preset: Preset, data: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> dict[str, Any]:
+    from smoothquant.core.config import MixedQuantConfig
+
     needs_tokens = "method" in fields or MixedQuantConfig.from_dict(dict(fields)).needs_tokens
     return {
         **data,

@@ -1,4 +1,4 @@
-"""Three ways in, one sequence of steps: a model in memory, a folder, weights as transformers loads them.
+"""Three ways in, one sequence of steps: a model, a folder, weights as transformers loads them.
 
 The same situation gives the same records, bytes and errors, whichever way it comes.
 """

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 from ..core.config import MixedQuantConfig
@@ -29,7 +29,8 @@ DEFAULTS = MixedQuantConfig()
 def add_evaluation(folder: str | os.PathLike, evaluation: Mapping[str, float]) -> None:
     """Write measured numbers at the end of a folder's model card, replacing earlier ones.
 
-    The rest of the card stays as it is: it may have been edited since it was written.
+    They also go into the ``model-index`` of its metadata, unless that was edited in a way that
+    rewriting it would lose, such as comments. The rest of the card stays as it is.
 
     Args:
         folder: a folder of a quantized model; without a card, one is made that holds nothing else.
@@ -42,7 +43,22 @@ def add_evaluation(folder: str | os.PathLike, evaluation: Mapping[str, float]) -
     path = Path(folder) / CARD
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     with atomic_file(path) as partial:
-        partial.write_text(text.partition(EVALUATION)[0] + section, encoding="utf-8")
+        partial.write_text(_indexed(text.partition(EVALUATION)[0] + section, evaluation), "utf-8")
+
+
+def _indexed(text: str, evaluation: Mapping[str, float]) -> str:
+    """A card with the evaluation in its metadata, where rewriting these loses nothing."""
+    try:
+        card = ModelCard(text)
+    except Exception:  # YAML errors, or whatever else odd metadata causes
+        return text
+    if str(card) != text or not card.data.to_dict():
+        return text
+    title = re.search(r"^# (.*)$", text, re.MULTILINE)
+    metadata: Any = card.data
+    metadata.model_name = metadata.get("model_name") or (title[1] if title else "model")
+    metadata.eval_results = _eval_results(evaluation)
+    return str(card)
 
 
 def model_card(model: nn.Module, evaluation: Mapping[str, float] | None = None) -> str:

@@ -11,5 +11,6 @@ from tqdm.auto import tqdm
 def progress_bar(*args: Any, shown: bool = True, **settings: Any) -> tqdm:
     """A `tqdm` bar in a terminal or a notebook; hidden elsewhere and with shown=False."""
     # tqdm takes a notebook without ipywidgets for a log file
-    in_notebook = "ipykernel" in sys.modules
+    ipython = sys.modules.get("IPython")
+    in_notebook = ipython is not None and hasattr(ipython.get_ipython(), "kernel")
     return tqdm(*args, disable=not shown or (False if in_notebook else None), **settings)
