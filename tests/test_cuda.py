@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from bits import assert_same_bits
+from length import at_length
 from programs import CC, CXX, EMULATED, FLAGS, ROOT, built, run, run_all, version
 from transformers import AutoModelForCausalLM
 
@@ -255,7 +256,7 @@ def assert_linear(card, x, packed, bias, shape, options):
     assert not wrong.any(), (actual[wrong], expected[wrong])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", at_length(DTYPES, [torch.bfloat16]))
 @pytest.mark.parametrize("salient_dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("shape", LAYERS)
 def test_linear(card, dtype, salient_dtype, shape):
@@ -467,6 +468,7 @@ def test_without_a_card_the_scripts_fail_and_say_so(command):
     assert result.stdout == ""
 
 
+@pytest.mark.long
 def test_the_model_benchmark_runs_without_a_card(tmp_path):
     """At toy size: its rows, and a CUDA graph that cannot be had as a reason."""
     result = subprocess.run(

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from length import at_length
 from safetensors.torch import load_file, save_file
 from spoil import LAYER, edit, edit_manifest, put, set_tensor
 from transformers import AutoModel, AutoModelForCausalLM
@@ -292,7 +293,7 @@ IMPORTS = {
 }
 
 
-@pytest.mark.parametrize("order", IMPORTS)
+@pytest.mark.parametrize("order", at_length(list(IMPORTS), ["twice"]))
 def test_both_imports_in_any_order_register_once(order, run_python):
     run_python(
         IMPORTS[order] + "\nfrom transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m\n"

@@ -56,6 +56,7 @@ def test_row_has_the_same_bits_in_every_batch_position_and_thread_count(isa):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.long
 def test_more_threads_than_work_and_work_for_all_threads(run_python):
     code = """
 import torch

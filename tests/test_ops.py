@@ -221,7 +221,7 @@ FORMATS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", at_length(DTYPES, [torch.bfloat16]))
 @pytest.mark.parametrize("rotation", [0, 8, 512])
 @pytest.mark.parametrize("salient_dtype", [None, torch.int8])
 @pytest.mark.parametrize("m, n, k, num_salient, group_size", LINEARS)

@@ -259,6 +259,7 @@ def compared(tmp_path_factory):
     return store, plan, rows
 
 
+@pytest.mark.long
 def test_recipes_and_methods_are_compared_with_the_16_bit_model(compared):
     _, plan, rows = compared
     assert len(plan) == 2 + 1 + 2 + 4 + 2
@@ -305,6 +306,7 @@ def test_without_stored_head_inputs_the_baseline_runs_again(compared, tmp_path, 
     assert actual["perplexity"] == expected["perplexity"] and actual["top1"] == expected["top1"]
 
 
+@pytest.mark.long
 def test_a_damaged_reference_is_computed_again(finished, tmp_path, capsys):
     output, _ = finished
     store = Store(shutil.copytree(output, tmp_path / "results"))
@@ -639,6 +641,7 @@ def test_the_store_is_one_table(finished):
         assert {k: str("" if v is None else v) for k, v in row.items()} == line
 
 
+@pytest.mark.long
 def test_figures_are_drawn_from_the_store_alone(finished, tmp_path):
     """A process that can import neither torch nor smoothquant draws the same files."""
     output, figures = finished

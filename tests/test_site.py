@@ -10,6 +10,8 @@ from programs import ROOT
 
 from smoothquant import load_quantized, public
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
@@ -37,7 +39,6 @@ def test_nothing_is_fetched_from_elsewhere(site):
     assert not re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="https?://[^"]*"', page)
 
 
-@pytest.mark.long
 def test_the_tutorial_runs(tmp_path):
     text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))

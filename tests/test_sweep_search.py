@@ -123,6 +123,7 @@ def test_a_budget_in_minutes_ends_the_search(computed, tmp_path, monkeypatch):
     assert len(cells) == 2 + 3
 
 
+@pytest.mark.long
 def test_models_that_overflow_are_computed_once(computed, tmp_path, monkeypatch):
     finite = runner.run_cell
 

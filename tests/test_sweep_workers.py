@@ -163,7 +163,7 @@ def test_a_worker_that_resumes_leaves_its_successor_alone(claims):
 # ---- executors
 
 
-EXECUTORS = at_length(["jobs", "dask", "slurm://local", "slurm://debug"], ["jobs", "slurm://debug"])
+EXECUTORS = at_length(["jobs", "dask", "slurm://local", "slurm://debug"], ["jobs"])
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -212,6 +212,7 @@ def test_a_missing_package_names_the_extra(executor, package, monkeypatch, tmp_p
         sweep(SMALL, Store(tmp_path), progress=False, executor=executor)
 
 
+@pytest.mark.long
 def test_unavailable_executors_say_so(tmp_path):
     with pytest.raises(RuntimeError, match="executor: .*sbatch|executor: .*slurm"):
         sweep(SMALL, Store(tmp_path), progress=False, executor="slurm")
@@ -492,6 +493,7 @@ def test_killed_workers_are_replaced_by_others_or_named(undisturbed, tmp_path, m
     assert killed == [False] * 3
 
 
+@pytest.mark.long
 def test_a_changed_model_is_refused_or_counts_as_another_model(tmp_path, monkeypatch):
     model, tokenizer = load_bundled("tiny-opt")
     folder = tmp_path / "model"
