@@ -141,7 +141,8 @@ sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())'
         fail "Python's C headers are missing: install them (Debian: apt install python3-dev)"
     rm -f "$stamp"
     : >"$LOG"
-    local pip=("$PYTHON_IN_USE" -m pip install --disable-pip-version-check --no-input)
+    # --no-compile: Python compiles what is imported, which is a fraction, and keeps it
+    local pip=("$PYTHON_IN_USE" -m pip install --disable-pip-version-check --no-input --no-compile)
     local offline="is there a network, and room on the disk?"
     printf 'Setting up in %s (once)\n' "$VENV"
     "$PYTHON_IN_USE" -c 'import torch' 2>/dev/null ||
