@@ -10,7 +10,7 @@ import torch
 from length import at_length
 from safetensors.torch import load_file, save_file
 from spoil import LAYER, edit, edit_manifest, put, set_tensor
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, SiglipVisionConfig, SiglipVisionModel
 from transformers.quantizers.base import HfQuantizer
 
 from smoothquant import (
@@ -89,6 +89,24 @@ def test_every_family_loads_quantized_and_comes_back(
             assert (tmp_path / name / file).read_bytes() == (tmp_path / "a" / file).read_bytes()
     kept = {r.name: r.reason for r in quantization_report(again) if r.action == "kept"}
     assert kept == {r.name: r.reason for r in records if r.action == "kept"}
+
+
+def test_transformers_does_not_initialize_what_was_loaded(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = SiglipVisionConfig(**sizes, num_attention_heads=2, image_size=16, patch_size=8)
+    model = SiglipVisionModel(config)
+    for parameter in model.parameters():
+        parameter.data.uniform_(0.4, 0.6)
+    model.save_pretrained(tmp_path)
+    float_model = SiglipVisionModel.from_pretrained(tmp_path)
+    loaded = SiglipVisionModel.from_pretrained(tmp_path, quantization_config=CONFIG)
+    quantize(float_model, CONFIG)
+    want = float_model.state_dict()
+    loaded.save_pretrained(tmp_path / "q")
+    for found in (loaded, SiglipVisionModel.from_pretrained(tmp_path / "q")):
+        assert found.state_dict().keys() == want.keys()
+        for name, tensor in found.state_dict().items():
+            assert torch.equal(tensor, want[name]), name
 
 
 def test_one_input_at_a_time_is_in_memory(float_folder, monkeypatch):

@@ -101,8 +101,13 @@ class QuantizeLoadedWeights(ConversionOps):
         item = self.item_of[name]
         if any(self.item_of[other] is item for other in self.awaited):
             return
-        for _ in self.plan.pack([group for group in self.plan.groups if group.item is item]):
+        groups = [group for group in self.plan.groups if group.item is item]
+        for _ in self.plan.pack(groups):
             pass
+        for layer in (model.get_submodule(name) for group in groups for name in group.names):
+            # or transformers would initialize its tensors as if no file held them
+            for initialized in (layer, *layer.buffers()):
+                initialized._is_hf_initialized = True
 
     def finish(self, model: Any) -> None:
         """Finish the model; raise the first error, or CheckpointError if weights are missing."""
