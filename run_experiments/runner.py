@@ -6,7 +6,6 @@ import copy
 import datetime
 import json
 import math
-import struct
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from smoothquant.checkpoints.attachment import attach
 from smoothquant.cli.doctor import chip_name
 from smoothquant.core.config import MixedQuantConfig
 from smoothquant.core.files import atomic_file
+from smoothquant.core.tensor_files import raw_header
 from smoothquant.evaluation.layer_report import by_kind, layer_report
 from smoothquant.evaluation.perplexity import Evaluator, HeadLogits
 from smoothquant.kernels import ops
@@ -422,5 +422,5 @@ def saved_payload_bytes(model: nn.Module) -> int:
 
 def _payload(path: Path) -> int:
     with open(path, "rb") as file:
-        (header,) = struct.unpack("<Q", file.read(8))
-    return path.stat().st_size - 8 - header
+        header_bytes, _ = raw_header(file)
+    return path.stat().st_size - 8 - header_bytes

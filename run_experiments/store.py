@@ -196,7 +196,10 @@ class Store:
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:
-    """Write `contents` (text as UTF-8) to `path`, so that the file is never seen half-written."""
+    """Write `contents` (text as UTF-8) to `path`, so that the file is never seen half-written.
+
+    Like `smoothquant.core.files.atomic_file`, but drawing stored results must not need smoothquant.
+    """
     descriptor, temporary = tempfile.mkstemp(
         prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
     )
