@@ -251,14 +251,14 @@ def float_model(
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        config_class: Any = cls.config_class
-        if not isinstance(config, config_class):
+        model_class: Any = cls
+        if not isinstance(config, model_class.config_class):
             raise TypeError(f"its model type is {config.model_type!r}")
         # A malicious depth would take forever to build, but every layer has tensors of its own.
         if config.num_hidden_layers > num_tensors:
             raise ValueError(f"{config.num_hidden_layers} layers, but {num_tensors} tensors")
         with _build_lock, _parameters_on_meta(), _default_dtype(dtype):
-            model = cls(config)
+            model = model_class(config)
         path = folder / "generation_config.json"
         if os.path.lexists(path):
             check_file(path)

@@ -27,9 +27,9 @@ class _Input:
 
     def serves(self, reader: int, x: Tensor, perm: Tensor, choices: tuple[Any, ...]) -> bool:
         return (
-            self.x() is x
+            self.version == x._version
+            and self.x() is x
             and self.quantized is not None
-            and self.version == x._version
             and self.choices == choices
             # A layer that runs twice may see new values in x that torch's version counter missed.
             and reader not in self.readers
