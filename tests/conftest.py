@@ -20,12 +20,11 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--all"):
         os.environ[length.VARIABLE] = "1"
-        length.ALL = True
 
 
 def pytest_collection_modifyitems(config, items):
     """Without --all, tests marked `long` are left out; pytest counts them as deselected."""
-    if not length.ALL:
+    if not length.in_full():
         left_out = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("long")]
