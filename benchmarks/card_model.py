@@ -196,7 +196,9 @@ def speeds(model: nn.Module, args: argparse.Namespace) -> list[dict]:
 
 def measure(args: argparse.Namespace) -> list[dict]:
     """Measure all models; print and return the rows."""
-    config = MixedQuantConfig(group_size=args.group_size, salient_prop=args.salient_prop)
+    config = MixedQuantConfig(
+        recipe="rtn", group_size=args.group_size, salient_prop=args.salient_prop
+    )
     name = f"W4A4 g{args.group_size} p{args.salient_prop:g}"
     print("\n".join(MODEL_HEAD))
     rows: list[dict[str, Any]] = []

@@ -8,14 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import smoothquant
-from smoothquant.bundled import (
-    BUNDLED_MODELS,
-    DATA,
-    WIKITEXT_FILES,
-    cache_folder,
-    check_model_name,
-    load_model,
-)
+from smoothquant.bundled import BUNDLED_MODELS, cache_folder, check_model_name, load_model
+from smoothquant.core.texts import DATA, WIKITEXT_FILES
 
 from .store import file_sha256
 

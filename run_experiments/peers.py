@@ -255,7 +255,7 @@ def _round_act(x: Tensor, *, group_size: int, num_bits: int = BITS, clip: float 
 
 def _scales(w: Tensor, group_size: int, *, clip: float = 1.0, **config: Any) -> Tensor:
     """Weight scales, float32 [N, G], rounded to bfloat16. config: fields of MixedQuantConfig."""
-    scales = weight_group_scales(w, MixedQuantConfig(backend="fake", **config), group_size)
+    scales = weight_group_scales(w, MixedQuantConfig("rtn", backend="fake", **config), group_size)
     return scales if clip == 1 else (scales * clip).bfloat16().float()
 
 

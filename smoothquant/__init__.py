@@ -1,7 +1,6 @@
 """MixedQuant: real W4A4 quantization with 16-bit salient channels.
 
-stats = collect_stats(model, batches)                  # one pass over calibration tokens
-quantize(model, MixedQuantConfig(), stats)             # packed INT4 weights, in place
+quantize(model, MixedQuantConfig())                    # packed INT4 weights, in place
 save_quantized(model, folder); model = load_quantized(folder)
 
 `import smoothquant` is fast: public names and submodules are imported on first use. The ops

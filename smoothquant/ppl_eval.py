@@ -139,6 +139,7 @@ def _command(
         if compare and not (smooth or quantized):
             raise ValueError("--compare needs --smooth or --quantize")
         config = MixedQuantConfig(
+            recipe="rtn",
             num_bits=num_bits,
             group_size=group_size,
             salient_prop=salient_prop,

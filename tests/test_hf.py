@@ -26,7 +26,7 @@ from smoothquant.checkpoints.hf import MixedQuantQuantizer
 from smoothquant.core.tensor_files import INDEX
 from smoothquant.layers.linear import QuantizedLinear
 
-CONFIG = MixedQuantConfig(group_size=20, salient_prop=0.1)
+CONFIG = MixedQuantConfig(group_size=20, salient_prop=0.1, calibration="weights")
 
 
 def logits(model, token_ids):
@@ -195,7 +195,7 @@ def test_calibration_texts_in_the_config(tmp_path):
 def test_what_cannot_be_done_while_loading_is_refused(float_folder):
     model, folder = float_folder("opt")
     with pytest.raises(
-        ValueError, match="weight_rounding='gptq' needs batches of calibration tokens"
+        ValueError, match="weight_rounding='gptq' needs calibration tokens, but the tokenizer"
     ):
         from_pretrained(folder, MixedQuantConfig(recipe="best"))
     with pytest.raises(ValueError, match="smooth_alpha needs statistics"):

@@ -76,7 +76,7 @@ print(hash(tuple(layer(x).flatten().tolist())), hash(bytes(layer.qweight.flatten
 
 def test_a4_is_real():
     """The result is the integer one, and not that of 16-bit activations."""
-    layer, x = layer_of(num_salient=0), torch.randn(9, 150)
+    layer, x = layer_of(num_salient=0, recipe="rtn"), torch.randn(9, 150)
     y = layer(x)
     codes, scales = reference.group_quantize(x[:, layer.perm.long()], 32)
     assert codes.unique().numel() <= 15
@@ -124,7 +124,7 @@ def test_largest_codes_everywhere_are_summed_exactly(isa, group_size):
     x, w = torch.full((3, k), 7.0), torch.full((16, k), -7.0)
     x[1] = -7
     x[2, ::2] = -7
-    config = MixedQuantConfig(group_size=group_size, salient_prop=0.0)
+    config = MixedQuantConfig("rtn", group_size=group_size, salient_prop=0.0)
     with forced_isa(isa):
         layer = W4A4Linear.from_weight(w, None, config, ChannelPlan(torch.arange(k).int(), 0))
         expected = torch.tensor([-49.0 * k, 49.0 * k, 0.0])[:, None].expand(3, 16)

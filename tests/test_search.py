@@ -28,11 +28,11 @@ def layer():
 
 def test_the_clip_of_least_error_is_taken():
     x, weight = layer()
-    config = MixedQuantConfig(group_size=32, act_clip="search")
+    config = MixedQuantConfig("rtn", group_size=32, act_clip="search")
     chosen = resolve(config, x, weight, PLAN, False)
     errors = {
         clip: Trial(x, weight, x @ weight.T, PLAN).error(
-            MixedQuantConfig(group_size=32, act_clip=clip)
+            MixedQuantConfig("rtn", group_size=32, act_clip=clip)
         )
         for clip in ACT_CLIPS
     }
@@ -90,7 +90,7 @@ def test_a_layer_alone_refuses_open_choices(fields):
         W4A4Linear(64, 32, config=MixedQuantConfig(**fields))
     model, _ = load_bundled("tiny-opt")
     with pytest.raises(ValueError, match=f"{next(iter(fields))}='.*needs batches"):
-        quantize(model, MixedQuantConfig(**fields))
+        quantize(model, MixedQuantConfig(calibration="weights", **fields))
 
 
 @pytest.mark.parametrize("value", ["searched", "1", True, 0.0, 2])
@@ -180,11 +180,11 @@ def test_smoothing_leaves_a_model_that_shares_its_tensors(tiny):
 
 def test_smoothing_needs_maxima(tiny):
     model, batches, stats = tiny
-    config = MixedQuantConfig(smooth_alpha=0.5)
+    by_weights = {"calibration": "weights"}
     with pytest.raises(ValueError, match="smooth_alpha needs statistics"):
-        quantize(copy.deepcopy(model), config)
+        quantize(copy.deepcopy(model), MixedQuantConfig(smooth_alpha=0.5, **by_weights))
     with pytest.raises(ValueError, match="smooth_alpha='search' needs batches"):
-        quantize(copy.deepcopy(model), MixedQuantConfig(smooth_alpha="search"), stats)
+        quantize(model, MixedQuantConfig(smooth_alpha="search", **by_weights), stats)
 
 
 @pytest.mark.filterwarnings("ignore:no token was routed")
@@ -230,8 +230,10 @@ def test_bad_calibration(tiny):
     _, tokenizer = load_bundled("tiny-opt")
     with pytest.raises(TypeError, match="calibration must be a path or a sequence of texts"):
         MixedQuantConfig(calibration=5)
-    with pytest.raises(ValueError, match="tokenizer is required"):
-        quantize(model, MixedQuantConfig(calibration=["some text"]))
+    nowhere = copy.deepcopy(model)
+    nowhere.name_or_path = ""
+    with pytest.raises(ValueError, match="needs a tokenizer, but tokenizer is None"):
+        quantize(nowhere, MixedQuantConfig(calibration=["some text"]))
     with pytest.raises(ValueError, match="calibration blocks must be at most"):
         quantize(
             model,

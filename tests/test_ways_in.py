@@ -143,9 +143,13 @@ BAD = {
     "GPTQ without tokens": (
         {"weight_rounding": "gptq"},
         None,
-        "weight_rounding='gptq' needs batches of calibration tokens",
+        "weight_rounding='gptq' needs calibration tokens, but the tokenizer of",
     ),
-    "a search without tokens": ({"act_clip": "search"}, None, "act_clip='search' needs batches"),
+    "a search without tokens": (
+        {"act_clip": "search"},
+        None,
+        "act_clip='search' needs calibration tokens, but the tokenizer of",
+    ),
     "texts without a tokenizer": ({"calibration": TEXTS}, None, "tokenizer"),
 }
 

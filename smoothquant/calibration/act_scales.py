@@ -15,7 +15,7 @@ from ..core.progress import progress_bar
 from ..core.texts import read_texts
 from ..layers.linear import refuse_quantized
 from ..models.families import layer_inputs
-from ..models.running import evaluating, first_argument, hooked, no_cache
+from ..models.running import evaluating, first_argument, hooked, run_tokens
 
 # Every run draws the same texts. The published code uses this seed too.
 SHUFFLE_SEED = 42
@@ -147,7 +147,7 @@ def _run_samples(
                 text, return_tensors="pt", max_length=seq_len, truncation=True
             ).input_ids
             if token_ids.numel():
-                model(token_ids.to(device), **no_cache(model))
+                run_tokens(model, token_ids.to(device))
 
 
 def _draw(texts: Iterable[str], count: int, seed: int) -> list[str]:

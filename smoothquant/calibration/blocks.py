@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core.spill import scratch
 from ..models.families import decoder_layers
-from ..models.running import evaluating, hooked, no_cache, without_head
+from ..models.running import evaluating, hooked, run_tokens, without_head
 
 logger = logging.getLogger("smoothquant")
 
@@ -100,7 +100,7 @@ def blocks(
     device = next(model.parameters()).device
 
     def run_model(batch: Tensor) -> Any:
-        return runner(batch.to(device), **no_cache(model))
+        return run_tokens(runner, batch.to(device))
 
     calls = _layer_calls(model, layers, batches, run_model) if layers and inside else None
     if calls is None:

@@ -14,7 +14,7 @@ from ..core.progress import progress_bar
 from ..layers.linear import refuse_quantized
 from ..models.families import LayerInput, layer_inputs
 from ..models.routing import expert_names
-from ..models.running import evaluating, hooked, input_hooks, no_cache, without_head
+from ..models.running import evaluating, hooked, input_hooks, run_tokens, without_head
 from .blocks import blocks
 
 
@@ -87,7 +87,7 @@ def collect_stats(
             for batch in progress_bar(
                 checked_batches(), total=length, desc="calibrating", unit="batch", shown=progress
             ):
-                runner(batch.to(device), **no_cache(model))
+                run_tokens(runner, batch.to(device))
     unreached = [item.name for item in inputs if item.name not in stats]
     if unreached:
         raise ValueError(f"no token reached layer {unreached[0]} ({len(unreached)} such layers)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
 import random
 import warnings
@@ -12,8 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.config import MixedQuantConfig, check_integer
-from ..core.texts import read_texts
+from ..core.config import WEIGHTS, WIKITEXT, MixedQuantConfig, check_integer
+from ..core.texts import read_texts, wikitext
+from ..models.modules import is_transformers_model
+from ..models.running import runs_on_tokens
+
+logger = logging.getLogger("smoothquant")
 
 # Tokens per block of `config.calibration`.
 CALIBRATION_BLOCK = 1024
@@ -98,19 +104,19 @@ def draw_blocks(
 
 
 def calibration_batches(model: nn.Module, tokenizer: Any, config: MixedQuantConfig) -> list[Tensor]:
-    """Draw the token blocks of ``config.calibration``, which must be set: int64 [1, T] each.
+    """Draw the token blocks of ``config.calibration``: int64 [1, T] each.
 
     Raises:
-        ValueError: the texts have fewer than ``config.calibration_tokens`` tokens, or `tokenizer`
-            is None; also as `read_texts`.
+        ValueError: ``config.calibration`` is "weights", or its texts have fewer than
+            ``config.calibration_tokens`` tokens; also as `read_texts`.
     """
-    if tokenizer is None:
-        raise ValueError("tokenizer is required to calibrate on config.calibration; got None")
-    assert config.calibration is not None
+    if config.calibration == WEIGHTS:
+        raise ValueError(f"calibration={WEIGHTS!r} has no tokens to draw")
+    bundled = config.calibration in (None, WIKITEXT)
+    texts = wikitext("validation") if bundled else read_texts(config.calibration)
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     size = min(CALIBRATION_BLOCK, config.calibration_tokens, positions or CALIBRATION_BLOCK)
-    count = config.calibration_tokens // size
-    return draw_blocks(read_texts(config.calibration), tokenizer, count, size, config.seed)
+    return draw_blocks(texts, tokenizer, config.calibration_tokens // size, size, config.seed)
 
 
 def chosen_batches(
@@ -119,24 +125,73 @@ def chosen_batches(
     stats: Mapping | None,
     batches: Sequence[Tensor] | None,
     tokenizer: Any,
-) -> Sequence[Tensor] | None:
-    """The batches to calibrate on.
-
-    These are the given batches, or else, if calibration needs any, the blocks of
-    ``config.calibration``; None if neither applies.
+) -> tuple[Sequence[Tensor] | None, MixedQuantConfig]:
+    """The batches to calibrate on: the given ones, or those of ``config.calibration`` if needed.
 
     Args:
-        tokenizer: the model's tokenizer, or the name or folder to load it from.
+        tokenizer: the model's tokenizer, or the name or folder to load it from; None looks where
+            the model was loaded from.
+
+    Returns:
+        The batches, or None if there is nothing to calibrate or no text to do so; and the config,
+        whose field calibration then says what was chosen if it was None.
+
+    Raises:
+        ValueError: the config names texts or needs tokens, and there is no tokenizer for them; also
+            as `calibration_batches`.
     """
-    needs_batches = batches is None and (stats is None or bool(config.needs_tokens))
-    if not needs_batches or config.calibration is None:
-        return batches
-    if isinstance(tokenizer, (str, os.PathLike)):
-        try:
-            tokenizer = load_tokenizer(tokenizer)
-        except ValueError as error:
-            raise ValueError(f"config.calibration needs a tokenizer, but {error}") from error
-    return calibration_batches(model, tokenizer, config)
+    if batches is not None or (stats is not None and not config.needs_tokens):
+        return batches, config
+    if config.calibration is None:
+        choice, why_not = default_calibration(model, tokenizer)
+        if choice == WIKITEXT:
+            logger.warning(
+                "calibrating on %d tokens of the bundled WikiText-2 validation text; calibration= "
+                "takes your own texts",
+                config.calibration_tokens,
+            )
+        elif config.needs_tokens:
+            raise ValueError(f"{config.needs_tokens} needs calibration tokens, but {why_not}")
+        else:
+            logger.warning("not calibrated: %s; give tokenizer=, batches= or stats=", why_not)
+        config = dataclasses.replace(config, calibration=choice)
+    if config.calibration == WEIGHTS:
+        return None, config
+    if is_transformers_model(model) and not runs_on_tokens(model):
+        raise ValueError(
+            f"calibration must be {WEIGHTS!r}, or give stats: {type(model).__name__} does not run "
+            "on token ids alone"
+        )
+    try:
+        tokenizer = _tokenizer(model, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"config.calibration needs a tokenizer, but {error}") from error
+    return calibration_batches(model, tokenizer, config), config
+
+
+def default_calibration(model: nn.Module, tokenizer: Any) -> tuple[str, str]:
+    """What ``calibration=None`` stands for: "wikitext2", or "weights" and why not "wikitext2"."""
+    if not runs_on_tokens(model):
+        return WEIGHTS, f"{type(model).__name__} does not run on token ids alone"
+    try:
+        _tokenizer(model, tokenizer)
+    except ValueError as error:
+        return WEIGHTS, str(error)
+    return WIKITEXT, ""
+
+
+def _tokenizer(model: nn.Module, tokenizer: Any) -> Any:
+    """The given tokenizer, or the one loaded from the given or the model's own name or folder.
+
+    Raises:
+        ValueError: there is none, or it cannot be loaded.
+    """
+    if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
+        return tokenizer
+    place = tokenizer or getattr(model, "name_or_path", "")
+    if not place:
+        raise ValueError("tokenizer is None, and the model does not say where it was loaded from")
+    return load_tokenizer(place)
 
 
 def load_tokenizer(name_or_folder: str | os.PathLike) -> Any:
@@ -151,11 +206,11 @@ def load_tokenizer(name_or_folder: str | os.PathLike) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             name_or_folder, local_files_only=os.path.isdir(name_or_folder)
         )
-        if tokenizer.vocab_size:
+        if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
             return tokenizer
-        reason = "it has none"  # transformers returns one with an empty vocabulary
+        reason = "there is none"  # transformers makes one up, with special tokens only
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())  # in one line
+        reason = " ".join(str(error).split())[:200]  # in one line
     raise ValueError(f"the tokenizer of {str(name_or_folder)!r} cannot be loaded: {reason}")
 
 

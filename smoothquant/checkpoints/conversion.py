@@ -90,7 +90,7 @@ def convert(
         target: as for `save_quantized`.
         config, stats, batches: as for `quantize`. Missing statistics are collected from the
             batches, one decoder layer at a time.
-        tokenizer: the model's tokenizer, for ``config.calibration``; None loads it from `source`.
+        tokenizer: the model's tokenizer; None loads it from `source`.
         spill: keep the hidden states between decoder layers and the matrices of GPTQ in files
             beside the target, not in memory.
         overwrite: replace a folder that holds a quantized model.
@@ -111,7 +111,7 @@ def convert(
     source, stats = _checked_source(source), given_stats(stats)
     headers = stored_tensors(source)
     model, layers = float_source(source, headers)
-    batches = chosen_batches(model, config, stats, batches, tokenizer or source)
+    batches, config = chosen_batches(model, config, stats, batches, tokenizer or source)
     check_batches(config, batches)
     work = target.with_name(f".{target.name}.partial")
     _begin(work, _identity(headers, config, stats, batches))

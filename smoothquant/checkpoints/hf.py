@@ -4,12 +4,12 @@
     model.save_pretrained(folder)                       # or model.push_to_hub(repository)
     model = AutoModelForCausalLM.from_pretrained(folder)
 
-Without ``config.calibration``, layers are quantized as their weights arrive from the file. Salient
+The float model is loaded first and then calibrated and quantized as by `smoothquant.quantize`. Peak
+memory is the float model plus one decoder layer.
+
+With ``calibration="weights"``, layers are quantized as their weights arrive from the file. Salient
 channels and order come from the weights alone. Peak memory is the quantized model plus the float
 weights that read one layer input (q, k and v, or all experts of a layer).
-
-With ``config.calibration``, the float model is loaded first and then quantized as by
-`smoothquant.quantize`. Peak memory is the float model plus one decoder layer.
 
 `import smoothquant` registers the method as soon as transformers is imported.
 """
@@ -27,7 +27,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..core.config import MixedQuantConfig
+from ..calibration.tokens import default_calibration
+from ..core.config import WEIGHTS, MixedQuantConfig
 from ..core.errors import CheckpointError
 from ..core.tensor_files import Header, read_headers, tensors_file
 from ..layers.linear import QuantizedLinear
@@ -145,7 +146,7 @@ class MixedQuantQuantizer(HfQuantizer):
         config = self.quantization_config.config
         if self.pre_quantized:
             return
-        if config.calibration is None:
+        if config.calibration == WEIGHTS:
             check_batches(config, None)
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
@@ -193,7 +194,11 @@ class MixedQuantQuantizer(HfQuantizer):
     ) -> None:
         manifest = self.quantization_config
         if not self.pre_quantized:
-            if manifest.config.calibration is None:
+            # Calibration needs the whole float model first.
+            choice = manifest.config.calibration
+            if choice is None and not manifest.config.needs_tokens:
+                choice, _ = default_calibration(model, model.name_or_path)
+            if choice == WEIGHTS:
                 self.on_load = QuantizeLoadedWeights(model, manifest.config)
             return
         whole = type(model).__name__ in (model.config.architectures or [])

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     Stats = Mapping[str, ChannelStats] | None
 
 Recipe = Enum("Recipe", [(name, name) for name in RECIPES], type=str)  # type: ignore[misc]
-RTN = Recipe("rtn")
+FAST = Recipe("fast")
 Format = Enum("Format", {"compressed_tensors": "compressed-tensors"}, type=str)
 
 app = typer.Typer(
@@ -127,7 +127,7 @@ def calibrate(
     from ..core.config import MixedQuantConfig
 
     config = MixedQuantConfig(
-        calibration=_texts(calibration), calibration_tokens=calibration_tokens, seed=seed
+        calibration=calibration, calibration_tokens=calibration_tokens, seed=seed
     )
     if output.suffix != ".safetensors":
         raise ValueError(f"FILE must end in .safetensors; got {str(output)!r}")
@@ -146,9 +146,10 @@ def quantize(
     recipe: Annotated[
         Recipe,
         typer.Option(
-            help="rtn: round to nearest. fast: also rotate. best: also search and use GPTQ."
+            help="fast: rotate, then round to nearest. best: also search and use GPTQ (minutes). "
+            "rtn: only round to nearest."
         ),
-    ] = RTN,
+    ] = FAST,
     group_size: Annotated[
         int, typer.Option(metavar="G", help="Channels that share a scale.")
     ] = 128,
@@ -182,7 +183,10 @@ def quantize(
     ] = None,
     no_calibration: Annotated[
         bool,
-        typer.Option("--no-calibration", help="Choose salient channels from the weights alone."),
+        typer.Option(
+            "--no-calibration",
+            help="Choose salient channels from the weights alone, which costs accuracy.",
+        ),
     ] = False,
     seed: Seed = 42,
     fold: Annotated[
@@ -215,7 +219,7 @@ def quantize(
     from ..calibration.stats_files import load_stats
     from ..checkpoints.conversion import convert
     from ..checkpoints.folder import check_target
-    from ..core.config import MixedQuantConfig, parse_field
+    from ..core.config import WEIGHTS, WIKITEXT, MixedQuantConfig, parse_field
 
     if no_calibration and (stats or calibration):
         raise typer.BadParameter(
@@ -231,7 +235,7 @@ def quantize(
             "group_size": group_size,
             "salient_prop": salient_prop,
             "bits": bits,
-            "calibration": None if no_calibration else _texts(calibration),
+            "calibration": WEIGHTS if no_calibration else calibration or WIKITEXT,
             "calibration_tokens": calibration_tokens,
             "seed": seed,
         }
@@ -257,12 +261,13 @@ def _print_plan(
     from ..bundled import load_model
     from ..checkpoints.conversion import float_shapes
     from ..checkpoints.sizes import bytes_by_kind, planned_bytes
+    from ..core.config import WEIGHTS
     from ..quantization.memory import planned_memory
 
     model = float_shapes(source) if by_layer else load_model(source)[0]
     for name, value in config.to_dict().items():
         typer.echo(f"{name:<20}{value}")
-    calibrates = config.calibration is not None and (stats is None or bool(config.needs_tokens))
+    calibrates = config.calibration != WEIGHTS and (stats is None or bool(config.needs_tokens))
     after = planned_bytes(model, config, stats, stats_to_come=calibrates)
     print_bytes(bytes_by_kind(model), after)
     tokens = config.calibration_tokens if calibrates else 0
@@ -613,13 +618,6 @@ def _run_experiments(argv: list[str]) -> None:
             "pip install 'smoothquant[experiments]'"
         ) from error
     raise typer.Exit(main(argv))
-
-
-def _texts(calibration: str | None) -> str | tuple[str, ...]:
-    """The calibration file, or the bundled texts if none was given."""
-    from ..bundled import wikitext
-
-    return calibration or tuple(wikitext("validation"))
 
 
 def _quantized_model(folder: Path) -> tuple[nn.Module, Any]:

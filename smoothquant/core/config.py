@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 MAX_ROTATION = 512
+MAX_GROUP_SIZE = 2**62
+# Names for the field `calibration`.
+WIKITEXT, WEIGHTS = "wikitext2", "weights"
 SORTS = ("none", "max", "mean3std", "argmax", "rms")
 SALIENT_METRICS = ("mean", "max", "rms", "output")
 
@@ -65,10 +68,10 @@ class MixedQuantConfig:
     (wrong type); the message names the field and the value.
 
     Args:
-        recipe: default values for the fields marked (recipe); explicit values override them. "rtn"
-            rounds to nearest. "fast" adds rotation, zero-points, an activation clip and
-            error-minimizing weight scales. "best" searches clip and format per layer and rounds by
-            GPTQ; it needs calibration tokens.
+        recipe: default values for the fields marked (recipe); explicit values override them. "fast"
+            uses rotation, zero-points, an activation clip and error-minimizing weight scales.
+            "best" also searches clip and format per layer and rounds by GPTQ; it needs calibration
+            tokens. "rtn" only rounds to nearest.
         num_bits: bits of the quantized weights and activations: 2-4 with ``backend="int4"`` (codes
             always take 4 bits of storage), 2-8 with ``backend="fake"`` (2-7 with zero-points).
         group_size: number of consecutive channels, in sorted order, that share a scale; >= 1. The
@@ -122,9 +125,12 @@ class MixedQuantConfig:
             picks one per layer on calibration tokens.
         non_finite: handling of NaN or Inf in a token: "propagate" makes that token's outputs NaN,
             "raise" raises ValueError.
-        calibration: calibration data for `quantize` if it gets a tokenizer but neither statistics
-            nor tokens: texts, or a file for `smoothquant.core.texts.read_texts`. `to_dict` replaces
-            texts by their sha256.
+        calibration: what a model is calibrated on that gets neither statistics nor tokens: texts; a
+            file for `smoothquant.core.texts.read_texts`; "wikitext2", the bundled validation split
+            of WikiText-2; or "weights": nothing, so that salient channels and order come from the
+            weights alone, which costs much accuracy. None is "wikitext2" if the model takes token
+            ids and its tokenizer is found, else "weights", with a warning. `to_dict` replaces texts
+            by their sha256.
         calibration_tokens: number of tokens drawn from the calibration data, in blocks of 1,024 or
             the model's maximum length if that is shorter.
         seed: random seed of that draw.
@@ -133,7 +139,7 @@ class MixedQuantConfig:
     # The method's name in transformers.
     quant_method: ClassVar[str] = "mixedquant"
 
-    recipe: str = "rtn"
+    recipe: str = "fast"
     num_bits: int = 4
     group_size: int = 128
     salient_prop: float | None = None
@@ -163,11 +169,11 @@ class MixedQuantConfig:
     def __post_init__(self) -> None:
         if self.recipe not in list(RECIPES):  # a list, because recipe may be unhashable
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {self.recipe!r}")
-        for name, value in RECIPES[self.recipe].items():
+        for name, value in (RECIPES[self.recipe] | self._exceptions()).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if self.rotation == "group":
-            check_integer("group_size", self.group_size, 1)
+            self._set("group_size", check_integer, 1, MAX_GROUP_SIZE)
             largest = 1 << (min(int(self.group_size), MAX_ROTATION).bit_length() - 1)
             object.__setattr__(self, "rotation", largest)
         for name, choices in CHOICES.items():
@@ -178,7 +184,7 @@ class MixedQuantConfig:
             4 if self.backend == "int4" else 7 if self.act_format in ("zero_point", "auto") else 8
         )
         self._set("num_bits", check_integer, 2, most_bits)
-        self._set("group_size", check_integer, 1, 2**62)
+        self._set("group_size", check_integer, 1, MAX_GROUP_SIZE)
         if self.bits is not None:
             if self.salient_prop is not None:
                 raise ValueError(
@@ -239,6 +245,16 @@ class MixedQuantConfig:
             act_format="zero_point" if self.act_format == "auto" else self.act_format,
             act_clip=1.0 if self.act_clip == "search" else self.act_clip,
         )
+
+    def _exceptions(self) -> dict[str, Any]:
+        """Values for fields left at None that replace the recipe's, as those cannot be combined
+        with the given ones."""
+        values: dict[str, Any] = {}
+        if isinstance(self.num_bits, int) and self.num_bits > 7:
+            values["act_format"] = "symmetric"
+        if self.act_format == "unsigned":
+            values["rotation"] = 0
+        return values
 
     def _set(self, name: str, check: Callable[..., float], *bounds: float) -> None:
         """Check a number and store it as a plain int or float, which JSON can hold."""
@@ -328,7 +344,7 @@ def published_config(
 ) -> MixedQuantConfig:
     """The config for the arguments of the published functions (`smoothquant.fake_quant`).
 
-    They differ from MixedQuantConfig in three ways: num_bits is called ``quant_bits``,
+    They round to nearest and do not calibrate by themselves. num_bits is called ``quant_bits``,
     ``salient_prop=None`` means 0, and ``act_quant="per_tensor"`` is always allowed. The int4
     backend then quantizes per token, which is at least as fine: with one scale for the whole batch,
     a token's result would depend on the others.
@@ -347,6 +363,8 @@ def published_config(
         )
         act_quant = "per_token"
     return MixedQuantConfig(
+        recipe="rtn",
+        calibration=WEIGHTS,
         backend=backend,
         act_quant=act_quant,
         num_bits=num_bits,

@@ -1,4 +1,4 @@
-"""Reading texts from local files: plain lines, JSON lines (also compressed) and parquet."""
+"""The bundled texts, and texts from files: plain lines, JSON lines (also compressed), parquet."""
 
 from __future__ import annotations
 
@@ -8,8 +8,28 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+DATA = Path(__file__).resolve().parent.parent / "data"
+WIKITEXT_FILES = {"test": "wiki.test.raw", "validation": "wiki.valid.raw"}
+
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 READ_BYTES = 1 << 20
+
+
+def wikitext(split: str) -> list[str]:
+    """The rows of the bundled WikiText-2 raw.
+
+    They equal those of the Hugging Face dataset `wikitext`, `wikitext-2-raw-v1`: one per line of
+    the file, with its newline, or "" for a blank line.
+
+    Args:
+        split: "test" (4,358 rows) or "validation" (3,760 rows).
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    if split not in WIKITEXT_FILES:
+        raise ValueError(f"split must be one of {sorted(WIKITEXT_FILES)}; got {split!r}")
+    return list(line_rows(DATA / "wikitext-2-raw" / WIKITEXT_FILES[split]))
 
 
 def read_texts(source: str | os.PathLike | Iterable[str]) -> Iterator[str]:

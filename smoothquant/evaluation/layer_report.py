@@ -21,7 +21,7 @@ from ..core.progress import progress_bar
 from ..layers.linear import refuse_quantized
 from ..models.families import layer_inputs
 from ..models.routing import PARTS, expert_arguments, expert_names, routed_inputs
-from ..models.running import evaluating, first_argument, hooked, no_cache, without_head
+from ..models.running import evaluating, first_argument, hooked, run_tokens, without_head
 
 HIDDEN = "hidden"
 _LAYER = re.compile(r"((?:.*?\.)?(\d+))\.")  # name and number of a module's decoder layer
@@ -202,7 +202,7 @@ def _hidden_states(
 
     runner = without_head(model, needed)
     with hooked(model, {name: hook_for(name) for name in layers}, after=True):
-        runner(batch.to(next(model.parameters()).device), **no_cache(model))
+        run_tokens(runner, batch.to(next(model.parameters()).device))
     return states
 
 

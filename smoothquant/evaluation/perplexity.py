@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core.config import check_integer
 from ..core.progress import progress_bar
 from ..core.texts import read_texts
-from ..models.running import evaluating, no_cache
+from ..models.running import evaluating, run_tokens
 
 # Positions to convert to float32 log-probabilities at a time. With a vocabulary of 128,000 that
 # takes 128 MB; a whole window of 2,048 would take 1 GB, twice.
@@ -242,7 +242,7 @@ class Evaluator:
         if not isinstance(model, nn.Module):
             return model[index]
         window = self.window(index).to(next(model.parameters()).device)
-        return model(window, **no_cache(model)).logits[0, :-1]
+        return run_tokens(model, window).logits[0, :-1]
 
     def _labels(self, index: int) -> Tensor:
         return self.window(index)[0, 1:]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .families import LayerInput
+from .families import LayerInput, decoder_layers
+from .modules import is_transformers_model
 from .routing import PARTS, expert_arguments, routed_inputs
 
 
@@ -19,9 +22,35 @@ def without_head(model: nn.Module, names: Sequence[str]) -> nn.Module:
     return base if all(name.startswith(prefix) for name in names) else model
 
 
-def no_cache(model: nn.Module) -> dict[str, bool]:
-    """Keyword arguments that turn off a transformers model's cache; empty for other models."""
-    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+@torch.no_grad()
+def runs_on_tokens(model: nn.Module) -> bool:
+    """Whether a transformers model needs no input but token ids.
+
+    A model of an unknown family is tried, unless its parameters are on meta.
+    """
+    if not is_transformers_model(model) or getattr(model, "main_input_name", "") != "input_ids":
+        return False
+    first = next(model.parameters())
+    if decoder_layers(model) or first.is_meta:
+        return True
+    try:
+        with evaluating(model):
+            run_tokens(model, torch.zeros(1, 3, dtype=torch.int64, device=first.device))
+    except Exception:  # whatever a model raises that misses an input
+        return False
+    return True
+
+
+def run_tokens(model: nn.Module, tokens: Tensor) -> Any:
+    """Call a model with token ids [B, T], without a cache.
+
+    The decoder of an encoder-decoder model gets the same tokens as its encoder.
+    """
+    config: Any = getattr(model, "config", None)
+    options: dict[str, Any] = {"use_cache": False} if hasattr(config, "use_cache") else {}
+    if getattr(config, "is_encoder_decoder", False):
+        options["decoder_input_ids"] = tokens
+    return model(tokens, **options)
 
 
 @contextmanager

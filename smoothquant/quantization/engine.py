@@ -57,6 +57,7 @@ class Plan:
     Attributes:
         items: the model's layer inputs, in forward order.
         groups: groups of linears that share a channel plan, in forward order.
+        config: the given one, with the field calibration set to what was chosen.
         records: {name of a matrix: its record} for the matrices packed so far.
 
     Raises:
@@ -77,7 +78,7 @@ class Plan:
         progress: bool = False,
     ) -> None:
         check_arguments(model, config, stats)
-        batches = chosen_batches(model, config, stats, batches, tokenizer)
+        batches, config = chosen_batches(model, config, stats, batches, tokenizer)
         check_batches(config, batches)
         self.model, self.config, self.batches = model, config, batches
         self.spill, self.progress = spill, progress
