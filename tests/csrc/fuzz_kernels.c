@@ -39,13 +39,21 @@ static int64_t below(int64_t bound) { return bound > 0 ? (int64_t)(take(4) % (ui
 
 static int rarely(void) { return take(1) % 32 == 31; }
 
-/* A size in [0, most]; rarely one that is negative, huge or INT64_MAX. */
-static int64_t any_size(int64_t most) {
+/* A size that is negative, huge or INT64_MAX. */
+static int64_t extreme_size(void) {
     static const int bits[] = {31, 32, 40, 58, 59, 60, 61, 62, 63};
-    if (!rarely()) return below(most + 1);
     if (rarely()) return -(int64_t)(1 + take(4));
     const int64_t near = (int64_t)(((uint64_t)1 << bits[below(9)]) - 1);
     return near - below(40) + (near < INT64_MAX - 40 ? below(40) : 0);
+}
+
+/* A size in [0, most]; rarely an extreme one. */
+static int64_t any_size(int64_t most) { return rarely() ? extreme_size() : below(most + 1); }
+
+/* A stride for rows of `cols` elements; rarely too small or extreme. */
+static int64_t any_stride(int64_t cols) {
+    if (rarely()) return below(2) ? extreme_size() : below(cols < 4000 ? cols + 1 : 9);
+    return cols < INT64_MAX - 3 ? cols + below(3) : cols;
 }
 
 static int small_choice(int valid) { return rarely() ? valid + (int)below(2) : (int)below(valid); }
@@ -191,7 +199,7 @@ static mq_status run_groups(int64_t entry, const mq_group_format *format, mq_dty
 
 static void fuzz_groups(void) {
     const int64_t entry = below(4), rows = any_size(5), cols = any_size(below(2) ? 40 : 1200);
-    const int64_t stride = entry == 1 ? cols : rarely() ? any_size(2000) : cols + below(3);
+    const int64_t stride = entry == 1 ? cols : any_stride(cols);
     const mq_dtype dtype = (mq_dtype)small_choice(3);
     mq_group_format format = {any_size(below(2) ? 40 : 1500), small_choice(9),
                               (mq_act_format)small_choice(3), any_clip()};
@@ -273,8 +281,8 @@ static void fuzz_stats(void) {
     const mq_dtype dtype = (mq_dtype)small_choice(3);
     const int64_t rows = any_size(6), col0 = any_size(20),
                   col1 = rarely() ? any_size(90) : col0 + (col0 < 100 ? below(70) : 0);
-    const int64_t stride = rarely() ? any_size(90) : col1 < INT64_MAX - 3 ? col1 + below(3) : col1;
-    const int64_t seen = any_size(1000);
+    const int64_t stride = any_stride(col1);
+    const int64_t seen = any_size(below(2) ? 2 : 1000);
     const int valid = (unsigned)dtype <= MQ_BF16 && rows >= 0 && col0 >= 0 && col0 <= col1 &&
                       stride >= col1 && seen >= 0 && (wide)seen + rows < TOO_LARGE;
     const int empty = rows == 0 || col0 == col1;
@@ -434,11 +442,9 @@ static void fuzz_linear(void) {
     if (!fits) return;
     CHECK(shape.panels == panels && shape.groups == groups && shape.quads == quads);
 
-    const int64_t w_stride = rarely() ? any_size(3000) : lin.k + below(3);
-    const int64_t x_stride = rarely() ? any_size(3000) : lin.k + below(3);
-    const int64_t y_stride = rarely()                ? any_size(90)
-                             : lin.n < INT64_MAX - 3 ? lin.n + below(3)
-                                                     : lin.n;
+    const int64_t w_stride = any_stride(lin.k);
+    const int64_t x_stride = any_stride(lin.k);
+    const int64_t y_stride = any_stride(lin.n);
     const int is_layer = (unsigned)lin.salient_dtype - 1 < MQ_I8 && lin.rotation >= 0 &&
                          lin.rotation <= 512 && (lin.rotation & (lin.rotation - 1)) == 0;
     const int is_dtype = (unsigned)dtype <= MQ_BF16;
