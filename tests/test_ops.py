@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -965,7 +966,16 @@ def test_an_input_is_multiplied_by_the_instruction_set_that_quantized_it():
             assert_same_bits(shared, expected)
 
 
-def test_forwards_go_on_while_another_thread_changes_the_instruction_set():
+@pytest.fixture
+def eager_threads():
+    """Threads take turns after every few operations, not after 5 ms."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def test_forwards_go_on_while_another_thread_changes_the_instruction_set(eager_threads):
     torch.manual_seed(0)
     layers = [
         W4A4Linear.from_float(torch.nn.Linear(256, 64), sort="none", group_size=16)
