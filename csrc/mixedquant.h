@@ -8,7 +8,12 @@
  *
  * Words: m tokens (rows of x), n output channels, k input channels, g group size. Matrices are
  * row-major; "[a][b]" is contiguous unless a row stride (in elements) is given. Offsets are
- * 64-bit. Non-finite means NaN or Inf. bf16 and fp16 values are passed as uint16_t bits. */
+ * 64-bit. Non-finite means NaN or Inf. bf16 and fp16 values are passed as uint16_t bits.
+ *
+ * Sizes: an array, counted up to its last element with 8 bytes per element, must have less than
+ * 2^63 bytes, else the status is MQ_INVALID_SIZE. Arguments are checked before any array is read or
+ * written, except that perm is checked by reading it. A problem without rows or without columns
+ * returns at once, however large the other size. */
 #ifndef MIXEDQUANT_H
 #define MIXEDQUANT_H
 
@@ -22,13 +27,13 @@ extern "C" {
 typedef enum mq_status {
     MQ_OK = 0,
     MQ_INVALID_POINTER,    /* a pointer is NULL but its array is not empty */
-    MQ_INVALID_SIZE,       /* a size or stride is negative, or a range out of bounds */
+    MQ_INVALID_SIZE,       /* a size or stride is negative or too large, or a range out of bounds */
     MQ_INVALID_GROUP_SIZE, /* group size < 1 */
     MQ_INVALID_BITS,       /* number of bits or largest code out of range */
     MQ_INVALID_DTYPE,      /* not a value of mq_dtype, or not allowed here */
     MQ_INVALID_PERM,       /* an index is outside [0, k) */
     MQ_INVALID_SALIENT,    /* the number of salient channels is outside [0, k] */
-    MQ_INVALID_SCALE,      /* a scale or the clip ratio is negative or non-finite */
+    MQ_INVALID_SCALE,      /* a scale is negative or non-finite; the clip is not in [2^-10, 1] */
     MQ_INVALID_KEY,        /* not a value of mq_sort_key */
     MQ_INVALID_ISA,        /* not a value of mq_isa, or this processor lacks it */
     MQ_INVALID_ROTATION,   /* neither 0 nor a power of two up to MQ_MAX_ROTATION */
@@ -116,12 +121,16 @@ typedef enum mq_act_format {
     MQ_ACT_ZERO_POINT = 2
 } mq_act_format;
 
+/* The smallest clip ratio. With a smaller one, x * (1/s) could exceed int16, which kernels convert
+ * it to before they clamp it. */
+#define MQ_MIN_CLIP 0x1p-10f
+
 /* Rows are cut into groups of group_size values; the last one may be short. */
 typedef struct mq_group_format {
     int64_t group_size;       /* >= 1 */
     int num_bits;             /* 2..8; zero-point: 2..7 */
     mq_act_format act_format; /* not zero-point where codes are stored as int8 or uint8 */
-    float clip;               /* in (0, 1] */
+    float clip;               /* in [MQ_MIN_CLIP, 1] */
 } mq_group_format;
 
 /* x [rows][cols], row stride `stride` >= cols -> q [rows][cols] (uint8_t bits if unsigned),
@@ -180,7 +189,8 @@ typedef struct mq_shape {
     int64_t panels, groups, group_quads, quads, blocks, segments;
 } mq_shape;
 
-/* Fills *shape. Requires n, k >= 0, 0 <= k_salient <= k, group_size >= 1. */
+/* Fills *shape. Requires n, k >= 0, 0 <= k_salient <= k, group_size >= 1, and sizes for which the
+ * packed arrays and perm have less than 2^63 bytes. */
 mq_status mq_shape_of(int64_t n, int64_t k, int64_t k_salient, int64_t group_size, mq_shape *shape);
 
 /* Rotation cuts the channels of a group, in perm's order, into blocks of `rotation` channels;
@@ -202,7 +212,7 @@ typedef struct mq_linear {
     int act_bits; /* b, 2..4 */
     mq_act_format act_format;
     int per_token; /* 0: one scale per token and group; 1: one scale per token */
-    float clip;    /* in (0, 1] */
+    float clip;    /* in [MQ_MIN_CLIP, 1] */
     mq_isa isa;    /* the kernels that quantize and multiply; determines the workspace's layout */
 } mq_linear;
 
@@ -229,7 +239,10 @@ mq_status mq_unpack_weight(const mq_linear *lin, int64_t panel0, int64_t panel1,
  *   q = clamp(round_half_even(w[i] * (1/s)), -q_max, q_max) with the column's scale s,
  *   errors[i] = (w[i] - q s) / u[i][i],  w[j] -= errors[i] * u[i][j] for j > i,  w[i] = q s.
  * w, errors [rows][cols]; u [cols][cols], upper triangle read; scales fp32 [rows][groups]. Column i
- * of the block is in group (col0 + i) / group_size. A scale of 0 gives 0. */
+ * of the block is in group (col0 + i) / group_size, which must be below `groups`; col0 >= 0. A
+ * scale of 0 gives 0. NaN stays NaN: if w[i], its scale or its error is NaN (0 / 0, where the
+ * diagonal of u has a zero), so are all columns computed from it. Every other w[i] ends on the
+ * grid. */
 mq_status mq_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,
                         int64_t groups, const float *scales, const float *u, float *w,
                         float *errors);
@@ -239,13 +252,14 @@ mq_status mq_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int
  *   q = clamp(round_half_even((w[i] + gradient[i] / h[i][i]) * (1/s)), -q_max, q_max),
  *   gradient[j] -= (q s - w[i]) * h[i][j] for j >= i,  w[i] = q s.
  * w [rows][cols] holds code * scale. gradient [rows][cols] = (target - w) h, over all columns of
- * the weight. h [cols][cols] is the block of the positive definite matrix. scales as in
- * mq_gptq_block. */
+ * the weight. h [cols][cols] is the block of the positive definite matrix. scales, col0 and NaN as
+ * in mq_gptq_block. */
 mq_status mq_descend_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,
                            int64_t groups, const float *scales, const float *h, float *gradient,
                            float *w);
 
-/* Bytes of workspace for m tokens. The workspace must be aligned to 64 bytes. */
+/* Bytes of workspace for m tokens; MQ_INVALID_SIZE if they would be 2^63 or more. The workspace
+ * must be aligned to 64 bytes. */
 mq_status mq_linear_workspace_size(const mq_linear *lin, int64_t m, size_t *bytes);
 
 /* Tokens per tile of the workspace. Ranges [row0, row1) below must start at a multiple of it. */

@@ -1,6 +1,8 @@
 """The C kernels alone, with guard pages and sanitizers: as this processor runs them, those of x86
 by SIMDe on any processor, and those of Arm by an emulator."""
 
+import itertools
+import random
 import shutil
 from importlib.metadata import distribution
 from pathlib import Path
@@ -13,7 +15,11 @@ from smoothquant.kernels import ops
 
 ROOT = Path(__file__).resolve().parent.parent
 C_SOURCES = sorted(str(path) for path in (ROOT / "csrc" / "cpu").glob("*.c"))
-CHECKS = [str(ROOT / "tests" / "csrc" / f"check_{name}.c") for name in ("kernels", "assumptions")]
+CHECKS = {
+    "check_kernels": ["check_kernels.c"],
+    "check_assumptions": ["check_assumptions.c"],
+    "fuzz": ["fuzz_kernels.c", "fuzz_main.c"],
+}
 X86_ISAS = "scalar avx2 avxvnni avx512vnni"
 ARM_CC, ARM_EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 ARM_ISAS = {
@@ -29,13 +35,16 @@ def build_check(name: str, *flags: str, cc: list[str] = CC) -> Path:
 
 
 def _build(folder: Path, flags: tuple[str, ...], cc: list[str]) -> None:
-    objects = {source: str(folder / f"{Path(source).stem}.o") for source in [*C_SOURCES, *CHECKS]}
+    checks = {
+        name: [str(ROOT / "tests" / "csrc" / file) for file in CHECKS[name]] for name in CHECKS
+    }
+    sources = [*C_SOURCES, *itertools.chain(*checks.values())]
+    objects = {source: str(folder / f"{Path(source).stem}.o") for source in sources}
     common = [*cc, "-std=c11", *FLAGS, *flags, "-c"]
     run_all([*common, source, "-o", target] for source, target in objects.items())
     kernels = [objects[source] for source in C_SOURCES]
-    for check in CHECKS:
-        program = str(folder / Path(check).stem)
-        run(*cc, *flags, objects[check], *kernels, "-o", program, "-lm")
+    for name, own in checks.items():
+        run(*cc, *flags, *(objects[s] for s in own), *kernels, "-o", str(folder / name), "-lm")
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +94,21 @@ def test_kernels_of_arm_processors_equal_scalar(arm_check, processor, isas):
     cases = at_length(500, 40)
     program = str(arm_check / "check_kernels")
     assert run(*emulator, program, "5", str(cases)) == f"{cases} cases: {isas}\n"
+    calls = at_length(3000, 200)
+    assert run(*emulator, str(arm_check / "fuzz"), "0", str(calls)) == f"{calls} cases\n"
+
+
+def test_random_calls_are_refused_or_computed_alike(native_check):
+    """Any sizes, up to the end of int64; --all also runs seeds that no other run has."""
+    program, cases = str(native_check / "fuzz"), at_length(150_000, 3000)
+    seeds = at_length([0, random.SystemRandom().randrange(2**32)], [0])
+    outputs = run_all([program, str(seed), str(cases)] for seed in seeds)
+    assert outputs == [f"{cases} cases\n"] * len(seeds)
+
+
+def test_random_calls_are_computed_alike_by_every_x86_processor(simde_check):
+    cases = at_length(10_000, 150)
+    assert run(str(simde_check / "fuzz"), "0", str(cases)) == f"{cases} cases\n"
 
 
 def test_kernels_trap_where_a_contract_is_broken(native_check):

@@ -2,6 +2,9 @@
 
 import inspect
 import math
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from length import at_length
 
+from smoothquant import MixedQuantConfig
 from smoothquant.channels.statistics import ChannelStats
 from smoothquant.kernels import ops, reference
+from smoothquant.layers.linear import W4A4Linear
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SALIENT_DTYPES = {
@@ -325,6 +330,40 @@ def test_descend_block_equals_the_reference(group_size):
     assert not torch.equal(actual[0], w)
     for one, other in zip(actual, expected, strict=True):
         assert_same_bits(one, other)
+
+
+def assert_on_grid(w, scales, group_size, col0):
+    """w is NaN, or a code in [-7, 7] times its scale."""
+    of_column = scales[:, (col0 + torch.arange(w.shape[1])) // group_size]
+    assert (w.isnan() | (w.abs() <= 7 * of_column.abs())).all()
+
+
+@pytest.mark.parametrize("spoiled", ["w", "scales", "matrix", "diagonal"])
+def test_column_loops_keep_nan(spoiled):
+    """What is not finite, and zeros on the diagonal, give what the specification gives: NaN."""
+    scales, matrix = torch.rand(30, 20) + 0.1, torch.triu(torch.rand(40, 40)) + torch.eye(40)
+    w, gradient = torch.randn(30, 40), torch.randn(30, 40)
+    if spoiled == "w":
+        w = values(5, 30, 40, special=0.02)
+    elif spoiled == "scales":
+        scales = torch.where(torch.rand(30, 20) < 0.2, torch.tensor(math.nan), scales)
+    elif spoiled == "matrix":
+        matrix[3, 7] = matrix[5, 5] = math.nan
+    else:
+        matrix[[0, 9], [0, 9]] = 0
+    actual, expected = w.clone(), w.clone()
+    errors = ops.gptq_block(actual, matrix, scales, 24, 4)
+    assert_same_bits(errors, reference.gptq_block(expected, matrix, scales, 24, 4))
+    assert_same_bits(actual, expected)
+    assert actual.isnan().any()
+    assert_on_grid(actual, scales, 4, 24)
+
+    actual, expected = (w.clone(), gradient.clone()), (w.clone(), gradient.clone())
+    ops.descend_block(*actual, matrix, scales, 24, 4)
+    reference.descend_block(*expected, matrix, scales, 24, 4)
+    for one, other in zip(actual, expected, strict=True):
+        assert_same_bits(one, other)
+    assert_on_grid(actual[0], scales, 4, 24)
 
 
 @pytest.mark.parametrize("rows, cols", [(3001, 131), (300, 2003)])
@@ -715,8 +754,6 @@ def test_bad_arguments_are_value_errors(case):
         ({"rotation": 3}, "rotation must be 0 or a power of two up to 512; got 3"),
         ({"act_format": "log"}, "act_format must be symmetric, unsigned or zero_point; got 'log'"),
         ({"num_bits": 5}, r"num_bits must be in \[2, 4\]; got 5"),
-        ({"clip": 0.0}, r"clip must be in \(0, 1\]; got 0"),
-        ({"clip": math.nan}, r"clip must be in \(0, 1\]; got nan"),
         (
             {"quantized_input": torch.zeros(9).byte()},
             r"quantized_input must have shape .* got \[9\]",
@@ -728,6 +765,178 @@ def test_bad_linear_arguments_are_value_errors(change, message):
     args = dict(zip(names, op_arguments()["w4a4_linear"], strict=True))
     with pytest.raises(ValueError, match=message):
         ops.w4a4_linear(**(args | change))
+
+
+def tensors_of(args):
+    return [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
+
+
+@pytest.mark.parametrize("name", sorted(op_arguments()))
+def test_meta_tensors_among_others_are_refused(name):
+    """torch would call the fake kernel, whose results are uninitialized memory."""
+    args = op_arguments(torch.int8 if name in IN_INT8 else torch.bfloat16)[name]
+    op, places = getattr(torch.ops.mixedquant, name), tensors_of(args)
+    if name == "w4a4_linear":
+        args = (*args[:-1], torch.zeros(9).byte())
+        places.append(len(args) - 1)
+    for chosen in range(1, 2 ** len(places) - 1):
+        mixed = list(args)
+        for bit, place in enumerate(places):
+            if chosen >> bit & 1:
+                mixed[place] = args[place].to("meta")
+        with pytest.raises(ValueError, match=f"{name}: all tensors must be on one device"):
+            op(*mixed)
+
+
+def with_clip(name, clip):
+    args = list(op_arguments()[name])
+    schema = getattr(torch.ops.mixedquant, name).default._schema
+    args[[a.name for a in schema.arguments].index("clip")] = clip
+    return args
+
+
+CLIPPED = ["group_fake_quantize", "quantize_input", "w4a4_linear"]
+
+
+def test_every_op_with_a_clip_is_known():
+    schemas = [getattr(torch.ops.mixedquant, name).default._schema for name in op_arguments()]
+    clipped = [s.name for s in schemas if "clip" in [a.name for a in s.arguments]]
+    assert sorted(clipped) == [f"mixedquant::{name}" for name in CLIPPED]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", CLIPPED)
+def test_clips_out_of_range_are_refused(name, device):
+    op = getattr(torch.ops.mixedquant, name)
+    below, above = math.nextafter(ops.MIN_CLIP, 0), math.nextafter(1, 2)
+    for clip in (below, above, 1e-12, 1e-300, 0.0, -0.0, -1.0, 2.0, math.inf, -math.inf, math.nan):
+        args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in with_clip(name, clip)]
+        with pytest.raises(
+            ValueError, match=rf"{name}: clip must be in \[2\^-10, 1\]; got {clip:g}"
+        ):
+            op(*args)
+        with pytest.raises(ValueError, match="act_clip"):
+            MixedQuantConfig(act_clip=clip)
+    for clip in (ops.MIN_CLIP, 1.0):
+        op(*(a.to(device) if isinstance(a, torch.Tensor) else a for a in with_clip(name, clip)))
+        MixedQuantConfig(act_clip=clip)
+
+
+@pytest.mark.parametrize("act_format", ["symmetric", "unsigned", "zero_point"])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_the_smallest_clip_saturates_alike_everywhere(isa, act_format, per_token):
+    x, perm = values(3, 9, 150, special=0.01), torch.randperm(150).int()
+    packed = ops.pack_weight(torch.randn(20, 150), perm, 3, 40)
+    args = (x, *packed, perm, None, 20, 40, 0, 4, act_format, per_token, ops.MIN_CLIP)
+    assert_same_bits(ops.w4a4_linear(*args), reference.w4a4_linear(*args))
+    args = (x, 40, 4, act_format, ops.MIN_CLIP)
+    assert_same_bits(ops.group_fake_quantize(*args), reference.group_fake_quantize(*args))
+
+
+MANY, BYTE = 2**40, torch.uint8
+NO_COLUMNS = {
+    "channel_stats_update": lambda x: (x, *ChannelStats.empty(0).to_dict().values()),
+    "group_quantize": lambda x: (x, 8, 4, False),
+    "group_dequantize": lambda x: (x.to(torch.int8), x, 8, torch.float16),
+    "group_fake_quantize": lambda x: (x, 8, 4, "symmetric", 1.0),
+    "group_hadamard": lambda x: (x, 8, 4),
+    "gptq_block": lambda x: (x, torch.zeros(0, 0), x, 0, 8, 4),
+    "descend_block": lambda x: (x, x, torch.zeros(0, 0), x, 0, 8, 4),
+    "pack_nibbles": lambda x: (x.to(BYTE),),
+    "unpack_nibbles": lambda x: (x.to(BYTE), 0, False),
+    "pack_weight": lambda x: (x, torch.arange(0).int(), 0, 8, 0, 4, None, torch.bfloat16),
+    "unpack_weight": lambda x: (
+        torch.zeros(MANY // 16, 0, 64, dtype=BYTE),
+        *torch.zeros(2, MANY // 16, 0, 16).bfloat16(),
+        None,
+        torch.arange(0).int(),
+        MANY,
+        8,
+        0,
+    ),
+    "quantize_input": lambda x: (x, torch.arange(0).int(), 0, 8, 0, 4, "symmetric", False, 1.0),
+    "w4a4_linear": lambda x: (
+        x,
+        *ops.pack_weight(torch.zeros(0, 0), torch.arange(0).int(), 0, 8),
+        torch.arange(0).int(),
+        None,
+        *(0, 8, 0, 4, "symmetric", False, 1.0, None),
+    ),
+}
+
+
+def test_every_op_on_rows_is_in_the_table_of_those_without_columns():
+    assert set(op_arguments()) - set(NO_COLUMNS) == {"argsort", "sort_keys"}  # of channels
+
+
+@pytest.mark.parametrize("name", NO_COLUMNS)
+def test_many_rows_without_columns_take_no_time(name):
+    getattr(torch.ops.mixedquant, name)(*NO_COLUMNS[name](torch.zeros(MANY, 0)))
+
+
+@pytest.mark.parametrize("col0", [1, 2**31, 2**62, 2**63 - 5, 2**63 - 4, 2**63 - 1])
+@pytest.mark.parametrize("group_size", [4, 2**62])
+def test_columns_outside_the_groups_are_refused(col0, group_size):
+    w, square, scales = torch.ones(1, 4), torch.eye(4), torch.ones(1, 1)
+    if col0 + 3 < group_size:
+        ops.gptq_block(w.clone(), square, scales, col0, group_size)
+        return
+    for call in (
+        lambda: ops.gptq_block(w, square, scales, col0, group_size),
+        lambda: ops.descend_block(w, w.clone(), square, scales, col0, group_size),
+    ):
+        with pytest.raises(ValueError, match=rf"col0 must be .*; got {col0}|groups or more; got 1"):
+            call()
+
+
+HUGE = {
+    "count": lambda: ops.channel_stats_update(
+        torch.ones(2, 1),
+        torch.tensor(2**63 - 2),
+        *list(ChannelStats.empty(1).to_dict().values())[1:],
+    ),
+    "cols": lambda: ops.unpack_nibbles(torch.zeros(0, 2**62, dtype=BYTE), 5),
+    "out_features": lambda: ops.unpack_weight(
+        *ops.pack_weight(torch.ones(4, 4), torch.arange(4).int(), 0, 4),
+        torch.arange(4).int(),
+        2**63 - 1,
+        4,
+    ),
+    "size": lambda: ops.pack_weight(torch.zeros(0, 2**62 - 1), torch.zeros(1).int(), 0, 4),
+}
+
+
+@pytest.mark.parametrize("case", HUGE)
+def test_sizes_at_the_end_of_int64_are_refused(case):
+    with pytest.raises(ValueError, match=case if case != "size" else "perm must have shape"):
+        HUGE[case]()
+
+
+def at_odd_address(t):
+    """A copy of t over memory that is aligned to nothing."""
+    data = bytearray(1) + t.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return torch.frombuffer(data, dtype=t.dtype, offset=1).reshape(t.shape)
+
+
+@pytest.mark.parametrize("name", sorted(op_arguments()))
+def test_tensors_at_odd_addresses_are_read_and_never_written(name):
+    args = op_arguments()[name]
+    op = getattr(torch.ops.mixedquant, name)
+    written = [a.alias_info is not None for a in op.default._schema.arguments]
+    fresh = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    expected = op(*fresh)
+    for place in tensors_of(args):
+        odd = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+        odd[place] = at_odd_address(args[place])
+        if not written[place]:
+            actual = op(*odd)
+            for one, other in zip(
+                *map(torch.utils._pytree.tree_leaves, (actual, expected)), strict=True
+            ):
+                assert_same_bits(one, other)
+            continue
+        with pytest.raises(ValueError, match="must be aligned"):
+            op(*odd)
 
 
 def test_an_input_quantized_for_something_else_is_refused():
@@ -742,9 +951,62 @@ def test_an_input_quantized_for_something_else_is_refused():
     for other, why in ((label, "made for another"), (quantized[:-1], "must have shape")):
         with pytest.raises(ValueError, match=f"w4a4_linear: quantized_input (was )?{why}"):
             ops.w4a4_linear(x, *args, 16, quantized_input=other)
-    for name in ISAS[:-1]:
-        with forced_isa(name), pytest.raises(ValueError, match="instruction set"):
-            ops.w4a4_linear(x, *args, 16, quantized_input=quantized)
+
+
+def test_an_input_is_multiplied_by_the_instruction_set_that_quantized_it():
+    x, perm = torch.randn(24, 64), torch.arange(64).int()
+    args = (*ops.pack_weight(torch.randn(16, 64), perm, 3, 16), perm, None, 16)
+    expected = ops.w4a4_linear(x, *args, 16)
+    for one in ISAS:
+        with forced_isa(one):
+            quantized = ops.quantize_input(x, perm, 3, 16)
+        for other in ISAS:
+            with forced_isa(other):
+                shared = ops.w4a4_linear(x, *args, 16, quantized_input=quantized)
+            assert_same_bits(shared, expected)
+
+
+@pytest.fixture
+def eager_threads():
+    """Threads take turns after every few operations, not after 5 ms."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def test_forwards_go_on_while_another_thread_changes_the_instruction_set(eager_threads):
+    torch.manual_seed(0)
+    layers = [
+        W4A4Linear.from_float(torch.nn.Linear(256, 64), sort="none", group_size=16)
+        for _ in range(3)
+    ]
+    inputs = [torch.randn(40, 256) for _ in range(4)]
+    expected = [[layer(x) for layer in layers] for x in inputs]
+    done = threading.Event()
+
+    def change():
+        changes = 0
+        while not done.is_set():
+            ops.set_isa(ISAS[changes % len(ISAS)])
+            changes += 1
+        return changes
+
+    def forward(x, expected):
+        for _ in range(at_length(1000, 60)):
+            fresh = x.clone()
+            for layer, y in zip(layers, expected, strict=True):  # they share the quantized input
+                assert_same_bits(layer(fresh), y)
+
+    with forced_isa(ops.isa()), ThreadPoolExecutor(len(inputs) + 1) as pool:
+        changes = pool.submit(change)
+        forwards = [pool.submit(forward, *case) for case in zip(inputs, expected, strict=True)]
+        try:
+            for running in forwards:
+                running.result()
+        finally:
+            done.set()
+        assert changes.result() > 10
 
 
 @pytest.mark.parametrize("name", ISAS)

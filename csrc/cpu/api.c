@@ -16,13 +16,16 @@ static const mq_kernels *active_kernels(void) { return mq_kernels_of(mq_isa_acti
 
 static int is_dtype(mq_dtype dtype) { return (unsigned)dtype <= MQ_BF16; }
 
+static int is_clip(float clip) { return clip >= MQ_MIN_CLIP && clip <= 1; }
+
 mq_status mq_channel_stats_update(mq_dtype dtype, const void *x, int64_t rows, int64_t stride,
                                   int64_t col0, int64_t col1, int64_t count,
                                   const mq_channel_stats *stats) {
     REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
-    REQUIRE(rows >= 0 && count >= 0 && 0 <= col0 && col0 <= col1 && stride >= col1,
-            MQ_INVALID_SIZE);
+    REQUIRE(rows >= 0 && 0 <= col0 && col0 <= col1 && stride >= col1, MQ_INVALID_SIZE);
+    REQUIRE(mq_size_sum(count, rows) >= 0, MQ_INVALID_SIZE);
     if (rows == 0 || col0 == col1) return MQ_OK;
+    REQUIRE(mq_matrix_fits(rows, col1, stride), MQ_INVALID_SIZE);
     REQUIRE(x && stats && stats->abs_max && stats->minimum && stats->abs_sum && stats->sq_sum &&
                 stats->argmax,
             MQ_INVALID_POINTER);
@@ -35,6 +38,7 @@ mq_status mq_sort_keys(mq_sort_key key, int64_t k, int64_t count, const mq_chann
     REQUIRE((unsigned)key <= MQ_KEY_RMS, MQ_INVALID_KEY);
     REQUIRE(k >= 0 && count >= 0, MQ_INVALID_SIZE);
     if (k == 0) return MQ_OK;
+    REQUIRE(mq_matrix_fits(1, k, k), MQ_INVALID_SIZE);
     REQUIRE(stats && keys, MQ_INVALID_POINTER);
     REQUIRE(key != MQ_KEY_ARGMAX || stats->argmax, MQ_INVALID_POINTER);
     REQUIRE(key != MQ_KEY_MAX || stats->abs_max, MQ_INVALID_POINTER);
@@ -50,7 +54,9 @@ mq_status mq_sort_keys(mq_sort_key key, int64_t k, int64_t count, const mq_chann
 mq_status mq_argsort(const double *keys, int64_t k, int descending, int64_t *indices,
                      int64_t *scratch) {
     REQUIRE(k >= 0, MQ_INVALID_SIZE);
-    REQUIRE(k == 0 || (keys && indices && scratch), MQ_INVALID_POINTER);
+    if (k == 0) return MQ_OK;
+    REQUIRE(mq_matrix_fits(1, k, k), MQ_INVALID_SIZE);
+    REQUIRE(keys && indices && scratch, MQ_INVALID_POINTER);
     mq_run_argsort(keys, k, descending, indices, scratch);
     return MQ_OK;
 }
@@ -63,7 +69,7 @@ static mq_status check_format(const mq_group_format *format, mq_dtype dtype, int
     REQUIRE((unsigned)format->act_format <= MQ_ACT_ZERO_POINT, MQ_INVALID_FORMAT);
     /* 8-bit codes minus a zero-point would not fit a byte */
     REQUIRE(format->act_format != MQ_ACT_ZERO_POINT || format->num_bits <= 7, MQ_INVALID_BITS);
-    REQUIRE(format->clip > 0 && format->clip <= 1, MQ_INVALID_SCALE);
+    REQUIRE(is_clip(format->clip), MQ_INVALID_SCALE);
     REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
     REQUIRE(rows >= 0 && cols >= 0, MQ_INVALID_SIZE);
     return MQ_OK;
@@ -74,7 +80,7 @@ mq_status mq_group_quantize(const mq_group_format *format, mq_dtype dtype, const
     TRY(check_format(format, dtype, rows, cols));
     REQUIRE(format->act_format != MQ_ACT_ZERO_POINT, MQ_INVALID_FORMAT);
     if (rows == 0 || cols == 0) return MQ_OK;
-    REQUIRE(stride >= cols, MQ_INVALID_SIZE);
+    REQUIRE(stride >= cols && mq_matrix_fits(rows, cols, stride), MQ_INVALID_SIZE);
     REQUIRE(x && q && scales, MQ_INVALID_POINTER);
     mq_run_group_quantize(active_kernels(), format, dtype, x, rows, cols, stride, q, scales);
     return MQ_OK;
@@ -85,6 +91,7 @@ mq_status mq_group_dequantize(const mq_group_format *format, const int8_t *q, co
     TRY(check_format(format, dtype, rows, cols));
     REQUIRE(format->act_format != MQ_ACT_ZERO_POINT, MQ_INVALID_FORMAT);
     if (rows == 0 || cols == 0) return MQ_OK;
+    REQUIRE(mq_matrix_fits(rows, cols, cols), MQ_INVALID_SIZE);
     REQUIRE(q && scales && out, MQ_INVALID_POINTER);
     mq_run_group_dequantize(active_kernels(), format, q, scales, rows, cols, dtype, out);
     return MQ_OK;
@@ -94,7 +101,7 @@ mq_status mq_group_fake_quantize(const mq_group_format *format, mq_dtype dtype, 
                                  int64_t rows, int64_t cols, int64_t stride, void *out) {
     TRY(check_format(format, dtype, rows, cols));
     if (rows == 0 || cols == 0) return MQ_OK;
-    REQUIRE(stride >= cols, MQ_INVALID_SIZE);
+    REQUIRE(stride >= cols && mq_matrix_fits(rows, cols, stride), MQ_INVALID_SIZE);
     REQUIRE(x && out, MQ_INVALID_POINTER);
     mq_run_group_fake_quantize(active_kernels(), format, dtype, x, rows, cols, stride, out);
     return MQ_OK;
@@ -111,7 +118,7 @@ mq_status mq_group_hadamard(int64_t group_size, int64_t rotation, mq_dtype dtype
     REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
     REQUIRE(rows >= 0 && cols >= 0, MQ_INVALID_SIZE);
     if (rows == 0 || cols == 0) return MQ_OK;
-    REQUIRE(stride >= cols, MQ_INVALID_SIZE);
+    REQUIRE(stride >= cols && mq_matrix_fits(rows, cols, stride), MQ_INVALID_SIZE);
     REQUIRE(x && out, MQ_INVALID_POINTER);
     mq_run_group_hadamard(active_kernels(), group_size, rotation, dtype, x, rows, cols, stride,
                           out);
@@ -120,7 +127,9 @@ mq_status mq_group_hadamard(int64_t group_size, int64_t rotation, mq_dtype dtype
 
 mq_status mq_pack_nibbles(const int8_t *q, int64_t rows, int64_t cols, uint8_t *packed) {
     REQUIRE(rows >= 0 && cols >= 0, MQ_INVALID_SIZE);
-    REQUIRE(rows == 0 || cols == 0 || (q && packed), MQ_INVALID_POINTER);
+    if (rows == 0 || cols == 0) return MQ_OK;
+    REQUIRE(mq_matrix_fits(rows, cols, cols), MQ_INVALID_SIZE);
+    REQUIRE(q && packed, MQ_INVALID_POINTER);
     const mq_kernels *kernels = active_kernels();
     for (int64_t r = 0; r < rows; r++)
         kernels->pack_nibbles(q + r * cols, cols, packed + r * mq_ceil_div(cols, 2));
@@ -131,7 +140,9 @@ mq_status mq_unpack_nibbles(const uint8_t *packed, int64_t rows, int64_t cols, i
                             int8_t *q) {
     REQUIRE(rows >= 0 && cols >= 0, MQ_INVALID_SIZE);
     REQUIRE((unsigned)is_unsigned <= 1, MQ_INVALID_BITS);
-    REQUIRE(rows == 0 || cols == 0 || (q && packed), MQ_INVALID_POINTER);
+    if (rows == 0 || cols == 0) return MQ_OK;
+    REQUIRE(mq_matrix_fits(rows, cols, cols), MQ_INVALID_SIZE);
+    REQUIRE(q && packed, MQ_INVALID_POINTER);
     const mq_kernels *kernels = active_kernels();
     for (int64_t r = 0; r < rows; r++)
         kernels->unpack_nibbles(packed + r * mq_ceil_div(cols, 2), cols, is_unsigned, q + r * cols);
@@ -179,6 +190,7 @@ mq_status mq_pack_weight(const mq_linear *lin, int q_max, mq_dtype dtype, const 
     REQUIRE(stride >= lin->k, MQ_INVALID_SIZE);
     TRY(check_panels(&shape, panel0, panel1));
     if (panel0 == panel1 || lin->k == 0) return MQ_OK;
+    REQUIRE(mq_matrix_fits(lin->n, lin->k, stride), MQ_INVALID_SIZE);
     REQUIRE(w && (!shape.groups || (qweight && scales)) && (!lin->k_salient || salient),
             MQ_INVALID_POINTER);
     REQUIRE(lin->salient_dtype != MQ_I8 || salient_scales, MQ_INVALID_POINTER);
@@ -195,7 +207,12 @@ static mq_status check_columns(int q_max, int64_t rows, int64_t cols, int64_t co
     REQUIRE(q_max >= 1 && q_max <= 7, MQ_INVALID_BITS);
     REQUIRE(group_size >= 1, MQ_INVALID_GROUP_SIZE);
     REQUIRE(rows >= 0 && cols >= 0 && col0 >= 0, MQ_INVALID_SIZE);
-    REQUIRE(cols == 0 || (col0 + cols - 1) / group_size < groups, MQ_INVALID_SIZE);
+    if (cols == 0) return MQ_OK;
+    const int64_t last = mq_size_sum(col0, cols - 1);
+    REQUIRE(last >= 0 && last / group_size < groups, MQ_INVALID_SIZE);
+    REQUIRE(rows == 0 || (mq_matrix_fits(rows, cols, cols) && mq_matrix_fits(cols, cols, cols) &&
+                          mq_matrix_fits(rows, groups, groups)),
+            MQ_INVALID_SIZE);
     return MQ_OK;
 }
 
@@ -233,6 +250,7 @@ mq_status mq_unpack_weight(const mq_linear *lin, int64_t panel0, int64_t panel1,
     TRY(check_weights(lin, &shape));
     TRY(check_panels(&shape, panel0, panel1));
     if (panel0 == panel1 || lin->k == 0) return MQ_OK;
+    REQUIRE(mq_matrix_fits(lin->n, lin->k, lin->k), MQ_INVALID_SIZE);
     REQUIRE(w, MQ_INVALID_POINTER);
     mq_linear resolved;
     TRY(resolve_perm(lin, &resolved));
@@ -240,31 +258,39 @@ mq_status mq_unpack_weight(const mq_linear *lin, int64_t panel0, int64_t panel1,
     return MQ_OK;
 }
 
+/* Finds the workspace of m tokens: its bytes, and the tokens per tile. */
+static mq_status lay_out(const mq_linear *lin, const mq_shape *shape, int64_t m, int64_t *bytes,
+                         int64_t *tile_rows) {
+    REQUIRE(m >= 0, MQ_INVALID_SIZE);
+    const int64_t most = mq_kernels_of(lin->isa)->tile_rows;
+    *tile_rows = m == 0 ? 1 : mq_min(m, most);
+    *bytes = mq_workspace_bytes(shape, lin->k_salient, m, most);
+    return *bytes >= 0 ? MQ_OK : MQ_INVALID_SIZE;
+}
+
 mq_status mq_linear_workspace_size(const mq_linear *lin, int64_t m, size_t *bytes) {
     mq_shape shape;
+    int64_t size, tile_rows;
     TRY(check_layer(lin, &shape));
     REQUIRE(bytes, MQ_INVALID_POINTER);
-    REQUIRE(m >= 0, MQ_INVALID_SIZE);
-    const double per_row = MQ_QUAD * (double)shape.quads + 4.0 * (double)shape.groups +
-                           4.0 * (double)shape.segments + 4.0 * (double)lin->k_salient;
-    REQUIRE(per_row * ((double)m + 16) < 0x1p62, MQ_INVALID_SIZE);
-    *bytes = mq_workspace_bytes(&shape, lin->k_salient, m, mq_kernels_of(lin->isa)->tile_rows);
+    TRY(lay_out(lin, &shape, m, &size, &tile_rows));
+    *bytes = (size_t)size;
     return MQ_OK;
 }
 
 mq_status mq_linear_tile_rows(const mq_linear *lin, int64_t m, int64_t *rows) {
     mq_shape shape;
+    int64_t bytes;
     TRY(check_layer(lin, &shape));
     REQUIRE(rows, MQ_INVALID_POINTER);
-    REQUIRE(m >= 0, MQ_INVALID_SIZE);
-    *rows = m == 0 ? 1 : mq_min(m, mq_kernels_of(lin->isa)->tile_rows);
-    return MQ_OK;
+    return lay_out(lin, &shape, m, &bytes, rows);
 }
 
 /* row0 must start a tile; row1 must end one or be m. */
-static mq_status check_rows(const mq_linear *lin, int64_t m, int64_t row0, int64_t row1) {
-    int64_t h;
-    TRY(mq_linear_tile_rows(lin, m, &h));
+static mq_status check_rows(const mq_linear *lin, const mq_shape *shape, int64_t m, int64_t row0,
+                            int64_t row1) {
+    int64_t bytes, h;
+    TRY(lay_out(lin, shape, m, &bytes, &h));
     REQUIRE(0 <= row0 && row0 <= row1 && row1 <= m, MQ_INVALID_SIZE);
     REQUIRE(row0 % h == 0 && (row1 % h == 0 || row1 == m), MQ_INVALID_SIZE);
     return MQ_OK;
@@ -276,11 +302,12 @@ mq_status mq_linear_quantize(const mq_linear *lin, mq_dtype dtype, const void *x
     TRY(check_layer(lin, &shape));
     REQUIRE(lin->act_bits >= 2 && lin->act_bits <= 4, MQ_INVALID_BITS);
     REQUIRE((unsigned)lin->act_format <= MQ_ACT_ZERO_POINT, MQ_INVALID_FORMAT);
-    REQUIRE(lin->clip > 0 && lin->clip <= 1, MQ_INVALID_SCALE);
+    REQUIRE(is_clip(lin->clip), MQ_INVALID_SCALE);
     REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
     REQUIRE(stride >= lin->k, MQ_INVALID_SIZE);
-    TRY(check_rows(lin, m, row0, row1));
+    TRY(check_rows(lin, &shape, m, row0, row1));
     if (row0 == row1 || lin->k == 0) return MQ_OK;
+    REQUIRE(mq_matrix_fits(m, lin->k, stride), MQ_INVALID_SIZE);
     REQUIRE(x && workspace, MQ_INVALID_POINTER);
     mq_linear resolved;
     TRY(resolve_perm(lin, &resolved));
@@ -297,9 +324,10 @@ mq_status mq_linear_multiply(const mq_linear *lin, int64_t m, int64_t row0, int6
     TRY(check_weights(lin, &shape));
     REQUIRE(is_dtype(dtype) && (!lin->bias || is_dtype(lin->bias_dtype)), MQ_INVALID_DTYPE);
     REQUIRE(stride >= lin->n, MQ_INVALID_SIZE);
-    TRY(check_rows(lin, m, row0, row1));
+    TRY(check_rows(lin, &shape, m, row0, row1));
     TRY(check_panels(&shape, panel0, panel1));
     if (row0 == row1 || panel0 == panel1) return MQ_OK;
+    REQUIRE(mq_matrix_fits(m, lin->n, stride), MQ_INVALID_SIZE);
     REQUIRE(out && (lin->k == 0 || workspace), MQ_INVALID_POINTER);
     mq_run_linear_multiply(mq_kernels_of(lin->isa), &shape, lin, m, row0, row1, panel0, panel1,
                            workspace, dtype, out, stride);

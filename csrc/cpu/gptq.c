@@ -9,7 +9,7 @@ static float on_grid(float w, float scale, float q_max) {
     float q = w * mq_inverse_of(scale);
     q = q < -q_max ? -q_max : q;
     q = q > q_max ? q_max : q;
-    return (float)lrintf(q) * scale; /* the integer conversion removes negative zeros */
+    return (rintf(q) + 0.0f) * scale; /* NaN stays NaN; + 0.0f removes negative zeros */
 }
 
 void mq_run_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,

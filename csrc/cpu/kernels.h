@@ -8,6 +8,7 @@
 
 #include "../assume.h"
 #include "../quantization.h"
+#include "../sizes.h"
 
 /* The families whose kernels are compiled. With MQ_SIMDE, x86 kernels run on any processor:
  * SIMDe emulates them lane by lane, so that every machine tests them. clang before 16 allows
@@ -29,8 +30,6 @@ enum {
 };
 
 static inline int64_t mq_min(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static inline int64_t mq_ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 /* Views into a workspace. h, the rows of a tile, is min(m, the instruction set's tile_rows).
  * starts: a segment's sum of codes * (weights + 8) starts at -8 * sum(codes), so it ends as the
@@ -135,7 +134,7 @@ static MQ_INLINE void mq_assume_quantize_groups(const mq_linear *lin, const floa
               MQ_SEGMENT_QUADS);
     MQ_ASSUME(2 <= lin->act_bits && lin->act_bits <= 4);
     MQ_ASSUME((unsigned)lin->act_format <= MQ_ACT_ZERO_POINT);
-    MQ_ASSUME(0 < lin->clip && lin->clip <= 1);
+    MQ_ASSUME(MQ_MIN_CLIP <= lin->clip && lin->clip <= 1);
     MQ_ASSUME(mq_are_apart(x, 4 * n, codes, n));
 }
 

@@ -4,33 +4,33 @@
 
 #include "ops.h"
 
-static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
+/* Stays negative for no size. */
+static int64_t aligned(int64_t bytes) { return mq_size_sum(bytes, 63) & ~INT64_C(63); }
 
 /* Bytes per token of the workspace's parts, in order: codes, scales, starts, salient. */
-static void token_sizes(const mq_shape *shape, int64_t k_salient, size_t sizes[4]) {
-    sizes[0] = (size_t)shape->quads * MQ_QUAD;
-    sizes[1] = (size_t)shape->groups * sizeof(float);
-    sizes[2] = (size_t)shape->segments * sizeof(int32_t);
-    sizes[3] = (size_t)k_salient * sizeof(float);
+static void token_sizes(const mq_shape *shape, int64_t k_salient, int64_t sizes[4]) {
+    const int64_t of_part[] = {shape->quads, shape->groups, shape->segments, k_salient};
+    for (int i = 0; i < 4; i++) sizes[i] = mq_size_product(of_part[i], 4);
 }
 
 /* Bytes of each part, rounded up to whole tiles of h tokens and to whole cache lines. */
 static void workspace_sizes(const mq_shape *shape, int64_t k_salient, int64_t m, int64_t h,
-                            size_t sizes[4]) {
-    const size_t rows = (size_t)(mq_ceil_div(m, h ? h : 1) * h);
+                            int64_t sizes[4]) {
+    const int64_t rows = mq_size_product(mq_ceil_div(m, h ? h : 1), h);
     token_sizes(shape, k_salient, sizes);
-    for (int i = 0; i < 4; i++) sizes[i] = aligned(rows * sizes[i]);
+    for (int i = 0; i < 4; i++) sizes[i] = aligned(mq_size_product(rows, sizes[i]));
 }
 
-size_t mq_workspace_bytes(const mq_shape *shape, int64_t k_salient, int64_t m, int64_t tile_rows) {
-    size_t sizes[4];
+int64_t mq_workspace_bytes(const mq_shape *shape, int64_t k_salient, int64_t m, int64_t tile_rows) {
+    int64_t sizes[4], bytes = 0;
     workspace_sizes(shape, k_salient, m, mq_min(m, tile_rows), sizes);
-    return sizes[0] + sizes[1] + sizes[2] + sizes[3];
+    for (int i = 0; i < 4; i++) bytes = mq_size_sum(bytes, sizes[i]);
+    return bytes;
 }
 
 static mq_activations workspace_view(const mq_shape *shape, int64_t k_salient, int64_t m,
                                      int64_t tile_rows, void *workspace) {
-    size_t sizes[4];
+    int64_t sizes[4];
     mq_activations act = {.m = m, .h = mq_min(m, tile_rows)};
     workspace_sizes(shape, k_salient, m, act.h, sizes);
     char *at = workspace;
@@ -44,13 +44,13 @@ static mq_activations workspace_view(const mq_shape *shape, int64_t k_salient, i
 /* Zeros the padding: the missing tokens of the last tile, and the bytes that align the parts. */
 static void clear_tails(const mq_shape *shape, int64_t k_salient, int64_t m, int64_t h,
                         void *workspace) {
-    size_t sizes[4], of_token[4];
+    int64_t sizes[4], of_token[4];
     workspace_sizes(shape, k_salient, m, h, sizes);
     token_sizes(shape, k_salient, of_token);
     char *at = workspace;
     for (int i = 0; i < 4; at += sizes[i++]) {
-        const size_t whole = (size_t)(m / h * h) * of_token[i];
-        memset(at + whole, 0, sizes[i] - whole);
+        const int64_t whole = m / h * h * of_token[i];
+        memset(at + whole, 0, (size_t)(sizes[i] - whole));
     }
 }
 

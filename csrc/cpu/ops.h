@@ -36,7 +36,8 @@ void mq_run_descend_block(int q_max, int64_t rows, int64_t cols, int64_t col0, i
                           int64_t groups, const float *scales, const float *h, float *gradient,
                           float *w);
 
-size_t mq_workspace_bytes(const mq_shape *shape, int64_t k_salient, int64_t m, int64_t tile_rows);
+/* Negative if it does not fit. */
+int64_t mq_workspace_bytes(const mq_shape *shape, int64_t k_salient, int64_t m, int64_t tile_rows);
 void mq_run_linear_quantize(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
                             mq_dtype dtype, const void *x, int64_t stride, int64_t m, int64_t row0,
                             int64_t row1, void *workspace);

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../mixedquant.h"
+#include "../sizes.h"
 
 namespace mixedquant {
 
@@ -114,11 +115,27 @@ inline void require_shape(const Op &op, const char *name, const Tensor &t, Scala
     fail(op, name, " must have shape [", want.str(), "]; got ", shape_text(t));
 }
 
-// Returns t as kernels read it: contiguous and, on CUDA, aligned to 16 bytes.
+inline bool is_aligned(const Tensor &t, uintptr_t bytes) {
+    return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % bytes == 0;
+}
+
+// Tensors over memory that torch did not allocate may lie anywhere.
+inline bool has_aligned_elements(const Tensor &t) {
+    switch (t.scalar_type()) {
+        case ScalarType::Byte:
+        case ScalarType::Char: return true;
+        case ScalarType::Half:
+        case ScalarType::BFloat16: return is_aligned(t, 2);
+        case ScalarType::Float:
+        case ScalarType::Int: return is_aligned(t, 4);
+        default: return is_aligned(t, 8);
+    }
+}
+
+// Returns t as kernels read it: contiguous and aligned, to 16 bytes on CUDA.
 inline Tensor readable(const Op &op, const Tensor &t) {
     if (!t.is_contiguous()) return stable::contiguous(t);
-    const bool aligned =
-        op.cuda_device < 0 || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+    const bool aligned = op.cuda_device < 0 ? has_aligned_elements(t) : is_aligned(t, 16);
     return aligned ? t : stable::clone(t);
 }
 
@@ -134,6 +151,7 @@ inline void expect_out(const Op &op, const char *name, const Tensor &t, ScalarTy
                        const std::vector<int64_t> &shape) {
     require_shape(op, name, t, dtype, shape);
     require(t.is_contiguous(), op, name, " must be contiguous");
+    require(has_aligned_elements(t), op, name, " must be aligned to its dtype in memory");
 }
 
 // x [..., cols] as a contiguous [rows][cols].
@@ -146,7 +164,8 @@ inline Matrix matrix(const Op &op, const char *name, const Tensor &t) {
     require_place(op, name, t);
     require(t.dim() >= 1, op, name, " must have at least one dimension; got a scalar");
     Matrix m{readable(op, t), 1, t.size(t.dim() - 1)};
-    for (int64_t i = 0; i + 1 < t.dim(); i++) m.rows *= t.size(i);
+    for (int64_t i = 0; i + 1 < t.dim(); i++) m.rows = mq_size_product(m.rows, t.size(i));
+    require(m.rows >= 0, op, name, " must have less than 2^63 rows; got shape ", shape_text(t));
     return m;
 }
 
@@ -213,19 +232,18 @@ inline mq_act_format act_format_of(const Op &op, const std::string &name) {
     fail(op, "act_format must be symmetric, unsigned or zero_point; got '", name, "'");
 }
 
+inline float check_clip(const Op &op, double clip) {
+    require(clip >= MQ_MIN_CLIP && clip <= 1, op, "clip must be in [2^-10, 1]; got ", clip);
+    return static_cast<float>(clip);
+}
+
 inline mq_group_format group_format(const Op &op, int64_t group_size, int64_t num_bits,
                                     mq_act_format act_format, double clip = 1) {
     require(group_size >= 1, op, "group_size must be at least 1; got ", group_size);
     const int most = act_format == MQ_ACT_ZERO_POINT ? 7 : 8;
     require(num_bits >= 2 && num_bits <= most, op, "num_bits must be in [2, ", most, "]; got ",
             num_bits);
-    const float fraction = static_cast<float>(clip);
-    require(fraction > 0 && fraction <= 1, op, "clip must be in (0, 1]; got ", clip);
-    return {group_size, static_cast<int>(num_bits), act_format, fraction};
-}
-
-inline int64_t groups_of(int64_t cols, int64_t group_size) {
-    return cols / group_size + (cols % group_size != 0);
+    return {group_size, static_cast<int>(num_bits), act_format, check_clip(op, clip)};
 }
 
 inline void check_rotation(const Op &op, int64_t rotation) {
@@ -246,8 +264,9 @@ inline Matrix nibbles_of(const Op &op, const Tensor &packed, int64_t cols) {
     require(packed.scalar_type() == ScalarType::Byte, op, "packed must be uint8; got ",
             torch::headeronly::toString(packed.scalar_type()));
     Matrix m = matrix(op, "packed", packed);
-    require(cols >= 0 && m.cols == cols / 2 + cols % 2, op, "cols must be ", 2 * m.cols,
-            " or one less for packed of shape ", shape_text(packed), "; got ", cols);
+    require(cols >= 0 && m.cols == mq_ceil_div(cols, 2), op,
+            "cols must be two per byte of a row, or one less, for packed of shape ",
+            shape_text(packed), "; got ", cols);
     return m;
 }
 
@@ -279,7 +298,10 @@ inline mq_linear layer(const Op &op, int64_t n, int64_t k, int64_t num_salient, 
     lin.rotation = static_cast<int>(rotation);
     lin.salient_dtype = MQ_BF16;
     lin.perm = perm.const_data_ptr<int32_t>();
-    check(op, mq_shape_of(n, k, num_salient, group_size, shape));
+    const mq_status status = mq_shape_of(n, k, num_salient, group_size, shape);
+    require(status != MQ_INVALID_SIZE, op, "out_features must fit in memory; got ", n, " for ", k,
+            " channels");
+    check(op, status);
     return lin;
 }
 
@@ -382,8 +404,7 @@ inline void set_activations(const Op &op, mq_linear *lin, int64_t num_bits,
     lin->act_bits = check_bits(op, num_bits);
     lin->act_format = act_format_of(op, act_format);
     lin->per_token = per_token;
-    lin->clip = static_cast<float>(clip);
-    require(lin->clip > 0 && lin->clip <= 1, op, "clip must be in (0, 1]; got ", clip);
+    lin->clip = check_clip(op, clip);
 }
 
 inline Matrix tokens_of(const Op &op, const mq_linear &lin, const Tensor &x) {
@@ -417,8 +438,10 @@ inline Columns check_columns(const Op &op, const Tensor &w, const Tensor &scales
     require(col0 >= 0, op, "col0 must not be negative; got ", col0);
     require(group_size >= 1, op, "group_size must be at least 1; got ", group_size);
     const int64_t groups = scales.size(1);
-    require(cols == 0 || (col0 + cols - 1) / group_size < groups, op, "scales must have ",
-            (col0 + cols - 1) / group_size + 1, " groups or more; got ", groups);
+    const int64_t end = mq_size_sum(col0, cols);
+    require(end >= 0, op, "col0 must be at most 2^63 - 1 - ", cols, "; got ", col0);
+    require(cols == 0 || mq_ceil_div(end, group_size) <= groups, op, "scales must have ",
+            mq_ceil_div(end, group_size), " groups or more; got ", groups);
     return {rows, cols, groups, largest_code(op, num_bits)};
 }
 

@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor> group_quantize(Tensor x, int64_t group_size, int64_t 
     Tensor q =
         allocate(x, shape_with_last(x, m.cols), is_unsigned ? ScalarType::Byte : ScalarType::Char);
     Tensor scales =
-        allocate(x, shape_with_last(x, groups_of(m.cols, group_size)), ScalarType::Float);
+        allocate(x, shape_with_last(x, mq_ceil_div(m.cols, group_size)), ScalarType::Float);
     check_launch(op, mq_cuda_group_quantize(&format, dtype, m.tensor.const_data_ptr(), m.rows,
                                             m.cols, static_cast<int8_t *>(q.mutable_data_ptr()),
                                             scales.mutable_data_ptr<float>(), queue.stream));
@@ -134,7 +134,7 @@ Tensor group_dequantize(Tensor q, Tensor scales, int64_t group_size, ScalarType 
     require_float(op, "dtype", out_dtype);
     const Matrix m = matrix(op, "q", q);
     scales = expect(op, "scales", scales, ScalarType::Float,
-                    shape_with_last(q, groups_of(m.cols, group_size)));
+                    shape_with_last(q, mq_ceil_div(m.cols, group_size)));
     Tensor out = allocate(q, shape_with_last(q, m.cols), out_dtype);
     check_launch(op, mq_cuda_group_dequantize(
                          &format, static_cast<const int8_t *>(m.tensor.const_data_ptr()),
@@ -175,7 +175,7 @@ Tensor pack_nibbles(Tensor q) {
     const Queue queue(op);
     code_format(op, q);
     const Matrix m = matrix(op, "q", q);
-    Tensor packed = allocate(q, shape_with_last(q, (m.cols + 1) / 2), ScalarType::Byte);
+    Tensor packed = allocate(q, shape_with_last(q, mq_ceil_div(m.cols, 2)), ScalarType::Byte);
     check_launch(
         op, mq_cuda_pack_nibbles(static_cast<const int8_t *>(m.tensor.const_data_ptr()), m.rows,
                                  m.cols, packed.mutable_data_ptr<uint8_t>(), queue.stream));
@@ -241,6 +241,7 @@ Tensor gptq_block(Tensor w, Tensor u, Tensor scales, int64_t col0, int64_t group
     u = expect(op, "u", u, ScalarType::Float, {c.cols, c.cols});
     scales = expect(op, "scales", scales, ScalarType::Float, {c.rows, c.groups});
     Tensor errors = allocate(w, {c.rows, c.cols}, ScalarType::Float);
+    if (c.cols == 0) return errors;
     check_launch(op, mq_cuda_gptq_block(c.q_max, c.rows, c.cols, col0, group_size, c.groups,
                                         scales.const_data_ptr<float>(), u.const_data_ptr<float>(),
                                         w.mutable_data_ptr<float>(),
@@ -256,6 +257,7 @@ void descend_block(Tensor w, Tensor gradient, Tensor h, Tensor scales, int64_t c
     expect_out(op, "gradient", gradient, ScalarType::Float, {c.rows, c.cols});
     h = expect(op, "h", h, ScalarType::Float, {c.cols, c.cols});
     scales = expect(op, "scales", scales, ScalarType::Float, {c.rows, c.groups});
+    if (c.cols == 0) return;
     check_launch(
         op, mq_cuda_descend_block(c.q_max, c.rows, c.cols, col0, group_size, c.groups,
                                   scales.const_data_ptr<float>(), h.const_data_ptr<float>(),
@@ -344,6 +346,9 @@ Tensor w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient,
     set_bias(op, &lin, bias);
     require(lin.group_size <= kLongestGroup || lin.k - lin.k_salient <= kLongestGroup, op,
             "group_size may be up to ", kLongestGroup, " on CUDA; got ", group_size);
+
+    require(m.rows <= INT32_MAX, op, "x may have up to 2^31 - 1 tokens on CUDA; got shape ",
+            shape_text(x));
 
     Tensor y = allocate(x, shape_with_last(x, out_features), x.scalar_type());
     if (m.rows == 0 || out_features == 0) return y;

@@ -18,6 +18,12 @@ constexpr int64_t kGrainValues = 1 << 16;
 constexpr int64_t kGrainProducts = 1 << 19;
 constexpr int64_t kRowsPerTask = 240;
 
+// The number of items per thread, for so much work in total and per item (negative: too much for
+// an int64_t).
+int64_t grain_of(int64_t total, int64_t item) {
+    return item < 0 ? 1 : total / std::max<int64_t>(item, 1);
+}
+
 // Runs body(begin, end) -> mq_status over [0, n). Reports the first failure.
 template <typename Body>
 void parallel(const Op &op, int64_t n, int64_t grain, const Body &body) {
@@ -53,9 +59,11 @@ void channel_stats_update(Tensor x, Tensor count, Tensor abs_max, Tensor minimum
     const mq_channel_stats stats =
         stats_to_update(op, m.cols, count, abs_max, minimum, abs_sum, sq_sum, argmax);
     int64_t *seen = count.mutable_data_ptr<int64_t>();
+    require(mq_size_sum(*seen, m.rows) >= 0, op, "count must be in [0, 2^63 - ", m.rows, "); got ",
+            *seen);
     // whole cache lines of every statistic per thread
-    const int64_t lines = (m.cols + 15) / 16;
-    parallel(op, lines, kGrainValues / std::max<int64_t>(16 * m.rows, 1),
+    const int64_t lines = mq_ceil_div(m.cols, 16);
+    parallel(op, lines, grain_of(kGrainValues, mq_size_product(16, m.rows)),
              [&](int64_t begin, int64_t end) {
                  return mq_channel_stats_update(dtype, m.tensor.const_data_ptr(), m.rows, m.cols,
                                                 16 * begin, std::min(16 * end, m.cols), *seen,
@@ -96,17 +104,16 @@ std::tuple<Tensor, Tensor> group_quantize(Tensor x, int64_t group_size, int64_t 
         group_format(op, group_size, num_bits, is_unsigned ? MQ_ACT_UNSIGNED : MQ_ACT_SYMMETRIC);
     const mq_dtype dtype = dtype_of(op, "x", x);
     const Matrix m = matrix(op, "x", x);
-    const int64_t groups = groups_of(m.cols, group_size);
+    const int64_t groups = mq_ceil_div(m.cols, group_size);
     Tensor q =
         allocate(x, shape_with_last(x, m.cols), is_unsigned ? ScalarType::Byte : ScalarType::Char);
     Tensor scales = allocate(x, shape_with_last(x, groups), ScalarType::Float);
-    parallel(
-        op, m.rows, kGrainValues / std::max<int64_t>(m.cols, 1), [&](int64_t begin, int64_t end) {
-            return mq_group_quantize(&format, dtype, bytes_at(m.tensor, begin * m.cols, dtype),
-                                     end - begin, m.cols, m.cols,
-                                     static_cast<int8_t *>(q.mutable_data_ptr()) + begin * m.cols,
-                                     scales.mutable_data_ptr<float>() + begin * groups);
-        });
+    parallel(op, m.rows, grain_of(kGrainValues, m.cols), [&](int64_t begin, int64_t end) {
+        return mq_group_quantize(&format, dtype, bytes_at(m.tensor, begin * m.cols, dtype),
+                                 end - begin, m.cols, m.cols,
+                                 static_cast<int8_t *>(q.mutable_data_ptr()) + begin * m.cols,
+                                 scales.mutable_data_ptr<float>() + begin * groups);
+    });
     return {q, scales};
 }
 
@@ -115,17 +122,16 @@ Tensor group_dequantize(Tensor q, Tensor scales, int64_t group_size, ScalarType 
     const mq_group_format format = group_format(op, group_size, 8, code_format(op, q));
     require_float(op, "dtype", out_dtype);
     const Matrix m = matrix(op, "q", q);
-    const int64_t groups = groups_of(m.cols, group_size);
+    const int64_t groups = mq_ceil_div(m.cols, group_size);
     scales = expect(op, "scales", scales, ScalarType::Float, shape_with_last(q, groups));
     Tensor out = allocate(q, shape_with_last(q, m.cols), out_dtype);
     const mq_dtype dtype = dtype_of(op, "out", out);
-    parallel(
-        op, m.rows, kGrainValues / std::max<int64_t>(m.cols, 1), [&](int64_t begin, int64_t end) {
-            return mq_group_dequantize(
-                &format, static_cast<const int8_t *>(m.tensor.const_data_ptr()) + begin * m.cols,
-                scales.const_data_ptr<float>() + begin * groups, end - begin, m.cols, dtype,
-                out_bytes_at(out, begin * m.cols, dtype));
-        });
+    parallel(op, m.rows, grain_of(kGrainValues, m.cols), [&](int64_t begin, int64_t end) {
+        return mq_group_dequantize(
+            &format, static_cast<const int8_t *>(m.tensor.const_data_ptr()) + begin * m.cols,
+            scales.const_data_ptr<float>() + begin * groups, end - begin, m.cols, dtype,
+            out_bytes_at(out, begin * m.cols, dtype));
+    });
     return out;
 }
 
@@ -137,12 +143,11 @@ Tensor group_fake_quantize(Tensor x, int64_t group_size, int64_t num_bits, std::
     const mq_dtype dtype = dtype_of(op, "x", x);
     const Matrix m = matrix(op, "x", x);
     Tensor out = allocate(x, shape_with_last(x, m.cols), x.scalar_type());
-    parallel(
-        op, m.rows, kGrainValues / std::max<int64_t>(m.cols, 1), [&](int64_t begin, int64_t end) {
-            return mq_group_fake_quantize(&format, dtype, bytes_at(m.tensor, begin * m.cols, dtype),
-                                          end - begin, m.cols, m.cols,
-                                          out_bytes_at(out, begin * m.cols, dtype));
-        });
+    parallel(op, m.rows, grain_of(kGrainValues, m.cols), [&](int64_t begin, int64_t end) {
+        return mq_group_fake_quantize(&format, dtype, bytes_at(m.tensor, begin * m.cols, dtype),
+                                      end - begin, m.cols, m.cols,
+                                      out_bytes_at(out, begin * m.cols, dtype));
+    });
     return out;
 }
 
@@ -153,12 +158,11 @@ Tensor group_hadamard(Tensor x, int64_t group_size, int64_t rotation) {
     const mq_dtype dtype = dtype_of(op, "x", x);
     const Matrix m = matrix(op, "x", x);
     Tensor out = allocate(x, shape_with_last(x, m.cols), x.scalar_type());
-    parallel(op, m.rows, kGrainValues / std::max<int64_t>(m.cols, 1),
-             [&](int64_t begin, int64_t end) {
-                 return mq_group_hadamard(group_size, rotation, dtype,
-                                          bytes_at(m.tensor, begin * m.cols, dtype), end - begin,
-                                          m.cols, m.cols, out_bytes_at(out, begin * m.cols, dtype));
-             });
+    parallel(op, m.rows, grain_of(kGrainValues, m.cols), [&](int64_t begin, int64_t end) {
+        return mq_group_hadamard(group_size, rotation, dtype,
+                                 bytes_at(m.tensor, begin * m.cols, dtype), end - begin, m.cols,
+                                 m.cols, out_bytes_at(out, begin * m.cols, dtype));
+    });
     return out;
 }
 
@@ -166,14 +170,13 @@ Tensor pack_nibbles(Tensor q) {
     const Op op{"pack_nibbles"};
     code_format(op, q);
     const Matrix m = matrix(op, "q", q);
-    const int64_t packed_cols = (m.cols + 1) / 2;
+    const int64_t packed_cols = mq_ceil_div(m.cols, 2);
     Tensor packed = allocate(q, shape_with_last(q, packed_cols), ScalarType::Byte);
-    parallel(op, m.rows, kGrainValues / std::max<int64_t>(m.cols, 1),
-             [&](int64_t begin, int64_t end) {
-                 return mq_pack_nibbles(
-                     static_cast<const int8_t *>(m.tensor.const_data_ptr()) + begin * m.cols,
-                     end - begin, m.cols, packed.mutable_data_ptr<uint8_t>() + begin * packed_cols);
-             });
+    parallel(op, m.rows, grain_of(kGrainValues, m.cols), [&](int64_t begin, int64_t end) {
+        return mq_pack_nibbles(
+            static_cast<const int8_t *>(m.tensor.const_data_ptr()) + begin * m.cols, end - begin,
+            m.cols, packed.mutable_data_ptr<uint8_t>() + begin * packed_cols);
+    });
     return packed;
 }
 
@@ -182,12 +185,11 @@ Tensor unpack_nibbles(Tensor packed, int64_t cols, bool is_unsigned) {
     const Matrix m = nibbles_of(op, packed, cols);
     Tensor q = allocate(packed, shape_with_last(packed, cols),
                         is_unsigned ? ScalarType::Byte : ScalarType::Char);
-    parallel(
-        op, m.rows, kGrainValues / std::max<int64_t>(cols, 1), [&](int64_t begin, int64_t end) {
-            return mq_unpack_nibbles(m.tensor.const_data_ptr<uint8_t>() + begin * m.cols,
-                                     end - begin, cols, is_unsigned,
-                                     static_cast<int8_t *>(q.mutable_data_ptr()) + begin * cols);
-        });
+    parallel(op, m.rows, grain_of(kGrainValues, cols), [&](int64_t begin, int64_t end) {
+        return mq_unpack_nibbles(m.tensor.const_data_ptr<uint8_t>() + begin * m.cols, end - begin,
+                                 cols, is_unsigned,
+                                 static_cast<int8_t *>(q.mutable_data_ptr()) + begin * cols);
+    });
     return q;
 }
 
@@ -208,7 +210,7 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> pack_weight(
                 "perm must hold every channel in [0, ", k, ") once; perm[", i, "] is ", channel);
         used[static_cast<size_t>(channel)] = true;
     }
-    parallel(op, to.shape.panels, kGrainValues / std::max<int64_t>(MQ_PANEL * k, 1),
+    parallel(op, to.shape.panels, grain_of(kGrainValues, mq_size_product(MQ_PANEL, k)),
              [&](int64_t begin, int64_t end) {
                  return mq_pack_weight(&to.lin, to.q_max, to.dtype, to.w.tensor.const_data_ptr(), k,
                                        to.group_scales, begin, end, to.qweight_out(),
@@ -219,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> pack_weight(
 }
 
 int64_t grain_of(const Columns &c) {
-    return kGrainValues / std::max<int64_t>(c.cols * c.cols / 2, 1);
+    return grain_of(kGrainValues, mq_size_product(c.cols, c.cols) / 2);
 }
 
 Tensor gptq_block(Tensor w, Tensor u, Tensor scales, int64_t col0, int64_t group_size,
@@ -265,7 +267,7 @@ Tensor unpack_weight(Tensor qweight, Tensor scales, Tensor salient,
     lin.isa = mq_isa_active();
     // a repeated index would leave another channel unwritten
     Tensor w = stable::new_zeros(qweight, {out_features, lin.k}, ScalarType::Float);
-    parallel(op, shape.panels, kGrainValues / std::max<int64_t>(MQ_PANEL * lin.k, 1),
+    parallel(op, shape.panels, grain_of(kGrainValues, mq_size_product(MQ_PANEL, lin.k)),
              [&](int64_t begin, int64_t end) {
                  return mq_unpack_weight(&lin, begin, end, w.mutable_data_ptr<float>());
              });
@@ -280,9 +282,10 @@ int64_t tile_rows_of(const Op &op, const mq_linear &lin, int64_t rows) {
 
 // Runs step 1 of the linear for all tokens.
 void quantize_tokens(const Op &op, const mq_linear &lin, mq_dtype dtype, const Matrix &m,
-                     int64_t tile_rows, void *space) {
-    const int64_t tiles = (m.rows + tile_rows - 1) / tile_rows;
-    parallel(op, tiles, kGrainValues / std::max<int64_t>(tile_rows * lin.k, 1),
+                     void *space) {
+    const int64_t tile_rows = tile_rows_of(op, lin, m.rows);
+    const int64_t tiles = mq_ceil_div(m.rows, tile_rows);
+    parallel(op, tiles, grain_of(kGrainValues, mq_size_product(tile_rows, lin.k)),
              [&](int64_t begin, int64_t end) {
                  return mq_linear_quantize(&lin, dtype, m.tensor.const_data_ptr(), lin.k, m.rows,
                                            begin * tile_rows, std::min(end * tile_rows, m.rows),
@@ -304,10 +307,16 @@ int64_t quantized_input_bytes(const Op &op, const mq_linear &lin, const mq_shape
                               int64_t rows) {
     size_t needed;
     check(op, mq_linear_workspace_size(&lin, rows, &needed));
-    const int64_t row_bytes = 4 * (shape.quads + shape.groups + shape.segments + lin.k_salient);
-    const int64_t bytes = (rows + 16) * row_bytes + 256;
-    if (static_cast<int64_t>(needed) > bytes) throw std::logic_error("quantized_input_bytes");
-    return bytes + static_cast<int64_t>(sizeof(InputLabel));
+    int64_t items = 0;
+    for (const int64_t of_row : {shape.quads, shape.groups, shape.segments, lin.k_salient})
+        items = mq_size_sum(items, of_row);
+    const int64_t bytes =
+        mq_size_sum(mq_size_product(mq_size_sum(rows, 16), mq_size_product(4, items)),
+                    256 + sizeof(InputLabel));
+    require(bytes >= 0, op, "x has too many tokens to be quantized: ", rows);
+    if (static_cast<int64_t>(needed + sizeof(InputLabel)) > bytes)
+        throw std::logic_error("quantized_input_bytes");
+    return bytes;
 }
 
 Tensor quantize_input(Tensor x, Tensor perm, int64_t num_salient, int64_t group_size,
@@ -328,22 +337,27 @@ Tensor quantize_input(Tensor x, Tensor perm, int64_t num_salient, int64_t group_
     check(op, mq_linear_workspace_size(&lin, m.rows, &used));
     // zero unused bytes too: equal x, equal bytes
     std::memset(space + used, 0, static_cast<size_t>(quantized.numel()) - used);
-    if (m.rows) quantize_tokens(op, lin, dtype, m, tile_rows_of(op, lin, m.rows), space);
+    if (m.rows) quantize_tokens(op, lin, dtype, m, space);
     const InputLabel label = label_of(lin, m.rows);
     std::memcpy(space + quantized.numel() - sizeof label, label.data(), sizeof label);
     return quantized;
 }
 
-// Returns the workspace in a quantized input, after checking its label.
-const void *quantized_workspace(const Op &op, const mq_linear &lin, const mq_shape &shape,
-                                int64_t rows, const Tensor &quantized) {
+// Returns the workspace in a quantized input, after checking its label. It is multiplied with the
+// instruction set that quantized it, even if another one has become the active one since.
+const void *quantized_workspace(const Op &op, mq_linear *lin, const mq_shape &shape, int64_t rows,
+                                const Tensor &quantized) {
     expect_out(op, "quantized_input", quantized, ScalarType::Byte,
-               {quantized_input_bytes(op, lin, shape, rows)});
+               {quantized_input_bytes(op, *lin, shape, rows)});
+    require(is_aligned(quantized, 64), op, "quantized_input must be aligned to 64 bytes");
     const auto *space = static_cast<const char *>(quantized.const_data_ptr());
     InputLabel label;
     std::memcpy(label.data(), space + quantized.numel() - sizeof label, sizeof label);
-    require(label == label_of(lin, rows), op,
-            "quantized_input was made for another layer, number of tokens or instruction set");
+    const int64_t isa = label[0];
+    if (isa >= 0 && isa < MQ_ISA_COUNT && mq_isa_supported(static_cast<mq_isa>(isa)))
+        lin->isa = static_cast<mq_isa>(isa);
+    require(label == label_of(*lin, rows), op,
+            "quantized_input was made for another layer, number of tokens or processor");
     return space;
 }
 
@@ -364,30 +378,31 @@ Tensor w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient,
 
     Tensor y = allocate(x, shape_with_last(x, out_features), x.scalar_type());
     if (m.rows == 0 || out_features == 0) return y;
-    const int64_t tile_rows = tile_rows_of(op, lin, m.rows);
-    const int64_t tiles = (m.rows + tile_rows - 1) / tile_rows;
     std::optional<Tensor> own;
     const void *space;
     if (quantized_input) {
-        space = quantized_workspace(op, lin, shape, m.rows, *quantized_input);
+        space = quantized_workspace(op, &lin, shape, m.rows, *quantized_input);
     } else {
         size_t bytes;
         check(op, mq_linear_workspace_size(&lin, m.rows, &bytes));
         own = allocate(x, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-        quantize_tokens(op, lin, dtype, m, tile_rows, own->mutable_data_ptr());
+        quantize_tokens(op, lin, dtype, m, own->mutable_data_ptr());
         space = own->const_data_ptr();
     }
 
     // A task is a few tiles x the panels that are multiplied together. Neighbouring tasks share
     // tiles, whose codes stay in the cache while weights stream by.
-    const int64_t row_tasks = (m.rows + kRowsPerTask - 1) / kRowsPerTask;
-    const int64_t column_tasks = (shape.panels + MQ_PANELS_AT_ONCE - 1) / MQ_PANELS_AT_ONCE;
-    const int64_t task_products =
-        MQ_PANELS_AT_ONCE * MQ_PANEL * std::min(kRowsPerTask, m.rows) * std::max<int64_t>(lin.k, 1);
+    const int64_t tile_rows = tile_rows_of(op, lin, m.rows);
+    const int64_t tiles = mq_ceil_div(m.rows, tile_rows);
+    const int64_t row_tasks = mq_ceil_div(m.rows, kRowsPerTask);
+    const int64_t column_tasks = mq_ceil_div(shape.panels, MQ_PANELS_AT_ONCE);
+    const int64_t task_products = mq_size_product(
+        MQ_PANELS_AT_ONCE * MQ_PANEL * std::min(kRowsPerTask, m.rows), std::max<int64_t>(lin.k, 1));
     const auto first_row = [&](int64_t row_task) {
-        return std::min(row_task * tiles / row_tasks * tile_rows, m.rows);
+        const int64_t tile = row_task * (tiles / row_tasks) + std::min(row_task, tiles % row_tasks);
+        return std::min(tile * tile_rows, m.rows);
     };
-    parallel(op, row_tasks * column_tasks, kGrainProducts / task_products,
+    parallel(op, row_tasks * column_tasks, grain_of(kGrainProducts, task_products),
              [&](int64_t begin, int64_t end) {
                  for (int64_t task = begin; task < end; task++) {
                      const int64_t row_task = task / column_tasks;

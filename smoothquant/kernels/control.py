@@ -34,7 +34,7 @@ def isa() -> str:
 
 
 def set_isa(name: str) -> None:
-    """Force an instruction set for all threads.
+    """Force an instruction set for all threads. Calls already running keep theirs.
 
     The environment variable ``MIXEDQUANT_ISA`` does the same at import.
 

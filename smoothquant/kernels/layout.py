@@ -1,4 +1,4 @@
-"""Shapes and dtypes of packed weights (format: docs/format.md)."""
+"""Shapes and dtypes of packed weights (format: docs/format.md), and limits of the kernels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ PANEL = 16
 QUAD = 4
 BLOCK_BYTES = 64
 SEGMENT_QUADS = 128
+MIN_CLIP = 2.0**-10  # smallest ratio that activations may be clipped by
 PACKED = ("qweight", "scales", "salient_weight", "salient_scales")  # tensors of a packed weight
 
 

@@ -12,7 +12,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from .control import set_cuda_kernel as set_cuda_kernel
 from .control import set_isa as set_isa
 from .control import supported_isas as supported_isas
 from .layout import BLOCK_BYTES as BLOCK_BYTES
+from .layout import MIN_CLIP as MIN_CLIP
 from .layout import PACKED as PACKED
 from .layout import PANEL as PANEL
 from .layout import QUAD as QUAD
@@ -222,7 +225,8 @@ def gptq_block(
         col0: index of the block's first column.
 
     Returns:
-        float32 [N, b], the divided errors, for updating the columns right of the block.
+        float32 [N, b], the divided errors, for updating the columns right of the block. NaN, in w
+        or from 0 / 0 at a zero diagonal of u, makes the columns computed from it NaN.
     """
     return _ops.gptq_block(w, u, scales, col0, group_size, num_bits)
 
@@ -239,7 +243,7 @@ def descend_block(
     """One block of coordinate descent on (target - w) h (target - w)^T, in place.
 
     Each column of w, from the left, moves to the grid point with the least error while all other
-    columns stay fixed; the gradient is updated with it.
+    columns stay fixed; the gradient is updated with it. NaN stays NaN, as in :func:`gptq_block`.
 
     Args:
         w: float32 [N, b], contiguous, code * scale; stays on that grid.
@@ -309,7 +313,7 @@ def w4a4_linear(
         bias: [N], float32, float16 or bfloat16, or None.
         rotation: as given to :func:`pack_weight`.
         num_bits: bits of the activations, 2-4.
-        clip: in (0, 1].
+        clip: in [2^-10, 1].
         quantized_input: the result of :func:`quantize_input` for x and the same options, shared by
             all layers that read x. Of x, only shape and dtype are then used. CPU only.
 
@@ -320,8 +324,9 @@ def w4a4_linear(
         tokens. They never depend on the other tokens in any other way.
 
     Raises:
-        ValueError: an argument is invalid; quantized_input is given on CUDA, or was made for
-            another number of tokens or channels, group size or instruction set.
+        ValueError: an argument is invalid; quantized_input is given on CUDA, was made for another
+            number of tokens or channels or another group size, or for an instruction set that this
+            processor lacks.
     """
     return _ops.w4a4_linear(
         x,
@@ -361,19 +366,42 @@ def quantize_input(
 
     Returns:
         uint8, one-dimensional, for `quantized_input` of `w4a4_linear`. Its layout depends on the
-        instruction set, so it must not be stored.
+        instruction set, so it must not be stored. `w4a4_linear` uses the same instruction set, even
+        if another one is forced in between.
     """
     return _ops.quantize_input(
         x, perm, num_salient, group_size, rotation, num_bits, act_format, per_token, clip
     )
 
 
-def _on_one_device(op: str, **tensors: Tensor | None) -> None:
-    """Refuse mixed devices: with some tensors on the meta device, the fake kernel would run and
-    return uninitialized memory."""
-    devices = {name: t.device.type for name, t in tensors.items() if t is not None}
-    if len(set(devices.values())) > 1:
-        raise ValueError(f"mixedquant::{op}: all tensors must be on one device; got {devices}")
+def _fake(op: str) -> Callable[[Callable[..., Any]], None]:
+    """Register a fake kernel, whose parameters are named as in the op's schema.
+
+    It is called only with arguments that pass these checks, the same for all ops:
+
+    - All tensors are on one device. With some of them on the meta device, torch calls the fake
+      kernel, and the caller would get uninitialized memory.
+    - `clip` is in [MIN_CLIP, 1].
+    """
+
+    def register(kernel: Callable[..., Any]) -> None:
+        signature = inspect.signature(kernel)
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            arguments = signature.bind(*args, **kwargs).arguments
+            devices = {n: a.device.type for n, a in arguments.items() if isinstance(a, Tensor)}
+            if len(set(devices.values())) > 1:
+                raise ValueError(
+                    f"mixedquant::{op}: all tensors must be on one device; got {devices}"
+                )
+            clip = arguments.get("clip", 1.0)
+            if not MIN_CLIP <= clip <= 1.0:
+                raise ValueError(f"mixedquant::{op}: clip must be in [2^-10, 1]; got {clip:g}")
+            return kernel(**arguments)
+
+        torch.library.register_fake(f"mixedquant::{op}", checked)
+
+    return register
 
 
 def _check_channels(op: str, x: Tensor, perm: Tensor) -> None:
@@ -383,7 +411,7 @@ def _check_channels(op: str, x: Tensor, perm: Tensor) -> None:
         )
 
 
-@torch.library.register_fake("mixedquant::channel_stats_update")
+@_fake("channel_stats_update")
 def _(
     x: Tensor,
     count: Tensor,
@@ -396,48 +424,46 @@ def _(
     return None
 
 
-@torch.library.register_fake("mixedquant::sort_keys")
+@_fake("sort_keys")
 def _(
     count: Tensor, abs_max: Tensor, abs_sum: Tensor, sq_sum: Tensor, argmax: Tensor, key: str
 ) -> Tensor:
     return abs_max.new_empty(abs_max.shape, dtype=torch.float64)
 
 
-@torch.library.register_fake("mixedquant::argsort")
+@_fake("argsort")
 def _(keys: Tensor, descending: bool) -> Tensor:
     return keys.new_empty(keys.shape, dtype=torch.int64)
 
 
-@torch.library.register_fake("mixedquant::group_quantize")
+@_fake("group_quantize")
 def _(x: Tensor, group_size: int, num_bits: int, is_unsigned: bool) -> tuple[Tensor, Tensor]:
     q = x.new_empty(x.shape, dtype=torch.uint8 if is_unsigned else torch.int8)
     groups = num_groups(x.shape[-1], group_size)
     return q, x.new_empty((*x.shape[:-1], groups), dtype=torch.float32)
 
 
-@torch.library.register_fake("mixedquant::group_dequantize")
+@_fake("group_dequantize")
 def _(q: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
-    _on_one_device("group_dequantize", q=q, scales=scales)
     return q.new_empty(q.shape, dtype=dtype)
 
 
-@torch.library.register_fake("mixedquant::group_fake_quantize")
+@_fake("group_fake_quantize")
 def _(x: Tensor, group_size: int, num_bits: int, act_format: str, clip: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("mixedquant::group_hadamard")
+@_fake("group_hadamard")
 def _(x: Tensor, group_size: int, rotation: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("mixedquant::gptq_block")
+@_fake("gptq_block")
 def _(w: Tensor, u: Tensor, scales: Tensor, col0: int, group_size: int, num_bits: int) -> Tensor:
-    _on_one_device("gptq_block", w=w, u=u, scales=scales)
     return w.new_empty(w.shape)
 
 
-@torch.library.register_fake("mixedquant::descend_block")
+@_fake("descend_block")
 def _(
     w: Tensor,
     gradient: Tensor,
@@ -447,21 +473,21 @@ def _(
     group_size: int,
     num_bits: int,
 ) -> None:
-    _on_one_device("descend_block", w=w, gradient=gradient, h=h, scales=scales)
+    return None
 
 
-@torch.library.register_fake("mixedquant::pack_nibbles")
+@_fake("pack_nibbles")
 def _(q: Tensor) -> Tensor:
     return q.new_empty((*q.shape[:-1], (q.shape[-1] + 1) // 2), dtype=torch.uint8)
 
 
-@torch.library.register_fake("mixedquant::unpack_nibbles")
+@_fake("unpack_nibbles")
 def _(packed: Tensor, cols: int, is_unsigned: bool) -> Tensor:
     dtype = torch.uint8 if is_unsigned else torch.int8
     return packed.new_empty((*packed.shape[:-1], cols), dtype=dtype)
 
 
-@torch.library.register_fake("mixedquant::pack_weight")
+@_fake("pack_weight")
 def _(
     w: Tensor,
     perm: Tensor,
@@ -472,7 +498,6 @@ def _(
     group_scales: Tensor | None,
     salient_dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    _on_one_device("pack_weight", w=w, perm=perm, group_scales=group_scales)
     n, k = w.shape
     shapes = packed_shapes(n, k, num_salient, group_size)
     dtypes = packed_dtypes(salient_dtype)
@@ -482,7 +507,7 @@ def _(
     )
 
 
-@torch.library.register_fake("mixedquant::unpack_weight")
+@_fake("unpack_weight")
 def _(
     qweight: Tensor,
     scales: Tensor,
@@ -493,12 +518,10 @@ def _(
     group_size: int,
     rotation: int,
 ) -> Tensor:
-    packed = dict(zip(PACKED, (qweight, scales, salient_weight, salient_scales), strict=True))
-    _on_one_device("unpack_weight", **packed, perm=perm)
     return qweight.new_empty((out_features, perm.shape[0]), dtype=torch.float32)
 
 
-@torch.library.register_fake("mixedquant::w4a4_linear")
+@_fake("w4a4_linear")
 def _(
     x: Tensor,
     qweight: Tensor,
@@ -516,14 +539,11 @@ def _(
     clip: float,
     quantized_input: Tensor | None,
 ) -> Tensor:
-    packed = dict(zip(PACKED, (qweight, scales, salient_weight, salient_scales), strict=True))
-    others = {"perm": perm, "bias": bias, "quantized_input": quantized_input}
-    _on_one_device("w4a4_linear", x=x, **packed, **others)
     _check_channels("w4a4_linear", x, perm)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@torch.library.register_fake("mixedquant::quantize_input")
+@_fake("quantize_input")
 def _(
     x: Tensor,
     perm: Tensor,
@@ -535,7 +555,6 @@ def _(
     per_token: bool,
     clip: float,
 ) -> Tensor:
-    _on_one_device("quantize_input", x=x, perm=perm)
     _check_channels("quantize_input", x, perm)
     k = perm.shape[0]
     groups, group_quads, last_quads = num_quads(k - num_salient, group_size)

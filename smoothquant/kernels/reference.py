@@ -172,6 +172,12 @@ def group_hadamard(x: Tensor, group_size: int, rotation: int) -> Tensor:
     return torch.cat(parts, dim=-1).to(x.dtype) if parts else x.clone()
 
 
+def _on_grid(values: Tensor, scale: Tensor, q_max: int) -> Tensor:
+    """The nearest code * scale. NaN stays NaN, and + 0.0 removes negative zeros."""
+    inverse = torch.where(scale >= SMALLEST_NORMAL, 1.0 / scale, 0.0)
+    return ((values * inverse).clamp(-q_max, q_max).round() + 0.0) * scale
+
+
 def gptq_block(
     w: Tensor, u: Tensor, scales: Tensor, col0: int, group_size: int, num_bits: int = 4
 ) -> Tensor:
@@ -179,7 +185,7 @@ def gptq_block(
     errors = torch.zeros_like(w)
     for i in range(w.shape[1]):
         scale = scales[:, (col0 + i) // group_size]
-        rounded = _codes(w[:, i], scale, -q_max, q_max) * scale
+        rounded = _on_grid(w[:, i], scale, q_max)
         errors[:, i] = (w[:, i] - rounded) / u[i, i]
         w[:, i + 1 :] -= errors[:, i : i + 1] * u[i, i + 1 :]
         w[:, i] = rounded
@@ -198,7 +204,7 @@ def descend_block(
     q_max = 2 ** (num_bits - 1) - 1
     for i in range(w.shape[1]):
         scale = scales[:, (col0 + i) // group_size]
-        rounded = _codes(w[:, i] + gradient[:, i] / h[i, i], scale, -q_max, q_max) * scale
+        rounded = _on_grid(w[:, i] + gradient[:, i] / h[i, i], scale, q_max)
         step = rounded - w[:, i]
         gradient[:, i:] -= step.unsqueeze(1) * h[i, i:]
         w[:, i] = rounded

@@ -51,6 +51,11 @@ static void quantize_groups(int broken) {
     kernels->quantize_groups(&lin, NULL, floats, n, n, codes, sums, starts);
 }
 
+static void quantize_groups_clip(int broken) {
+    const mq_linear lin = {.act_bits = 4, .clip = broken ? MQ_MIN_CLIP / 2 : MQ_MIN_CLIP};
+    kernels->quantize_groups(&lin, NULL, floats, 32, 32, codes, sums, starts);
+}
+
 static void interleave(int broken) {
     kernels->interleave(codes, 64, broken ? 3 : 2, 16, packed, 2);
 }
@@ -102,6 +107,7 @@ static const struct {
     {"hadamard_overlap", hadamard_overlap},
     {"quantize", quantize},
     {"quantize_groups", quantize_groups},
+    {"quantize_groups_clip", quantize_groups_clip},
     {"interleave", interleave},
     {"dequantize", dequantize},
     {"pack_nibbles", pack_nibbles},

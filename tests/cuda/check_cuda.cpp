@@ -179,11 +179,12 @@ void check_stats() {
 void check_columns() {
     const int64_t rows = below(20), cols = below(50), col0 = below(30), g = 1 + below(20);
     const int64_t groups = (col0 + cols) / g + 1;
-    const bytes u = random_values(MQ_F32, cols * cols, false);
+    const bool special = below(2);  // some are NaN or Inf
+    const bytes u = random_values(MQ_F32, cols * cols, special);
     bytes scales = random_values(MQ_F32, rows * groups, false);
     for (int64_t i = 0; i < rows * groups; i++)
         scales.as<float>()[i] = below(8) ? fabsf(scales.as<float>()[i]) : 0;
-    const bytes w = random_values(MQ_F32, rows * cols, false), errors(rows * cols * 4),
+    const bytes w = random_values(MQ_F32, rows * cols, special), errors(rows * cols * 4),
                 same_errors(rows * cols * 4), same(rows * cols * 4);
     memcpy(same.as<void>(), w.as<void>(), w.n);
     CHECK(!mq_gptq_block(7, rows, cols, col0, g, groups, scales.as<float>(), u.as<float>(),
