@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import math
 import os
-import shlex
 import sys
 import textwrap
 import time
@@ -27,6 +26,7 @@ if not __package__:
 
 
 from run_experiments import executors, page, report
+from run_experiments.escaping import for_shell
 from run_experiments.grid import (
     OTHER_METHODS,
     PRESETS,
@@ -526,7 +526,7 @@ def _command(argv: Sequence[str], hidden: str | None = None) -> str:
         if not (skip or word in ("--plot", hidden) or word.startswith(f"{hidden}=")):
             words.append(word)
         skip = word == hidden
-    return shlex.join(words)
+    return for_shell(words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
