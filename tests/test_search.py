@@ -232,7 +232,7 @@ def test_bad_calibration(tiny):
         MixedQuantConfig(calibration=5)
     with pytest.raises(ValueError, match="tokenizer is required"):
         quantize(model, MixedQuantConfig(calibration=["some text"]))
-    with pytest.raises(ValueError, match="calibration blocks must be at most"):
+    with pytest.raises(ValueError, match="calibration_tokens must be at most"):
         quantize(
             model,
             MixedQuantConfig(calibration=["some words " * 500], calibration_tokens=10**6),

@@ -447,7 +447,7 @@ def test_a_result_is_valid_without_its_run_record(tmp_path):
 
 
 def test_worker_errors_keep_their_type(tmp_path):
-    with pytest.raises(ValueError, match="windows, seqlen"):
+    with pytest.raises(ValueError, match="windows must be at most"):
         preset = dataclasses.replace(SMALL, windows=10**6)
         sweep(preset, Store(tmp_path), progress=False, jobs=2)
     assert not list(tmp_path.glob("*.json"))
