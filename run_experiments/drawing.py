@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .escaping import file_name, file_stem, short_name, visible
 from .plots import Plot, Series
 from .rows import by_layer_and_kind, layer_name
 from .tables import write_csv
@@ -40,6 +42,13 @@ REFERENCE_DASHES = (0, (2, 2))
 
 def draw(plot: Plot, path: Path) -> Path:
     """Draw `path`.png and `path`.svg, write the points to `path`.csv, and return the PNG's path."""
+    with _plain_text(path.name):
+        picture = _draw(plot, path)
+    _write_points(path.with_name(path.name + ".csv"), plot)
+    return picture
+
+
+def _draw(plot: Plot, path: Path) -> Path:
     # Figure without pyplot: no global state, no display.
     from matplotlib.figure import Figure
 
@@ -56,12 +65,14 @@ def draw(plot: Plot, path: Path) -> Path:
             plot.level[1], color=REFERENCE_COLOUR, linewidth=1.2, linestyle=REFERENCE_DASHES
         )
     _set_scales(axes, plot)
-    axes.set_xlabel(plot.x_name)
-    axes.set_ylabel(plot.y_name)
+    axes.set_xlabel(visible(plot.x_name))
+    axes.set_ylabel(visible(plot.y_name))
     axes.set_title(
-        plot.title, loc="left", fontsize=12, fontweight="bold", pad=22 if plot.about else 8
+        visible(plot.title), loc="left", fontsize=12, fontweight="bold", pad=22 if plot.about else 8
     )
-    axes.text(0, 1.025, plot.about, transform=axes.transAxes, fontsize=8.5, color="#404040")
+    axes.text(
+        0, 1.025, visible(plot.about), transform=axes.transAxes, fontsize=8.5, color="#404040"
+    )
     axes.grid(True, which="major", color="#D9D9D9", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -71,17 +82,25 @@ def draw(plot: Plot, path: Path) -> Path:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     _label_points(axes, plot)
-    picture = _save(figure, path)
-    _write_points(path.with_name(path.name + ".csv"), plot)
+    return _save(figure, path)
+
+
+def draw_layers(result: dict[str, Any], model_name: str, settings: str, folder: Path) -> Path:
+    """Draw the errors by layer and kind, one panel per comparison, and write them as CSV."""
+    slug = file_name(settings.translate(str.maketrans(" ", "_", "=%")))
+    path = folder / f"{file_stem(model_name)}_layers_{slug}"
+    with _plain_text(path.name):
+        picture = _draw_layers(result, short_name(model_name), settings, path)
+    errors, names = result["errors"], result["compared"]
+    rows = [[e["layer"], e["kind"], *(e["decibels"][name] for name in names)] for e in errors]
+    write_csv(path.with_name(path.name + ".csv"), ["layer", "kind", *names], rows)
     return picture
 
 
-def draw_layers(result: dict[str, Any], stem: str, settings: str, folder: Path) -> Path:
-    """Draw the errors by layer and kind, one panel per comparison, and write them as CSV."""
+def _draw_layers(result: dict[str, Any], name: str, settings: str, path: Path) -> Path:
     from matplotlib.figure import Figure
 
-    errors = result["errors"]
-    names = result["compared"]
+    errors, names = result["errors"], result["compared"]
     kinds, layers, _ = by_layer_and_kind(errors, names[0])
     figure = Figure(
         figsize=(max(7.2, 2.2 + 0.26 * len(layers)), 0.9 + len(names) * (0.7 + 0.21 * len(kinds))),
@@ -89,18 +108,14 @@ def draw_layers(result: dict[str, Any], stem: str, settings: str, folder: Path) 
         layout="constrained",
     )
     figure.suptitle(
-        f"{stem}: error of each layer ({settings})",
+        visible(f"{name}: error of each layer ({settings})"),
         x=0.01, ha="left", fontsize=12, fontweight="bold",
     )  # fmt: skip
-    for axes, name in zip(figure.subplots(len(names), 1, squeeze=False)[:, 0], names, strict=True):
-        _draw_heat_map(figure, axes, errors, name)
+    panels = figure.subplots(len(names), 1, squeeze=False)[:, 0]
+    for axes, compared in zip(panels, names, strict=True):
+        _draw_heat_map(figure, axes, errors, compared)
     axes.set_xlabel("Decoder layer", fontsize=9)
-    slug = settings.translate(str.maketrans(" ", "_", "=%"))
-    path = folder / f"{stem}_layers_{slug}"
-    picture = _save(figure, path)
-    rows = [[e["layer"], e["kind"], *(e["decibels"][name] for name in names)] for e in errors]
-    write_csv(path.with_name(path.name + ".csv"), ["layer", "kind", *names], rows)
-    return picture
+    return _save(figure, path)
 
 
 def _draw_heat_map(figure: Figure, axes: Axes, errors: Sequence[dict[str, Any]], name: str) -> None:
@@ -118,14 +133,14 @@ def _draw_heat_map(figure: Figure, axes: Axes, errors: Sequence[dict[str, Any]],
                 ha="center", va="center", fontsize=6, color="white" if dark else "black",
             )  # fmt: skip
     axes.set_xticks(range(len(layers)), map(layer_name, layers), fontsize=7)
-    axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    axes.set_yticks(range(len(kinds)), map(visible, kinds), fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if "hidden" in kinds:  # separates the accumulated error from the errors of single layers
         axes.axhline(kinds.index("hidden") - 0.5, color="white", linewidth=3)
     one, _, other = name.partition(" - ")
     against = other or "the 16-bit model"
-    axes.set_title(f"{one} against {against}", loc="left", fontsize=9.5)
+    axes.set_title(visible(f"{one} against {against}"), loc="left", fontsize=9.5)
     bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03, extend="both")
     bar.set_label("dB", fontsize=8)
     bar.ax.tick_params(labelsize=7)
@@ -150,13 +165,19 @@ def styles(series: Sequence[Series]) -> list[Style]:
 
 def _save(figure: Figure, path: Path) -> Path:
     """Write `path`.png and `path`.svg, always with the same bytes, and return the PNG's path."""
-    import matplotlib
-
     picture = path.with_name(path.name + ".png")
     figure.savefig(picture, metadata={"Software": None})
-    with matplotlib.rc_context({"svg.hashsalt": path.name}):
-        figure.savefig(picture.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+    figure.savefig(picture.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
     return picture
+
+
+def _plain_text(name: str) -> AbstractContextManager:
+    """Settings to draw with: a "$" is a dollar, not math; `name` makes the bytes of the SVG."""
+    import matplotlib
+
+    return matplotlib.rc_context(
+        {"text.parse_math": False, "text.usetex": False, "svg.hashsalt": name}
+    )
 
 
 def _set_scales(axes: Axes, plot: Plot) -> None:
@@ -213,7 +234,12 @@ def _label_ends(figure: Figure, axes: Axes, plot: Plot) -> None:
             **outside,
         )
         axes.annotate(
-            text, (1.105, place), xycoords="axes fraction", color=colour, fontsize=9, va="center"
+            visible(text),
+            (1.105, place),
+            xycoords="axes fraction",
+            color=colour,
+            fontsize=9,
+            va="center",
         )
 
 
@@ -259,7 +285,7 @@ def _label_points(axes: Axes, plot: Plot) -> None:
     inside, points = axes.bbox, 72 / axes.figure.dpi
     for line, (colour, _, _) in zip(plot.series, styles(plot.series), strict=True):
         # not strict: a line may have no texts
-        for point, text in zip(line.points, line.texts, strict=False):
+        for point, text in zip(line.points, map(visible, line.texts), strict=False):
             x, y = to_pixels(point)
             width, height, gap = 0.64 * em * len(text), 1.1 * em, 0.8 * em
             for left, base in (

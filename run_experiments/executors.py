@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 from .claims import Claims
 from .grid import Cell
 from .store import Store
-from .worker import POLL_SECONDS, Job, Report, error_from_json, work
+from .worker import POLL_SECONDS, Job, Report, work
 
 LOCAL = "local"
 FORMS = "local, dask://HOST:PORT, slurm (slurm://local or slurm://debug to try it without Slurm)"
@@ -119,12 +120,11 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": path},
-            text=True,
         )
         assert self._process.stdin and self._process.stdout
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
         with suppress(BrokenPipeError):
-            self._stdin.write(job + "\n")
+            self._stdin.write(f"{job}\n".encode())
             self._stdin.flush()
 
     def done(self) -> bool:
@@ -134,7 +134,7 @@ class _Process:
         answer = self._stdout.read()
         status = self._process.wait()
         if answer:
-            return error_from_json(answer)
+            return pickle.loads(answer)
         if status == 0:
             return None
         how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"

@@ -6,14 +6,15 @@ specifications.
 
 from __future__ import annotations
 
-import html
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .drawing import REFERENCE_COLOUR, STYLES, colour_range, styles
+from .escaping import file_stem, for_html, for_script, short_name
 from .grid import Cell
 from .plots import Plot, plots_of
 from .rows import Row, by_layer_and_kind, layer_name, stored_rows
@@ -50,12 +51,12 @@ def write(
             "pip install 'smoothquant[experiments]'"
         ) from error
     rows = stored_rows(store, cells)
-    stem = Path(model_name).name
-    plots = plots_of(rows, stem, cells[0].model["dtype"])
+    name = short_name(model_name)
+    plots = plots_of(rows, name, cells[0].model["dtype"])
     sections = [
-        f"<section><h2>{html.escape(plot.title)}</h2><p>{html.escape(plot.about)}</p>"
-        f"{_html(_chart(plot), name)}</section>"
-        for name, plot in plots.items()
+        f"<section><h2>{for_html(plot.title)}</h2><p>{for_html(plot.about)}</p>"
+        f"{_html(_chart(plot), suffix)}</section>"
+        for suffix, plot in plots.items()
     ]
     layers = [(cell, result) for cell in cells if cell.task == "layers"
               if (result := store.get(cell)) is not None]  # fmt: skip
@@ -64,18 +65,16 @@ def write(
             "<section><h2>Error of each layer</h2><p>Signal-to-error ratio in dB: higher is better."
             f"</p>{_html(_heat_maps(layers), 'layers')}</section>"
         )
-    models = [_model(row) for row in rows]
-    page = _PAGE.read_text(encoding="utf-8")
-    for name, text in {
-        "TITLE": html.escape(f"{stem}: perplexity and size"),
-        "COMMAND": html.escape(command),
+    parts = {
+        "TITLE": for_html(f"{name}: perplexity and size"),
+        "COMMAND": for_html(command),
         "SECTIONS": "\n".join(sections),
-        # "</" would end the script
-        "MODELS": json.dumps(models).replace("</", "<\\/"),
+        "MODELS": for_script([_model(row) for row in rows]),
         "PLOTLY": get_plotlyjs(),
-    }.items():
-        page = page.replace(f"<!-- {name} -->", text)
-    path = Path(folder) / f"{stem}_report.html"
+    }
+    page = _PAGE.read_text(encoding="utf-8")
+    page = re.sub(r"<!-- ([A-Z]+) -->", lambda match: parts[match[1]], page)
+    path = Path(folder) / f"{file_stem(model_name)}_report.html"
     write_atomically(path, page)
     return path
 
@@ -124,27 +123,29 @@ def _chart(plot: Plot) -> Figure:
         figure.add_scatter(
             x=[x for x, _ in line.points],
             y=[y for _, y in line.points],
-            name=line.label,
+            name=for_html(line.label),
             mode="lines+markers" if line.joined else "markers",
             line={"color": colour, "width": 2, "dash": _dash(dashes)},
             marker={"symbol": SYMBOLS[marker], "size": 9},
             customdata=[row.cell.key for row in line.rows if row.cell] or None,
-            text=[html.escape(row.cell.settings) for row in line.rows if row.cell] or None,
+            text=[for_html(row.cell.settings) for row in line.rows if row.cell] or None,
             hovertemplate="%{text}<br>%{x}: <b>%{y:.6g}</b>" if line.rows else None,
         )
     if plot.level:
         name, height = plot.level
         figure.add_hline(height, line={"color": REFERENCE_COLOUR, "dash": "dot"})
         figure.add_annotation(
-            text=f"{name} ({height:,.4g})", x=0, xref="paper", xanchor="left", yshift=-9,
+            text=for_html(f"{name} ({height:,.4g})"), x=0, xref="paper", xanchor="left", yshift=-9,
             y=math.log10(height) if plot.is_log else height, showarrow=False,
             font={"color": REFERENCE_COLOUR},
         )  # fmt: skip
-    figure.update_xaxes(title=_wrapped(plot.x_name), type=plot.x_scale)
+    figure.update_xaxes(title=_wrapped(for_html(plot.x_name)), type=plot.x_scale)
     if plot.x_scale == "log":
         xs = sorted({x for line in plot.series for x, _ in line.points})
         figure.update_xaxes(tickvals=xs, ticktext=[f"{x:g}" for x in xs])
-    figure.update_yaxes(title=_wrapped(plot.y_name), type="log" if plot.is_log else "linear")
+    figure.update_yaxes(
+        title=_wrapped(for_html(plot.y_name)), type="log" if plot.is_log else "linear"
+    )
     if plot.is_log:
         ticks = [m * 10.0**e for e in range(-6, 12) for m in (1, 2, 5)]
         figure.update_yaxes(tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks])
@@ -178,10 +179,11 @@ def _heat_maps(layers: Sequence[tuple[Cell, dict[str, Any]]]) -> Figure:
             values = [[decibels.get((layer, kind)) for layer in numbers] for kind in kinds]
             low, high = colour_range(values)
             one, _, other = compared.partition(" - ")
-            names.append(f"{cell.settings}: {one} against {other or 'the 16-bit model'}")
+            against = other or "the 16-bit model"
+            names.append(for_html(f"{cell.settings}: {one} against {against}"))
             figure.add_heatmap(
                 x=[layer_name(layer) for layer in numbers],
-                y=kinds,
+                y=list(map(for_html, kinds)),
                 z=values,
                 zmin=low,
                 zmax=high,

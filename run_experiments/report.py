@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .drawing import draw, draw_layers
+from .escaping import file_stem, for_markdown, short_name
 from .grid import Cell
 from .plots import Plot, Series, plots_of, share_label
 from .rows import Row, front, stored_rows, windows_text
@@ -38,21 +39,20 @@ def write(
     """
     rows = stored_rows(store, cells)
     text = table(rows)
-    stem = Path(model_name).name
+    stem = file_stem(model_name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [
         draw(plot, folder / f"{stem}_{name}")
-        for name, plot in plots_of(rows, stem, cells[0].model["dtype"]).items()
+        for name, plot in plots_of(rows, short_name(model_name), cells[0].model["dtype"]).items()
     ]
     page = _results_page(rows, cells, model_name, command, text)
     for cell in cells:
         result = store.get(cell) if cell.task == "layers" else None
         if result is not None:
-            paths.append(draw_layers(result, stem, cell.settings, folder))
-            page += (
-                f"\n## {_layers_title(cell.settings, result)}\n\n{layer_table(result['errors'])}\n"
-            )
+            paths.append(draw_layers(result, model_name, cell.settings, folder))
+            title = for_markdown(_layers_title(cell.settings, result))
+            page += f"\n## {title}\n\n{layer_table(result['errors'])}\n"
     results = folder / f"{stem}_results.md"
     write_atomically(results, page)
     published = folder / f"{stem}_cells.jsonl"
@@ -105,7 +105,7 @@ def plot_results(
         plots[file] = Plot(title, "", "Group size", quantity, "log", scale, tuple(series))
     folder = Path(output_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    stem = Path(model_name).name
+    stem = file_stem(model_name)
     paths = [draw(plot, folder / f"{stem}_{name}") for name, plot in plots.items()]
     print("Figures:", *(f"  {path.resolve()}" for path in paths), sep="\n")
     return paths
@@ -121,39 +121,42 @@ def _results_page(
     rows: Sequence[Row], cells: Sequence[Cell], model_name: str, command: str, text: str
 ) -> str:
     first = cells[0]
+    dtype = for_markdown(first.model["dtype"])
     runs = [row.result["run"] for row in rows if row.result["run"]]
     evaluation: Mapping[str, Any] = next((c.evaluation for c in cells if c.evaluation), {})
     windows = rows[0].result["windows"] if rows else evaluation["windows"]
     calibrations = [c.calibration for c in cells if c.task == "calibration" and c.calibration]
     lines = [
-        f"# {model_name}: perplexity and size",
+        f"# {for_markdown(model_name)}: perplexity and size",
         "",
         f"    {command}",
         "",
-        f"- Evaluation: WikiText-2 raw {evaluation.get('split')}, "
+        f"- Evaluation: WikiText-2 raw {for_markdown(str(evaluation.get('split')))}, "
         f"{windows_text(windows, evaluation['seqlen'])}, exp(mean token NLL)",
     ]
     for calibration in calibrations:
         lines.append(
             f"- Calibration{_used_by(calibrations, calibration, cells)}: WikiText-2 raw "
-            f"{calibration['split']}, {calibration['blocks']} blocks of "
+            f"{for_markdown(calibration['split'])}, {calibration['blocks']} blocks of "
             f"{calibration['block_size']:,} tokens, seed {calibration['seed']}"
         )
     for name, title in (("chip", "Chip"), ("isa", "Instruction set"), ("threads", "Threads")):
-        lines.append(f"- {title}: {', '.join(sorted({str(run[name]) for run in runs}))}")
-    dates = sorted({run["date"][:10] for run in runs})
+        values = sorted({str(run[name]) for run in runs if name in run})
+        lines.append(f"- {title}: {for_markdown(', '.join(values))}")
+    dates = sorted({for_markdown(str(run["date"])[:10]) for run in runs if "date" in run})
     lines.append(f"- Date: {' to '.join(dict.fromkeys([*dates[:1], *dates[-1:]]))}")
     lines.append(
-        "- Packages: " + ", ".join(f"{name} {v}" for name, v in sorted(first.versions.items()))
+        "- Packages: "
+        + for_markdown(", ".join(f"{name} {v}" for name, v in sorted(first.versions.items())))
     )
     lines += [
         "",
         text,
         "",
-        f"The 16-bit model is the unquantized model, evaluated in {first.model['dtype']}; its size "
+        f"The 16-bit model is the unquantized model, evaluated in {dtype}; its size "
         "counts 16 bits per element. The size of a quantized model is the size of its tensors in "
         "memory, which equals the payload of the saved file to the byte; embeddings and the "
-        f"language head are not quantized and stay {first.model['dtype']}. Bits per weight include "
+        f"language head are not quantized and stay {dtype}. Bits per weight include "
         "the codes, scales, salient channels and padding of the quantized layers. KL is the mean "
         "over tokens of KL(16-bit model || quantized model) in nats; top-1 is the share of tokens "
         "for which both models rank the same next token first. Tokens/s counts only the time of "
@@ -177,7 +180,7 @@ def _used_by(
         return ""
     configs = (cell.config for cell in cells if cell.config and cell.calibration == calibration)
     names = dict.fromkeys(config.get("method") or config["recipe"] for config in configs)
-    return f" for {', '.join(names)}"
+    return f" for {for_markdown(', '.join(names))}"
 
 
 def _layers_title(settings: str, result: dict[str, Any]) -> str:

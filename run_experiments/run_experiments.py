@@ -13,13 +13,12 @@ import argparse
 import dataclasses
 import math
 import os
-import shlex
 import sys
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 if not __package__:
     # Run as a file: Python put this folder, not the repository, first on the path.
@@ -27,6 +26,7 @@ if not __package__:
 
 
 from run_experiments import executors, page, report
+from run_experiments.escaping import for_shell
 from run_experiments.grid import (
     OTHER_METHODS,
     PRESETS,
@@ -51,7 +51,7 @@ from run_experiments.search import Budget, search, space
 from run_experiments.store import Store
 from run_experiments.worker import Job, unload
 from smoothquant.core.config import parse_field
-from smoothquant.core.errors import CheckpointError
+from smoothquant.core.messages import REPORTED_ERRORS, one_line, option_words, shortened
 from smoothquant.core.progress import progress_bar
 
 TORCH_NAMES = ("Evaluator", "get_calib_dataset", "get_calib_feat")  # in published.py
@@ -344,15 +344,25 @@ def _outcome(result: dict[str, Any], reference: dict[str, Any] | None) -> str:
     return f"PPL {perplexity:>10,.2f} {delta:>12} {kl:>9} {seconds:>6.1f} s"
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose messages are as short as all others."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shortened(message))
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line. An invalid value exits with a message that names the flag."""
+    """Parse the command line. An invalid value exits with a message that names the flag.
+
+    "words" of the result is for `one_line`: what the flags are called.
+    """
     # argparse, not Typer: most flags take several values (`--group-sizes 32 128`), which Typer
     # cannot express.
     presets = "\n".join(
         textwrap.fill(f"  {name:<10}{preset.about}", 80, subsequent_indent=" " * 12)
         for name, preset in PRESETS.items()
     )
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m run_experiments",
         description=__doc__.replace("\n\n\n", "\n\n"),
         epilog=f"presets:\n{presets}",
@@ -405,6 +415,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--calibration-blocks", type=int, metavar="N", help="token blocks for statistics"
     )
+    parser.add_argument("--calibration-block-size", type=int, metavar="T", help="tokens per block")
     parser.add_argument(
         "--gptq-blocks",
         type=int,
@@ -480,6 +491,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="submitit parameters, e.g. slurm_partition=cpu timeout_min=60",
     )
     args = parser.parse_args(argv)
+    args.words = option_words(parser._actions)
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads must be at least 1; got {args.threads}")
     return args
@@ -493,7 +505,10 @@ def _budget(text: str) -> Budget:
 
 
 def _windows(text: str) -> float | int:
-    return math.inf if text == "all" else int(text)
+    try:
+        return math.inf if text == "all" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer or all; got {text!r}") from None
 
 
 def _field(text: str) -> tuple[str, Any]:
@@ -526,7 +541,7 @@ def _command(argv: Sequence[str], hidden: str | None = None) -> str:
         if not (skip or word in ("--plot", hidden) or word.startswith(f"{hidden}=")):
             words.append(word)
         skip = word == hidden
-    return shlex.join(words)
+    return for_shell(words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -562,10 +577,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return INTERRUPTED
-    except (ValueError, TypeError, RuntimeError, CheckpointError) as error:
+    except REPORTED_ERRORS as error:
         if os.environ.get("MIXEDQUANT_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error, args.words)}", file=sys.stderr)
         return 1
     if args.search:
         print("\nPareto front: no other evaluated model is both smaller and better than these.\n")

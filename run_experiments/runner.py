@@ -29,12 +29,14 @@ from smoothquant.checkpoints.attachment import attach
 from smoothquant.cli.doctor import chip_name
 from smoothquant.core.config import MixedQuantConfig
 from smoothquant.core.files import atomic_file
+from smoothquant.core.messages import naming
 from smoothquant.core.tensor_files import raw_header
 from smoothquant.evaluation.layer_report import by_kind, layer_report
 from smoothquant.evaluation.perplexity import Evaluator, HeadLogits
 from smoothquant.kernels import ops
 from smoothquant.model_size import Byte, get_model_size
 from smoothquant.models.modules import distinct_tensors, module_copy
+from smoothquant.models.running import check_positions, check_token_ids
 from smoothquant.quantization.records import LinearRecord
 from smoothquant.quantization.undo import simulate, simulated_copy
 
@@ -50,7 +52,6 @@ __all__ = [
     "Bench",
     "SafetensorError",
     "calibration_blocks",
-    "check_seqlen",
     "package_versions",
     "run_cell",
     "saved_payload_bytes",
@@ -99,8 +100,8 @@ class Bench:
         """Check that every cell can be computed, before the first one is.
 
         Raises:
-            ValueError: the model has too few positions, the text has too few windows, or a method
-                cannot quantize the model.
+            ValueError: the model has too few positions or token ids, a text has too few windows or
+                blocks, or a method cannot quantize the model.
             RuntimeError: the model is not the one that the cells were planned for.
         """
         model, _ = self.loaded()
@@ -114,9 +115,10 @@ class Bench:
                     f"has changed since ({names}); run the sweep again for the current model"
                 )
             if cell.calibration:
-                check_seqlen(model, cell.calibration["block_size"])
+                self.blocks(cell.calibration)
             if cell.evaluation:
-                self.evaluator(cell.evaluation)
+                with naming(windows="layer_windows" if cell.task == "layers" else "windows"):
+                    self.evaluator(cell.evaluation)
             if "method" in (cell.config or {}):
                 peers.check_model(model)
 
@@ -125,10 +127,10 @@ class Bench:
         name = json.dumps([evaluation[key] for key in ("sha256", "windows", "seqlen")])
         if name not in self._evaluators:
             model, tokenizer = self.loaded()
-            check_seqlen(model, evaluation["seqlen"])
+            check_positions(model, seqlen=evaluation["seqlen"])
             rows = wikitext(evaluation["split"])
-            try:
-                self._evaluators[name] = Evaluator(
+            with naming(n_samples="windows", seq_len="seqlen"):
+                evaluator = Evaluator(
                     rows,
                     tokenizer,
                     "cpu",
@@ -136,8 +138,8 @@ class Bench:
                     seq_len=evaluation["seqlen"],
                     progress=False,
                 )
-            except ValueError as error:
-                raise ValueError(f"windows, seqlen: {error}") from error
+                evaluator.check_model(model)
+            self._evaluators[name] = evaluator
         return self._evaluators[name]
 
     def stats(self, cell: Cell) -> Mapping:
@@ -151,7 +153,11 @@ class Bench:
         """Return the token blocks of a calibration."""
         name = json.dumps(dict(calibration), sort_keys=True)
         if name not in self._blocks:
-            self._blocks[name] = calibration_blocks(self.loaded()[1], calibration)
+            model, tokenizer = self.loaded()
+            check_positions(model, calibration_block_size=calibration["block_size"])
+            blocks = calibration_blocks(tokenizer, calibration)
+            check_token_ids(model, torch.cat(blocks))
+            self._blocks[name] = blocks
         return self._blocks[name]
 
     def reference(self, cell: Cell) -> nn.Module | HeadLogits | list[Tensor]:
@@ -175,13 +181,6 @@ class Bench:
         if windows * tokens * head.weight[:, 0].nbytes > KEPT_LOGITS_BYTES:
             return logits
         return self._references.setdefault(baseline.key, [logits[i] for i in range(windows)])
-
-
-def check_seqlen(model: nn.Module, seqlen: int) -> None:
-    """Raise ValueError if the model has fewer than `seqlen` positions."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and seqlen > limit:
-        raise ValueError(f"seqlen must be at most the model's {limit} positions; got {seqlen}")
 
 
 def run_cell(cell: Cell, bench: Bench) -> dict[str, Any]:
@@ -216,7 +215,6 @@ def _calibrate(cell: Cell, bench: Bench) -> dict[str, Any]:
     model, _ = bench.loaded()
     calibration = _part(cell.calibration)
     blocks = bench.blocks(calibration)
-    check_seqlen(model, calibration["block_size"])
     stats = collect_stats(model, blocks, progress=bench.progress)
     path = bench.store.artifact(cell)
     save_stats(stats, path)
@@ -233,13 +231,16 @@ def calibration_blocks(tokenizer: Any, calibration: Mapping[str, Any]) -> list[T
 
     A block is running text, and the blocks come from many articles, as in normal use of a model.
     """
-    return draw_blocks(
-        wikitext(calibration["split"]),
-        tokenizer,
-        calibration["blocks"],
-        calibration["block_size"],
-        calibration["seed"],
-    )
+    with naming(
+        num_blocks="calibration_blocks or gptq_blocks", block_size="calibration_block_size"
+    ):
+        return draw_blocks(
+            wikitext(calibration["split"]),
+            tokenizer,
+            calibration["blocks"],
+            calibration["block_size"],
+            calibration["seed"],
+        )
 
 
 def _evaluate_baseline(cell: Cell, bench: Bench) -> dict[str, Any]:

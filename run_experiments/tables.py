@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .escaping import encodable, for_csv, for_markdown
 from .rows import Row, by_layer_and_kind, layer_name, percent
 from .store import write_atomically
 
@@ -66,19 +67,20 @@ def _number(value: float) -> str:
 
 
 def _markdown(head: list[str], body: list[list[str]]) -> str:
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     # Align words left and numbers right.
-    left = {"method", "sort", "backend"}
+    left = [name in ("method", "sort", "backend") for name in head]
+    head, *body = [list(map(for_markdown, fields)) for fields in [head, *body]]
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
 
     def line(fields: list[str]) -> str:
         padded = (
-            f.ljust(w) if h in left else f.rjust(w)
-            for f, w, h in zip(fields, widths, head, strict=True)
+            f.ljust(w) if is_left else f.rjust(w)
+            for f, w, is_left in zip(fields, widths, left, strict=True)
         )
         return "| " + " | ".join(padded) + " |"
 
     rule = [
-        ("-" * w) if h in left else ("-" * (w - 1) + ":") for w, h in zip(widths, head, strict=True)
+        "-" * w if is_left else "-" * (w - 1) + ":" for w, is_left in zip(widths, left, strict=True)
     ]
     return "\n".join([line(head), line(rule), *map(line, body)])
 
@@ -104,7 +106,9 @@ def _decibels(value: float | None) -> str:
 
 def write_csv(path: Path, head: list[str], rows: Iterable[list[Any]]) -> None:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    csv.writer(text, lineterminator="\n").writerows(
+        [for_csv(value) for value in row] for row in [head, *rows]
+    )
     write_atomically(path, text.getvalue())
 
 
@@ -115,7 +119,9 @@ def write_cells(rows: Sequence[dict[str, Any]], csv_path: Path, parquet_path: Pa
 
     columns = list(dict.fromkeys(name for row in rows for name in row))
     write_csv(csv_path, columns, ([row.get(name) for name in columns] for row in rows))
-    columnar = pyarrow.table({name: _one_type([r.get(name) for r in rows]) for name in columns})
+    columnar = pyarrow.table(
+        {encodable(name): _one_type([row.get(name) for row in rows]) for name in columns}
+    )
     sink = pyarrow.BufferOutputStream()
     parquet.write_table(columnar, sink)
     write_atomically(parquet_path, sink.getvalue().to_pybytes())
@@ -124,5 +130,5 @@ def write_cells(rows: Sequence[dict[str, Any]], csv_path: Path, parquet_path: Pa
 def _one_type(values: list[Any]) -> list[Any]:
     """Convert all values to text if any of them is text: a clip may be 0.9 or "search"."""
     if any(isinstance(value, str) for value in values):
-        return [None if value is None else str(value) for value in values]
+        return [None if value is None else encodable(str(value)) for value in values]
     return values

@@ -6,9 +6,9 @@ Claims keep them from computing the same cell. `executors` starts them with the 
 
 from __future__ import annotations
 
-import builtins
 import json
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -151,28 +151,33 @@ def _compute(cell: Cell, bench: Bench, store: Store) -> dict[str, Any]:
     return result
 
 
-def error_from_json(text: str) -> Exception:
-    """Rebuild an exception that `main` wrote: the same built-in type, or else RuntimeError."""
-    error = json.loads(text)
-    kind = getattr(builtins, error["type"], RuntimeError)
-    return kind(error["message"])
+def pickled_error(error: Exception) -> bytes:
+    """Pickle an error. One that would not return as it was becomes a RuntimeError that names it."""
+    try:
+        data = pickle.dumps(error)
+        again = pickle.loads(data)
+        if type(again) is type(error) and str(again) == str(error):
+            return data
+    except Exception:  # whatever the methods of a foreign class raise
+        pass
+    return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 def main() -> int:
     """Read a job from the first line of stdin and work on it.
 
-    Exits when stdin closes, that is, also when the parent process dies. Writes an error as JSON to
-    stdout. Returns the exit status.
+    Exits when stdin closes, that is, also when the parent process dies. Writes an error to stdout,
+    as `pickled_error`. Returns the exit status.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C, the parent decides when to stop
     job = sys.stdin.readline()
     threading.Thread(target=_end_with_stdin, daemon=True).start()
-    answer = os.fdopen(os.dup(1), "w")
+    answer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # all other output goes to stderr
     try:
         work(job)
     except Exception as error:
-        json.dump({"type": type(error).__name__, "message": str(error)}, answer)
+        answer.write(pickled_error(error))
         answer.flush()
         return 1
     return 0

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from .bundled import BUNDLED_MODELS, check_model_name, load_model, wikitext
@@ -28,10 +29,12 @@ from .calibration.stats_files import load_act_scales
 from .calibration.tokens import token_blocks
 from .core.config import MixedQuantConfig, check_integer, check_real
 from .core.errors import CheckpointError
+from .core.messages import REPORTED_ERRORS, naming, one_line, option_words
 from .core.texts import read_texts
 from .evaluation.perplexity import Comparison, Evaluator, HeadLogits
 from .in_memory import quantize
 from .layers.linear import refuse_quantized
+from .models.running import check_token_ids, max_positions
 from .quantization.records import LinearRecord
 from .quantization.smoothing import smooth_lm
 
@@ -58,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @app.command()
 def _command(
+    context: typer.Context,
     model_path: Annotated[
         str,
         typer.Option(
@@ -124,7 +128,7 @@ def _command(
     ] = False,
 ) -> None:
     """Measure the perplexity of a model on WikiText-2: as it is, smoothed or quantized."""
-    with _errors_as_wrong_usage():
+    with _errors_in_one_line(option_words(context.command.params)):
         # Check every argument before the model is loaded.
         check_model_name(model_path)
         check_integer("seq_len", seq_len, 2)
@@ -147,10 +151,12 @@ def _command(
             backend=backend,
         )
         act_scales = load_act_scales(act_scales_path) if smooth and act_scales_path else {}
-        calibration_texts = (
-            read_texts(calibration_path) if calibration_path else wikitext("validation")
-        )
-        dataset = list(read_texts(dataset_path)) if dataset_path else wikitext("test")
+        with naming(source="calibration_path"):
+            calibration_texts = (
+                wikitext("validation") if calibration_path is None else read_texts(calibration_path)
+            )
+        with naming(source="dataset_path"):
+            dataset = wikitext("test") if dataset_path is None else list(read_texts(dataset_path))
 
         model, tokenizer = load_model(model_path)
         device = next(model.parameters()).device
@@ -159,9 +165,10 @@ def _command(
         if smooth or quantized:
             refuse_quantized(model)
         if quantized:
-            blocks = token_blocks(
-                calibration_texts, tokenizer, calibration_blocks, CALIBRATION_BLOCK
-            )
+            with naming(source="calibration_path", block_size="calibration_path"):
+                size = min(CALIBRATION_BLOCK, max_positions(model) or CALIBRATION_BLOCK)
+                blocks = token_blocks(calibration_texts, tokenizer, calibration_blocks, size)
+            check_token_ids(model, torch.cat(blocks))
         reference = copy.deepcopy(model) if compare else None
         if smooth:
             smooth_lm(model, act_scales, alpha)
@@ -172,21 +179,26 @@ def _command(
         else:
             print(f"{model_path}: not quantized here")
 
-    if reference is None:
-        print(f"Perplexity: {evaluator.evaluate(model)}")
-    else:
-        result = evaluator.compare(model, reference)
-        print(f"Perplexity: {result.perplexity}")
-        print(f"KL divergence: {result.kl}")
-        print(f"Top-1 agreement: {result.top1}")
+        if reference is None:
+            print(f"Perplexity: {evaluator.evaluate(model)}")
+        else:
+            result = evaluator.compare(model, reference)
+            print(f"Perplexity: {result.perplexity}")
+            print(f"KL divergence: {result.kl}")
+            print(f"Top-1 agreement: {result.top1}")
 
 
 @contextmanager
-def _errors_as_wrong_usage() -> Iterator[None]:
+def _errors_in_one_line(words: Mapping[str, str]) -> Iterator[None]:
+    """Report the user's mistakes as wrong usage, code 2, and what else goes wrong with code 1."""
     try:
         yield
-    except (ValueError, TypeError, CheckpointError) as error:
-        raise typer.BadParameter(str(error)) from error
+    except REPORTED_ERRORS as error:
+        message = one_line(error, words)
+        if isinstance(error, (ValueError, TypeError, CheckpointError)):
+            raise typer.BadParameter(message) from error
+        typer.echo(f"Error: {message}", err=True)
+        raise typer.Exit(1) from error
 
 
 def _description(config: MixedQuantConfig, records: Sequence[LinearRecord]) -> str:

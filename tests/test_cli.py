@@ -108,7 +108,7 @@ def test_the_program_quantizes_and_checks(tmp_path):
     assert checked.returncode == 0 and json.loads(checked.stdout)["ok"] is True
     absent = program("verify", tmp_path / "absent")
     assert absent.returncode == 1 and absent.stdout == ""
-    assert absent.stderr.startswith("smoothquant: error: folder must be a quantized model folder")
+    assert absent.stderr.startswith("smoothquant: error: FOLDER must be a quantized model folder")
     assert len(absent.stderr.splitlines()) == 1
 
 
@@ -173,14 +173,14 @@ def test_wrong_usage_answers_2(tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--group-size", 0], "group_size must be"),
-        (["--salient-prop", 2], "salient_prop must be in [0, 1]; got 2.0"),
+        (["--group-size", 0], "--group-size must be"),
+        (["--salient-prop", 2], "--salient-prop must be in [0, 1]; got 2.0"),
         (["--set", "nonsense"], "'nonsense' is not FIELD=VALUE"),
         (["--set", "surprise=1"], "unknown MixedQuantConfig field(s): surprise"),
         (["--recipe", "best", "--no-calibration"], "needs calibration"),
         (["--calibration", "nowhere.txt"], "no such file: 'nowhere.txt'"),
         (["--stats", "nowhere.safetensors"], "nowhere.safetensors"),
-        (["--calibration-tokens", 10**7], "calibration blocks must be at most"),
+        (["--calibration-tokens", 10**7], "--calibration-tokens must be at most"),
     ],
 )
 def test_quantize_refuses_in_one_line_and_writes_nothing(words, message, tmp_path):
@@ -354,8 +354,8 @@ def test_eval(folder):
     alone = json.loads(answer("eval", folder, *words, "--json").stdout)
     assert alone["perplexity"] == pytest.approx(found["perplexity"], rel=1e-5)
     assert "perplexity " in answer("eval", folder, *words).stdout
-    assert "source must end in" in answer("eval", folder, "--text", text, code=1).stderr
-    assert "name_or_folder must be" in answer("eval", "no/such/model", code=1).stderr
+    assert "--text must end in" in answer("eval", folder, "--text", text, code=1).stderr
+    assert "MODEL must be" in answer("eval", "no/such/model", code=1).stderr
 
 
 def test_eval_writes_the_card(folder, tmp_path):

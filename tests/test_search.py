@@ -234,7 +234,7 @@ def test_bad_calibration(tiny):
     nowhere.name_or_path = ""
     with pytest.raises(ValueError, match="needs a tokenizer, but tokenizer is None"):
         quantize(nowhere, MixedQuantConfig(calibration=["some text"]))
-    with pytest.raises(ValueError, match="calibration blocks must be at most"):
+    with pytest.raises(ValueError, match="calibration_tokens must be at most"):
         quantize(
             model,
             MixedQuantConfig(calibration=["some words " * 500], calibration_tokens=10**6),

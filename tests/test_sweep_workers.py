@@ -22,7 +22,7 @@ from run_experiments import store as store_module
 from run_experiments.claims import Claims
 from run_experiments.grid import PRESETS, Cell
 from run_experiments.store import Store
-from run_experiments.worker import Job, error_from_json, work
+from run_experiments.worker import Job, work
 from smoothquant.bundled import load_bundled
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -447,11 +447,7 @@ def test_a_result_is_valid_without_its_run_record(tmp_path):
 
 
 def test_worker_errors_keep_their_type(tmp_path):
-    for kind in (ValueError, TypeError, RuntimeError):
-        error = error_from_json(json.dumps({"type": kind.__name__, "message": "m"}))
-        assert type(error) is kind and str(error) == "m"
-    assert type(error_from_json('{"type": "CheckpointError", "message": ""}')) is RuntimeError
-    with pytest.raises(ValueError, match="windows, seqlen"):
+    with pytest.raises(ValueError, match="windows must be at most"):
         preset = dataclasses.replace(SMALL, windows=10**6)
         sweep(preset, Store(tmp_path), progress=False, jobs=2)
     assert not list(tmp_path.glob("*.json"))

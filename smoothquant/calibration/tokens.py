@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import WEIGHTS, WIKITEXT, MixedQuantConfig, check_integer
+from ..core.messages import naming
 from ..core.texts import read_texts, wikitext
 from ..models.modules import is_transformers_model
-from ..models.running import runs_on_tokens
+from ..models.running import check_token_ids, max_positions, runs_on_tokens
 
 logger = logging.getLogger("smoothquant")
 
@@ -59,12 +60,9 @@ def token_blocks(
         raise TypeError(
             f"texts must be an iterable of texts, not a single text or a path; got {texts!r:.60}"
         )
-    token_ids = array("q")  # a list of Python integers takes four times the memory
-    for piece in _pieces(texts):
-        special = not token_ids
-        token_ids.extend(tokenizer(piece, add_special_tokens=special, verbose=False).input_ids)
-        if num_blocks is not None and len(token_ids) >= num_blocks * block_size:
-            break
+    token_ids = _token_ids(
+        texts, tokenizer, None if num_blocks is None else num_blocks * block_size
+    )
     available = len(token_ids) // block_size
     if available == 0:
         raise ValueError(
@@ -79,8 +77,31 @@ def token_blocks(
             stacklevel=2,
         )
         num_blocks = available
-    ids = torch.frombuffer(token_ids[: num_blocks * block_size], dtype=torch.int64)
-    return list(ids.clone().view(num_blocks, 1, block_size))
+    return _blocks(token_ids[: num_blocks * block_size], block_size)
+
+
+def _token_ids(texts: Iterable[str], tokenizer: Any, enough: int | None = None) -> array[int]:
+    """The tokens of the texts; of the first texts with `enough` tokens, if there are so many."""
+    token_ids = array("q")  # a list of Python integers takes four times the memory
+    for piece in _pieces(texts):
+        special = not token_ids
+        token_ids.extend(tokenizer(piece, add_special_tokens=special, verbose=False).input_ids)
+        if enough is not None and len(token_ids) >= enough:
+            break
+    return token_ids
+
+
+def _blocks(token_ids: array[int], size: int) -> list[Tensor]:
+    """All full blocks, int64 [1, size] each."""
+    count = len(token_ids) // size
+    ids = torch.frombuffer(token_ids, dtype=torch.int64)[: count * size]
+    return list(ids.clone().view(count, 1, size))
+
+
+def _drawn(blocks: Sequence[Tensor], count: int, seed: int) -> list[Tensor]:
+    """`count` of the blocks at random, in text order."""
+    drawn = random.Random(seed).sample(range(len(blocks)), count)
+    return [blocks[index] for index in sorted(drawn)]
 
 
 def draw_blocks(
@@ -96,27 +117,36 @@ def draw_blocks(
     blocks = token_blocks(texts, tokenizer, None, block_size)
     if num_blocks > len(blocks):
         raise ValueError(
-            f"calibration blocks must be at most {len(blocks)}, the number of blocks of "
+            f"num_blocks must be at most {len(blocks)}, the number of blocks of "
             f"{block_size} tokens in the texts; got {num_blocks}"
         )
-    drawn = random.Random(seed).sample(range(len(blocks)), num_blocks)
-    return [blocks[index] for index in sorted(drawn)]
+    return _drawn(blocks, num_blocks, seed)
 
 
 def calibration_batches(model: nn.Module, tokenizer: Any, config: MixedQuantConfig) -> list[Tensor]:
     """Draw the token blocks of ``config.calibration``: int64 [1, T] each.
 
     Raises:
-        ValueError: ``config.calibration`` is "weights", or its texts have fewer than
-            ``config.calibration_tokens`` tokens; also as `read_texts`.
+        ValueError: ``config.calibration`` is "weights", its texts have fewer than
+            ``config.calibration_tokens`` tokens, or the tokenizer gives token ids that the model
+            does not have; also as `read_texts`.
     """
     if config.calibration == WEIGHTS:
         raise ValueError(f"calibration={WEIGHTS!r} has no tokens to draw")
+    positions = max_positions(model) or CALIBRATION_BLOCK
+    size = min(CALIBRATION_BLOCK, config.calibration_tokens, positions)
     bundled = config.calibration in (None, WIKITEXT)
-    texts = wikitext("validation") if bundled else read_texts(config.calibration)
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    size = min(CALIBRATION_BLOCK, config.calibration_tokens, positions or CALIBRATION_BLOCK)
-    return draw_blocks(texts, tokenizer, config.calibration_tokens // size, size, config.seed)
+    with naming(source="calibration"):
+        texts = wikitext("validation") if bundled else read_texts(config.calibration)
+        token_ids = _token_ids(texts, tokenizer)
+    if len(token_ids) < size * (config.calibration_tokens // size):
+        most = len(token_ids) // size * size or len(token_ids)
+        raise ValueError(
+            f"calibration_tokens must be at most {most}, the number of tokens in the calibration "
+            f"texts; got {config.calibration_tokens}"
+        )
+    check_token_ids(model, torch.tensor(max(token_ids)))
+    return _drawn(_blocks(token_ids, size), config.calibration_tokens // size, config.seed)
 
 
 def chosen_batches(

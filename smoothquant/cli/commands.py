@@ -7,7 +7,7 @@ traceback); 2 wrong usage; 130 Ctrl-C. Commands import torch and transformers th
 
 from __future__ import annotations
 
-import functools
+import math
 import sys
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -18,9 +18,12 @@ import typer
 
 from ..core.config import RECIPES
 from ..core.errors import CheckpointError
+from ..core.messages import naming
 from ..core.version import __version__
 from .console import (
-    errors_as_exit_codes,
+    Command,
+    Group,
+    prepare_streams,
     print_bytes,
     print_json,
     print_memory,
@@ -40,8 +43,11 @@ Recipe = Enum("Recipe", [(name, name) for name in RECIPES], type=str)  # type: i
 FAST = Recipe("fast")
 Format = Enum("Format", {"compressed_tensors": "compressed-tensors"}, type=str)
 
+LEAST_TEMPERATURE = 1e-6  # logits divided by less would overflow float32
+
 app = typer.Typer(
     name="smoothquant",
+    cls=Group,
     help="Quantize Hugging Face models to W4A4: 4-bit weights and 4-bit activations.",
     epilog="MODEL is a bundled model (smollm2-135m, tiny-opt), a folder, or a Hugging Face id.",
     no_args_is_help=True,
@@ -81,21 +87,13 @@ Seed = Annotated[int, typer.Option(metavar="N", help="Seed for drawing calibrati
 
 def main() -> None:
     """Run the command line and exit the process."""
+    prepare_streams()
     app(prog_name="smoothquant")
 
 
 def command(**settings: Any) -> Callable:
     """Register a command that reports errors as one line on stderr and an exit code."""
-
-    def register(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def run(*args: Any, **kwargs: Any) -> None:
-            with errors_as_exit_codes():
-                function(*args, **kwargs)
-
-        return app.command(**settings)(run)
-
-    return register
+    return app.command(cls=Command, **settings)
 
 
 @app.callback(invoke_without_command=True)
@@ -127,7 +125,7 @@ def calibrate(
     from ..core.config import MixedQuantConfig
 
     config = MixedQuantConfig(
-        calibration=calibration, calibration_tokens=calibration_tokens, seed=seed
+        calibration=_calibration(calibration), calibration_tokens=calibration_tokens, seed=seed
     )
     if output.suffix != ".safetensors":
         raise ValueError(f"FILE must end in .safetensors; got {str(output)!r}")
@@ -219,7 +217,7 @@ def quantize(
     from ..calibration.stats_files import load_stats
     from ..checkpoints.conversion import convert
     from ..checkpoints.folder import check_target
-    from ..core.config import WEIGHTS, WIKITEXT, MixedQuantConfig, parse_field
+    from ..core.config import WEIGHTS, MixedQuantConfig, parse_field
 
     if no_calibration and (stats or calibration):
         raise typer.BadParameter(
@@ -235,7 +233,7 @@ def quantize(
             "group_size": group_size,
             "salient_prop": salient_prop,
             "bits": bits,
-            "calibration": WEIGHTS if no_calibration else calibration or WIKITEXT,
+            "calibration": WEIGHTS if no_calibration else _calibration(calibration),
             "calibration_tokens": calibration_tokens,
             "seed": seed,
         }
@@ -438,17 +436,23 @@ def evaluate(
     from ..checkpoints.model_card import add_evaluation
     from ..core.texts import read_texts
     from ..evaluation.perplexity import Evaluator
+    from ..models.running import max_positions
 
     if card and not is_quantized_folder(model):
         raise ValueError(f"--card needs a quantized model folder; got {model!r}")
-    for name in filter(None, (model, compare)):
-        check_model_name(name)
-    rows = list(read_texts(text)) if text else wikitext("test")
+    check_model_name(model)
+    with naming(name_or_folder="--compare"):
+        if compare is not None:
+            check_model_name(compare)
+    with naming(source="--text"):
+        rows = wikitext("test") if text is None else list(read_texts(text))
     scored, tokenizer = load_model(model)
     if seq_len is None:
-        seq_len = min(2048, getattr(scored.config, "max_position_embeddings", None) or 2048)
+        seq_len = min(2048, max_positions(scored) or 2048)
     evaluator = Evaluator(rows, tokenizer, n_samples=windows, seq_len=seq_len)
-    reference = load_model(compare)[0] if compare else None
+    evaluator.check_model(scored)
+    with naming(name_or_folder="--compare"):
+        reference = None if compare is None else load_model(compare)[0]
     with stdout_for_json(as_json):
         if reference is None:
             result = {"perplexity": float(evaluator.evaluate(scored))}
@@ -484,12 +488,22 @@ def generate(
     from transformers import TextStreamer
 
     from ..bundled import load_model
+    from ..models.running import check_positions, check_token_ids
 
+    if temperature and not LEAST_TEMPERATURE <= temperature < math.inf:
+        least = f"{LEAST_TEMPERATURE:g}"
+        raise ValueError(f"temperature must be 0, or finite and >= {least}; got {temperature}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be in [-2^63, 2^64 - 1]; got {seed}")
     loaded, tokenizer = load_model(model)
     torch.manual_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if prompt != prompt.encode(errors="replace").decode():
+        raise ValueError(f"prompt must be valid UTF-8; got {prompt!r}")
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, verbose=False)
     if inputs.input_ids.numel() == 0:
-        raise ValueError(f"PROMPT must hold at least one token; got {prompt!r}")
+        raise ValueError(f"prompt must hold at least one token; got {prompt!r}")
+    check_token_ids(loaded, inputs.input_ids)
+    check_positions(loaded, prompt=inputs.input_ids.shape[1], max_new_tokens=max_new_tokens)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
     loaded.generate(
         **inputs,
@@ -525,6 +539,7 @@ def bench(
     from ..core.config import MixedQuantConfig
     from ..evaluation.speed import layer_speeds, model_speeds
     from ..kernels import ops
+    from ..models.running import check_positions, check_token_ids
     from .doctor import chip_name
 
     model = tokenizer = None
@@ -532,6 +547,9 @@ def bench(
         model, tokenizer = _quantized_model(folder)
         if tokenizer is None:
             raise ValueError(f"FOLDER must hold a tokenizer; got {folder}")
+        check_positions(model, prompt=prompt, new=new)
+        ids = token_blocks(wikitext("test"), tokenizer, 1, prompt)[0]
+        check_token_ids(model, ids)
     report: dict[str, Any] = {
         "processor": chip_name(),
         "instruction_set": ops.isa(),
@@ -539,7 +557,6 @@ def bench(
         "layer": layer_speeds(MixedQuantConfig()),
     }
     if model is not None:
-        ids = token_blocks(wikitext("test"), tokenizer, 1, prompt)[0]
         report["model"] = model_speeds(model, ids, new)
     if as_json:
         return print_json(report)
@@ -618,6 +635,18 @@ def _run_experiments(argv: list[str]) -> None:
             "pip install 'smoothquant[experiments]'"
         ) from error
     raise typer.Exit(main(argv))
+
+
+def _calibration(texts: str | None) -> str:
+    """The calibration file, checked now and not after the model is loaded; or the bundled text."""
+    from ..core.config import WIKITEXT
+    from ..core.texts import read_texts
+
+    if texts is None:
+        return WIKITEXT
+    with naming(source="--calibration"):
+        read_texts(texts)
+    return texts
 
 
 def _quantized_model(folder: Path) -> tuple[nn.Module, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -11,23 +12,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from ..core.errors import CheckpointError
+from ..core.messages import REPORTED_ERRORS, one_line, option_words, shortened
 
-REPORTED_ERRORS = (
-    ValueError, TypeError, CheckpointError, RuntimeError, OSError, ImportError, MemoryError,
-)  # fmt: skip
+# Not exported by Typer. Its other subclasses stand for unknown commands and options.
+UsageError: Any = typer.BadParameter.__base__
 
 NUMERIC = set("0123456789,.")
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 @contextlib.contextmanager
-def errors_as_exit_codes() -> Iterator[None]:
-    """Turn an error into one line on stderr and exit code 1, and Ctrl-C into exit code 130."""
+def errors_as_exit_codes(words: Mapping[str, str]) -> Iterator[None]:
+    """Turn an error into one line on stderr and exit code 1, and Ctrl-C into exit code 130.
+
+    words: what the command calls the arguments of Python functions, from `option_words`.
+    """
     try:
         yield
-    except (typer.Exit, typer.BadParameter, BrokenPipeError):  # typer handles these
+    except (typer.Exit, UsageError, BrokenPipeError):  # typer handles these
         raise
     except KeyboardInterrupt:
         typer.echo("\nsmoothquant: interrupted", err=True)
@@ -35,9 +39,49 @@ def errors_as_exit_codes() -> Iterator[None]:
     except REPORTED_ERRORS as error:
         if os.environ.get("MIXEDQUANT_TRACEBACK"):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        typer.echo(f"smoothquant: error: {message}", err=True)
+        typer.echo(f"smoothquant: error: {one_line(error, words)}", err=True)
         raise typer.Exit(1) from None
+
+
+class Command(TyperCommand):
+    """A command that reports errors as one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with errors_as_exit_codes(option_words(self.params)):
+            return super().invoke(ctx)
+
+
+class Group(TyperGroup):
+    """The program; keeps Typer's messages about wrong usage short, too."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse the program's own options."""
+        with _short_usage_errors():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Parse the rest of the command line and run the command."""
+        with _short_usage_errors():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _short_usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        error.message = shortened(error.message)
+        raise
+
+
+def prepare_streams() -> None:
+    """Print characters that stdout cannot encode as escapes; keep progress bars out of logs."""
+    if not sys.stderr.isatty():  # transformers' own bars, which appear in any stream
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def stdout_for_json(as_json: bool) -> contextlib.AbstractContextManager:

@@ -288,14 +288,14 @@ def parse_field(text: str) -> tuple[str, Any]:
     """Split "name=value". The value is parsed as JSON, and kept as a string if it is not JSON.
 
     Raises:
-        ValueError: text has no "=".
+        ValueError: text has no "=", or no name before it.
     """
     name, separator, value = text.partition("=")
-    if not separator:
+    if not (name and separator):
         raise ValueError(f"{text!r} is not FIELD=VALUE")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 

@@ -80,7 +80,8 @@ def _texts_of_file(path: Path) -> Iterator[str]:
     if suffix is None:
         raise ValueError(f"source must end in one of {', '.join(_READERS)}; got {str(path)!r}")
     if not _is_file(path):
-        raise ValueError(f"source: no such file: {str(path)!r}")
+        fault = "not a file" if os.path.exists(path) else "no such file"
+        raise ValueError(f"source: {fault}: {str(path)!r}")
     reader, package = _READERS[suffix]
     if package and importlib.util.find_spec(package) is None:
         raise RuntimeError(

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import check_integer
+from ..core.messages import naming
 from ..core.progress import progress_bar
 from ..core.texts import read_texts
-from ..models.running import evaluating, run_tokens
+from ..models.running import check_positions, check_token_ids, evaluating, run_tokens
 
 # Positions to convert to float32 log-probabilities at a time. With a vocabulary of 128,000 that
 # takes 128 MB; a whole window of 2,048 would take 1 GB, twice.
@@ -93,7 +94,8 @@ class Evaluator:
         check_integer("seq_len", seq_len, 2)
         if n_samples is not None:
             check_integer("n_samples", n_samples, 1)
-        text = "\n\n".join(_rows(dataset))
+        with naming(source="dataset"):
+            text = "\n\n".join(_rows(dataset))
         token_ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
         self.dataset = token_ids.to(device)
         self.device = device
@@ -108,7 +110,7 @@ class Evaluator:
         if n_samples is not None and n_samples > self.available_windows:
             raise ValueError(
                 f"n_samples must be at most {self.available_windows}, the number of windows of "
-                f"{seq_len} tokens in dataset; got {n_samples} (None scores all)"
+                f"{seq_len} tokens in dataset; got {n_samples}"
             )
         self.n_samples = n_samples
         self.num_windows = n_samples or self.available_windows
@@ -256,19 +258,8 @@ class Evaluator:
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ValueError if the model has too few token ids or positions for the windows."""
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-        vocabulary = getattr(embedding, "num_embeddings", None)
-        largest = int(self.dataset.max())
-        if vocabulary is not None and largest >= vocabulary:
-            raise ValueError(
-                f"model has {vocabulary} token ids, but the tokenizer gave id {largest}: they do "
-                "not belong together"
-            )
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is not None and positions < self.seq_len:
-            raise ValueError(
-                f"seq_len must be at most {positions}, the model's maximum; got {self.seq_len}"
-            )
+        check_token_ids(model, self.dataset)
+        check_positions(model, seq_len=self.seq_len)
 
 
 def _rows(dataset: Any) -> Iterable[str]:

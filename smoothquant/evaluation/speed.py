@@ -91,7 +91,7 @@ def model_speeds(
     """Compare a quantized model with its dequantized copy in `generate`.
 
     Args:
-        model: a quantized transformers model.
+        model: a quantized transformers model with at least T + new positions.
         prompt: int64 [1, T].
         new: number of tokens to generate, >= 2.
 

@@ -53,6 +53,42 @@ def run_tokens(model: nn.Module, tokens: Tensor) -> Any:
     return model(tokens, **options)
 
 
+def max_positions(model: nn.Module) -> int | None:
+    """The longest sequence that a model takes, in tokens; None if its config states no limit."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):  # a model of text and images has two configs
+        config = config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None)
+
+
+def check_positions(model: nn.Module, **tokens: int) -> None:
+    """Raise ValueError if the model has too few positions for the sum of these numbers of tokens.
+
+    tokens: {name of an argument, for the message: its number of tokens}.
+    """
+    positions = max_positions(model)
+    if positions is not None and sum(tokens.values()) > positions:
+        raise ValueError(
+            f"{' + '.join(tokens)} must be at most {positions}, the model's maximum; "
+            f"got {' + '.join(map(str, tokens.values()))}"
+        )
+
+
+def check_token_ids(model: nn.Module, token_ids: Tensor) -> None:
+    """Raise ValueError if the model has no embedding for one of the token ids (int64, any shape).
+
+    An index beyond a table is an error without a name on the CPU, and ends the process on a GPU.
+    """
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    vocabulary = getattr(embedding, "num_embeddings", None)
+    largest = int(token_ids.max())
+    if vocabulary is not None and largest >= vocabulary:
+        raise ValueError(
+            f"model has {vocabulary} token ids, but the tokenizer gave id {largest}: they do not "
+            "belong together"
+        )
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model in evaluation mode; on exit, restore every module's previous mode."""
