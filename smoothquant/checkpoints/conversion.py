@@ -54,6 +54,7 @@ from ..quantization.engine import Plan
 from ..quantization.pipeline import Group
 from ..quantization.records import LinearRecord
 from .attachment import finish_and_attach
+from .checksums import config_checksum, tensor_checksums
 from .folder import check_target, float_model
 from .manifest import CARD, Manifest, insert_linears
 from .model_card import model_card
@@ -153,6 +154,7 @@ class _Conversion:
         self.layers, self.folder, self.mapped = layers, folder, mapped
         # The manifest lists how the config of each layer differs from this one.
         self.model.mixedquant_config = self.config
+        self.checksums: dict[str, str] = {}
 
     def path(self, index: int) -> Path:
         """The file of a layer; after the last layer, that of the remaining tensors."""
@@ -210,14 +212,19 @@ class _Conversion:
         """Write a packed layer to its file and map it from there."""
         prefix = self.layers[index] + "."
         linears = Manifest.of_model(self.model).to_dict()["linears"]
+        tensors = self._tensors(index)[0]
+        checksums = tensor_checksums(tensors, linears)
+        self.checksums |= checksums
         description = {
             "linears": {name: e for name, e in linears.items() if name.startswith(prefix)},
+            "checksums": checksums,
             "records": [dataclasses.asdict(record) for record in records],
         }
         # Not in the file's metadata, which safetensors writes in random order.
         with atomic_file(self._description(index)) as partial:
             partial.write_text(json.dumps(description), encoding="utf-8")
-        write_tensors(self._tensors(index)[0], self.path(index))
+        write_tensors(tensors, self.path(index))
+        del tensors
         self._map(index)
         self.mapped.release()
 
@@ -229,6 +236,7 @@ class _Conversion:
         fields["linears"] = description["linears"]
         insert_linears(self.model, Manifest.from_dict(fields, path), path)
         self._map(index)
+        self.checksums |= description["checksums"]
         for fields in description["records"]:
             record = LinearRecord(**{**fields, "shape": tuple(fields["shape"])})
             self.plan.records[record.name] = record
@@ -256,6 +264,12 @@ class _Conversion:
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         self.model.config.architectures = [type(self.model).__name__]
         self.model.config.dtype = next(self.model.parameters()).dtype
+        manifest = self.model.config.quantization_config
+        manifest.checksums = (
+            self.checksums
+            | tensor_checksums(rest, manifest.linears)
+            | config_checksum(json.loads(self.model.config.to_json_string()))
+        )
         self.model.config.save_pretrained(self.folder)
         for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
             shutil.copy(path, self.folder / path.name)

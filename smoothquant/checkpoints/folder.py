@@ -39,7 +39,17 @@ from ..core.tensor_files import (
 from ..layers.linear import QuantizedLinear, is_quantized
 from ..models.modules import assign, is_transformers_model, unsaved_buffers
 from .attachment import attach
-from .manifest import CARD, Manifest, check_headers, check_kept, check_linear, insert_linears
+from .manifest import (
+    CARD,
+    Manifest,
+    check_checksums,
+    check_headers,
+    check_kept,
+    check_linear,
+    insert_linears,
+    try_model,
+    warn_of_changes,
+)
 
 
 def save_quantized(
@@ -131,8 +141,9 @@ def is_quantized_folder(folder: str | os.PathLike) -> bool:
 def load_quantized(folder: str | os.PathLike) -> nn.Module:
     """Load a folder written by `save_quantized`, on the CPU and in evaluation mode.
 
-    No code from the folder is run. All files are checked before any kernel runs; then the model is
-    run on three tokens.
+    No code from the folder is run. All files are checked before any kernel runs, with their
+    checksums; then the model is run on three tokens. A config.json whose fields for the float model
+    were edited gives a warning.
 
     The attention implementation is not stored. The loaded model has transformers' default, which
     ``model.set_attn_implementation`` changes. With the same implementation, logits are
@@ -140,12 +151,13 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
 
     Raises:
         ValueError: there is no such folder.
-        CheckpointError: a file is missing, damaged or inconsistent with the others. The message
-            names the file and, if there is one, the tensor.
+        CheckpointError: a file is missing, damaged, inconsistent with the others or not the one
+            that was saved, or the model gives no finite logits. The message names the file and, if
+            there is one, the tensor.
     """
     model, manifest, headers, dtypes = open_quantized(folder)
-    tensors = _read(headers)
-    tensors |= {name: tensors[owner] for name, owner in manifest.shared.items()}
+    stored = _read(headers)
+    tensors = stored | {name: stored[owner] for name, owner in manifest.shared.items()}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             layer_tensors = {key: tensors[f"{name}.{key}"] for key in module.state_dict()}
@@ -156,27 +168,15 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
         assign(model, name, buffer.to(dtypes[name]))
     model.load_state_dict(tensors, assign=True)
     check_kept(model, headers)
+    check_checksums(manifest, headers, stored)
     model.mixedquant_config = manifest.config
     parameters = dict(model.named_parameters())
     for name, owner in manifest.shared.items():
         if owner in parameters:  # it shares the memory already; make it the same object
             assign(model, name, parameters[owner])
     attach(model)
-    _try(model.eval(), Path(folder) / CONFIG)
+    try_model(model.eval(), Path(folder) / CONFIG)
     return model
-
-
-@torch.no_grad()
-def _try(model: Any, path: Path) -> None:
-    """Reject a config from which a model can be built that does not run."""
-    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
-        return  # needs inputs other than tokens
-    try:
-        model(torch.zeros(1, 3, dtype=torch.int64))  # 3, as wrong sizes of 1 would broadcast
-    except Exception as error:  # a broken config may raise anything in the model
-        raise CheckpointError(
-            f"{path}: the {type(model).__name__} built from it does not run: {error}"
-        ) from error
 
 
 class Opened(NamedTuple):
@@ -210,6 +210,7 @@ def open_quantized(folder: str | os.PathLike) -> Opened:
     insert_linears(model, manifest, path)
     paths = {header.path for header in headers.values()} or {folder / TENSORS}
     dtypes = check_headers(model, manifest, headers, tensors_file(paths))
+    warn_of_changes(manifest, path, fields)
     return Opened(model, manifest, headers, dtypes)
 
 

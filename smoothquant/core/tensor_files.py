@@ -162,6 +162,14 @@ class Mapped:
                 pages.madvise(mmap.MADV_DONTNEED)
 
 
+def mapped_tensors(headers: Mapping[str, Header]) -> dict[str, Tensor]:
+    """The tensors of some headers, memory-mapped."""
+    mapped, tensors = Mapped(), {}
+    for path in {header.path: None for header in headers.values()}:
+        tensors |= mapped.read(path, [n for n, header in headers.items() if header.path == path])
+    return tensors
+
+
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file atomically."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
