@@ -233,6 +233,57 @@ def test_targets_are_not_lost(source, tmp_path):
     assert load_quantized(target).mixedquant_config.group_size == 8
 
 
+def test_one_conversion_at_a_time_writes_a_target(source, tmp_path, monkeypatch):
+    folder, target, config = source(), tmp_path / "target", MixedQuantConfig(group_size=16)
+    publish = conversion.publish_folder
+
+    def second(*args, **kwargs):
+        with pytest.raises(RuntimeError, match=r"another conversion into .*/target is running"):
+            convert(folder, target, MixedQuantConfig(group_size=8), progress=False)
+        publish(*args, **kwargs)
+
+    monkeypatch.setattr(conversion, "publish_folder", second)
+    convert(folder, target, config, progress=False)
+    assert load_quantized(target).mixedquant_config.group_size == 16
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, "target"]
+
+
+def test_a_target_that_is_taken_meanwhile_is_refused_as_usual(source, tmp_path, monkeypatch):
+    folder, target, config = source(), tmp_path / "target", MixedQuantConfig(group_size=16)
+    publish = conversion.publish_folder
+
+    def taken(*args, **kwargs):
+        target.mkdir()
+        (target / "mine").write_text("mine")
+        publish(*args, **kwargs)
+
+    monkeypatch.setattr(conversion, "publish_folder", taken)
+    with pytest.raises(ValueError, match="folder already exists"):
+        convert(folder, target, config, progress=False)
+    assert contents(target) == {"mine": b"mine"}
+
+
+def test_an_overwritten_model_is_not_resumed_from(source, tmp_path, monkeypatch):
+    folder, target = source(), tmp_path / "target"
+    configs = [MixedQuantConfig(group_size=size) for size in (8, 16)]
+    for config in configs:
+        convert(folder, tmp_path / f"{config.group_size}", config, progress=False)
+    convert(folder, target, configs[0], progress=False)
+    publish = conversion.publish_folder
+
+    def interrupted(*args, **kwargs):
+        publish(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "publish_folder", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(folder, target, configs[1], overwrite=True, progress=False)
+    assert contents(target) == contents(tmp_path / "16")
+    convert(folder, target, configs[1], overwrite=True, progress=False)
+    assert contents(target) == contents(tmp_path / "16")
+
+
 def test_bad_sources_are_named(source, tmp_path):
     config, target = MixedQuantConfig(group_size=16), tmp_path / "target"
     with pytest.raises(ValueError, match="source must be a model folder .*nothing"):

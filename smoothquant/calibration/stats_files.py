@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -114,7 +115,9 @@ def save_act_scales(scales: Mapping[str, Tensor], path: str | os.PathLike) -> No
     scales = {name: scale.detach().cpu().clone().contiguous() for name, scale in scales.items()}
     with atomic_file(path) as temporary:
         if Path(path).suffix in (".pt", ".pth"):
-            torch.save(scales, temporary)
+            buffer = io.BytesIO()  # torch reports a full disk in many ways
+            torch.save(scales, buffer)
+            temporary.write_bytes(buffer.getvalue())
         else:
             safetensors.torch.save_file(scales, temporary)
 

@@ -34,7 +34,7 @@ from ..calibration.tokens import chosen_batches
 from ..channels.statistics import ChannelStats
 from ..core.config import MixedQuantConfig
 from ..core.errors import CheckpointError
-from ..core.files import atomic_file, publish_folder
+from ..core.files import atomic_file, disk_errors, hidden_sibling, locked, publish_folder
 from ..core.tensor_files import (
     CONFIG,
     INDEX,
@@ -55,7 +55,7 @@ from ..quantization.pipeline import Group
 from ..quantization.records import LinearRecord
 from .attachment import finish_and_attach
 from .checksums import config_checksum, tensor_checksums
-from .folder import check_target, float_model
+from .folder import check_target, float_model, usual_errors
 from .manifest import CARD, Manifest, insert_linears
 from .model_card import model_card
 
@@ -104,7 +104,8 @@ def convert(
         ValueError: there is no such folder, or the decoder layers of the model are unknown; also as
             `quantize` and `save_quantized`.
         CheckpointError: a source file is damaged, or a tensor is missing.
-        OSError: the disk is full.
+        RuntimeError: another conversion into `target` is running.
+        OSError: the disk is full, or writing failed otherwise.
     """
     target = check_target(target, overwrite=overwrite)
     if not isinstance(config, MixedQuantConfig):
@@ -114,34 +115,44 @@ def convert(
     model, layers = float_source(source, headers)
     batches = chosen_batches(model, config, stats, batches, tokenizer or source)
     check_batches(config, batches)
-    work = target.with_name(f".{target.name}.partial")
-    _begin(work, _identity(headers, config, stats, batches))
-    folder, mapped = work / "folder", Mapped()
-    spilled = work / "spilled" if spill else None
-    if progress:
-        print(f"Keeping finished layers in {work} until the conversion is complete.", flush=True)
-    try:
-        _map_weights(model, source, headers, mapped, work / "fused")
+    with (
+        locked(hidden_sibling(target, "lock"), f"another conversion into {target} is running"),
+        usual_errors(target),
+        disk_errors(target),
+    ):
+        check_target(target, overwrite=overwrite)  # another one may have finished meanwhile
+        work = hidden_sibling(target, "partial")
+        _begin(work, _identity(headers, config, stats, batches))
+        folder, mapped = work / "folder", Mapped()
+        spilled = work / "spilled" if spill else None
+        if progress:
+            print(
+                f"Keeping finished layers in {work} until the conversion is complete.", flush=True
+            )
+        try:
+            _map_weights(model, source, headers, mapped, work / "fused")
 
-        def collect(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, ChannelStats]:
-            collected = _statistics(work / "stats.safetensors", model, batches, spilled, progress)
-            mapped.release()
-            return collected
+            def collect(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, ChannelStats]:
+                collected = _statistics(
+                    work / "stats.safetensors", model, batches, spilled, progress
+                )
+                mapped.release()
+                return collected
 
-        plan = Plan(
-            model, config, stats, batches, collect=collect, spill=spilled, progress=progress
-        )
-        conversion = _Conversion(plan, layers, folder, mapped)
-        conversion.run()
-        records = finish_and_attach(plan)
-        conversion.write_rest(source)
-        publish_folder(folder, target, overwrite=overwrite)
-    except Exception:
-        if folder.exists() and not any(folder.iterdir()):  # nothing to resume from
-            shutil.rmtree(work, ignore_errors=True)
-        raise
-    shutil.rmtree(work, ignore_errors=True)
-    return records
+            plan = Plan(
+                model, config, stats, batches, collect=collect, spill=spilled, progress=progress
+            )
+            conversion = _Conversion(plan, layers, folder, mapped)
+            conversion.run()
+            records = finish_and_attach(plan)
+            conversion.write_rest(source)
+            publish_folder(folder, target, overwrite=overwrite)
+        except Exception:
+            if folder.exists() and not any(folder.iterdir()):  # nothing to resume from
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+        return records
 
 
 class _Conversion:

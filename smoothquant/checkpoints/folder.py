@@ -26,7 +26,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..core.config import MixedQuantConfig
 from ..core.errors import CheckpointError
-from ..core.files import atomic_folder
+from ..core.files import atomic_folder, restore_folder
 from ..core.tensor_files import (
     CONFIG,
     TENSORS,
@@ -95,12 +95,22 @@ def write_folder(
     Args:
         folder: as returned by `check_target`.
     """
-    with atomic_folder(folder, overwrite=overwrite) as partial:
+    with usual_errors(folder), atomic_folder(folder, overwrite=overwrite) as partial:
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if card:
             (partial / CARD).write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def usual_errors(folder: Path) -> Iterator[None]:
+    """Raise what `check_target` raises if `folder` was taken after it had been checked."""
+    try:
+        yield
+    except FileExistsError:
+        check_target(folder)
+        raise
 
 
 def check_target(
@@ -119,6 +129,7 @@ def check_target(
         ValueError: the path exists and is neither an empty folder nor one that may be overwritten.
     """
     path = Path(folder).resolve()
+    restore_folder(path)
     free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     replaceable = (path / CONFIG).is_file() if of_any_model else is_quantized_folder(path)
     if not (free or (overwrite and replaceable)):
@@ -198,6 +209,8 @@ class Opened(NamedTuple):
 def open_quantized(folder: str | os.PathLike) -> Opened:
     """Do everything in `load_quantized` that does not read tensors; raises the same errors."""
     folder = Path(folder)
+    if not folder.is_dir():
+        restore_folder(folder)
     if not folder.is_dir():
         raise ValueError(f"folder must be a quantized model folder; got {folder}")
     path = folder / CONFIG
