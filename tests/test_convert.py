@@ -99,6 +99,21 @@ def test_shards_and_dtypes_are_kept(source, make_model, tmp_path):
     assert len(set(places.values())) == model.config.num_hidden_layers + 1
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float8_e4m3fn", "float8_e5m2", "int8", "complex64"])
+def test_odd_dtypes_are_named_if_the_model_needs_them(dtype, source, tmp_path):
+    folder, config, odd = source("opt"), MixedQuantConfig(group_size=16), getattr(torch, dtype)
+    tensors = load_file(folder / TENSORS)
+    save_file({**tensors, "unused": torch.ones(2).to(odd)}, folder / TENSORS, {"format": "pt"})
+    convert(folder, tmp_path / "target", config, progress=False)
+    load_quantized(tmp_path / "target")
+    for name in ("model.decoder.layers.0.fc1.weight", "model.decoder.final_layer_norm.weight"):
+        odd_one = {**tensors, name: tensors[name].to(odd)}
+        save_file(odd_one, folder / TENSORS, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=f"tensor {name} must be float32, .*save a float"):
+            convert(folder, tmp_path / "other", config, progress=False)
+    assert not (tmp_path / "other").exists()
+
+
 def test_what_is_spilled_is_what_would_be_in_memory(source, tmp_path, monkeypatch):
     config, folder = MixedQuantConfig(**CONFIGS["best"]), source()
     convert(folder, tmp_path / "in memory", config, batches=batches_of(), progress=False)

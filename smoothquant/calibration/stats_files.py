@@ -16,7 +16,7 @@ from torch import Tensor
 from ..channels.statistics import STAT_DTYPES, ChannelStats
 from ..core.errors import CheckpointError
 from ..core.files import atomic_file
-from ..core.tensor_files import raw_header
+from ..core.tensor_files import raw_header, remedy
 
 STATS_FORMAT = "mixedquant-stats"
 STATS_VERSION = 1
@@ -146,7 +146,9 @@ def load_act_scales(path: str | os.PathLike) -> dict[str, Tensor]:
         except Exception as error:  # torch, zipfile and the unpickler raise errors of many types
             # torch's message may advise running the code in the file
             detail = "" if "weights_only" in str(error) else f": {error}"
-            raise CheckpointError(f"{path}: not a readable file of tensors only{detail}") from error
+            raise CheckpointError(
+                f"{path}: not a readable file of tensors only{detail}{remedy(path)}"
+            ) from error
     if not isinstance(scales, dict):
         raise CheckpointError(f"{path}: expected a dict of tensors; got a {type(scales).__name__}")
     for name, scale in scales.items():
@@ -173,4 +175,6 @@ def _read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (OSError, safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file: {error}{remedy(path)}"
+        ) from error

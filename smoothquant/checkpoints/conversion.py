@@ -38,14 +38,17 @@ from ..core.files import atomic_file, disk_errors, hidden_sibling, locked, publi
 from ..core.tensor_files import (
     CONFIG,
     INDEX,
+    STORED_DTYPES,
     Header,
     Mapped,
+    mapped_tensors,
     read_headers,
     read_json,
+    remedy,
     stored_tensors,
     write_tensors,
 )
-from ..core.tensors import DTYPES, FLOATS
+from ..core.tensors import DTYPES, FLOATS, dtype_name
 from ..core.version import __version__
 from ..models.families import decoder_layers
 from ..models.modules import assign, distinct_tensors
@@ -56,10 +59,15 @@ from ..quantization.records import LinearRecord
 from .attachment import finish_and_attach
 from .checksums import config_checksum, tensor_checksums
 from .folder import check_target, float_model, usual_errors
-from .manifest import CARD, Manifest, insert_linears
+from .manifest import CARD, Manifest, insert_linears, may_hold
 from .model_card import model_card
 
 logger = logging.getLogger("smoothquant")
+
+FLOAT_REMEDY = (
+    "save a float model by save_pretrained of transformers; it loads FP8 models in bfloat16 with "
+    "quantization_config=FineGrainedFP8Config(dequantize=True)"
+)
 
 # Files of the source that are copied unchanged.
 COMPANIONS = (
@@ -292,7 +300,10 @@ def float_source(source: Path, headers: Mapping[str, Header]) -> tuple[nn.Module
     fields = read_json(source / CONFIG)
     if "quantization_config" in fields:
         method = fields["quantization_config"]
-        raise ValueError(f"source must hold a float model; {source} is quantized: {method!r:.80}")
+        raise ValueError(
+            f"source must hold a float model; {source} is quantized: {method!r:.80} "
+            f"({FLOAT_REMEDY})"
+        )
     model = float_model(
         source, fields.get("architectures"), len(headers), _main_dtype(fields, headers)
     )
@@ -331,7 +342,9 @@ def _main_dtype(fields: Mapping[str, Any], headers: Mapping[str, Header]) -> tor
 
 def _checked_source(source: str | os.PathLike) -> Path:
     if not (Path(source) / CONFIG).is_file():
-        raise ValueError(f"source must be a model folder with a config.json; got {source}")
+        raise ValueError(
+            f"source must be a model folder with a config.json; got {source}{remedy(source)}"
+        )
     return Path(source)
 
 
@@ -352,21 +365,22 @@ def _map_weights(
     )
 
     expected = model.state_dict(keep_vars=True)
-    stored: dict[str, Tensor] = {}
-    for path in sorted({header.path for header in headers.values()}):
-        stored |= mapped.read(path, [n for n, header in headers.items() if header.path == path])
+    readable = {n: h for n, h in headers.items() if h.dtype in STORED_DTYPES.values()}
+    stored = mapped_tensors(readable, mapped)
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
     loaded: dict[str, tuple[Path, Tensor]] = {}
     parts: dict[str, WeightConverter] = {}
-    for key in sorted(stored, key=dot_natural_key):
+    for key in sorted(headers, key=dot_natural_key):
         name: str = key
         pattern: str | None = None
         if key not in expected:
             prefix = model.base_model_prefix
             name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
+        if name in expected and key not in stored:
+            raise _unusable(headers[key], key)
         if name in expected and pattern is None:
             loaded[name] = headers[key].path, stored[key]
         elif name in expected and pattern is not None:
@@ -396,8 +410,17 @@ def _map_weights(
                 f"{path}: tensor {name} must have shape {tuple(expected[name].shape)}; "
                 f"got {tuple(tensor.shape)}"
             )
+        if not may_hold(expected[name], tensor.dtype):
+            raise _unusable(Header(path, tuple(tensor.shape), dtype_name(tensor.dtype)), name)
         assign(model, name, tensor)
     model.tie_weights()
+
+
+def _unusable(header: Header, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{header.path}: tensor {name} must be float32, float16 or bfloat16; got {header.dtype} "
+        f"({FLOAT_REMEDY})"
+    )
 
 
 def _statistics(

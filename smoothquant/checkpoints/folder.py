@@ -33,6 +33,7 @@ from ..core.tensor_files import (
     Header,
     check_file,
     read_json,
+    remedy,
     stored_tensors,
     tensors_file,
 )
@@ -212,7 +213,7 @@ def open_quantized(folder: str | os.PathLike) -> Opened:
     if not folder.is_dir():
         restore_folder(folder)
     if not folder.is_dir():
-        raise ValueError(f"folder must be a quantized model folder; got {folder}")
+        raise ValueError(f"folder must be a quantized model folder; got {folder}{remedy(folder)}")
     path = folder / CONFIG
     fields = read_json(path)
     if "quantization_config" not in fields:
