@@ -304,9 +304,7 @@ def float_source(source: Path, headers: Mapping[str, Header]) -> tuple[nn.Module
             f"source must hold a float model; {source} is quantized: {method!r:.80} "
             f"({FLOAT_REMEDY})"
         )
-    model = float_model(
-        source, fields.get("architectures"), len(headers), _main_dtype(fields, headers)
-    )
+    model = float_model(source, fields.get("architectures"), headers, _main_dtype(fields, headers))
     layers = decoder_layers(model)
     if not layers:
         raise ValueError(

@@ -12,7 +12,9 @@ model.safetensors             every distinct parameter and persistent buffer, on
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,7 +33,6 @@ from ..core.tensor_files import (
     CONFIG,
     TENSORS,
     Header,
-    check_file,
     read_json,
     remedy,
     stored_tensors,
@@ -220,7 +221,7 @@ def open_quantized(folder: str | os.PathLike) -> Opened:
         raise CheckpointError(f"{path}: not a quantized model: it has no quantization_config")
     manifest = Manifest.from_dict(fields["quantization_config"], path)
     headers = stored_tensors(folder)
-    model = float_model(folder, fields.get("architectures"), len(headers))
+    model = float_model(folder, fields.get("architectures"), headers)
     insert_linears(model, manifest, path)
     paths = {header.path for header in headers.values()} or {folder / TENSORS}
     dtypes = check_headers(model, manifest, headers, tensors_file(paths))
@@ -242,18 +243,24 @@ def _read(headers: Mapping[str, Header]) -> dict[str, Tensor]:
 
 
 def float_model(
-    folder: Path, architectures: Any, num_tensors: int, dtype: torch.dtype = torch.float32
+    folder: Path,
+    architectures: Any,
+    headers: Mapping[str, Header],
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
     """Build the float transformers model of a folder, with its parameters on meta.
 
+    A config may ask for any amount of memory and time. The model is therefore built twice: first
+    entirely on meta, to compare its size with that of the files.
+
     Args:
         architectures: this field of the folder's config.json.
-        num_tensors: number of stored tensors.
+        headers: headers of the stored tensors.
         dtype: torch's default dtype during the build, as transformers sets it before it loads
             weights. Buffers that are not stored, such as Gemma's ``embed_scale``, get it.
 
     Raises:
-        CheckpointError: the config does not describe a transformers model.
+        CheckpointError: the config does not describe a transformers model of the files' size.
     """
     import transformers
 
@@ -262,6 +269,7 @@ def float_model(
     cls: Any = getattr(transformers, class_name, None) if isinstance(class_name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise CheckpointError(f"{path}: architectures: {class_name!r} is not a transformers model")
+    check_counts(path, read_json(path), headers)
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -270,19 +278,61 @@ def float_model(
         if not isinstance(config, model_class.config_class):
             raise TypeError(f"its model type is {config.model_type!r}")
         # A malicious depth would take forever to build, but every layer has tensors of its own.
-        if config.num_hidden_layers > num_tensors:
-            raise ValueError(f"{config.num_hidden_layers} layers, but {num_tensors} tensors")
+        if config.num_hidden_layers > len(headers):
+            raise ValueError(f"{config.num_hidden_layers} layers, but {len(headers)} tensors")
         with _build_lock, _parameters_on_meta(), _default_dtype(dtype):
+            with torch.device("meta"):
+                _check_size(model_class(copy.deepcopy(config)), headers)
             model = model_class(config)
         path = folder / "generation_config.json"
         if os.path.lexists(path):
-            check_file(path)
+            read_json(path)  # checks more than transformers does
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     except CheckpointError:
         raise
     except Exception as error:  # a broken config may raise anything in the model class
         raise CheckpointError(f"{path}: cannot build a {class_name} from it: {error}") from error
     return model
+
+
+# Counts in config.json for which lists and modules are built in Python.
+COUNT = re.compile(r"(num|n)_|.*(layers|labels|experts|heads)$")
+MOST_COUNT = 2**14  # transformers takes 50 us for a label
+UNSAVED_BYTES = 2**27  # of buffers, besides the size of the files
+
+
+def check_counts(path: Path, fields: Any, headers: Mapping[str, Header]) -> None:
+    """Reject counts in a config that no tensor on disk can match.
+
+    Raises:
+        CheckpointError: a count, at any depth, is above `MOST_COUNT` and above the largest
+            dimension of a tensor.
+    """
+    largest = max((size for header in headers.values() for size in header.shape), default=0)
+    most = max(MOST_COUNT, largest)
+    if isinstance(fields, dict):
+        for name, value in fields.items():
+            if isinstance(value, (int, float)) and COUNT.match(name) and value > most:
+                raise CheckpointError(
+                    f"{path}: {name} is {value:.10g}, but no dimension of a stored tensor exceeds "
+                    f"{largest}"
+                )
+            check_counts(path, value, headers)
+    elif isinstance(fields, list):
+        for value in fields:
+            check_counts(path, value, headers)
+
+
+def _check_size(model: nn.Module, headers: Mapping[str, Header]) -> None:
+    """Reject a model that is larger than the files can make it; a value has at least 4 bits."""
+    stored = sum(path.stat().st_size for path in {header.path for header in headers.values()})
+    kept = {id(tensor): tensor.numel() for tensor in model.state_dict(keep_vars=True).values()}
+    unsaved = sum(tensor.nbytes for tensor in unsaved_buffers(model).values())
+    if sum(kept.values()) > 2 * stored or unsaved > stored + UNSAVED_BYTES:
+        raise ValueError(
+            f"it has {sum(kept.values()):,} values and {unsaved:,} bytes of buffers, but the files "
+            f"have {stored:,} bytes"
+        )
 
 
 # torch's default dtype belongs to the process: one model is built at a time.
@@ -316,8 +366,10 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _move_to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-    if getattr(_building, "here", False) and parameter.device.type != "meta":
-        on_meta: Any = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    if getattr(_building, "here", False):
+        on_meta: Any = parameter
+        if not parameter.is_meta:
+            on_meta = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
         on_meta._is_hf_initialized = True  # lets transformers skip the slow initialization
         return on_meta
     return None

@@ -72,6 +72,9 @@ def remedy(path: str | os.PathLike) -> str:
     return ""
 
 
+MOST_JSON_BYTES = 2**28  # of a file: a million quantized layers
+
+
 class Header(NamedTuple):
     """Where a tensor is stored, its shape and dtype.
 
@@ -117,6 +120,8 @@ def tensors_file(paths: Iterable[str | os.PathLike]) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; CheckpointError if it holds anything else."""
     check_file(path)
+    if path.stat().st_size > MOST_JSON_BYTES:
+        raise CheckpointError(f"{path}: more than {MOST_JSON_BYTES:,} bytes")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
