@@ -49,7 +49,7 @@ def tensor_checksums(tensors: Mapping[str, Tensor], linears: Collection[str]) ->
         for name in names:
             checksum = zlib.crc32(name.removeprefix(unit).encode(), checksum)
             plain = tensors[name].detach().cpu().contiguous().reshape(-1)
-            checksum = zlib.crc32(plain.view(torch.uint8).numpy(), checksum)
+            checksum = zlib.crc32(plain.view(torch.uint8).numpy().data, checksum)
         checksums[unit] = f"{checksum:08x}"
     return checksums
 

@@ -282,7 +282,7 @@ class MixedQuantQuantizer(HfQuantizer):
         if self.as_stored and not any(tensor.is_meta for tensor in model.parameters()):
             try_model(model, path)
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict | None, dict]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict | None, dict]:
         """Update the model's manifest, checksums included; return each distinct tensor once."""
         if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is saved
             return None, {}

@@ -221,7 +221,8 @@ def mapped_tensors(
     headers: Mapping[str, Header], mapped: Mapped | None = None
 ) -> dict[str, Tensor]:
     """The tensors of some headers, memory-mapped; None makes a `Mapped` for them."""
-    mapped, tensors = mapped or Mapped(), {}
+    mapped = mapped or Mapped()
+    tensors: dict[str, Tensor] = {}
     for path in {header.path: None for header in headers.values()}:
         tensors |= mapped.read(path, [n for n, header in headers.items() if header.path == path])
     return tensors
