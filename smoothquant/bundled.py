@@ -105,11 +105,15 @@ def load_model(
     if name in BUNDLED_MODELS:
         model, tokenizer = load_bundled(name)
         return model.to(dtype), tokenizer
+    from .core.tensor_files import remedy
+
     try:
         return _load_folder(name, "auto" if dtype is None else dtype)
     except _LOADING_ERRORS as error:
         if os.path.isdir(name):
-            raise CheckpointError(f"{name} does not hold a readable model ({error})") from error
+            raise CheckpointError(
+                f"{name} does not hold a readable model ({error}){remedy(name)}"
+            ) from error
         raise ValueError(f"name_or_folder: cannot load {name!r}: {error}") from error
 
 
@@ -120,7 +124,11 @@ def check_model_name(name_or_folder: str | os.PathLike) -> None:
         return
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
-            raise ValueError(f"name_or_folder: the folder {name!r} has no config.json")
+            from .core.tensor_files import remedy
+
+            raise ValueError(
+                f"name_or_folder: the folder {name!r} has no config.json{remedy(name)}"
+            )
     elif not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
         raise ValueError(
             f"name_or_folder must be one of {list(BUNDLED_MODELS)}, an existing folder or a "

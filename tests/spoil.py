@@ -50,3 +50,11 @@ def edit(file, *keys, value):
 def edit_manifest(*keys, value):
     """A value of what config.json says about the quantization."""
     return edit(CONFIG, "quantization_config", *keys, value=value)
+
+
+def without_checksums(folder):
+    """Make a folder one of an earlier version, so that other checks have to notice changes."""
+    content = json.loads((folder / CONFIG).read_text())
+    for field in ("checksums", "checksum"):
+        del content["quantization_config"][field]
+    (folder / CONFIG).write_text(json.dumps(content))

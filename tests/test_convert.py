@@ -99,6 +99,21 @@ def test_shards_and_dtypes_are_kept(source, make_model, tmp_path):
     assert len(set(places.values())) == model.config.num_hidden_layers + 1
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float8_e4m3fn", "float8_e5m2", "int8", "complex64"])
+def test_odd_dtypes_are_named_if_the_model_needs_them(dtype, source, tmp_path):
+    folder, config, odd = source("opt"), MixedQuantConfig(group_size=16), getattr(torch, dtype)
+    tensors = load_file(folder / TENSORS)
+    save_file({**tensors, "unused": torch.ones(2).to(odd)}, folder / TENSORS, {"format": "pt"})
+    convert(folder, tmp_path / "target", config, progress=False)
+    load_quantized(tmp_path / "target")
+    for name in ("model.decoder.layers.0.fc1.weight", "model.decoder.final_layer_norm.weight"):
+        odd_one = {**tensors, name: tensors[name].to(odd)}
+        save_file(odd_one, folder / TENSORS, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=f"tensor {name} must be float32, .*save a float"):
+            convert(folder, tmp_path / "other", config, progress=False)
+    assert not (tmp_path / "other").exists()
+
+
 def test_what_is_spilled_is_what_would_be_in_memory(source, tmp_path, monkeypatch):
     config, folder = MixedQuantConfig(**CONFIGS["best"]), source()
     convert(folder, tmp_path / "in memory", config, batches=batches_of(), progress=False)
@@ -231,6 +246,57 @@ def test_targets_are_not_lost(source, tmp_path):
         convert(folder, target, config, progress=False)
     convert(folder, target, MixedQuantConfig(group_size=8), overwrite=True, progress=False)
     assert load_quantized(target).mixedquant_config.group_size == 8
+
+
+def test_one_conversion_at_a_time_writes_a_target(source, tmp_path, monkeypatch):
+    folder, target, config = source(), tmp_path / "target", MixedQuantConfig(group_size=16)
+    publish = conversion.publish_folder
+
+    def second(*args, **kwargs):
+        with pytest.raises(RuntimeError, match=r"another conversion into .*/target is running"):
+            convert(folder, target, MixedQuantConfig(group_size=8), progress=False)
+        publish(*args, **kwargs)
+
+    monkeypatch.setattr(conversion, "publish_folder", second)
+    convert(folder, target, config, progress=False)
+    assert load_quantized(target).mixedquant_config.group_size == 16
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, "target"]
+
+
+def test_a_target_that_is_taken_meanwhile_is_refused_as_usual(source, tmp_path, monkeypatch):
+    folder, target, config = source(), tmp_path / "target", MixedQuantConfig(group_size=16)
+    publish = conversion.publish_folder
+
+    def taken(*args, **kwargs):
+        target.mkdir()
+        (target / "mine").write_text("mine")
+        publish(*args, **kwargs)
+
+    monkeypatch.setattr(conversion, "publish_folder", taken)
+    with pytest.raises(ValueError, match="folder already exists"):
+        convert(folder, target, config, progress=False)
+    assert contents(target) == {"mine": b"mine"}
+
+
+def test_an_overwritten_model_is_not_resumed_from(source, tmp_path, monkeypatch):
+    folder, target = source(), tmp_path / "target"
+    configs = [MixedQuantConfig(group_size=size) for size in (8, 16)]
+    for config in configs:
+        convert(folder, tmp_path / f"{config.group_size}", config, progress=False)
+    convert(folder, target, configs[0], progress=False)
+    publish = conversion.publish_folder
+
+    def interrupted(*args, **kwargs):
+        publish(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "publish_folder", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(folder, target, configs[1], overwrite=True, progress=False)
+    assert contents(target) == contents(tmp_path / "16")
+    convert(folder, target, configs[1], overwrite=True, progress=False)
+    assert contents(target) == contents(tmp_path / "16")
 
 
 def test_bad_sources_are_named(source, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..channels.statistics import STAT_DTYPES, ChannelStats
 from ..core.errors import CheckpointError
 from ..core.files import atomic_file
-from ..core.tensor_files import raw_header
+from ..core.tensor_files import raw_header, remedy
 
 STATS_FORMAT = "mixedquant-stats"
 STATS_VERSION = 1
@@ -114,7 +115,9 @@ def save_act_scales(scales: Mapping[str, Tensor], path: str | os.PathLike) -> No
     scales = {name: scale.detach().cpu().clone().contiguous() for name, scale in scales.items()}
     with atomic_file(path) as temporary:
         if Path(path).suffix in (".pt", ".pth"):
-            torch.save(scales, temporary)
+            buffer = io.BytesIO()  # torch reports a full disk in many ways
+            torch.save(scales, buffer)
+            temporary.write_bytes(buffer.getvalue())
         else:
             safetensors.torch.save_file(scales, temporary)
 
@@ -143,7 +146,9 @@ def load_act_scales(path: str | os.PathLike) -> dict[str, Tensor]:
         except Exception as error:  # torch, zipfile and the unpickler raise errors of many types
             # torch's message may advise running the code in the file
             detail = "" if "weights_only" in str(error) else f": {error}"
-            raise CheckpointError(f"{path}: not a readable file of tensors only{detail}") from error
+            raise CheckpointError(
+                f"{path}: not a readable file of tensors only{detail}{remedy(path)}"
+            ) from error
     if not isinstance(scales, dict):
         raise CheckpointError(f"{path}: expected a dict of tensors; got a {type(scales).__name__}")
     for name, scale in scales.items():
@@ -170,4 +175,6 @@ def _read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (OSError, safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file: {error}{remedy(path)}"
+        ) from error

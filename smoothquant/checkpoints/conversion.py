@@ -34,18 +34,21 @@ from ..calibration.tokens import chosen_batches
 from ..channels.statistics import ChannelStats
 from ..core.config import MixedQuantConfig
 from ..core.errors import CheckpointError
-from ..core.files import atomic_file, publish_folder
+from ..core.files import atomic_file, disk_errors, hidden_sibling, locked, publish_folder
 from ..core.tensor_files import (
     CONFIG,
     INDEX,
+    STORED_DTYPES,
     Header,
     Mapped,
+    mapped_tensors,
     read_headers,
     read_json,
+    remedy,
     stored_tensors,
     write_tensors,
 )
-from ..core.tensors import DTYPES, FLOATS
+from ..core.tensors import DTYPES, FLOATS, dtype_name
 from ..core.version import __version__
 from ..models.families import decoder_layers
 from ..models.modules import assign, distinct_tensors
@@ -54,11 +57,17 @@ from ..quantization.engine import Plan
 from ..quantization.pipeline import Group
 from ..quantization.records import LinearRecord
 from .attachment import finish_and_attach
-from .folder import check_target, float_model
-from .manifest import CARD, Manifest, insert_linears
+from .checksums import config_checksum, tensor_checksums
+from .folder import check_target, float_model, usual_errors
+from .manifest import CARD, Manifest, insert_linears, may_hold
 from .model_card import model_card
 
 logger = logging.getLogger("smoothquant")
+
+FLOAT_REMEDY = (
+    "save a float model by save_pretrained of transformers; it loads FP8 models in bfloat16 with "
+    "quantization_config=FineGrainedFP8Config(dequantize=True)"
+)
 
 # Files of the source that are copied unchanged.
 COMPANIONS = (
@@ -103,7 +112,8 @@ def convert(
         ValueError: there is no such folder, or the decoder layers of the model are unknown; also as
             `quantize` and `save_quantized`.
         CheckpointError: a source file is damaged, or a tensor is missing.
-        OSError: the disk is full.
+        RuntimeError: another conversion into `target` is running.
+        OSError: the disk is full, or writing failed otherwise.
     """
     target = check_target(target, overwrite=overwrite)
     if not isinstance(config, MixedQuantConfig):
@@ -113,34 +123,44 @@ def convert(
     model, layers = float_source(source, headers)
     batches, config = chosen_batches(model, config, stats, batches, tokenizer or source)
     check_batches(config, batches)
-    work = target.with_name(f".{target.name}.partial")
-    _begin(work, _identity(headers, config, stats, batches))
-    folder, mapped = work / "folder", Mapped()
-    spilled = work / "spilled" if spill else None
-    if progress:
-        print(f"Keeping finished layers in {work} until the conversion is complete.", flush=True)
-    try:
-        _map_weights(model, source, headers, mapped, work / "fused")
+    with (
+        locked(hidden_sibling(target, "lock"), f"another conversion into {target} is running"),
+        usual_errors(target),
+        disk_errors(target),
+    ):
+        check_target(target, overwrite=overwrite)  # another one may have finished meanwhile
+        work = hidden_sibling(target, "partial")
+        _begin(work, _identity(headers, config, stats, batches))
+        folder, mapped = work / "folder", Mapped()
+        spilled = work / "spilled" if spill else None
+        if progress:
+            print(
+                f"Keeping finished layers in {work} until the conversion is complete.", flush=True
+            )
+        try:
+            _map_weights(model, source, headers, mapped, work / "fused")
 
-        def collect(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, ChannelStats]:
-            collected = _statistics(work / "stats.safetensors", model, batches, spilled, progress)
-            mapped.release()
-            return collected
+            def collect(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, ChannelStats]:
+                collected = _statistics(
+                    work / "stats.safetensors", model, batches, spilled, progress
+                )
+                mapped.release()
+                return collected
 
-        plan = Plan(
-            model, config, stats, batches, collect=collect, spill=spilled, progress=progress
-        )
-        conversion = _Conversion(plan, layers, folder, mapped)
-        conversion.run()
-        records = finish_and_attach(plan)
-        conversion.write_rest(source)
-        publish_folder(folder, target, overwrite=overwrite)
-    except Exception:
-        if folder.exists() and not any(folder.iterdir()):  # nothing to resume from
-            shutil.rmtree(work, ignore_errors=True)
-        raise
-    shutil.rmtree(work, ignore_errors=True)
-    return records
+            plan = Plan(
+                model, config, stats, batches, collect=collect, spill=spilled, progress=progress
+            )
+            conversion = _Conversion(plan, layers, folder, mapped)
+            conversion.run()
+            records = finish_and_attach(plan)
+            conversion.write_rest(source)
+            publish_folder(folder, target, overwrite=overwrite)
+        except Exception:
+            if folder.exists() and not any(folder.iterdir()):  # nothing to resume from
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+        return records
 
 
 class _Conversion:
@@ -153,6 +173,7 @@ class _Conversion:
         self.layers, self.folder, self.mapped = layers, folder, mapped
         # The manifest lists how the config of each layer differs from this one.
         self.model.mixedquant_config = self.config
+        self.checksums: dict[str, str] = {}
 
     def path(self, index: int) -> Path:
         """The file of a layer; after the last layer, that of the remaining tensors."""
@@ -210,14 +231,19 @@ class _Conversion:
         """Write a packed layer to its file and map it from there."""
         prefix = self.layers[index] + "."
         linears = Manifest.of_model(self.model).to_dict()["linears"]
+        tensors = self._tensors(index)[0]
+        checksums = tensor_checksums(tensors, linears)
+        self.checksums |= checksums
         description = {
             "linears": {name: e for name, e in linears.items() if name.startswith(prefix)},
+            "checksums": checksums,
             "records": [dataclasses.asdict(record) for record in records],
         }
         # Not in the file's metadata, which safetensors writes in random order.
         with atomic_file(self._description(index)) as partial:
             partial.write_text(json.dumps(description), encoding="utf-8")
-        write_tensors(self._tensors(index)[0], self.path(index))
+        write_tensors(tensors, self.path(index))
+        del tensors
         self._map(index)
         self.mapped.release()
 
@@ -229,6 +255,7 @@ class _Conversion:
         fields["linears"] = description["linears"]
         insert_linears(self.model, Manifest.from_dict(fields, path), path)
         self._map(index)
+        self.checksums |= description["checksums"]
         for fields in description["records"]:
             record = LinearRecord(**{**fields, "shape": tuple(fields["shape"])})
             self.plan.records[record.name] = record
@@ -256,6 +283,12 @@ class _Conversion:
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         self.model.config.architectures = [type(self.model).__name__]
         self.model.config.dtype = next(self.model.parameters()).dtype
+        manifest = self.model.config.quantization_config
+        manifest.checksums = (
+            self.checksums
+            | tensor_checksums(rest, manifest.linears)
+            | config_checksum(json.loads(self.model.config.to_json_string()))
+        )
         self.model.config.save_pretrained(self.folder)
         for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
             shutil.copy(path, self.folder / path.name)
@@ -267,10 +300,11 @@ def float_source(source: Path, headers: Mapping[str, Header]) -> tuple[nn.Module
     fields = read_json(source / CONFIG)
     if "quantization_config" in fields:
         method = fields["quantization_config"]
-        raise ValueError(f"source must hold a float model; {source} is quantized: {method!r:.80}")
-    model = float_model(
-        source, fields.get("architectures"), len(headers), _main_dtype(fields, headers)
-    )
+        raise ValueError(
+            f"source must hold a float model; {source} is quantized: {method!r:.80} "
+            f"({FLOAT_REMEDY})"
+        )
+    model = float_model(source, fields.get("architectures"), headers, _main_dtype(fields, headers))
     layers = decoder_layers(model)
     if not layers:
         raise ValueError(
@@ -306,7 +340,9 @@ def _main_dtype(fields: Mapping[str, Any], headers: Mapping[str, Header]) -> tor
 
 def _checked_source(source: str | os.PathLike) -> Path:
     if not (Path(source) / CONFIG).is_file():
-        raise ValueError(f"source must be a model folder with a config.json; got {source}")
+        raise ValueError(
+            f"source must be a model folder with a config.json; got {source}{remedy(source)}"
+        )
     return Path(source)
 
 
@@ -327,21 +363,22 @@ def _map_weights(
     )
 
     expected = model.state_dict(keep_vars=True)
-    stored: dict[str, Tensor] = {}
-    for path in sorted({header.path for header in headers.values()}):
-        stored |= mapped.read(path, [n for n, header in headers.items() if header.path == path])
+    readable = {n: h for n, h in headers.items() if h.dtype in STORED_DTYPES.values()}
+    stored = mapped_tensors(readable, mapped)
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
     loaded: dict[str, tuple[Path, Tensor]] = {}
     parts: dict[str, WeightConverter] = {}
-    for key in sorted(stored, key=dot_natural_key):
+    for key in sorted(headers, key=dot_natural_key):
         name: str = key
         pattern: str | None = None
         if key not in expected:
             prefix = model.base_model_prefix
             name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
+        if name in expected and key not in stored:
+            raise _unusable(headers[key], key)
         if name in expected and pattern is None:
             loaded[name] = headers[key].path, stored[key]
         elif name in expected and pattern is not None:
@@ -371,8 +408,17 @@ def _map_weights(
                 f"{path}: tensor {name} must have shape {tuple(expected[name].shape)}; "
                 f"got {tuple(tensor.shape)}"
             )
+        if not may_hold(expected[name], tensor.dtype):
+            raise _unusable(Header(path, tuple(tensor.shape), dtype_name(tensor.dtype)), name)
         assign(model, name, tensor)
     model.tie_weights()
+
+
+def _unusable(header: Header, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{header.path}: tensor {name} must be float32, float16 or bfloat16; got {header.dtype} "
+        f"({FLOAT_REMEDY})"
+    )
 
 
 def _statistics(

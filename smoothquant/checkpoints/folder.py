@@ -12,7 +12,9 @@ model.safetensors             every distinct parameter and persistent buffer, on
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,20 +28,30 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..core.config import MixedQuantConfig
 from ..core.errors import CheckpointError
-from ..core.files import atomic_folder
+from ..core.files import atomic_folder, restore_folder
 from ..core.tensor_files import (
     CONFIG,
     TENSORS,
     Header,
-    check_file,
     read_json,
+    remedy,
     stored_tensors,
     tensors_file,
 )
 from ..layers.linear import QuantizedLinear, is_quantized
 from ..models.modules import assign, is_transformers_model, unsaved_buffers
 from .attachment import attach
-from .manifest import CARD, Manifest, check_headers, check_kept, check_linear, insert_linears
+from .manifest import (
+    CARD,
+    Manifest,
+    check_checksums,
+    check_headers,
+    check_kept,
+    check_linear,
+    insert_linears,
+    try_model,
+    warn_of_changes,
+)
 
 
 def save_quantized(
@@ -85,12 +97,22 @@ def write_folder(
     Args:
         folder: as returned by `check_target`.
     """
-    with atomic_folder(folder, overwrite=overwrite) as partial:
+    with usual_errors(folder), atomic_folder(folder, overwrite=overwrite) as partial:
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if card:
             (partial / CARD).write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def usual_errors(folder: Path) -> Iterator[None]:
+    """Raise what `check_target` raises if `folder` was taken after it had been checked."""
+    try:
+        yield
+    except FileExistsError:
+        check_target(folder)
+        raise
 
 
 def check_target(
@@ -109,6 +131,7 @@ def check_target(
         ValueError: the path exists and is neither an empty folder nor one that may be overwritten.
     """
     path = Path(folder).resolve()
+    restore_folder(path)
     free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     replaceable = (path / CONFIG).is_file() if of_any_model else is_quantized_folder(path)
     if not (free or (overwrite and replaceable)):
@@ -131,8 +154,9 @@ def is_quantized_folder(folder: str | os.PathLike) -> bool:
 def load_quantized(folder: str | os.PathLike) -> nn.Module:
     """Load a folder written by `save_quantized`, on the CPU and in evaluation mode.
 
-    No code from the folder is run. All files are checked before any kernel runs; then the model is
-    run on three tokens.
+    No code from the folder is run. All files are checked before any kernel runs, with their
+    checksums; then the model is run on three tokens. A config.json whose fields for the float model
+    were edited gives a warning.
 
     The attention implementation is not stored. The loaded model has transformers' default, which
     ``model.set_attn_implementation`` changes. With the same implementation, logits are
@@ -140,12 +164,13 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
 
     Raises:
         ValueError: there is no such folder.
-        CheckpointError: a file is missing, damaged or inconsistent with the others. The message
-            names the file and, if there is one, the tensor.
+        CheckpointError: a file is missing, damaged, inconsistent with the others or not the one
+            that was saved, or the model gives no finite logits. The message names the file and, if
+            there is one, the tensor.
     """
     model, manifest, headers, dtypes = open_quantized(folder)
-    tensors = _read(headers)
-    tensors |= {name: tensors[owner] for name, owner in manifest.shared.items()}
+    stored = _read(headers)
+    tensors = stored | {name: stored[owner] for name, owner in manifest.shared.items()}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             layer_tensors = {key: tensors[f"{name}.{key}"] for key in module.state_dict()}
@@ -156,27 +181,15 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
         assign(model, name, buffer.to(dtypes[name]))
     model.load_state_dict(tensors, assign=True)
     check_kept(model, headers)
+    check_checksums(manifest, headers, stored)
     model.mixedquant_config = manifest.config
     parameters = dict(model.named_parameters())
     for name, owner in manifest.shared.items():
         if owner in parameters:  # it shares the memory already; make it the same object
             assign(model, name, parameters[owner])
     attach(model)
-    _try(model.eval(), Path(folder) / CONFIG)
+    try_model(model.eval(), Path(folder) / CONFIG)
     return model
-
-
-@torch.no_grad()
-def _try(model: Any, path: Path) -> None:
-    """Reject a config from which a model can be built that does not run."""
-    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
-        return  # needs inputs other than tokens
-    try:
-        model(torch.zeros(1, 3, dtype=torch.int64))  # 3, as wrong sizes of 1 would broadcast
-    except Exception as error:  # a broken config may raise anything in the model
-        raise CheckpointError(
-            f"{path}: the {type(model).__name__} built from it does not run: {error}"
-        ) from error
 
 
 class Opened(NamedTuple):
@@ -199,17 +212,20 @@ def open_quantized(folder: str | os.PathLike) -> Opened:
     """Do everything in `load_quantized` that does not read tensors; raises the same errors."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"folder must be a quantized model folder; got {folder}")
+        restore_folder(folder)
+    if not folder.is_dir():
+        raise ValueError(f"folder must be a quantized model folder; got {folder}{remedy(folder)}")
     path = folder / CONFIG
     fields = read_json(path)
     if "quantization_config" not in fields:
         raise CheckpointError(f"{path}: not a quantized model: it has no quantization_config")
     manifest = Manifest.from_dict(fields["quantization_config"], path)
     headers = stored_tensors(folder)
-    model = float_model(folder, fields.get("architectures"), len(headers))
+    model = float_model(folder, fields.get("architectures"), headers)
     insert_linears(model, manifest, path)
     paths = {header.path for header in headers.values()} or {folder / TENSORS}
     dtypes = check_headers(model, manifest, headers, tensors_file(paths))
+    warn_of_changes(manifest, path, fields)
     return Opened(model, manifest, headers, dtypes)
 
 
@@ -227,18 +243,24 @@ def _read(headers: Mapping[str, Header]) -> dict[str, Tensor]:
 
 
 def float_model(
-    folder: Path, architectures: Any, num_tensors: int, dtype: torch.dtype = torch.float32
+    folder: Path,
+    architectures: Any,
+    headers: Mapping[str, Header],
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
     """Build the float transformers model of a folder, with its parameters on meta.
 
+    A config may ask for any amount of memory and time. The model is therefore built twice: first
+    entirely on meta, to compare its size with that of the files.
+
     Args:
         architectures: this field of the folder's config.json.
-        num_tensors: number of stored tensors.
+        headers: headers of the stored tensors.
         dtype: torch's default dtype during the build, as transformers sets it before it loads
             weights. Buffers that are not stored, such as Gemma's ``embed_scale``, get it.
 
     Raises:
-        CheckpointError: the config does not describe a transformers model.
+        CheckpointError: the config does not describe a transformers model of the files' size.
     """
     import transformers
 
@@ -247,6 +269,7 @@ def float_model(
     cls: Any = getattr(transformers, class_name, None) if isinstance(class_name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise CheckpointError(f"{path}: architectures: {class_name!r} is not a transformers model")
+    check_counts(path, read_json(path), headers)
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -255,19 +278,61 @@ def float_model(
         if not isinstance(config, model_class.config_class):
             raise TypeError(f"its model type is {config.model_type!r}")
         # A malicious depth would take forever to build, but every layer has tensors of its own.
-        if config.num_hidden_layers > num_tensors:
-            raise ValueError(f"{config.num_hidden_layers} layers, but {num_tensors} tensors")
+        if config.num_hidden_layers > len(headers):
+            raise ValueError(f"{config.num_hidden_layers} layers, but {len(headers)} tensors")
         with _build_lock, _parameters_on_meta(), _default_dtype(dtype):
+            with torch.device("meta"):
+                _check_size(model_class(copy.deepcopy(config)), headers)
             model = model_class(config)
         path = folder / "generation_config.json"
         if os.path.lexists(path):
-            check_file(path)
+            read_json(path)  # checks more than transformers does
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     except CheckpointError:
         raise
     except Exception as error:  # a broken config may raise anything in the model class
         raise CheckpointError(f"{path}: cannot build a {class_name} from it: {error}") from error
     return model
+
+
+# Counts in config.json for which lists and modules are built in Python.
+COUNT = re.compile(r"(num|n)_|.*(layers|labels|experts|heads)$")
+MOST_COUNT = 2**14  # transformers takes 50 us for a label
+UNSAVED_BYTES = 2**27  # of buffers, besides the size of the files
+
+
+def check_counts(path: Path, fields: Any, headers: Mapping[str, Header]) -> None:
+    """Reject counts in a config that no tensor on disk can match.
+
+    Raises:
+        CheckpointError: a count, at any depth, is above `MOST_COUNT` and above the largest
+            dimension of a tensor.
+    """
+    largest = max((size for header in headers.values() for size in header.shape), default=0)
+    most = max(MOST_COUNT, largest)
+    if isinstance(fields, dict):
+        for name, value in fields.items():
+            if isinstance(value, (int, float)) and COUNT.match(name) and value > most:
+                raise CheckpointError(
+                    f"{path}: {name} is {value:.10g}, but no dimension of a stored tensor exceeds "
+                    f"{largest}"
+                )
+            check_counts(path, value, headers)
+    elif isinstance(fields, list):
+        for value in fields:
+            check_counts(path, value, headers)
+
+
+def _check_size(model: nn.Module, headers: Mapping[str, Header]) -> None:
+    """Reject a model that is larger than the files can make it; a value has at least 4 bits."""
+    stored = sum(path.stat().st_size for path in {header.path for header in headers.values()})
+    kept = {id(tensor): tensor.numel() for tensor in model.state_dict(keep_vars=True).values()}
+    unsaved = sum(tensor.nbytes for tensor in unsaved_buffers(model).values())
+    if sum(kept.values()) > 2 * stored or unsaved > stored + UNSAVED_BYTES:
+        raise ValueError(
+            f"it has {sum(kept.values()):,} values and {unsaved:,} bytes of buffers, but the files "
+            f"have {stored:,} bytes"
+        )
 
 
 # torch's default dtype belongs to the process: one model is built at a time.
@@ -301,8 +366,10 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _move_to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-    if getattr(_building, "here", False) and parameter.device.type != "meta":
-        on_meta: Any = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    if getattr(_building, "here", False):
+        on_meta: Any = parameter
+        if not parameter.is_meta:
+            on_meta = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
         on_meta._is_hf_initialized = True  # lets transformers skip the slow initialization
         return on_meta
     return None

@@ -16,8 +16,10 @@ weights that read one layer input (q, k and v, or all experts of a layer).
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +32,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..calibration.tokens import default_calibration
 from ..core.config import WEIGHTS, MixedQuantConfig
 from ..core.errors import CheckpointError
-from ..core.tensor_files import Header, read_headers, tensors_file
+from ..core.tensor_files import (
+    CONFIG,
+    Header,
+    mapped_tensors,
+    read_headers,
+    read_json,
+    tensors_file,
+)
 from ..layers.linear import QuantizedLinear
 from ..models.families import LayerInput
 from ..models.modules import assign, distinct_tensors, unsaved_buffers
@@ -39,7 +48,17 @@ from ..quantization.checks import check_batches
 from ..quantization.engine import Plan
 from ..quantization.undo import dequantize
 from .attachment import finish_and_attach
-from .manifest import Manifest, check_headers, check_kept, check_linear, insert_linears
+from .checksums import config_checksum, tensor_checksums
+from .manifest import (
+    Manifest,
+    check_checksums,
+    check_headers,
+    check_kept,
+    check_linear,
+    insert_linears,
+    try_model,
+    warn_of_changes,
+)
 
 QUANTIZED_ELEMENT_BYTES = 0.65  # for device maps: 4-bit codes, scales, salient channels
 
@@ -135,6 +154,7 @@ class MixedQuantQuantizer(HfQuantizer):
             manifest = MixedQuantManifest(quantization_config)
         super().__init__(manifest, **kwargs)
         self.on_load: QuantizeLoadedWeights | None = None
+        self.files: Sequence[str] = ()
         self.headers: dict[str, Header] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.packed: set[str] = set()
@@ -222,7 +242,7 @@ class MixedQuantQuantizer(HfQuantizer):
             headers = {rename(name): header for name, header in headers.items()}
             path = tensors_file(checkpoint_files)
             dtypes = check_headers(model, manifest, headers, path, only_linears=not whole)
-            self.headers, self.dtypes = headers, dtypes
+            self.files, self.headers, self.dtypes = checkpoint_files, headers, dtypes
         self.shared = manifest.shared if whole else {}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -252,15 +272,31 @@ class MixedQuantQuantizer(HfQuantizer):
                 path = header.path if header else model.name_or_path
                 check_linear(path, name, module, module.state_dict())
         check_kept(model, self.headers, cast=not self.as_stored)
+        if self.files:
+            self._check_files(model)
         model.mixedquant_config = self.quantization_config.config
         set_quantizer(model)
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict | None, dict]:
-        """Update the model's manifest and return each distinct tensor once."""
+    def _check_files(self, model: Any) -> None:
+        """Compare the files with their checksums, and run the model if it is as stored."""
+        manifest, headers = self.quantization_config, read_headers(self.files)
+        check_checksums(manifest, headers, mapped_tensors(headers))
+        path = Path(self.files[0]).with_name(CONFIG)
+        if path.is_file():
+            warn_of_changes(manifest, path, read_json(path))
+        if self.as_stored and not any(tensor.is_meta for tensor in model.parameters()):
+            try_model(model, path)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict | None, dict]:
+        """Update the model's manifest, checksums included; return each distinct tensor once."""
         if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is saved
             return None, {}
         set_quantizer(model)
-        return distinct_tensors(model)[0], {}
+        tensors, manifest = distinct_tensors(model)[0], model.config.quantization_config
+        manifest.checksums = tensor_checksums(tensors, manifest.linears) | config_checksum(
+            json.loads(model.config.to_json_string())
+        )
+        return tensors, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         dequantize(model, dtype)

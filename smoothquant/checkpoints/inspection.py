@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import CheckpointError
-from ..core.tensor_files import Header
+from ..core.tensor_files import CONFIG, Header, read_json
 from ..core.tensors import DTYPES, dtype_name
 from ..layers.linear import QuantizedLinear
 from ..models.modules import stored_bytes
 from ..quantization.records import quantization_report
 from .folder import load_quantized, open_quantized
-from .manifest import FORMAT_VERSION
+from .manifest import FORMAT_VERSION, config_changed
 from .sizes import bytes_by_kind
 
 ROWS = 3  # of a test input
@@ -81,11 +81,16 @@ def verify_folder(folder: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         ValueError, CheckpointError: as `smoothquant.load_quantized`. CheckpointError also if the
-            size does not match the model, a layer's output is not finite, or a row gets different
-            bits alone and in a batch.
+            size does not match the model, config.json was edited, a layer's output is not finite,
+            or a row gets different bits alone and in a batch.
     """
-    headers = open_quantized(folder).headers
+    _, manifest, headers, _ = open_quantized(folder)
     model = load_quantized(folder)
+    if config_changed(manifest, read_json(Path(folder) / CONFIG)):
+        raise CheckpointError(
+            f"{Path(folder) / CONFIG}: edited after the model was saved (its checksum differs); if "
+            "the change is intended, load the model and save it again"
+        )
     size, stored = stored_bytes(model), sum(map(_bytes, headers.values()))
     if size != stored:
         raise CheckpointError(
@@ -112,6 +117,9 @@ def verify_folder(folder: str | os.PathLike) -> dict[str, Any]:
             "permutations are valid, codes and scales are in range, and no value is NaN or Inf",
             "the stored tensors have exactly the size of the model",
             "every quantized layer gives finite outputs, and a row gets the same bits in any batch",
+            "tensors, choices and config are those that were saved"
+            if manifest.checksums
+            else "no checksums: an earlier version saved the folder",
         ],
     }
 

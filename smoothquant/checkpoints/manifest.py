@@ -10,11 +10,14 @@ linears          {name of a quantized linear: num_salient; also bias and quantiz
                  and choices, the fields in which its config differs from the model's}
 shared           {tensor: the stored tensor whose memory it shares}
 dtypes           {tensor or unsaved buffer: its dtype}, if it is not the expected one
+checksums        {linear, other stored tensor, or "config.json": its CRC-32} (`checksums`)
+checksum         the CRC-32 of all other fields. Folders of earlier versions lack the last two.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,9 @@ from ..layers.linear import QuantizedLinear, linear_class
 from ..models.modules import distinct_tensors, module_places, replace_module, unsaved_buffers
 from ..models.routing import PARTS, expert_names
 from ..quantization.checks import non_finite_parameters
+from .checksums import config_checksum, json_checksum, tensor_checksums
+
+logger = logging.getLogger("smoothquant")
 
 FORMAT_VERSION = 3
 CARD = "README.md"
@@ -44,6 +50,7 @@ FIELDS = {
     "shared": dict,
     "dtypes": dict,
 }
+CHECKSUM_FIELDS = {"checksums": dict, "checksum": str}
 
 # Fields of a linear's entry, and the defaults of those that may be omitted.
 LINEAR_FIELDS = {"num_salient": int, "bias": bool, "quantize_output": bool, "choices": dict}
@@ -55,13 +62,18 @@ LAYER_CHOICES = ("act_format", "act_clip", "rotation")
 
 @dataclasses.dataclass
 class Manifest:
-    """The fields of ``quantization_config``; the module's docstring describes them."""
+    """The fields of ``quantization_config``; the module's docstring describes them.
+
+    altered: ``checksum`` does not match the other fields that were read.
+    """
 
     config: MixedQuantConfig
     dtype: torch.dtype = torch.float32
     linears: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     shared: dict[str, str] = dataclasses.field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = dataclasses.field(default_factory=dict)
+    checksums: dict[str, str] = dataclasses.field(default_factory=dict)
+    altered: bool = False
 
     @classmethod
     def of_model(cls, model: nn.Module) -> Manifest:
@@ -99,7 +111,7 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as plain JSON values."""
-        return {
+        fields = {
             "quant_method": MixedQuantConfig.quant_method,
             "format_version": FORMAT_VERSION,
             "config": self.config.to_dict(),
@@ -115,6 +127,10 @@ class Manifest:
             "shared": self.shared,
             "dtypes": {name: dtype_name(dtype) for name, dtype in self.dtypes.items()},
         }
+        if self.checksums:
+            fields["checksums"] = self.checksums
+            fields["checksum"] = json_checksum(fields)
+        return fields
 
     @classmethod
     def from_dict(cls, fields: Any, path: Path | str = CONFIG) -> Manifest:
@@ -135,7 +151,8 @@ class Manifest:
                 f"{path}: format_version {fields['format_version']!r} is not {FORMAT_VERSION}, "
                 "the one that this version of smoothquant reads"
             )
-        _check_fields(path, "it", fields, FIELDS)
+        summed = isinstance(fields, dict) and any(field in fields for field in CHECKSUM_FIELDS)
+        _check_fields(path, "it", fields, FIELDS | CHECKSUM_FIELDS if summed else FIELDS)
         if fields["quant_method"] != MixedQuantConfig.quant_method:
             raise CheckpointError(
                 f"{path}: quant_method must be {MixedQuantConfig.quant_method!r}; got "
@@ -151,7 +168,7 @@ class Manifest:
         for name, entry in fields["linears"].items():
             linears[name] = LINEAR_DEFAULTS | entry if isinstance(entry, dict) else entry
             _check_fields(path, f"linear {name}", linears[name], LINEAR_FIELDS)
-        for field in ("shared", "dtypes"):
+        for field in ("shared", "dtypes", "checksums")[: 3 if summed else 2]:
             _check_fields(path, field, fields[field], dict.fromkeys(fields[field], str))
         for name, dtype in [("the model", fields["dtype"]), *fields["dtypes"].items()]:
             if dtype not in DTYPES:
@@ -160,7 +177,16 @@ class Manifest:
         if dtype not in FLOATS:
             raise CheckpointError(f"{path}: dtype of the model is {fields['dtype']!r}")
         dtypes = {name: DTYPES[dtype] for name, dtype in fields["dtypes"].items()}
-        return cls(config, dtype, linears, dict(fields["shared"]), dtypes)
+        rest = {field: value for field, value in fields.items() if field != "checksum"}
+        return cls(
+            config,
+            dtype,
+            linears,
+            dict(fields["shared"]),
+            dtypes,
+            dict(fields.get("checksums", {})),
+            altered=summed and fields["checksum"] != json_checksum(rest),
+        )
 
     def renamed(self, rename: Callable[[str], str]) -> Manifest:
         """The manifest with every name replaced by rename(name)."""
@@ -404,3 +430,75 @@ def check_kept(model: nn.Module, headers: Mapping[str, Header], *, cast: bool = 
         if not cast or largest.isnan():
             what = "NaN" if cast else "NaN or Inf"
             raise CheckpointError(f"{headers[name].path}: tensor {name} holds {what}")
+
+
+def check_checksums(
+    manifest: Manifest, headers: Mapping[str, Header], tensors: Mapping[str, Tensor]
+) -> None:
+    """Reject a manifest or tensors other than those that were saved.
+
+    Finds what no other check can: values that are valid, but not this model's.
+
+    Args:
+        manifest, headers, tensors: as stored.
+
+    Raises:
+        CheckpointError: a checksum differs.
+    """
+    folders = {header.path.parent for header in headers.values()}
+    if manifest.altered:
+        raise CheckpointError(
+            f"{min(folders) / CONFIG}: quantization_config was changed after the model was saved "
+            "(its checksum differs)"
+        )
+    for name, checksum in tensor_checksums(tensors, manifest.linears).items():
+        if manifest.checksums.get(name, checksum) != checksum:
+            what, stored = f"tensor {name} is not the one that was", name
+            if name in manifest.linears:
+                what = f"the tensors of linear {name} are not those that were"
+                stored = next(key for key in headers if key.rpartition(".")[0] == name)
+            raise CheckpointError(f"{headers[stored].path}: {what} saved (the checksum differs)")
+
+
+def warn_of_changes(manifest: Manifest, path: Path, fields: Mapping[str, Any]) -> None:
+    """Warn if config.json, at `path`, no longer describes the float model that was saved."""
+    if config_changed(manifest, fields):
+        logger.warning(
+            "%s was edited after the model was saved: this may be another model. Save the model "
+            "again if the change is intended",
+            path,
+        )
+
+
+def config_changed(manifest: Manifest, fields: Mapping[str, Any]) -> bool:
+    """Whether the fields of config.json that define the float model differ from those saved."""
+    return manifest.checksums.get(CONFIG, "") not in ("", config_checksum(fields)[CONFIG])
+
+
+@torch.no_grad()
+def try_model(model: Any, path: Path | str) -> None:
+    """Run a model on three tokens, to reject a folder whose model is valid but useless.
+
+    Does nothing for a model that needs inputs other than tokens.
+
+    Args:
+        path: the config.json to name.
+
+    Raises:
+        CheckpointError: the model does not run, or a token gets NaN, +Inf or no finite logit.
+    """
+    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
+        return
+    tokens = torch.zeros(1, 3, dtype=torch.int64)  # 3, as wrong sizes of 1 would broadcast
+    try:
+        output = model(tokens.to(next(model.parameters()).device), return_dict=True)
+    except Exception as error:  # a broken config may raise anything in the model
+        raise CheckpointError(
+            f"{path}: the {type(model).__name__} built from it does not run: {error}"
+        ) from error
+    result = output.get("logits", output.get("last_hidden_state"))
+    if isinstance(result, Tensor) and not result.float().amax(-1).isfinite().all():
+        raise CheckpointError(
+            f"{path}: the {type(model).__name__} built from it and the stored tensors gives NaN or "
+            "Inf for three tokens"
+        )

@@ -7,6 +7,7 @@ import mmap
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -30,10 +31,48 @@ STORED_DTYPES = {
 }  # fmt: skip
 
 
+# {how a file begins: what it is, and what to do}
+FOREIGN = {
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: run `git lfs pull`",
+    b"GGUF": "is a GGUF file: load it by AutoModelForCausalLM.from_pretrained(folder, "
+    "gguf_file=name) of transformers, and save it by save_pretrained",
+}
+# Files of a model that may be pointers.
+MODEL_FILES = ("*.safetensors", "*.json", "*.gguf", "*.bin", "*.model")
+
+
 def check_file(path: Path) -> None:
     """Raise CheckpointError unless path is a regular file: reading a device or pipe may hang."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: no such file{remedy(path.parent)}")
+
+
+def remedy(path: str | os.PathLike) -> str:
+    """What a file of another format is and what to do, to append to an error message.
+
+    Args:
+        path: a file or folder, which need not exist. In a folder, GGUF files are told only if no
+            safetensors file is beside them.
+
+    Returns:
+        A text that begins with "; ", or "".
+    """
+    path = Path(path)
+    found = [path]
+    if path.is_dir():
+        found = sorted(file for pattern in MODEL_FILES for file in path.glob(pattern))
+        if any(file.suffix == ".safetensors" for file in found):
+            found = [file for file in found if file.suffix != ".gguf"]
+    for file in filter(Path.is_file, found):
+        with suppress(OSError), open(file, "rb") as content:
+            begin = content.read(max(map(len, FOREIGN)))
+            for magic, text in FOREIGN.items():
+                if begin.startswith(magic):
+                    return f"; {file.name} {text}"
+    return ""
+
+
+MOST_JSON_BYTES = 2**28  # of a file: a million quantized layers
 
 
 class Header(NamedTuple):
@@ -68,7 +107,7 @@ def read_headers(paths: Iterable[str | os.PathLike]) -> dict[str, Header]:
                     dtype = STORED_DTYPES.get(tensor.get_dtype(), tensor.get_dtype())
                     headers[name] = Header(path, tuple(tensor.get_shape()), dtype)
         except (safetensors.SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: {error}") from error
+            raise CheckpointError(f"{path}: {error}{remedy(path)}") from error
     return headers
 
 
@@ -81,10 +120,12 @@ def tensors_file(paths: Iterable[str | os.PathLike]) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; CheckpointError if it holds anything else."""
     check_file(path)
+    if path.stat().st_size > MOST_JSON_BYTES:
+        raise CheckpointError(f"{path}: more than {MOST_JSON_BYTES:,} bytes")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: {error}{remedy(path)}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return fields
@@ -98,6 +139,10 @@ def stored_tensors(folder: Path) -> dict[str, Header]:
     """
     index = folder / INDEX
     if not os.path.lexists(index):
+        if not os.path.lexists(folder / TENSORS):
+            raise CheckpointError(
+                f"{folder / TENSORS}: no such file{remedy(folder) or _pickle_remedy(folder)}"
+            )
         return read_headers([folder / TENSORS])
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -119,6 +164,16 @@ def stored_tensors(folder: Path) -> dict[str, Header]:
     return headers
 
 
+def _pickle_remedy(folder: Path) -> str:
+    for path in sorted(folder.glob("pytorch_model*.bin")):
+        load = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto')"
+        return (
+            f'; {path.name} holds pickled tensors: convert them by python -c "from transformers '
+            f'import AutoModelForCausalLM; {load}.save_pretrained({str(folder)!r})"'
+        )
+    return ""
+
+
 def raw_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
     """The size in bytes of a safetensors file's JSON header, and the header itself.
 
@@ -135,7 +190,7 @@ class Mapped:
         self._maps: list[mmap.mmap] = []
 
     def read(self, path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors of a file that `read_headers` has accepted."""
+        """The named tensors of a file that `read_headers` accepted; dtypes: `STORED_DTYPES`."""
         with open(path, "rb") as file:
             size, entries = raw_header(file)
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -160,6 +215,17 @@ class Mapped:
         for pages in self._maps:
             if hasattr(mmap, "MADV_DONTNEED"):
                 pages.madvise(mmap.MADV_DONTNEED)
+
+
+def mapped_tensors(
+    headers: Mapping[str, Header], mapped: Mapped | None = None
+) -> dict[str, Tensor]:
+    """The tensors of some headers, memory-mapped; None makes a `Mapped` for them."""
+    mapped = mapped or Mapped()
+    tensors: dict[str, Tensor] = {}
+    for path in {header.path: None for header in headers.values()}:
+        tensors |= mapped.read(path, [n for n, header in headers.items() if header.path == path])
+    return tensors
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
