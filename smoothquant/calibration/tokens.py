@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..core.config import MixedQuantConfig, check_integer
 from ..core.texts import read_texts
+from ..models.loading import load_tokenizer, text_tokenizer
 
 # Tokens per block of `config.calibration`.
 CALIBRATION_BLOCK = 1024
@@ -34,7 +35,7 @@ def token_blocks(
 
     Args:
         texts: the texts. Empty ones are kept, as in the evaluation protocol.
-        tokenizer: a transformers tokenizer.
+        tokenizer: a transformers tokenizer or a processor that has one.
         num_blocks: maximum number of blocks, or None for all. If the texts are too short, there are
             fewer blocks and a warning.
         block_size: tokens per block, >= 1.
@@ -53,6 +54,7 @@ def token_blocks(
         raise TypeError(
             f"texts must be an iterable of texts, not a single text or a path; got {texts!r:.60}"
         )
+    tokenizer = text_tokenizer(tokenizer)
     token_ids = array("q")  # a list of Python integers takes four times the memory
     for piece in _pieces(texts):
         special = not token_ids
@@ -137,26 +139,6 @@ def chosen_batches(
         except ValueError as error:
             raise ValueError(f"config.calibration needs a tokenizer, but {error}") from error
     return calibration_batches(model, tokenizer, config)
-
-
-def load_tokenizer(name_or_folder: str | os.PathLike) -> Any:
-    """Load the tokenizer that was saved with a model.
-
-    Raises:
-        ValueError: there is none, or it cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name_or_folder, local_files_only=os.path.isdir(name_or_folder)
-        )
-        if tokenizer.vocab_size:
-            return tokenizer
-        reason = "it has none"  # transformers returns one with an empty vocabulary
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())  # in one line
-    raise ValueError(f"the tokenizer of {str(name_or_folder)!r} cannot be loaded: {reason}")
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:

@@ -48,6 +48,7 @@ from ..core.tensor_files import (
 from ..core.tensors import DTYPES, FLOATS
 from ..core.version import __version__
 from ..models.families import decoder_layers
+from ..models.loading import Companions, StoredNames, check_complete, check_unused, missing_weights
 from ..models.modules import assign, distinct_tensors
 from ..quantization.checks import check_batches
 from ..quantization.engine import Plan
@@ -59,12 +60,6 @@ from .manifest import CARD, Manifest, insert_linears
 from .model_card import model_card
 
 logger = logging.getLogger("smoothquant")
-
-# Files of the source that are copied unchanged.
-COMPANIONS = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", "generation_config.json",
-)  # fmt: skip
 
 
 def convert(
@@ -257,8 +252,7 @@ class _Conversion:
         self.model.config.architectures = [type(self.model).__name__]
         self.model.config.dtype = next(self.model.parameters()).dtype
         self.model.config.save_pretrained(self.folder)
-        for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
-            shutil.copy(path, self.folder / path.name)
+        Companions(source).save_pretrained(self.folder)
         (self.folder / CARD).write_text(model_card(self.model), encoding="utf-8")
 
 
@@ -318,34 +312,22 @@ def _map_weights(
     Parameters that transformers builds from several tensors on loading, such as the experts of a
     layer, are built one at a time and stored in files of the folder `fused`.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
+    from transformers.core_model_loading import WeightConverter, dot_natural_key
 
-    expected = model.state_dict(keep_vars=True)
+    named = StoredNames(model)
+    expected = named.expected
+    check_unused(source, model, headers)
     stored: dict[str, Tensor] = {}
     for path in sorted({header.path for header in headers.values()}):
         stored |= mapped.read(path, [n for n, header in headers.items() if header.path == path])
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
     loaded: dict[str, tuple[Path, Tensor]] = {}
     parts: dict[str, WeightConverter] = {}
     for key in sorted(stored, key=dot_natural_key):
-        name: str = key
-        pattern: str | None = None
-        if key not in expected:
-            prefix = model.base_model_prefix
-            name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
+        name, pattern = named(key)
         if name in expected and pattern is None:
             loaded[name] = headers[key].path, stored[key]
         elif name in expected and pattern is not None:
-            part = parts.setdefault(name, copy.deepcopy(by_pattern[pattern]))
+            part = parts.setdefault(name, copy.deepcopy(named.converters[pattern]))
             tensor: Any = stored[key]  # annotated as a Future, but transformers accepts tensors
             part.add_tensor(name, key, pattern, tensor)
     for number, (name, part) in enumerate(parts.items()):
@@ -361,10 +343,7 @@ def _map_weights(
             mapped.release()
         names = read_headers([path])
         loaded |= {key: (source, t) for key, t in mapped.read(path, names).items()}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    missing = sorted(set(expected) - set(loaded) - tied)
-    if missing:
-        raise CheckpointError(f"{source}: lacks tensor {missing[0]} ({len(missing)} missing)")
+    check_complete(source, model, missing_weights(model, set(expected) - set(loaded)), ())
     for name, (path, tensor) in loaded.items():
         if tensor.shape != expected[name].shape:
             raise CheckpointError(

@@ -37,6 +37,7 @@ from ..core.tensor_files import (
     tensors_file,
 )
 from ..layers.linear import QuantizedLinear, is_quantized
+from ..models.loading import load_config, transformers_class
 from ..models.modules import assign, is_transformers_model, unsaved_buffers
 from .attachment import attach
 from .manifest import CARD, Manifest, check_headers, check_kept, check_linear, insert_linears
@@ -240,18 +241,16 @@ def float_model(
     Raises:
         CheckpointError: the config does not describe a transformers model.
     """
-    import transformers
+    from transformers import GenerationConfig
 
     path = folder / CONFIG
-    class_name = architectures[0] if isinstance(architectures, list) and architectures else None
-    cls: Any = getattr(transformers, class_name, None) if isinstance(class_name, str) else None
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise CheckpointError(f"{path}: architectures: {class_name!r} is not a transformers model")
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+    model_class = transformers_class(architectures)
+    if model_class is None:
+        raise CheckpointError(
+            f"{path}: architectures must name a transformers model; got {architectures!r:.80}"
         )
-        model_class: Any = cls
+    try:
+        config = load_config(folder, local_files_only=True)
         if not isinstance(config, model_class.config_class):
             raise TypeError(f"its model type is {config.model_type!r}")
         # A malicious depth would take forever to build, but every layer has tensors of its own.
@@ -262,11 +261,13 @@ def float_model(
         path = folder / "generation_config.json"
         if os.path.lexists(path):
             check_file(path)
-            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     except CheckpointError:
         raise
     except Exception as error:  # a broken config may raise anything in the model class
-        raise CheckpointError(f"{path}: cannot build a {class_name} from it: {error}") from error
+        raise CheckpointError(
+            f"{path}: cannot build a {model_class.__name__} from it: {error}"
+        ) from error
     return model
 
 

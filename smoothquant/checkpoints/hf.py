@@ -17,7 +17,7 @@ With ``config.calibration``, the float model is loaded first and then quantized 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from ..core.errors import CheckpointError
 from ..core.tensor_files import Header, read_headers, tensors_file
 from ..layers.linear import QuantizedLinear
 from ..models.families import LayerInput
+from ..models.loading import check_complete, check_unused, missing_weights, randomly_initialized
 from ..models.modules import assign, distinct_tensors, unsaved_buffers
 from ..models.routing import PARTS
 from ..quantization.checks import check_batches
@@ -96,7 +97,9 @@ class QuantizeLoadedWeights(ConversionOps):
         expected = model.get_parameter(name).shape
         if tensor.shape != expected:
             raise ValueError(f"{name} must have shape {tuple(expected)}; got {tuple(tensor.shape)}")
-        assign(model, name, nn.Parameter(tensor, requires_grad=False))
+        parameter: Any = nn.Parameter(tensor, requires_grad=False)
+        parameter._is_hf_initialized = True  # as transformers marks what it loads
+        assign(model, name, parameter)
         self.awaited.pop(name)
         item = self.item_of[name]
         if any(self.item_of[other] is item for other in self.awaited):
@@ -113,11 +116,7 @@ class QuantizeLoadedWeights(ConversionOps):
         """Finish the model; raise the first error, or CheckpointError if weights are missing."""
         if self.error is not None:
             raise self.error
-        if self.awaited:
-            raise CheckpointError(
-                f"{model.name_or_path}: lacks tensor {next(iter(self.awaited))} "
-                f"({len(self.awaited)} missing)"
-            )
+        _check_complete(model, self.awaited)
         finish_and_attach(self.plan)
 
 
@@ -193,12 +192,18 @@ class MixedQuantQuantizer(HfQuantizer):
     ) -> None:
         manifest = self.quantization_config
         if not self.pre_quantized:
+            if all(path.endswith(".safetensors") for path in checkpoint_files or ()):
+                check_unused(model.name_or_path, model, read_headers(checkpoint_files or ()))
             if manifest.config.calibration is None:
                 self.on_load = QuantizeLoadedWeights(model, manifest.config)
             return
         whole = type(model).__name__ in (model.config.architectures or [])
-        rename = (lambda name: name) if whole else _renaming(manifest, model)
+        rename = (lambda name: name) if whole else _renaming(model)
         manifest = manifest if whole else manifest.renamed(rename)
+        if not manifest.linears:
+            raise CheckpointError(
+                f"{model.name_or_path}: no quantized layer is part of a {type(model).__name__}"
+            )
         insert_linears(model, manifest)
         self.packed = {
             f"{name}.{key}"
@@ -214,17 +219,19 @@ class MixedQuantQuantizer(HfQuantizer):
                     f"{max(folders)}: tensors of the model are also in {min(folders)}"
                 )
             headers = read_headers(checkpoint_files)
-            headers = {rename(name): header for name, header in headers.items()}
+            named = ((rename(name), header) for name, header in headers.items())
+            headers = {name: header for name, header in named if name is not None}
             path = tensors_file(checkpoint_files)
             dtypes = check_headers(model, manifest, headers, path, only_linears=not whole)
             self.headers, self.dtypes = headers, dtypes
-        self.shared = manifest.shared if whole else {}
+        self.shared = manifest.shared
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.on_load is not None:
             self.on_load.finish(model)
             self.on_load = None
         elif not self.pre_quantized:
+            _check_complete(model)
             plan = Plan(
                 model, self.quantization_config.config, tokenizer=model.name_or_path, progress=True
             )
@@ -274,6 +281,13 @@ class MixedQuantQuantizer(HfQuantizer):
         return True
 
 
+def _check_complete(model: Any, awaited: Iterable[str] = ()) -> None:
+    """Raise CheckpointError if transformers initialized weights at random, or if weights that were
+    to be quantized never arrived."""
+    missing = dict.fromkeys([*awaited, *missing_weights(model, randomly_initialized(model))])
+    check_complete(model.name_or_path, model, missing, ())
+
+
 def set_quantizer(model: Any) -> None:
     """Tell transformers how a model is quantized, so that `save_pretrained` saves it as such."""
     manifest = MixedQuantManifest.of_model(model)
@@ -285,12 +299,34 @@ def set_quantizer(model: Any) -> None:
     model._weight_conversions = []  # save the tensors under the model's own names
 
 
-def _renaming(manifest: Manifest, model: Any) -> Callable[[str], str]:
-    """Map names of the saved model to names of another model class with the same base model."""
+def _renaming(model: nn.Module) -> Callable[[str], str | None]:
+    """Map names of a saved model to names of another class with the same base model.
+
+    As when transformers loads a float model, the prefix of the base model is added or removed. None
+    for what the model does not have, such as the saved model's head.
+    """
     prefix = f"{model.base_model_prefix}."
-    if all(name.startswith(prefix) for name in manifest.linears):
-        return lambda name: name.removeprefix(prefix)
-    return lambda name: prefix + name
+
+    def rename(name: str) -> str | None:
+        names = (name, name.removeprefix(prefix), prefix + name)
+        return next((name for name in names if _has_place(model, name)), None)
+
+    return rename
+
+
+def _has_place(model: nn.Module, name: str) -> bool:
+    """Whether a model has a module or tensor of this name, or an experts module for it."""
+    module: Any = model
+    path = name.split(".")
+    for depth, part in enumerate(path):
+        if all(hasattr(module, matrices) for matrices in PARTS):
+            return True
+        child = module._modules.get(part)
+        if child is None:
+            is_place = isinstance(module, nn.Linear) or hasattr(module, part)
+            return depth == len(path) - 1 and is_place
+        module = child
+    return True
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

@@ -162,13 +162,19 @@ class Manifest:
         dtypes = {name: DTYPES[dtype] for name, dtype in fields["dtypes"].items()}
         return cls(config, dtype, linears, dict(fields["shared"]), dtypes)
 
-    def renamed(self, rename: Callable[[str], str]) -> Manifest:
-        """The manifest with every name replaced by rename(name)."""
+    def renamed(self, rename: Callable[[str], str | None]) -> Manifest:
+        """The manifest with every name replaced by rename(name), or left out where that is None."""
+
+        def renamed(entries: Mapping[str, Any]) -> dict[str, Any]:
+            pairs = ((rename(name), entry) for name, entry in entries.items())
+            return {name: entry for name, entry in pairs if name is not None}
+
+        owners = renamed({name: rename(owner) for name, owner in self.shared.items()})
         return dataclasses.replace(
             self,
-            linears={rename(name): entry for name, entry in self.linears.items()},
-            shared={rename(name): rename(owner) for name, owner in self.shared.items()},
-            dtypes={rename(name): dtype for name, dtype in self.dtypes.items()},
+            linears=renamed(self.linears),
+            shared={name: owner for name, owner in owners.items() if owner is not None},
+            dtypes=renamed(self.dtypes),
         )
 
     def blank(self, name: str, k: int, n: int) -> QuantizedLinear:

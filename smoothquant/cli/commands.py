@@ -29,8 +29,6 @@ from .console import (
 )
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..channels.statistics import ChannelStats
     from ..core.config import MixedQuantConfig
 
@@ -279,10 +277,11 @@ def _quantize_in_memory(
     fold: bool,
     overwrite: bool,
 ) -> None:
-    from ..bundled import load_model
+    from ..bundled import BUNDLED_MODELS, bundled_folder, load_model
     from ..checkpoints.folder import save_quantized
     from ..checkpoints.sizes import bytes_by_kind
     from ..in_memory import quantize
+    from ..models.loading import Companions
     from ..quantization.folding import fold_permutations
 
     model, tokenizer = load_model(source)
@@ -290,7 +289,8 @@ def _quantize_in_memory(
     quantize(model, config, stats, tokenizer=tokenizer)
     if fold:
         typer.echo(f"Folded the channel permutations of {len(fold_permutations(model))} layers")
-    save_quantized(model, target, tokenizer, overwrite=overwrite)
+    files = Companions(bundled_folder(source) if source in BUNDLED_MODELS else source)
+    save_quantized(model, target, files, overwrite=overwrite)
     print_bytes(before, bytes_by_kind(model))
     typer.echo(f"\nThe quantized model is in {target}")
 
@@ -301,13 +301,14 @@ def dequantize(source: Folder, target: Target, overwrite: OverwriteModel = False
 
     The float weights have exactly the values that the 4-bit codes represent.
     """
-    from ..checkpoints.folder import check_target, write_folder
+    from ..checkpoints.folder import check_target, load_quantized, write_folder
+    from ..models.loading import Companions
     from ..quantization.undo import dequantize
 
     target = check_target(target, overwrite=overwrite, of_any_model=True)
-    model, tokenizer = _quantized_model(source)
+    model = load_quantized(source)
     dequantize(model)
-    write_folder(model, target, tokenizer, overwrite=overwrite)
+    write_folder(model, target, Companions(source), overwrite=overwrite)
     typer.echo(f"The float model is in {target}")
 
 
@@ -324,11 +325,12 @@ def export(
     reason.
     """
     from ..checkpoints.export import export_compressed_tensors
-    from ..checkpoints.folder import check_target
+    from ..checkpoints.folder import check_target, load_quantized
+    from ..models.loading import Companions
 
     target = check_target(target, overwrite=overwrite, of_any_model=True)
-    model, tokenizer = _quantized_model(source)
-    export_compressed_tensors(model, target, tokenizer, overwrite=overwrite)
+    files = Companions(source)
+    export_compressed_tensors(load_quantized(source), target, files, overwrite=overwrite)
     typer.echo(f"The {to.value} model is in {target}")
 
 
@@ -433,6 +435,7 @@ def evaluate(
     from ..checkpoints.model_card import add_evaluation
     from ..core.texts import read_texts
     from ..evaluation.perplexity import Evaluator
+    from ..models.running import max_positions
 
     if card and not is_quantized_folder(model):
         raise ValueError(f"--card needs a quantized model folder; got {model!r}")
@@ -441,7 +444,7 @@ def evaluate(
     rows = list(read_texts(text)) if text else wikitext("test")
     scored, tokenizer = load_model(model)
     if seq_len is None:
-        seq_len = min(2048, getattr(scored.config, "max_position_embeddings", None) or 2048)
+        seq_len = min(2048, max_positions(scored) or 2048)
     evaluator = Evaluator(rows, tokenizer, n_samples=windows, seq_len=seq_len)
     reference = load_model(compare)[0] if compare else None
     with stdout_for_json(as_json):
@@ -481,6 +484,8 @@ def generate(
     from ..bundled import load_model
 
     loaded, tokenizer = load_model(model)
+    if tokenizer is None or not loaded.can_generate():
+        raise ValueError(f"MODEL must generate text and have a tokenizer; got {model!r}")
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs.input_ids.numel() == 0:
@@ -517,16 +522,18 @@ def bench(
 
     from ..bundled import wikitext
     from ..calibration.tokens import token_blocks
+    from ..checkpoints.folder import load_quantized
     from ..core.config import MixedQuantConfig
     from ..evaluation.speed import layer_speeds, model_speeds
     from ..kernels import ops
+    from ..models.loading import load_tokenizer
     from .doctor import chip_name
 
     model = tokenizer = None
     if folder:
-        model, tokenizer = _quantized_model(folder)
-        if tokenizer is None:
-            raise ValueError(f"FOLDER must hold a tokenizer; got {folder}")
+        model, tokenizer = load_quantized(folder), load_tokenizer(folder)
+        if not model.can_generate():  # type: ignore[operator]
+            raise ValueError(f"FOLDER must hold a model that generates text; got {folder}")
     report: dict[str, Any] = {
         "processor": chip_name(),
         "instruction_set": ops.isa(),
@@ -620,16 +627,6 @@ def _texts(calibration: str | None) -> str | tuple[str, ...]:
     from ..bundled import wikitext
 
     return calibration or tuple(wikitext("validation"))
-
-
-def _quantized_model(folder: Path) -> tuple[nn.Module, Any]:
-    """The model and the tokenizer (None if there is none) of a quantized folder."""
-    from ..calibration.tokens import load_tokenizer
-    from ..checkpoints.folder import load_quantized
-
-    model = load_quantized(folder)
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    return model, load_tokenizer(folder) if has_tokenizer else None
 
 
 def _remark(layer: Mapping[str, Any]) -> str:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..core.config import check_integer
 from ..core.progress import progress_bar
 from ..core.texts import read_texts
-from ..models.running import evaluating, no_cache
+from ..models.loading import text_tokenizer
+from ..models.running import evaluating, max_positions, no_cache
 
 # Positions to convert to float32 log-probabilities at a time. With a vocabulary of 128,000 that
 # takes 128 MB; a whole window of 2,048 would take 1 GB, twice.
@@ -93,6 +94,7 @@ class Evaluator:
         check_integer("seq_len", seq_len, 2)
         if n_samples is not None:
             check_integer("n_samples", n_samples, 1)
+        tokenizer = text_tokenizer(tokenizer)
         text = "\n\n".join(_rows(dataset))
         token_ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
         self.dataset = token_ids.to(device)
@@ -255,7 +257,12 @@ class Evaluator:
         )
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise ValueError if the model has too few token ids or positions for the windows."""
+        """Raise ValueError if the model does not predict the next token, or has too few token ids
+        or positions for the windows."""
+        config: Any = model.config
+        can_generate: Any = getattr(model, "can_generate", None)
+        if (can_generate and not can_generate()) or getattr(config, "is_encoder_decoder", False):
+            raise ValueError(f"model must be a causal language model; got {type(model).__name__}")
         embedding = model.get_input_embeddings()  # type: ignore[operator]
         vocabulary = getattr(embedding, "num_embeddings", None)
         largest = int(self.dataset.max())
@@ -264,7 +271,7 @@ class Evaluator:
                 f"model has {vocabulary} token ids, but the tokenizer gave id {largest}: they do "
                 "not belong together"
             )
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = max_positions(model)
         if positions is not None and positions < self.seq_len:
             raise ValueError(
                 f"seq_len must be at most {positions}, the model's maximum; got {self.seq_len}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,6 +23,13 @@ def without_head(model: nn.Module, names: Sequence[str]) -> nn.Module:
 def no_cache(model: nn.Module) -> dict[str, bool]:
     """Keyword arguments that turn off a transformers model's cache; empty for other models."""
     return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """The largest number of tokens of a transformers model; None if its config has no limit."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None)
 
 
 @contextmanager
