@@ -14,6 +14,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -43,7 +44,15 @@ SIZES = {
 T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 2048}
 VIT = SIZES | {"image_size": 16, "patch_size": 8}
 NAMED = {"llama-classifier": (AutoModelForSequenceClassification, "llama", SIZES)}
+LLAVA = {
+    "vision_config": VIT | {"model_type": "clip_vision_model"},
+    "text_config": SIZES | {"model_type": "llama"},
+    "image_token_index": 5,
+}
+CLIP = {"vision_config": VIT, "text_config": SIZES | {"max_position_embeddings": 16}}
 NAMED |= {
+    "llava": (AutoModelForImageTextToText, "llava", LLAVA),
+    "clip": (AutoModel, "clip", CLIP),
     "llama-base": (AutoModel, "llama", SIZES),
     "bert-masked-lm": (AutoModelForMaskedLM, "bert", SIZES),
     "bert-classifier": (AutoModelForSequenceClassification, "bert", SIZES),
@@ -71,7 +80,7 @@ def smoothquant(*arguments):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", at_length(list(NAMED), ["llama-classifier", "t5", "vit"]))
+@pytest.mark.parametrize("kind", at_length(list(NAMED), ["llama-classifier", "t5", "vit", "llava"]))
 def test_the_class_is_that_of_the_folder(kind, tmp_path):
     model = saved(kind, tmp_path / "f", tokenizer=kind != "vit")
     loaded, tokenizer = load_model(tmp_path / "f")
@@ -99,8 +108,8 @@ def test_the_class_is_that_of_the_folder(kind, tmp_path):
 def test_commands_refuse_a_class_that_they_cannot_run(kind, command, tmp_path):
     saved(kind, tmp_path / "f", tokenizer=kind != "vit")
     smoothquant("quantize", tmp_path / "f", tmp_path / "q", "--no-calibration")
-    if kind == "t5" and command != "eval":
-        return  # it does generate
+    if (kind == "t5" and command != "eval") or kind == "llava":
+        return  # it does
     arguments = {"eval": ["--windows", 1, "--seq-len", 16], "generate": ["Once"], "bench": []}
     code, output = smoothquant(command, tmp_path / "q", *arguments[command])
     assert code == 1 and len(output.strip().splitlines()) == 1, output
@@ -177,6 +186,36 @@ def test_another_head_on_a_quantized_model(stored, loaded, tmp_path):
 
 def quantized_names(model):
     return [name for name, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_processor_goes_along(tmp_path):
+    saved("llava", tmp_path / "f")
+    (tmp_path / "f" / "preprocessor_config.json").write_text("{}")
+    (tmp_path / "f" / "own_code.py").write_text("")
+    flags = ["--no-calibration", "--group-size", 16]
+    assert smoothquant("quantize", tmp_path / "f", tmp_path / "q", *flags)[0] == 0
+    assert smoothquant("dequantize", tmp_path / "q", tmp_path / "d")[0] == 0
+    for folder in (tmp_path / "q", tmp_path / "d"):
+        names = {path.name for path in folder.iterdir()}
+        assert {"preprocessor_config.json", "tokenizer.json"} <= names
+        assert "own_code.py" not in names
+    code, output = smoothquant("eval", tmp_path / "q", "--windows", 1, "--seq-len", 16)
+    assert code == 0, output
+
+
+class Own(transformers.LlamaForCausalLM):
+    """A class that transformers does not have."""
+
+
+def test_a_class_of_ones_own_is_refused_by_save_quantized(tmp_path):
+    model = Own(transformers.LlamaConfig(**SIZES))
+    quantize(model, MixedQuantConfig(group_size=16), progress=False)
+    with pytest.raises(ValueError, match="must have a class of transformers.*got Own"):
+        save_quantized(model, tmp_path / "q")
+    model.save_pretrained(tmp_path / "q")
+    again = Own.from_pretrained(tmp_path / "q")
+    assert quantized_names(again) == quantized_names(model)
 
 
 # ---- The weights

@@ -37,10 +37,17 @@ from ..core.tensor_files import (
     tensors_file,
 )
 from ..layers.linear import QuantizedLinear, is_quantized
+from ..models.families import decoder_layers
 from ..models.loading import load_config, transformers_class
-from ..models.modules import assign, is_transformers_model, unsaved_buffers
+from ..models.modules import assign, check_no_adapter, is_transformers_model, unsaved_buffers
 from .attachment import attach
 from .manifest import CARD, Manifest, check_headers, check_kept, check_linear, insert_linears
+
+
+# A model may have more parameters than its files have tensors: shared ones are built several times,
+# and a stored tensor may become several. A model with still more is not the one in the files.
+MOST_PARAMETERS_PER_TENSOR = 4
+MORE_PARAMETERS = 1000
 
 
 def save_quantized(
@@ -59,19 +66,27 @@ def save_quantized(
         model: a transformers model quantized by this package, with either backend.
         folder: must not exist or be empty; with `overwrite`, it may also hold a quantized model,
             which is replaced as a whole.
-        tokenizer: a transformers tokenizer to save with the model, or None.
+        tokenizer: a transformers tokenizer or processor to save with the model, or None.
         overwrite: replace a folder that holds a quantized model.
         evaluation: {"metric, dataset": number}, for the model card.
 
     Raises:
-        ValueError: the model is not a quantized transformers model, or the folder is not free.
+        ValueError: the model is not a quantized transformers model, its class is not one of
+            transformers, it has an adapter of PEFT, or the folder is not free.
         OSError: writing failed. Nothing is left behind.
     """
     from .model_card import model_card
 
+    check_no_adapter(model)
     if not is_transformers_model(model) or not is_quantized(model):
         raise ValueError(
             f"model must be a quantized transformers model; got {type(model).__name__}"
+        )
+    if transformers_class([type(model).__name__]) is not type(model):
+        raise ValueError(
+            f"model must have a class of transformers, or load_quantized cannot build it; got "
+            f"{type(model).__name__}. model.save_pretrained saves it for "
+            f"{type(model).__name__}.from_pretrained"
         )
     attach(model)  # rejects what cannot be saved before anything is written
     folder, card = check_target(folder, overwrite=overwrite), model_card(model, evaluation)
@@ -170,8 +185,8 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
 @torch.no_grad()
 def _try(model: Any, path: Path) -> None:
     """Reject a config from which a model can be built that does not run."""
-    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
-        return  # needs inputs other than tokens
+    if not decoder_layers(model):
+        return  # it may need inputs other than tokens
     try:
         model(torch.zeros(1, 3, dtype=torch.int64))  # 3, as wrong sizes of 1 would broadcast
     except Exception as error:  # a broken config may raise anything in the model
@@ -253,10 +268,9 @@ def float_model(
         config = load_config(folder, local_files_only=True)
         if not isinstance(config, model_class.config_class):
             raise TypeError(f"its model type is {config.model_type!r}")
-        # A malicious depth would take forever to build, but every layer has tensors of its own.
-        if config.num_hidden_layers > num_tensors:
-            raise ValueError(f"{config.num_hidden_layers} layers, but {num_tensors} tensors")
-        with _build_lock, _parameters_on_meta(), _default_dtype(dtype):
+        # A malicious depth would take forever to build.
+        most = MOST_PARAMETERS_PER_TENSOR * num_tensors + MORE_PARAMETERS
+        with _build_lock, _parameters_on_meta(most), _default_dtype(dtype):
             model = model_class(config)
         path = folder / "generation_config.json"
         if os.path.lexists(path):
@@ -289,20 +303,29 @@ _building = threading.local()
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def _parameters_on_meta(most: int) -> Iterator[None]:
     """Create parameters of modules that this thread builds on meta, but buffers for real.
 
     Buffers that are not saved, such as rotary frequencies, exist nowhere else.
+
+    Args:
+        most: number of parameters at which to raise ValueError.
     """
-    _building.here = True
+    _building.left = most
     try:
         yield
     finally:
-        _building.here = False
+        del _building.left
 
 
 def _move_to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-    if getattr(_building, "here", False) and parameter.device.type != "meta":
+    left = getattr(_building, "left", None)
+    if left is None:
+        return None
+    if left == 0:
+        raise ValueError("it has far more parameters than the files have tensors")
+    _building.left = left - 1
+    if parameter.device.type != "meta":
         on_meta: Any = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
         on_meta._is_hf_initialized = True  # lets transformers skip the slow initialization
         return on_meta
