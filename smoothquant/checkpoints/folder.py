@@ -43,7 +43,6 @@ from ..models.modules import assign, check_no_adapter, is_transformers_model, un
 from .attachment import attach
 from .manifest import CARD, Manifest, check_headers, check_kept, check_linear, insert_linears
 
-
 # A model may have more parameters than its files have tensors: shared ones are built several times,
 # and a stored tensor may become several. A model with still more is not the one in the files.
 MOST_PARAMETERS_PER_TENSOR = 4

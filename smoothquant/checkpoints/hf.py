@@ -29,17 +29,23 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..core.config import MixedQuantConfig
 from ..core.errors import CheckpointError
-from ..core.tensor_files import Header, read_headers, tensors_file
+from ..core.tensor_files import CONFIG, Header, read_headers, tensors_file
 from ..layers.linear import QuantizedLinear
 from ..models.families import LayerInput
-from ..models.loading import check_complete, check_unused, missing_weights, randomly_initialized
+from ..models.loading import (
+    check_complete,
+    check_unused,
+    missing_weights,
+    randomly_initialized,
+    tokenizer_folder,
+)
 from ..models.modules import assign, distinct_tensors, unsaved_buffers
 from ..models.routing import PARTS
 from ..quantization.checks import check_batches
 from ..quantization.engine import Plan
 from ..quantization.undo import dequantize
 from .attachment import finish_and_attach
-from .manifest import Manifest, check_headers, check_kept, check_linear, insert_linears
+from .manifest import FIELDS, Manifest, check_headers, check_kept, check_linear, insert_linears
 
 QUANTIZED_ELEMENT_BYTES = 0.65  # for device maps: 4-bit codes, scales, salient channels
 
@@ -54,9 +60,27 @@ class MixedQuantManifest(Manifest, QuantizationConfigMixin):
     def from_dict(  # type: ignore[override]
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """As `Manifest.from_dict`, with the arguments and results that transformers expects."""
-        manifest = super().from_dict(config_dict)
+        """As `Manifest.from_dict`, with the arguments and results that transformers expects.
+
+        Fields of a MixedQuantConfig, as a user passes them to ``from_pretrained``, give one.
+        """
+        read: Any = super().from_dict
+        if not config_dict.keys() & (FIELDS.keys() - {"quant_method"}):
+            fields = {key: config_dict[key] for key in config_dict.keys() - {"quant_method"}}
+            config_dict, read = fields, _users_config
+        manifest = read(config_dict)
         return (manifest, kwargs) if return_unused_kwargs else manifest
+
+
+# transformers accepts a config given again with a quantized model if the classes' names are equal.
+MixedQuantManifest.__name__ = MixedQuantConfig.__name__
+
+
+def _users_config(fields: dict[str, Any]) -> MixedQuantConfig:
+    try:
+        return MixedQuantConfig.from_dict(fields)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"quantization_config: {error}") from error
 
 
 class QuantizeLoadedWeights(ConversionOps):
@@ -130,6 +154,8 @@ class MixedQuantQuantizer(HfQuantizer):
     def __init__(self, quantization_config: MixedQuantConfig | Manifest, **kwargs: Any) -> None:
         manifest: Any = quantization_config
         if isinstance(quantization_config, MixedQuantConfig):
+            if kwargs.get("pre_quantized"):  # config.json has the fields of a user's dict only
+                raise CheckpointError(f"{CONFIG}: quantization_config is incomplete")
             manifest = MixedQuantManifest(quantization_config)
         super().__init__(manifest, **kwargs)
         self.on_load: QuantizeLoadedWeights | None = None
@@ -139,6 +165,7 @@ class MixedQuantQuantizer(HfQuantizer):
         self.shared: dict[str, str] = {}
         self.dtype: torch.dtype | None = None
         self.as_stored = False
+        self.tokenizer = ""
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         config = self.quantization_config.config
@@ -194,6 +221,7 @@ class MixedQuantQuantizer(HfQuantizer):
         if not self.pre_quantized:
             if all(path.endswith(".safetensors") for path in checkpoint_files or ()):
                 check_unused(model.name_or_path, model, read_headers(checkpoint_files or ()))
+            self.tokenizer = tokenizer_folder(model.name_or_path, checkpoint_files)
             if manifest.config.calibration is None:
                 self.on_load = QuantizeLoadedWeights(model, manifest.config)
             return
@@ -232,9 +260,8 @@ class MixedQuantQuantizer(HfQuantizer):
             self.on_load = None
         elif not self.pre_quantized:
             _check_complete(model)
-            plan = Plan(
-                model, self.quantization_config.config, tokenizer=model.name_or_path, progress=True
-            )
+            config = self.quantization_config.config
+            plan = Plan(model, config, tokenizer=self.tokenizer, progress=True)
             plan.pack_all()
             finish_and_attach(plan)
         else:

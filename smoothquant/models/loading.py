@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +230,40 @@ def load_tokenizer(name_or_folder: str | os.PathLike, **where: Any) -> Any:
     except Exception as error:  # the tokenizers package raises plain Exceptions
         reason = " ".join(str(error).split())  # in one line
     raise ValueError(f"the tokenizer of {str(name_or_folder)!r} cannot be loaded: {reason}")
+
+
+def tokenizer_folder(name_or_folder: str, checkpoint_files: Sequence[str] | None) -> str:
+    """The folder of the tokenizer that belongs to weights which transformers loaded.
+
+    It is beside the weights or in the root of their repository, in the same revision. Its files are
+    downloaded if necessary.
+
+    Args:
+        name_or_folder: what the model was loaded by.
+        checkpoint_files: the files of the weights.
+
+    Returns:
+        The folder; `name_or_folder` if there is no tokenizer.
+    """
+    if not checkpoint_files:
+        return name_or_folder
+    beside = root = Path(checkpoint_files[0]).parent
+    if os.path.isdir(name_or_folder):
+        root = Path(name_or_folder)
+    else:
+        from huggingface_hub import snapshot_download
+
+        # cache/models--owner--name/snapshots/revision/subfolder/file
+        root = next((p for p in (beside, *beside.parents) if p.parent.name == "snapshots"), beside)
+        if root.parent.name == "snapshots":
+            below = beside.relative_to(root)
+            patterns = [(p / name).as_posix() for p in (Path(), below) for name in COMPANIONS]
+            cache = root.parents[2]
+            snapshot_download(
+                name_or_folder, revision=root.name, cache_dir=cache, allow_patterns=patterns
+            )
+    folders = (folder for folder in (beside, root) if Companions(folder).has_tokenizer)
+    return str(next(folders, name_or_folder))
 
 
 def text_tokenizer(tokenizer: Any) -> Any:
