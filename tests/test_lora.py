@@ -106,3 +106,27 @@ def test_a_model_with_an_adapter_is_not_saved_or_quantized(make_model, tmp_path)
     assert not (tmp_path / "q").exists()
     save_quantized(model.unload(), tmp_path / "q")
     load_quantized(tmp_path / "q")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["int4", "fake"])
+def test_all_linear_includes_the_quantized(backend, make_model, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft, of the test extra, is not installed")
+    from smoothquant.lora import on_quantized
+
+    def adapted(model):
+        found = (name.removesuffix(".base_layer") for name, _ in model.named_modules())
+        return {name for name in found if hasattr(model.get_submodule(name), "lora_A")}
+
+    def config():
+        return peft.LoraConfig(r=2, target_modules="all-linear")
+
+    want = adapted(peft.get_peft_model(make_model("llama"), config()))
+    model = make_model("llama")
+    quantize(model, MixedQuantConfig(group_size=20, backend=backend), progress=False)
+    found = peft.get_peft_model(model, on_quantized(config()))
+    assert want and adapted(found) == want
+    found.save_pretrained(tmp_path)
+    saved = on_quantized(peft.LoraConfig.from_pretrained(tmp_path))
+    again = peft.PeftModel.from_pretrained(found.unload(), tmp_path, config=saved)
+    assert adapted(again) == want
