@@ -48,7 +48,7 @@ from ..core.tensor_files import (
 from ..core.tensors import DTYPES, FLOATS
 from ..core.version import __version__
 from ..models.families import decoder_layers
-from ..models.loading import Companions, StoredNames, check_complete, check_unused, missing_weights
+from ..models.loading import Companions, StoredNames, check_complete, check_unused
 from ..models.modules import assign, distinct_tensors
 from ..quantization.checks import check_batches
 from ..quantization.engine import Plan
@@ -343,7 +343,8 @@ def _map_weights(
             mapped.release()
         names = read_headers([path])
         loaded |= {key: (source, t) for key, t in mapped.read(path, names).items()}
-    check_complete(source, model, missing_weights(model, set(expected) - set(loaded)), ())
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    check_complete(source, model, set(expected) - set(loaded) - tied, ())
     for name, (path, tensor) in loaded.items():
         if tensor.shape != expected[name].shape:
             raise CheckpointError(

@@ -88,6 +88,9 @@ class QuantizeLoadedWeights(ConversionOps):
 
     def __init__(self, model: nn.Module, config: MixedQuantConfig) -> None:
         """model: a float model with its parameters on meta."""
+        tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
+        for name, owner in tied.items():  # or linears tied to embeddings would be quantized
+            assign(model, name, _tensor(model, owner))
         self.plan = Plan(model, config, weights_to_come=True)
         self.error: Exception | None = None
         self.item_of: dict[str, LayerInput] = {}
@@ -98,6 +101,7 @@ class QuantizeLoadedWeights(ConversionOps):
             if item.experts:
                 self.item_of |= {f"{item.experts}.{part}": item for part in PARTS}
         self.awaited = dict.fromkeys(self.item_of)  # in forward order
+        self.tied = {n: owner for n, owner in tied.items() if self.item_of.keys() & {n, owner}}
 
     @torch.no_grad()
     def convert(  # type: ignore[override]
@@ -109,10 +113,12 @@ class QuantizeLoadedWeights(ConversionOps):
             if name not in self.item_of:
                 others[name] = value
                 continue
-            missing_keys.discard(name)
             tensor = value[0] if isinstance(value, list) else value
             try:
-                self._take(model, name, tensor)
+                for taken in (name, *(n for n, owner in self.tied.items() if owner == name)):
+                    missing_keys.discard(taken)
+                    if taken in self.awaited:
+                        self._take(model, taken, tensor)
             except (ValueError, TypeError) as error:  # transformers would only log it
                 self.error = self.error or error
         return others
@@ -135,6 +141,8 @@ class QuantizeLoadedWeights(ConversionOps):
             # or transformers would initialize its tensors as if no file held them
             for initialized in (layer, *layer.buffers()):
                 initialized._is_hf_initialized = True
+        if self.tied:
+            _untie_quantized(model)
 
     def finish(self, model: Any) -> None:
         """Finish the model; raise the first error, or CheckpointError if weights are missing."""
@@ -233,6 +241,7 @@ class MixedQuantQuantizer(HfQuantizer):
                 f"{model.name_or_path}: no quantized layer is part of a {type(model).__name__}"
             )
         insert_linears(model, manifest)
+        _untie_quantized(model)
         self.packed = {
             f"{name}.{key}"
             for name, module in model.named_modules()
@@ -308,6 +317,15 @@ class MixedQuantQuantizer(HfQuantizer):
         return True
 
 
+def _untie_quantized(model: Any) -> None:
+    """Make transformers forget about tied weights that are quantized by now."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    model.all_tied_weights_keys = {
+        name: owner for name, owner in tied.items() if {name, owner} <= names
+    }
+
+
 def _check_complete(model: Any, awaited: Iterable[str] = ()) -> None:
     """Raise CheckpointError if transformers initialized weights at random, or if weights that were
     to be quantized never arrived."""
@@ -324,6 +342,7 @@ def set_quantizer(model: Any) -> None:
     quantizer.quantization_config = model.config.quantization_config = manifest
     model.is_quantized, model.quantization_method = True, MixedQuantConfig.quant_method
     model._weight_conversions = []  # save the tensors under the model's own names
+    model._keys_to_ignore_on_save = None  # and all of them
 
 
 def _renaming(model: nn.Module) -> Callable[[str], str | None]:
