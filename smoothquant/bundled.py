@@ -63,7 +63,7 @@ def load_bundled(name: str) -> tuple[Any, Any]:
 
     if name not in BUNDLED_MODELS:
         raise ValueError(f"name must be one of {list(BUNDLED_MODELS)}; got {name!r}")
-    folder = DATA / "tiny-opt" if name == "tiny-opt" else _smollm2_folder()
+    folder = bundled_folder(name)
     try:
         return _load_folder(str(folder), torch.float32)
     except _LOADING_ERRORS as error:
@@ -73,12 +73,19 @@ def load_bundled(name: str) -> tuple[Any, Any]:
         ) from error
 
 
+def bundled_folder(name: str) -> Path:
+    """The folder of a demo model; converts SmolLM2 first if necessary."""
+    return DATA / "tiny-opt" if name == "tiny-opt" else _smollm2_folder()
+
+
 def load_model(
     name_or_folder: str | os.PathLike, *, dtype: torch.dtype | None = None
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer by bundled name, folder or Hugging Face id.
 
-    Code from a model repository is never run.
+    The model has the class that its config names: a causal LM, a classifier, an encoder-decoder, a
+    vision-language model. A config that names no transformers class is loaded as a causal LM. Code
+    from a model repository is never run.
 
     Args:
         name_or_folder: a name for `load_bundled`, a folder with a config.json (of a float model or
@@ -87,13 +94,14 @@ def load_model(
             stored dtype for all others. Ignored for a quantized folder.
 
     Returns:
-        (model, tokenizer). The model is in evaluation mode.
+        (model, tokenizer). The model is in evaluation mode. The tokenizer is None if the folder or
+        repository has none.
 
     Raises:
         ValueError: the name is neither a bundled name, nor a folder with a model, nor a Hugging
             Face id that can be loaded.
         TypeError: `dtype` is not a torch.dtype.
-        CheckpointError: the folder's files are damaged or inconsistent.
+        CheckpointError: the folder's files are damaged or inconsistent, or lack a weight.
         RuntimeError: as `load_bundled`.
     """
     import torch
@@ -137,14 +145,14 @@ def check_model_name(name_or_folder: str | os.PathLike) -> None:
 
 
 def _load_folder(name: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from .checkpoints.folder import is_quantized_folder, load_quantized
+    from .models.loading import Companions, load_config, load_pretrained, load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    load_config(name)  # its errors are clearer than those of a tokenizer without a config
+    tokenizer = load_tokenizer(name) if Companions(name).has_tokenizer else None
     if is_quantized_folder(name):
         return load_quantized(name), tokenizer
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval(), tokenizer
+    return load_pretrained(name, dtype), tokenizer
 
 
 def _smollm2_folder() -> Path:
@@ -172,8 +180,7 @@ def _smollm2_folder() -> Path:
 
 
 def _convert_smollm2(source: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from .models.loading import load_gguf
 
     print(
         f"Converting SmolLM2-135M to {folder} (once, 20 to 40 s)",
@@ -181,10 +188,7 @@ def _convert_smollm2(source: Path, folder: Path) -> None:
         flush=True,
     )
     started = time.perf_counter()
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=SMOLLM2_GGUF, dtype=torch.float32
-    )
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_GGUF)
+    model, tokenizer = load_gguf(source, SMOLLM2_GGUF)
     # The weights are plain floats now. A saved config that says otherwise could not be loaded.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

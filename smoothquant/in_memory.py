@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from .calibration.stats_files import given_stats
 from .channels.statistics import ChannelStats
 from .checkpoints.attachment import finish_and_attach
 from .core.config import MixedQuantConfig
+from .models.loading import randomly_initialized
 from .quantization.engine import Plan
 from .quantization.records import LinearRecord
 
@@ -57,5 +59,18 @@ def quantize(
         CheckpointError: the statistics file is damaged. The model is unchanged.
     """
     plan = Plan(model, config, given_stats(stats), batches, tokenizer=tokenizer, progress=progress)
+    _warn_of_random_weights(plan)
     plan.pack_all()
     return finish_and_attach(plan)
+
+
+def _warn_of_random_weights(plan: Plan) -> None:
+    random = set(randomly_initialized(plan.model))
+    names = [name for group in plan.groups for name in group.names if f"{name}.weight" in random]
+    if names:
+        warnings.warn(
+            f"the checkpoint had no weights for {len(names)} linears, such as {names[0]}: "
+            "transformers initialized them at random. Unless they were trained since, the "
+            "quantized model is of no use",
+            stacklevel=3,
+        )

@@ -14,10 +14,16 @@ PEFT does not save what `on_quantized` adds, so call it again to load an adapter
 
 from __future__ import annotations
 
-from peft import LoraConfig
-from peft.tuners.lora import Linear
+import functools
+from typing import Any
 
-from .layers.linear import FakeW4A4Linear, W4A4Linear
+from peft import LoraConfig
+from peft.tuners import tuners_utils
+from peft.tuners.lora import Linear
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import nn
+
+from .layers.linear import FakeW4A4Linear, QuantizedLinear, W4A4Linear
 
 
 class LoraQuantizedLinear(Linear):
@@ -31,8 +37,29 @@ class LoraQuantizedLinear(Linear):
 
 
 def on_quantized(config: LoraConfig) -> LoraConfig:
-    """Make a config accept quantized linears as target modules; returns the same config."""
+    """Make a config accept quantized linears as target modules; returns the same config.
+
+    ``target_modules="all-linear"`` then includes them.
+    """
     config._register_custom_module(
         {W4A4Linear: LoraQuantizedLinear, FakeW4A4Linear: LoraQuantizedLinear}
     )
     return config
+
+
+_all_float_linears = tuners_utils._maybe_include_all_linear_layers
+
+
+@functools.wraps(_all_float_linears)
+def _all_linears(config: Any, model: nn.Module) -> Any:
+    targets = getattr(config, "target_modules", None)
+    config = _all_float_linears(config, model)
+    everything = isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    if everything and W4A4Linear in (getattr(config, "_custom_modules", None) or {}):
+        modules = model.named_modules()
+        config.target_modules |= {n for n, m in modules if isinstance(m, QuantizedLinear)}
+    return config
+
+
+# PEFT expands target_modules="all-linear" only when it has the model, which `on_quantized` has not.
+tuners_utils._maybe_include_all_linear_layers = _all_linears

@@ -1,7 +1,10 @@
 """The map of the package: who imports whom, what an import does, which paths are promised."""
 
+import ast
 import importlib
+import json
 import pkgutil
+import re
 import subprocess
 import sys
 import types
@@ -12,6 +15,8 @@ from programs import ROOT
 
 import smoothquant
 from smoothquant import old_paths, public
+
+CODE = (".py", ".ipynb")
 
 # What published code, the documentation and earlier versions' documentation import. An entry is a
 # promise: it may be added to, not taken from.
@@ -185,6 +190,35 @@ def test_torch_imports_where_the_kernels_do_not_load(run_python):
     )
     assert "smoothquant cannot register with torch" in found.stderr
     assert found.stdout.startswith("MixedQuant's compiled kernels could not be loaded")
+
+
+def code_of(path):
+    """The Python code of a module or a notebook."""
+    if path.suffix == ".py":
+        return path.read_text(encoding="utf-8")
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    return "\n".join(re.sub(r"^[%!].*", "", cell, flags=re.MULTILINE) for cell in code)
+
+
+def calls_of_from_pretrained(path):
+    """Calls of from_pretrained that may run code of a repository."""
+    for node in ast.walk(ast.parse(code_of(path))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = getattr(node.func.value, "id", getattr(node.func.value, "attr", ""))
+            if node.func.attr == "from_pretrained" and owner != "GenerationConfig":
+                yield node
+
+
+def test_code_of_a_repository_never_runs():
+    folders = ("smoothquant", "run_experiments", "benchmarks", "examples")
+    paths = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in CODE]
+    calls = {path: list(calls_of_from_pretrained(path)) for path in paths}
+    loading = ROOT / "smoothquant" / "models" / "loading.py"
+    assert [path for path, found in calls.items() if found] == [loading]
+    for call in calls[loading]:
+        trusts = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert trusts["trust_remote_code"] == "False", ast.unparse(call)
 
 
 def test_an_unknown_name_is_an_attribute_error():

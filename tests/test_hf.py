@@ -317,7 +317,7 @@ def test_both_imports_in_any_order_register_once(order, run_python):
         IMPORTS[order] + "\nfrom transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m\n"
         "from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as c\n"
         "assert m['mixedquant'].__name__ == 'MixedQuantQuantizer'\n"
-        "assert c['mixedquant'].__name__ == 'MixedQuantManifest'\n"
+        "assert c['mixedquant'].__qualname__ == 'MixedQuantManifest'\n"
         "import sys; assert not any(type(f).__module__ == 'smoothquant.registration' "
         "for f in sys.meta_path)"
     )
@@ -330,6 +330,71 @@ def test_weight_conversions_where_transformers_passes_the_model_on_or_not(model,
     for pre_quantized, expected in ((True, []), (False, [["of transformers"], *model])):
         quantizer = MixedQuantQuantizer(CONFIG, pre_quantized=pre_quantized)
         assert quantizer.update_weight_conversions(["of transformers"], *model) == expected
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"grup_size": 16}, "quantization_config: unknown .* grup_size"),
+        ({"group_size": 0}, "quantization_config: group_size must be"),
+        ({"group_size": 16, "salient_prop": 0.1, "recipe": "fast"}, None),
+    ],
+)
+def test_a_config_given_as_a_dict(fields, message, float_folder):
+    model, folder = float_folder("llama")
+    given = {"quant_method": "mixedquant", **fields}
+    if message:
+        with pytest.raises(ValueError, match=message):
+            from_pretrained(folder, given)
+    else:
+        loaded = from_pretrained(folder, given)
+        assert loaded.mixedquant_config == MixedQuantConfig(**fields)
+        assert given == {"quant_method": "mixedquant", **fields}
+        loaded.save_pretrained(folder / "q")
+        assert from_pretrained(folder / "q").mixedquant_config == loaded.mixedquant_config
+
+
+@pytest.mark.parametrize("config", [CONFIG, MixedQuantConfig(group_size=12)])
+def test_a_config_given_with_a_quantized_model_is_not_used(config, pristine):
+    with pytest.warns(UserWarning, match="quantization_config.* from the model will be used"):
+        loaded = from_pretrained(pristine, config)
+    assert loaded.mixedquant_config == CONFIG
+
+
+def test_a_stored_config_needs_all_fields(pristine, tmp_path):
+    folder = shutil.copytree(pristine, tmp_path / "q")
+    fields = json.loads((folder / "config.json").read_text())
+    fields["quantization_config"] = {"quant_method": "mixedquant", "group_size": 16}
+    (folder / "config.json").write_text(json.dumps(fields))
+    for load in BOTH:
+        with pytest.raises(CheckpointError, match="config.json: quantization_config"):
+            load(folder)
+
+
+@pytest.mark.parametrize(
+    "where",
+    at_length(["local", "beside", "root", "revision"], ["local", "revision"]),
+)
+def test_the_tokenizer_is_that_of_the_weights(where, tmp_path):
+    """In a subfolder or a revision, of a folder or of a repository in the cache of the hub."""
+    config = MixedQuantConfig(calibration=["Some words. " * 200], calibration_tokens=64)
+    commit, wrong = "0123456789abcdef" * 2 + "01234567", "f" * 40
+    hub = tmp_path / "models--a--b"
+    root = tmp_path / "f" if where == "local" else hub / "snapshots" / commit
+    folder = root if where == "revision" else root / "inner"
+    model, tokenizer = load_bundled("tiny-opt")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(root if where == "root" else folder)
+    fields = {} if where == "revision" else {"subfolder": "inner"}
+    if where == "local":
+        AutoModelForCausalLM.from_pretrained(root, quantization_config=config, **fields)
+        return
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(wrong)
+    (hub / "refs" / "v1").write_text(commit)
+    (hub / "snapshots" / wrong).mkdir()
+    fields |= {"revision": "v1", "cache_dir": str(tmp_path), "local_files_only": True}
+    AutoModelForCausalLM.from_pretrained("a/b", quantization_config=config, **fields)
 
 
 # ---- Hostile folders

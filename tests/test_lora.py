@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from smoothquant import MixedQuantConfig, W4A4Linear, quantize
+from smoothquant import (
+    MixedQuantConfig,
+    W4A4Linear,
+    load_quantized,
+    quantize,
+    save_quantized,
+)
 from smoothquant.layers.linear import FakeW4A4Linear
 
 
@@ -77,3 +83,50 @@ def test_adapters_train_and_come_back(architecture, make_model, token_ids, tmp_p
         assert torch.equal(again(token_ids).logits, model(token_ids).logits)
     with pytest.raises(ValueError, match="cannot be merged into packed weights"):
         model.merge_and_unload()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_with_an_adapter_is_not_saved_or_quantized(make_model, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft, of the test extra, is not installed")
+    from smoothquant.lora import on_quantized
+
+    config = MixedQuantConfig(group_size=20)
+    targets = {"r": 2, "target_modules": ["q_proj"]}
+    floats = peft.get_peft_model(make_model("llama"), peft.LoraConfig(**targets))
+    inside = floats.get_base_model()
+    for model in (floats, inside):
+        with pytest.raises(ValueError, match="model must have no adapter of PEFT"):
+            quantize(model, config, progress=False)
+    quantized = make_model("llama")
+    quantize(quantized, config, progress=False)
+    model = peft.get_peft_model(quantized, on_quantized(peft.LoraConfig(**targets)))
+    for adapted in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match="model.save_pretrained.*model.unload()"):
+            save_quantized(adapted, tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+    save_quantized(model.unload(), tmp_path / "q")
+    load_quantized(tmp_path / "q")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["int4", "fake"])
+def test_all_linear_includes_the_quantized(backend, make_model, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft, of the test extra, is not installed")
+    from smoothquant.lora import on_quantized
+
+    def adapted(model):
+        found = (name.removesuffix(".base_layer") for name, _ in model.named_modules())
+        return {name for name in found if hasattr(model.get_submodule(name), "lora_A")}
+
+    def config():
+        return peft.LoraConfig(r=2, target_modules="all-linear")
+
+    want = adapted(peft.get_peft_model(make_model("llama"), config()))
+    model = make_model("llama")
+    quantize(model, MixedQuantConfig(group_size=20, backend=backend), progress=False)
+    found = peft.get_peft_model(model, on_quantized(config()))
+    assert want and adapted(found) == want
+    found.save_pretrained(tmp_path)
+    saved = on_quantized(peft.LoraConfig.from_pretrained(tmp_path))
+    again = peft.PeftModel.from_pretrained(found.unload(), tmp_path, config=saved)
+    assert adapted(again) == want

@@ -182,9 +182,7 @@ def test_weights_that_never_come_are_named_by_every_way_that_reads_files(make_mo
     del tensors[f"{QUERY}.weight"]
     save_file(tensors, source / TENSORS, {"format": "pt"})
     for way in (by_layer, while_loading):
-        with pytest.raises(
-            CheckpointError, match=rf"float: lacks tensor {QUERY}.weight \(1 missing\)"
-        ):
+        with pytest.raises(CheckpointError, match=rf"float: lacks tensor {QUERY}.weight of"):
             way(source, tmp_path / "q", MixedQuantConfig(group_size=16))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["float"]
 

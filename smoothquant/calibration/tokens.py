@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..core.config import WEIGHTS, WIKITEXT, MixedQuantConfig, check_integer
 from ..core.messages import naming
 from ..core.texts import read_texts, wikitext
+from ..models.loading import load_tokenizer, text_tokenizer
 from ..models.modules import is_transformers_model
 from ..models.running import check_token_ids, max_positions, runs_on_tokens
 
@@ -41,7 +42,7 @@ def token_blocks(
 
     Args:
         texts: the texts. Empty ones are kept, as in the evaluation protocol.
-        tokenizer: a transformers tokenizer.
+        tokenizer: a transformers tokenizer or a processor that has one.
         num_blocks: maximum number of blocks, or None for all. If the texts are too short, there are
             fewer blocks and a warning.
         block_size: tokens per block, >= 1.
@@ -60,6 +61,7 @@ def token_blocks(
         raise TypeError(
             f"texts must be an iterable of texts, not a single text or a path; got {texts!r:.60}"
         )
+    tokenizer = text_tokenizer(tokenizer)
     token_ids = _token_ids(
         texts, tokenizer, None if num_blocks is None else num_blocks * block_size
     )
@@ -222,26 +224,6 @@ def _tokenizer(model: nn.Module, tokenizer: Any) -> Any:
     if not place:
         raise ValueError("tokenizer is None, and the model does not say where it was loaded from")
     return load_tokenizer(place)
-
-
-def load_tokenizer(name_or_folder: str | os.PathLike) -> Any:
-    """Load the tokenizer that was saved with a model.
-
-    Raises:
-        ValueError: there is none, or it cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name_or_folder, local_files_only=os.path.isdir(name_or_folder)
-        )
-        if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-            return tokenizer
-        reason = "there is none"  # transformers makes one up, with special tokens only
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]  # in one line
-    raise ValueError(f"the tokenizer of {str(name_or_folder)!r} cannot be loaded: {reason}")
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:

@@ -51,6 +51,7 @@ from ..core.tensor_files import (
 from ..core.tensors import DTYPES, FLOATS, dtype_name
 from ..core.version import __version__
 from ..models.families import decoder_layers
+from ..models.loading import Companions, StoredNames, check_complete, check_unused
 from ..models.modules import assign, distinct_tensors
 from ..quantization.checks import check_batches
 from ..quantization.engine import Plan
@@ -68,12 +69,6 @@ FLOAT_REMEDY = (
     "save a float model by save_pretrained of transformers; it loads FP8 models in bfloat16 with "
     "quantization_config=FineGrainedFP8Config(dequantize=True)"
 )
-
-# Files of the source that are copied unchanged.
-COMPANIONS = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", "generation_config.json",
-)  # fmt: skip
 
 
 def convert(
@@ -290,8 +285,7 @@ class _Conversion:
             | config_checksum(json.loads(self.model.config.to_json_string()))
         )
         self.model.config.save_pretrained(self.folder)
-        for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
-            shutil.copy(path, self.folder / path.name)
+        Companions(source).save_pretrained(self.folder)
         (self.folder / CARD).write_text(model_card(self.model), encoding="utf-8")
 
 
@@ -354,35 +348,23 @@ def _map_weights(
     Parameters that transformers builds from several tensors on loading, such as the experts of a
     layer, are built one at a time and stored in files of the folder `fused`.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
+    from transformers.core_model_loading import WeightConverter, dot_natural_key
 
-    expected = model.state_dict(keep_vars=True)
+    named = StoredNames(model)
+    expected = named.expected
+    check_unused(source, model, headers)
     readable = {n: h for n, h in headers.items() if h.dtype in STORED_DTYPES.values()}
     stored = mapped_tensors(readable, mapped)
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
     loaded: dict[str, tuple[Path, Tensor]] = {}
     parts: dict[str, WeightConverter] = {}
     for key in sorted(headers, key=dot_natural_key):
-        name: str = key
-        pattern: str | None = None
-        if key not in expected:
-            prefix = model.base_model_prefix
-            name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
+        name, pattern = named(key)
         if name in expected and key not in stored:
             raise _unusable(headers[key], key)
         if name in expected and pattern is None:
             loaded[name] = headers[key].path, stored[key]
         elif name in expected and pattern is not None:
-            part = parts.setdefault(name, copy.deepcopy(by_pattern[pattern]))
+            part = parts.setdefault(name, copy.deepcopy(named.converters[pattern]))
             tensor: Any = stored[key]  # annotated as a Future, but transformers accepts tensors
             part.add_tensor(name, key, pattern, tensor)
     for number, (name, part) in enumerate(parts.items()):
@@ -399,9 +381,7 @@ def _map_weights(
         names = read_headers([path])
         loaded |= {key: (source, t) for key, t in mapped.read(path, names).items()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    missing = sorted(set(expected) - set(loaded) - tied)
-    if missing:
-        raise CheckpointError(f"{source}: lacks tensor {missing[0]} ({len(missing)} missing)")
+    check_complete(source, model, set(expected) - set(loaded) - tied, ())
     for name, (path, tensor) in loaded.items():
         if tensor.shape != expected[name].shape:
             raise CheckpointError(

@@ -39,7 +39,8 @@ from ..core.tensor_files import (
     tensors_file,
 )
 from ..layers.linear import QuantizedLinear, is_quantized
-from ..models.modules import assign, is_transformers_model, unsaved_buffers
+from ..models.loading import load_config, transformers_class
+from ..models.modules import assign, check_no_adapter, is_transformers_model, unsaved_buffers
 from .attachment import attach
 from .manifest import (
     CARD,
@@ -52,6 +53,11 @@ from .manifest import (
     try_model,
     warn_of_changes,
 )
+
+# A model may have more parameters than its files have tensors: shared ones are built several times,
+# and a stored tensor may become several. A model with still more is not the one in the files.
+MOST_PARAMETERS_PER_TENSOR = 4
+MORE_PARAMETERS = 1000
 
 
 def save_quantized(
@@ -70,19 +76,27 @@ def save_quantized(
         model: a transformers model quantized by this package, with either backend.
         folder: must not exist or be empty; with `overwrite`, it may also hold a quantized model,
             which is replaced as a whole.
-        tokenizer: a transformers tokenizer to save with the model, or None.
+        tokenizer: a transformers tokenizer or processor to save with the model, or None.
         overwrite: replace a folder that holds a quantized model.
         evaluation: {"metric, dataset": number}, for the model card.
 
     Raises:
-        ValueError: the model is not a quantized transformers model, or the folder is not free.
+        ValueError: the model is not a quantized transformers model, its class is not one of
+            transformers, it has an adapter of PEFT, or the folder is not free.
         OSError: writing failed. Nothing is left behind.
     """
     from .model_card import model_card
 
+    check_no_adapter(model)
     if not is_transformers_model(model) or not is_quantized(model):
         raise ValueError(
             f"model must be a quantized transformers model; got {type(model).__name__}"
+        )
+    if transformers_class([type(model).__name__]) is not type(model):
+        raise ValueError(
+            f"model must have a class of transformers, or load_quantized cannot build it; got "
+            f"{type(model).__name__}. model.save_pretrained saves it for "
+            f"{type(model).__name__}.from_pretrained"
         )
     attach(model)  # rejects what cannot be saved before anything is written
     folder, card = check_target(folder, overwrite=overwrite), model_card(model, evaluation)
@@ -262,36 +276,36 @@ def float_model(
     Raises:
         CheckpointError: the config does not describe a transformers model of the files' size.
     """
-    import transformers
+    from transformers import GenerationConfig
 
     path = folder / CONFIG
-    class_name = architectures[0] if isinstance(architectures, list) and architectures else None
-    cls: Any = getattr(transformers, class_name, None) if isinstance(class_name, str) else None
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise CheckpointError(f"{path}: architectures: {class_name!r} is not a transformers model")
+    model_class = transformers_class(architectures)
+    if model_class is None:
+        raise CheckpointError(
+            f"{path}: architectures must name a transformers model; got {architectures!r:.80}"
+        )
     check_counts(path, read_json(path), headers)
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        model_class: Any = cls
+        config = load_config(folder, local_files_only=True)
         if not isinstance(config, model_class.config_class):
             raise TypeError(f"its model type is {config.model_type!r}")
-        # A malicious depth would take forever to build, but every layer has tensors of its own.
-        if config.num_hidden_layers > len(headers):
-            raise ValueError(f"{config.num_hidden_layers} layers, but {len(headers)} tensors")
-        with _build_lock, _parameters_on_meta(), _default_dtype(dtype):
-            with torch.device("meta"):
+        # A malicious depth would take forever to build.
+        most = MOST_PARAMETERS_PER_TENSOR * len(headers) + MORE_PARAMETERS
+        with _build_lock, _default_dtype(dtype):
+            with _parameters_on_meta(most), torch.device("meta"):
                 _check_size(model_class(copy.deepcopy(config)), headers)
-            model = model_class(config)
+            with _parameters_on_meta(most):
+                model = model_class(config)
         path = folder / "generation_config.json"
         if os.path.lexists(path):
             read_json(path)  # checks more than transformers does
-            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     except CheckpointError:
         raise
     except Exception as error:  # a broken config may raise anything in the model class
-        raise CheckpointError(f"{path}: cannot build a {class_name} from it: {error}") from error
+        raise CheckpointError(
+            f"{path}: cannot build a {model_class.__name__} from it: {error}"
+        ) from error
     return model
 
 
@@ -353,26 +367,33 @@ _building = threading.local()
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def _parameters_on_meta(most: int) -> Iterator[None]:
     """Create parameters of modules that this thread builds on meta, but buffers for real.
 
     Buffers that are not saved, such as rotary frequencies, exist nowhere else.
+
+    Args:
+        most: number of parameters at which to raise ValueError.
     """
-    _building.here = True
+    _building.left = most
     try:
         yield
     finally:
-        _building.here = False
+        del _building.left
 
 
 def _move_to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-    if getattr(_building, "here", False):
-        on_meta: Any = parameter
-        if not parameter.is_meta:
-            on_meta = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-        on_meta._is_hf_initialized = True  # lets transformers skip the slow initialization
-        return on_meta
-    return None
+    left = getattr(_building, "left", None)
+    if left is None:
+        return None
+    if left == 0:
+        raise ValueError("it has far more parameters than the files have tensors")
+    _building.left = left - 1
+    on_meta: Any = parameter
+    if not parameter.is_meta:
+        on_meta = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    on_meta._is_hf_initialized = True  # lets transformers skip the slow initialization
+    return on_meta
 
 
 # Never removed: torch iterates over its hooks in every thread that builds a module, and changing

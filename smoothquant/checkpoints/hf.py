@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,13 @@ from ..core.tensor_files import (
 )
 from ..layers.linear import QuantizedLinear
 from ..models.families import LayerInput
+from ..models.loading import (
+    check_complete,
+    check_unused,
+    missing_weights,
+    randomly_initialized,
+    tokenizer_folder,
+)
 from ..models.modules import assign, distinct_tensors, unsaved_buffers
 from ..models.routing import PARTS
 from ..quantization.checks import check_batches
@@ -50,6 +57,7 @@ from ..quantization.undo import dequantize
 from .attachment import finish_and_attach
 from .checksums import config_checksum, tensor_checksums
 from .manifest import (
+    FIELDS,
     Manifest,
     check_checksums,
     check_headers,
@@ -73,9 +81,27 @@ class MixedQuantManifest(Manifest, QuantizationConfigMixin):
     def from_dict(  # type: ignore[override]
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """As `Manifest.from_dict`, with the arguments and results that transformers expects."""
-        manifest = super().from_dict(config_dict)
+        """As `Manifest.from_dict`, with the arguments and results that transformers expects.
+
+        Fields of a MixedQuantConfig, as a user passes them to ``from_pretrained``, give one.
+        """
+        read: Any = super().from_dict
+        if not config_dict.keys() & (FIELDS.keys() - {"quant_method"}):
+            fields = {key: config_dict[key] for key in config_dict.keys() - {"quant_method"}}
+            config_dict, read = fields, _users_config
+        manifest = read(config_dict)
         return (manifest, kwargs) if return_unused_kwargs else manifest
+
+
+# transformers accepts a config given again with a quantized model if the classes' names are equal.
+MixedQuantManifest.__name__ = MixedQuantConfig.__name__
+
+
+def _users_config(fields: dict[str, Any]) -> MixedQuantConfig:
+    try:
+        return MixedQuantConfig.from_dict(fields)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"quantization_config: {error}") from error
 
 
 class QuantizeLoadedWeights(ConversionOps):
@@ -83,6 +109,9 @@ class QuantizeLoadedWeights(ConversionOps):
 
     def __init__(self, model: nn.Module, config: MixedQuantConfig) -> None:
         """model: a float model with its parameters on meta."""
+        tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
+        for name, owner in tied.items():  # or linears tied to embeddings would be quantized
+            assign(model, name, _tensor(model, owner))
         self.plan = Plan(model, config, weights_to_come=True)
         self.error: Exception | None = None
         self.item_of: dict[str, LayerInput] = {}
@@ -93,6 +122,7 @@ class QuantizeLoadedWeights(ConversionOps):
             if item.experts:
                 self.item_of |= {f"{item.experts}.{part}": item for part in PARTS}
         self.awaited = dict.fromkeys(self.item_of)  # in forward order
+        self.tied = {n: owner for n, owner in tied.items() if self.item_of.keys() & {n, owner}}
 
     @torch.no_grad()
     def convert(  # type: ignore[override]
@@ -104,10 +134,12 @@ class QuantizeLoadedWeights(ConversionOps):
             if name not in self.item_of:
                 others[name] = value
                 continue
-            missing_keys.discard(name)
             tensor = value[0] if isinstance(value, list) else value
             try:
-                self._take(model, name, tensor)
+                for taken in (name, *(n for n, owner in self.tied.items() if owner == name)):
+                    missing_keys.discard(taken)
+                    if taken in self.awaited:
+                        self._take(model, taken, tensor)
             except (ValueError, TypeError) as error:  # transformers would only log it
                 self.error = self.error or error
         return others
@@ -116,7 +148,9 @@ class QuantizeLoadedWeights(ConversionOps):
         expected = model.get_parameter(name).shape
         if tensor.shape != expected:
             raise ValueError(f"{name} must have shape {tuple(expected)}; got {tuple(tensor.shape)}")
-        assign(model, name, nn.Parameter(tensor, requires_grad=False))
+        parameter: Any = nn.Parameter(tensor, requires_grad=False)
+        parameter._is_hf_initialized = True  # as transformers marks what it loads
+        assign(model, name, parameter)
         self.awaited.pop(name)
         item = self.item_of[name]
         if any(self.item_of[other] is item for other in self.awaited):
@@ -128,16 +162,14 @@ class QuantizeLoadedWeights(ConversionOps):
             # or transformers would initialize its tensors as if no file held them
             for initialized in (layer, *layer.buffers()):
                 initialized._is_hf_initialized = True
+        if self.tied:
+            _untie_quantized(model)
 
     def finish(self, model: Any) -> None:
         """Finish the model; raise the first error, or CheckpointError if weights are missing."""
         if self.error is not None:
             raise self.error
-        if self.awaited:
-            raise CheckpointError(
-                f"{model.name_or_path}: lacks tensor {next(iter(self.awaited))} "
-                f"({len(self.awaited)} missing)"
-            )
+        _check_complete(model, self.awaited)
         finish_and_attach(self.plan)
 
 
@@ -151,6 +183,8 @@ class MixedQuantQuantizer(HfQuantizer):
     def __init__(self, quantization_config: MixedQuantConfig | Manifest, **kwargs: Any) -> None:
         manifest: Any = quantization_config
         if isinstance(quantization_config, MixedQuantConfig):
+            if kwargs.get("pre_quantized"):  # config.json has the fields of a user's dict only
+                raise CheckpointError(f"{CONFIG}: quantization_config is incomplete")
             manifest = MixedQuantManifest(quantization_config)
         super().__init__(manifest, **kwargs)
         self.on_load: QuantizeLoadedWeights | None = None
@@ -161,6 +195,7 @@ class MixedQuantQuantizer(HfQuantizer):
         self.shared: dict[str, str] = {}
         self.dtype: torch.dtype | None = None
         self.as_stored = False
+        self.tokenizer = ""
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         config = self.quantization_config.config
@@ -214,17 +249,25 @@ class MixedQuantQuantizer(HfQuantizer):
     ) -> None:
         manifest = self.quantization_config
         if not self.pre_quantized:
+            if all(path.endswith(".safetensors") for path in checkpoint_files or ()):
+                check_unused(model.name_or_path, model, read_headers(checkpoint_files or ()))
+            self.tokenizer = tokenizer_folder(model.name_or_path, checkpoint_files)
             # Calibration needs the whole float model first.
             choice = manifest.config.calibration
             if choice is None and not manifest.config.needs_tokens:
-                choice, _ = default_calibration(model, model.name_or_path)
+                choice, _ = default_calibration(model, self.tokenizer)
             if choice == WEIGHTS:
                 self.on_load = QuantizeLoadedWeights(model, manifest.config)
             return
         whole = type(model).__name__ in (model.config.architectures or [])
-        rename = (lambda name: name) if whole else _renaming(manifest, model)
+        rename = (lambda name: name) if whole else _renaming(model)
         manifest = manifest if whole else manifest.renamed(rename)
+        if not manifest.linears:
+            raise CheckpointError(
+                f"{model.name_or_path}: no quantized layer is part of a {type(model).__name__}"
+            )
         insert_linears(model, manifest)
+        _untie_quantized(model)
         self.packed = {
             f"{name}.{key}"
             for name, module in model.named_modules()
@@ -239,20 +282,21 @@ class MixedQuantQuantizer(HfQuantizer):
                     f"{max(folders)}: tensors of the model are also in {min(folders)}"
                 )
             headers = read_headers(checkpoint_files)
-            headers = {rename(name): header for name, header in headers.items()}
+            named = ((rename(name), header) for name, header in headers.items())
+            headers = {name: header for name, header in named if name is not None}
             path = tensors_file(checkpoint_files)
             dtypes = check_headers(model, manifest, headers, path, only_linears=not whole)
             self.files, self.headers, self.dtypes = checkpoint_files, headers, dtypes
-        self.shared = manifest.shared if whole else {}
+        self.shared = manifest.shared
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.on_load is not None:
             self.on_load.finish(model)
             self.on_load = None
         elif not self.pre_quantized:
-            plan = Plan(
-                model, self.quantization_config.config, tokenizer=model.name_or_path, progress=True
-            )
+            _check_complete(model)
+            config = self.quantization_config.config
+            plan = Plan(model, config, tokenizer=self.tokenizer, progress=True)
             plan.pack_all()
             finish_and_attach(plan)
         else:
@@ -315,6 +359,22 @@ class MixedQuantQuantizer(HfQuantizer):
         return True
 
 
+def _untie_quantized(model: Any) -> None:
+    """Make transformers forget about tied weights that are quantized by now."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    model.all_tied_weights_keys = {
+        name: owner for name, owner in tied.items() if {name, owner} <= names
+    }
+
+
+def _check_complete(model: Any, awaited: Iterable[str] = ()) -> None:
+    """Raise CheckpointError if transformers initialized weights at random, or if weights that were
+    to be quantized never arrived."""
+    missing = dict.fromkeys([*awaited, *missing_weights(model, randomly_initialized(model))])
+    check_complete(model.name_or_path, model, missing, ())
+
+
 def set_quantizer(model: Any) -> None:
     """Tell transformers how a model is quantized, so that `save_pretrained` saves it as such."""
     manifest = MixedQuantManifest.of_model(model)
@@ -324,14 +384,37 @@ def set_quantizer(model: Any) -> None:
     quantizer.quantization_config = model.config.quantization_config = manifest
     model.is_quantized, model.quantization_method = True, MixedQuantConfig.quant_method
     model._weight_conversions = []  # save the tensors under the model's own names
+    model._keys_to_ignore_on_save = None  # and all of them
 
 
-def _renaming(manifest: Manifest, model: Any) -> Callable[[str], str]:
-    """Map names of the saved model to names of another model class with the same base model."""
+def _renaming(model: nn.Module) -> Callable[[str], str | None]:
+    """Map names of a saved model to names of another class with the same base model.
+
+    As when transformers loads a float model, the prefix of the base model is added or removed. None
+    for what the model does not have, such as the saved model's head.
+    """
     prefix = f"{model.base_model_prefix}."
-    if all(name.startswith(prefix) for name in manifest.linears):
-        return lambda name: name.removeprefix(prefix)
-    return lambda name: prefix + name
+
+    def rename(name: str) -> str | None:
+        names = (name, name.removeprefix(prefix), prefix + name)
+        return next((name for name in names if _has_place(model, name)), None)
+
+    return rename
+
+
+def _has_place(model: nn.Module, name: str) -> bool:
+    """Whether a model has a module or tensor of this name, or an experts module for it."""
+    module: Any = model
+    path = name.split(".")
+    for depth, part in enumerate(path):
+        if all(hasattr(module, matrices) for matrices in PARTS):
+            return True
+        child = module._modules.get(part)
+        if child is None:
+            is_place = isinstance(module, nn.Linear) or hasattr(module, part)
+            return depth == len(path) - 1 and is_place
+        module = child
+    return True
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

@@ -31,6 +31,7 @@ from ..core.tensor_files import CONFIG, Header
 from ..core.tensors import DTYPES, FLOATS, dtype_name, is_finite
 from ..layers.experts import W4A4Experts
 from ..layers.linear import QuantizedLinear, linear_class
+from ..models.families import decoder_layers
 from ..models.modules import distinct_tensors, module_places, replace_module, unsaved_buffers
 from ..models.routing import PARTS, expert_names
 from ..quantization.checks import non_finite_parameters
@@ -188,13 +189,19 @@ class Manifest:
             altered=summed and fields["checksum"] != json_checksum(rest),
         )
 
-    def renamed(self, rename: Callable[[str], str]) -> Manifest:
-        """The manifest with every name replaced by rename(name)."""
+    def renamed(self, rename: Callable[[str], str | None]) -> Manifest:
+        """The manifest with every name replaced by rename(name), or left out where that is None."""
+
+        def renamed(entries: Mapping[str, Any]) -> dict[str, Any]:
+            pairs = ((rename(name), entry) for name, entry in entries.items())
+            return {name: entry for name, entry in pairs if name is not None}
+
+        owners = renamed({name: rename(owner) for name, owner in self.shared.items()})
         return dataclasses.replace(
             self,
-            linears={rename(name): entry for name, entry in self.linears.items()},
-            shared={rename(name): rename(owner) for name, owner in self.shared.items()},
-            dtypes={rename(name): dtype for name, dtype in self.dtypes.items()},
+            linears=renamed(self.linears),
+            shared={name: owner for name, owner in owners.items() if owner is not None},
+            dtypes=renamed(self.dtypes),
         )
 
     def blank(self, name: str, k: int, n: int) -> QuantizedLinear:
@@ -487,8 +494,8 @@ def try_model(model: Any, path: Path | str) -> None:
     Raises:
         CheckpointError: the model does not run, or a token gets NaN, +Inf or no finite logit.
     """
-    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
-        return
+    if not decoder_layers(model):
+        return  # it may need inputs other than tokens
     tokens = torch.zeros(1, 3, dtype=torch.int64)  # 3, as wrong sizes of 1 would broadcast
     try:
         output = model(tokens.to(next(model.parameters()).device), return_dict=True)

@@ -32,8 +32,6 @@ from .console import (
 )
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..channels.statistics import ChannelStats
     from ..core.config import MixedQuantConfig
 
@@ -282,10 +280,11 @@ def _quantize_in_memory(
     fold: bool,
     overwrite: bool,
 ) -> None:
-    from ..bundled import load_model
+    from ..bundled import BUNDLED_MODELS, bundled_folder, load_model
     from ..checkpoints.folder import save_quantized
     from ..checkpoints.sizes import bytes_by_kind
     from ..in_memory import quantize
+    from ..models.loading import Companions
     from ..quantization.folding import fold_permutations
 
     model, tokenizer = load_model(source)
@@ -293,7 +292,8 @@ def _quantize_in_memory(
     quantize(model, config, stats, tokenizer=tokenizer)
     if fold:
         typer.echo(f"Folded the channel permutations of {len(fold_permutations(model))} layers")
-    save_quantized(model, target, tokenizer, overwrite=overwrite)
+    files = Companions(bundled_folder(source) if source in BUNDLED_MODELS else source)
+    save_quantized(model, target, files, overwrite=overwrite)
     print_bytes(before, bytes_by_kind(model))
     typer.echo(f"\nThe quantized model is in {target}")
 
@@ -304,13 +304,14 @@ def dequantize(source: Folder, target: Target, overwrite: OverwriteModel = False
 
     The float weights have exactly the values that the 4-bit codes represent.
     """
-    from ..checkpoints.folder import check_target, write_folder
+    from ..checkpoints.folder import check_target, load_quantized, write_folder
+    from ..models.loading import Companions
     from ..quantization.undo import dequantize
 
     target = check_target(target, overwrite=overwrite, of_any_model=True)
-    model, tokenizer = _quantized_model(source)
+    model = load_quantized(source)
     dequantize(model)
-    write_folder(model, target, tokenizer, overwrite=overwrite)
+    write_folder(model, target, Companions(source), overwrite=overwrite)
     typer.echo(f"The float model is in {target}")
 
 
@@ -327,11 +328,12 @@ def export(
     reason.
     """
     from ..checkpoints.export import export_compressed_tensors
-    from ..checkpoints.folder import check_target
+    from ..checkpoints.folder import check_target, load_quantized
+    from ..models.loading import Companions
 
     target = check_target(target, overwrite=overwrite, of_any_model=True)
-    model, tokenizer = _quantized_model(source)
-    export_compressed_tensors(model, target, tokenizer, overwrite=overwrite)
+    files = Companions(source)
+    export_compressed_tensors(load_quantized(source), target, files, overwrite=overwrite)
     typer.echo(f"The {to.value} model is in {target}")
 
 
@@ -496,6 +498,8 @@ def generate(
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must be in [-2^63, 2^64 - 1]; got {seed}")
     loaded, tokenizer = load_model(model)
+    if tokenizer is None or not loaded.can_generate():
+        raise ValueError(f"MODEL must generate text and have a tokenizer; got {model!r}")
     torch.manual_seed(seed)
     if prompt != prompt.encode(errors="replace").decode():
         raise ValueError(f"prompt must be valid UTF-8; got {prompt!r}")
@@ -536,17 +540,19 @@ def bench(
 
     from ..bundled import wikitext
     from ..calibration.tokens import token_blocks
+    from ..checkpoints.folder import load_quantized
     from ..core.config import MixedQuantConfig
     from ..evaluation.speed import layer_speeds, model_speeds
     from ..kernels import ops
+    from ..models.loading import load_tokenizer
     from ..models.running import check_positions, check_token_ids
     from .doctor import chip_name
 
     model = tokenizer = None
     if folder:
-        model, tokenizer = _quantized_model(folder)
-        if tokenizer is None:
-            raise ValueError(f"FOLDER must hold a tokenizer; got {folder}")
+        model, tokenizer = load_quantized(folder), load_tokenizer(folder)
+        if not model.can_generate():  # type: ignore[operator]
+            raise ValueError(f"FOLDER must hold a model that generates text; got {folder}")
         check_positions(model, prompt=prompt, new=new)
         ids = token_blocks(wikitext("test"), tokenizer, 1, prompt)[0]
         check_token_ids(model, ids)
@@ -647,16 +653,6 @@ def _calibration(texts: str | None) -> str:
     with naming(source="--calibration"):
         read_texts(texts)
     return texts
-
-
-def _quantized_model(folder: Path) -> tuple[nn.Module, Any]:
-    """The model and the tokenizer (None if there is none) of a quantized folder."""
-    from ..calibration.tokens import load_tokenizer
-    from ..checkpoints.folder import load_quantized
-
-    model = load_quantized(folder)
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    return model, load_tokenizer(folder) if has_tokenizer else None
 
 
 def _remark(layer: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from ..core.config import check_integer
 from ..core.messages import naming
 from ..core.progress import progress_bar
 from ..core.texts import read_texts
+from ..models.loading import text_tokenizer
 from ..models.running import check_positions, check_token_ids, evaluating, run_tokens
 
 # Positions to convert to float32 log-probabilities at a time. With a vocabulary of 128,000 that
@@ -94,6 +95,7 @@ class Evaluator:
         check_integer("seq_len", seq_len, 2)
         if n_samples is not None:
             check_integer("n_samples", n_samples, 1)
+        tokenizer = text_tokenizer(tokenizer)
         with naming(source="dataset"):
             text = "\n\n".join(_rows(dataset))
         token_ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
@@ -257,7 +259,12 @@ class Evaluator:
         )
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise ValueError if the model has too few token ids or positions for the windows."""
+        """Raise ValueError if the model does not predict the next token, or has too few token ids
+        or positions for the windows."""
+        config: Any = model.config
+        can_generate: Any = getattr(model, "can_generate", None)
+        if (can_generate and not can_generate()) or getattr(config, "is_encoder_decoder", False):
+            raise ValueError(f"model must be a causal language model; got {type(model).__name__}")
         check_token_ids(model, self.dataset)
         check_positions(model, seq_len=self.seq_len)
 

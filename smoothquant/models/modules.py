@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -10,6 +11,18 @@ from torch import Tensor, nn
 def is_transformers_model(model: nn.Module) -> bool:
     """Whether the model has a transformers config."""
     return hasattr(getattr(model, "config", None), "save_pretrained")
+
+
+def check_no_adapter(model: Any) -> None:
+    """Raise ValueError if a model has an adapter of PEFT."""
+    if getattr(model, "peft_config", None) or any(
+        isinstance(getattr(module, "base_layer", None), nn.Module) for module in model.modules()
+    ):
+        raise ValueError(
+            "model must have no adapter of PEFT. Save an adapter with model.save_pretrained(folder)"
+            " and remove it with model.unload(), which returns the model without it; or merge it "
+            "into a float model with model.merge_and_unload()"
+        )
 
 
 def module_copy(model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from ..core.config import MixedQuantConfig
 from ..core.tensors import is_finite, largest_magnitude
 from ..layers.linear import refuse_quantized, salient_dtype_for
 from ..models.families import LayerInput, layer_inputs
+from ..models.modules import check_no_adapter
 from ..models.routing import PARTS
 from .pipeline import Group, model_groups, with_shares
 
@@ -58,6 +59,7 @@ def check_arguments(model: Any, config: Any, stats: Any) -> None:
         raise ValueError(
             "model must contain nn.Linear modules, not be one; use W4A4Linear.from_float"
         )
+    check_no_adapter(model)
     refuse_quantized(model)
 
 

@@ -1,0 +1,114 @@
+"""Every model class of transformers: loaded quantized, saved and loaded again, bit for bit."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from length import at_length
+from small_models import model_classes, small_model
+from torch import nn
+
+from smoothquant import MixedQuantConfig, convert, load_quantized, quantize, save_quantized
+from smoothquant.layers.linear import is_quantized
+from smoothquant.models.families import decoder_layers, output_heads
+
+CONFIG = MixedQuantConfig(group_size=16)
+
+
+def has_linears(model):
+    """Whether there is a linear to quantize."""
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return bool(linears - output_heads(model))
+
+
+def differing(got, want):
+    """Names of the tensors that are not the same in two models."""
+    got, want = got.state_dict(), want.state_dict()
+    names = set(got) ^ set(want)
+    for name in set(got) & set(want):
+        if got[name].dtype != want[name].dtype or not got[name].equal(want[name]):
+            names.add(name)
+    return sorted(names)
+
+
+def check(model, folder):
+    """Check that a float model is quantized, saved and loaded alike in every way."""
+    cls = type(model)
+    model.save_pretrained(folder / "float")
+    want = cls.from_pretrained(folder / "float", dtype=torch.float32).eval()
+    quantize(want, CONFIG, progress=False)
+    loaded = cls.from_pretrained(
+        folder / "float", dtype=torch.float32, quantization_config=copy.deepcopy(CONFIG)
+    )
+    assert is_quantized(loaded)
+    assert differing(loaded, want) == [], "quantized on load"
+    save_quantized(want, folder / "q")
+    assert differing(load_quantized(folder / "q"), want) == [], "load_quantized"
+    assert differing(cls.from_pretrained(folder / "q"), want) == [], "from_pretrained"
+    if decoder_layers(model):
+        convert(folder / "float", folder / "c", CONFIG, progress=False)
+        assert differing(load_quantized(folder / "c"), want) == [], "convert"
+
+
+# Causal and masked LMs, encoder-decoders, classifiers, vision, audio and several of them at once.
+SHORT = [
+    "LlamaForSequenceClassification",
+    "Qwen3MoeForCausalLM",
+    "MambaForCausalLM",
+    "JambaForCausalLM",
+    "GptOssForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "BertForMaskedLM",
+    "ModernBertForMaskedLM",
+    "AlbertForMaskedLM",
+    "ElectraForTokenClassification",
+    "T5ForConditionalGeneration",
+    "BartForConditionalGeneration",
+    "MarianMTModel",
+    "ViTForImageClassification",
+    "SiglipModel",
+    "CLIPModel",
+    "Data2VecVisionForImageClassification",
+    "GraniteSpeech5ForCTC",
+    "Wav2Vec2ForCTC",
+    "WhisperForConditionalGeneration",
+    "ASTForAudioClassification",
+    "LlavaForConditionalGeneration",
+    "BlipForConditionalGeneration",
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", at_length(SHORT, SHORT[::2]))
+def test_a_class_is_loaded_as_it_is(name, tmp_path):
+    check(small_model(name), tmp_path)
+
+
+PARTS = 6
+COVERED = 150  # classes in each part, at least, that can be built small and have a linear
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_class_is_loaded_as_it_is(part, tmp_path):
+    covered, left_out, wrong = [], {}, {}
+    for name in list(model_classes())[part::PARTS]:
+        try:
+            model = small_model(name)
+        except Exception as error:
+            left_out[name] = f"{type(error).__name__}: {error}"
+            continue
+        if not has_linears(model):
+            left_out[name] = "no linear to quantize"
+            continue
+        covered.append(name)
+        try:
+            check(model, tmp_path / name)
+        except Exception as error:
+            wrong[name] = f"{type(error).__name__}: {error}"
+        shutil.rmtree(tmp_path / name)
+    print(f"{len(covered)} classes; left out: {left_out}")
+    assert wrong == {}
+    assert len(covered) >= COVERED, left_out
