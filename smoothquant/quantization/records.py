@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..layers.linear import QuantizedLinear
-from ..models.families import LayerInput, known_inputs, output_heads
+from ..models.families import LayerInput, known_inputs
+from ..models.kept import kept_modules
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ def quantization_report(model: nn.Module) -> list[LinearRecord]:
     if not layers:
         raise ValueError(f"model must be quantized; got {type(model).__name__}")
     quantized = [quantized_record(name, layer, "as stored") for name, layer in layers]
-    return quantized + kept_records(model, known_inputs(model))
+    config: Any = getattr(model, "mixedquant_config", None)
+    kept = kept_modules(model, config.ignore if config else ())
+    return quantized + kept_records(model, known_inputs(model), kept)
 
 
 def quantized_record(name: str, layer: QuantizedLinear, chosen_by: str) -> LinearRecord:
@@ -60,15 +64,21 @@ def quantized_record(name: str, layer: QuantizedLinear, chosen_by: str) -> Linea
     return LinearRecord(name, shape, layer.num_salient, bits, "quantized", chosen_by)
 
 
-def kept_records(model: nn.Module, items: Sequence[LayerInput]) -> list[LinearRecord]:
-    """The records of all parameters that are not quantized; items: the model's layer inputs."""
-    heads = output_heads(model)
+def kept_records(
+    model: nn.Module, items: Sequence[LayerInput], kept: Mapping[str, str]
+) -> list[LinearRecord]:
+    """The records of all parameters that are not quantized.
+
+    Args:
+        items: the model's layer inputs.
+        kept: {module: why it stays}, from `kept_modules`.
+    """
     routers = {item.router for item in items}
-    kept = []
+    records = []
 
     def keep(name: str, tensor: Tensor, reason: str) -> None:
         short, bits = name.removesuffix(".weight"), 8.0 * tensor.element_size()
-        kept.append(LinearRecord(short, tuple(tensor.shape), 0, bits, "kept", reason))
+        records.append(LinearRecord(short, tuple(tensor.shape), 0, bits, "kept", reason))
 
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -79,8 +89,10 @@ def kept_records(model: nn.Module, items: Sequence[LayerInput]) -> list[LinearRe
             reason = "bias"
         elif isinstance(module, nn.Embedding):
             reason = "embedding"
+        elif block in kept:
+            reason = kept[block]
         elif isinstance(module, nn.Linear):
-            reason = "output head" if block in heads else "not in the table of families"
+            reason = "not in the table of families"
         elif leaf == "weight" and block in routers:
             reason = "router"
         elif parameter.dim() == 3:
@@ -89,4 +101,4 @@ def kept_records(model: nn.Module, items: Sequence[LayerInput]) -> list[LinearRe
     for block, module in modules.items():
         if isinstance(module, QuantizedLinear) and module.bias is not None:
             keep(f"{block}.bias", module.bias, "bias")
-    return kept
+    return records
