@@ -318,6 +318,9 @@ def known_inputs(model: nn.Module) -> list[LayerInput]:
     field, value = family.residual_from_norm or ("", None)
     can_fold = not field or getattr(config, field, None) != value
     inputs: list[LayerInput] = []
+    # Further names of modules, whose other name is in another layer, and norms that they read.
+    elsewhere = {n for n, _ in model.named_modules(remove_duplicate=False)} - set(modules)
+    fixed: set[str | None] = {None}
     for layer in _decoder_layers(modules, family.layers):
 
         def existing(*names: str | None, layer: str = layer) -> tuple[str, ...]:
@@ -326,6 +329,8 @@ def known_inputs(model: nn.Module) -> list[LayerInput]:
         index_by_norm: dict[str, int] = {}
         for reads in family.reads:
             linears, norm = existing(*reads.linears), next(iter(existing(*reads.norms)), None)
+            if any(name in elsewhere for name in (f"{layer}.{part}" for part in reads.linears)):
+                fixed.add(norm)
             experts = next(iter(existing(reads.experts)), None)
             name = linears[0] if linears else experts
             if norm in index_by_norm:
@@ -347,14 +352,12 @@ def known_inputs(model: nn.Module) -> list[LayerInput]:
     places = module_places(model)
 
     def has_foldable_norm(item: LayerInput) -> bool:
-        norm = modules.get(item.norm) if item.norm else None
-        folded = [
-            norm,
-            *(modules[name] for name in (*item.linears, item.experts, item.router) if name),
-        ]
-        # A module with several places may have another input, or feed another module, elsewhere.
-        alone = all(module and len(places[module]) == 1 for module in folded)
-        return can_fold and alone and getattr(norm, "weight", None) is not None
+        if not can_fold or item.norm in fixed:
+            return False
+        names = (item.norm, *item.linears, item.experts, item.router)
+        # A module with a second place may have another input there, or feed another module.
+        alone = all(len(places[modules[name]]) == 1 for name in names if name)
+        return alone and getattr(modules[item.norm or ""], "weight", None) is not None
 
     return [item if has_foldable_norm(item) else replace(item, norm=None) for item in inputs]
 

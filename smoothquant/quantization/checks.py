@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration.stats_files import with_current_names
 from ..channels.sorting import check_blocks
 from ..channels.statistics import ChannelStats
 from ..core.config import MixedQuantConfig
@@ -115,6 +116,7 @@ def checked_groups(
         if needed and means_only:
             raise ValueError(f"{name} needs statistics with more than a mean per channel")
     if items is None:
+        stats = current_stats(model, stats)
         items, _ = reached_inputs(layer_inputs(model, config.ignore), stats)
         check_modules(model, items)
     if config.smooth_alpha is not None and not any(item.norm for item in items):
@@ -133,6 +135,13 @@ def checked_groups(
                     f"sort_within_heads=True; got {config.tp_blocks}"
                 )
     return with_shares(model, groups, config)
+
+
+def current_stats(
+    model: nn.Module, stats: Mapping[str, ChannelStats] | None
+) -> Mapping[str, ChannelStats] | None:
+    """The statistics by names that the model has; see `with_current_names`."""
+    return stats and with_current_names(stats, dict(model.named_modules()))
 
 
 def reached_inputs(

@@ -32,6 +32,7 @@ from .checks import (
     check_modules,
     check_weights,
     checked_groups,
+    current_stats,
     reached_inputs,
     warn_of_missing_stats,
 )
@@ -81,6 +82,7 @@ class Plan:
         progress: bool = False,
     ) -> None:
         check_arguments(model, config, stats)
+        stats = current_stats(model, stats)
         batches = chosen_batches(model, config, stats, batches, tokenizer)
         check_batches(config, batches)
         self.model, self.config, self.batches = model, config, batches
