@@ -1,5 +1,7 @@
 """Modules that must stay as they are stay, for a reason that the report gives, and no others do."""
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -7,7 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from transformers import AutoConfig
 
-from smoothquant import MixedQuantConfig, quantize
+from smoothquant import MixedQuantConfig, collect_stats, quantization_report, quantize
+from smoothquant.calibration.stats_files import save_stats
 from smoothquant.checkpoints.folder import load_quantized, save_quantized
 from smoothquant.models.kept import kept_modules, output_heads
 
@@ -185,3 +188,125 @@ def test_a_broken_layer_is_named_before_calibration(leaf, make_model, token_ids)
     getattr(model.model.layers[0].mlp.down_proj, leaf).data.view(-1)[3] = float("inf")
     with pytest.raises(ValueError, match=f"{leaf} of model.layers.0.mlp.down_proj holds NaN"):
         quantize(model, CONFIG, batches=[token_ids], progress=False)
+
+
+ATTENTION = {f"model.layers.0.self_attn.{part}_proj" for part in "qkvo"}
+MLP = {f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")}
+
+
+@pytest.mark.parametrize(
+    "pattern, expected",
+    [
+        ("model.layers.0.mlp.up_proj", {"model.layers.0.mlp.up_proj"}),
+        ("up_proj", {"model.layers.0.mlp.up_proj"}),
+        ("mlp.up_proj", {"model.layers.0.mlp.up_proj"}),
+        ("self_attn", ATTENTION),
+        ("model.layers.0.self_attn", ATTENTION),
+        ("*.self_attn.?_proj", ATTENTION),
+        ("re:.*mlp", MLP),
+        (r"re:model\.layers\.\d+\.mlp\.(gate|up|down)_proj$", MLP),
+        ("lm_head", set()),
+        ("model.norm", set()),
+    ],
+)
+def test_ignored_modules_stay(pattern, expected, tmp_path):
+    model = build("LlamaForCausalLM", "llama")
+    config = MixedQuantConfig(group_size=16, ignore=[pattern])
+    records = quantize(model, config, progress=False)
+    quantized = {record.name for record in records if record.action == "quantized"}
+    assert (ATTENTION | MLP) - quantized == expected
+    reasons = {record.name: record.reason for record in records}
+    assert {reasons[name] for name in expected} <= {f"ignore={pattern!r}"}
+    save_quantized(model, tmp_path / "q")
+    loaded = load_quantized(tmp_path / "q")
+    assert loaded.mixedquant_config == config
+    again = {record.name: record.reason for record in quantization_report(loaded)}
+    assert all(again[name] == reasons[name] for name in expected)
+
+
+@pytest.mark.parametrize("pattern", ["proj", "layers.00", "up", "re:lm_heads", "*.up", "Linear"])
+@pytest.mark.parametrize("act", [quantize, collect_stats])
+def test_a_pattern_that_matches_nothing_is_an_error(pattern, act):
+    model = build("LlamaForCausalLM", "llama")
+    with pytest.raises(ValueError, match=re.escape(f"ignore: {pattern!r} matches no module")):
+        if act is quantize:
+            quantize(model, MixedQuantConfig(ignore=["lm_head", pattern]), progress=False)
+        else:
+            collect_stats(model, [torch.ones(1, 4).long()], progress=False, ignore=[pattern])
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    "ignore, error",
+    [
+        ("lm_head", TypeError),
+        ([1], TypeError),
+        (7, TypeError),
+        ([""], ValueError),
+        (["re:"], ValueError),
+        (["re:("], ValueError),
+    ],
+)
+def test_patterns_are_checked(ignore, error):
+    with pytest.raises(error, match="ignore"):
+        MixedQuantConfig(ignore=ignore)
+
+
+def test_ignore_has_the_name_that_transformers_gives_it():
+    config = MixedQuantConfig.from_dict({"modules_to_not_convert": ["lm_head"]})
+    assert config == MixedQuantConfig(ignore=["lm_head"])
+    assert MixedQuantConfig.from_dict({"modules_to_not_convert": None}) == MixedQuantConfig()
+    with pytest.raises(ValueError, match="the same field"):
+        MixedQuantConfig.from_dict({"modules_to_not_convert": ["a"], "ignore": ["b"]})
+    assert MixedQuantConfig.from_dict(config.to_dict()) == config
+    assert "ignore" not in MixedQuantConfig().to_dict()
+
+
+def test_smoothing_spares_a_norm_that_feeds_an_ignored_layer():
+    model, ids = build("LlamaForCausalLM", "llama"), torch.ones(1, 8, dtype=torch.long)
+    gains = [norm.weight.clone() for norm in norms(model)]
+    config = MixedQuantConfig(group_size=16, smooth_alpha=0.5, ignore=["k_proj"])
+    quantize(model, config, batches=[ids], progress=False)
+    same = [torch.equal(norm.weight, gain) for norm, gain in zip(norms(model), gains, strict=True)]
+    assert same == [True, False]
+
+
+def norms(model):
+    layer = model.model.layers[0]
+    return layer.input_layernorm, layer.post_attention_layernorm
+
+
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+VISION |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+
+
+def llava():
+    vision = {"model_type": "clip_vision_model", **VISION}
+    text = {"model_type": "llama", **SIZES}
+    parts = {"vision_config": vision, "text_config": text, "image_token_index": 63}
+    config = AutoConfig.for_model("llava", **parts)
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+@pytest.mark.parametrize("recipe", ["fast", "best"])
+def test_layers_that_no_token_reaches_stay_with_a_warning(recipe, from_file, tmp_path, caplog):
+    model, batches = llava(), [torch.randint(1, 60, (1, 16))]
+    stats = None
+    if from_file:
+        stats = tmp_path / "stats.safetensors"
+        save_stats(collect_stats(model, batches, progress=False), stats)
+    config = MixedQuantConfig(group_size=16, recipe=recipe)
+    records = quantize(model, config, stats, batches, progress=False)
+    unreached = {r.name for r in records if r.reason == "no calibration token reached it"}
+    assert {name.split(".")[1] for name in unreached} == {"vision_tower", "multi_modal_projector"}
+    assert next(iter(unreached)) and "no calibration token reached 8 layers" in caplog.text
+    text = {r.name for r in records if "language_model.layers" in r.name and len(r.shape) == 2}
+    assert all(r.action == "quantized" for r in records if r.name in text)
+
+
+def test_calibration_that_reaches_nothing_is_an_error():
+    model = nn.Sequential(nn.Embedding(8, 4), nn.ModuleDict({"unused": nn.Linear(4, 4)}))
+    model.forward = model[0].forward
+    with pytest.raises(ValueError, match="no token reached layer 1.unused"):
+        quantize(model, CONFIG, batches=[torch.ones(1, 4).long()], progress=False)

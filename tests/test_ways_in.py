@@ -65,6 +65,10 @@ GOOD = {
     "one input for attention and MLP": ("falcon-parallel", {"group_size": 16, "rotation": 16}),
     "simulated": ("qwen3", {"group_size": 16, "backend": "fake", "num_bits": 8}),
     "output quantized": ("opt", {"group_size": 16, "quantize_output": True}),
+    "modules left out": (
+        "mixtral",
+        {"group_size": 16, "ignore": ["k_proj", "model.layers.0.mlp.experts", "re:.*1.*o_proj"]},
+    ),
     "blocks": ("mistral", {"group_size": 8, "tp_blocks": 2}),
     "unsigned": ("phi", {"group_size": 16, "act_format": "zero_point"}),
 }

@@ -170,6 +170,14 @@ def quantize(
             help="Set any other MixedQuantConfig field. May be repeated.",
         ),
     ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Keep modules as they are: whole parts of a name (vision_tower), a wildcard "
+            "pattern, or re: and a regular expression. May be repeated.",
+        ),
+    ] = None,
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = 32768,
     stats: Annotated[
@@ -234,6 +242,7 @@ def quantize(
             "calibration": None if no_calibration else _texts(calibration),
             "calibration_tokens": calibration_tokens,
             "seed": seed,
+            "ignore": ignore or [],
         }
         | dict(map(parse_field, fields or []))
     )

@@ -254,12 +254,16 @@ class MixedQuantConfig:
         object.__setattr__(self, name, check(name, getattr(self, name), *bounds))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values; calibration texts are replaced by their sha256."""
+        """All fields as plain JSON values; calibration texts are replaced by their sha256, and an
+        empty ``ignore`` is left out."""
         fields = dataclasses.asdict(self)
         if isinstance(self.calibration, tuple):
             digest = hashlib.sha256("\0".join(self.calibration).encode()).hexdigest()
             fields["calibration"] = f"sha256:{digest}"
-        fields["ignore"] = list(self.ignore)
+        if self.ignore:
+            fields["ignore"] = list(self.ignore)
+        else:  # as in folders and sweeps from before there was this field
+            del fields["ignore"]
         return fields
 
     @classmethod
