@@ -13,6 +13,7 @@ from smoothquant import MixedQuantConfig, collect_stats, quantization_report, qu
 from smoothquant.calibration.stats_files import save_stats
 from smoothquant.checkpoints.folder import load_quantized, save_quantized
 from smoothquant.models.kept import kept_modules, output_heads
+from smoothquant.quantization.records import weight_counts
 
 pytestmark = pytest.mark.filterwarnings("ignore:model type .* is unknown", "ignore:.*weight_norm")
 CONFIG = MixedQuantConfig(group_size=16)
@@ -310,3 +311,15 @@ def test_calibration_that_reaches_nothing_is_an_error():
     model.forward = model[0].forward
     with pytest.raises(ValueError, match="no token reached layer 1.unused"):
         quantize(model, CONFIG, batches=[torch.ones(1, 4).long()], progress=False)
+
+
+@pytest.mark.parametrize("ignore", [[], ["mlp"], ["self_attn"]])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_share_of_quantized_weights_is_told(ignore, tied, caplog):
+    model = build("LlamaForCausalLM", "llama", tie_word_embeddings=tied)
+    quantize(model, MixedQuantConfig(group_size=16, ignore=ignore), progress=False)
+    sizes = {"self_attn": 4 * 32 * 32, "mlp": 3 * 32 * 64}
+    kept = sum(sizes[name] for name in ignore) + (0 if tied else 64 * 32)
+    counts = weight_counts(model)
+    assert counts == (sum(sizes.values()) + (0 if tied else 64 * 32) - kept, kept, 64 * 32)
+    assert ("most of the others: 6,144 (ignore='mlp')" in caplog.text) == (ignore == ["mlp"])

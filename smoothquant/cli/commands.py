@@ -293,6 +293,7 @@ def _quantize_in_memory(
     from ..checkpoints.sizes import bytes_by_kind
     from ..in_memory import quantize
     from ..quantization.folding import fold_permutations
+    from ..quantization.records import weight_counts
 
     model, tokenizer = load_model(source)
     before = bytes_by_kind(model)
@@ -301,6 +302,7 @@ def _quantize_in_memory(
         typer.echo(f"Folded the channel permutations of {len(fold_permutations(model))} layers")
     save_quantized(model, target, tokenizer, overwrite=overwrite)
     print_bytes(before, bytes_by_kind(model))
+    typer.echo(f"\n{weight_counts(model)}")
     typer.echo(f"\nThe quantized model is in {target}")
 
 

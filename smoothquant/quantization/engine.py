@@ -37,7 +37,7 @@ from .checks import (
     warn_of_missing_stats,
 )
 from .pipeline import Group, Ready, model_groups, ready_groups
-from .records import LinearRecord, kept_records, quantized_record
+from .records import LinearRecord, kept_records, quantized_record, warn_if_mostly_kept
 
 Collect = Callable[[nn.Module, Sequence[Tensor]], Mapping[str, ChannelStats]]
 
@@ -151,6 +151,7 @@ class Plan:
             check_kept_weights(self.model, self.items)
         packed = [self.records[name] for group in self.groups for name in group.names]
         report = packed + kept_records(self.model, self.items, self.kept)
+        warn_if_mostly_kept(self.model, report)
         model: Any = self.model
         model.mixedquant_config, model.mixedquant_report = self.config, report
         return report
