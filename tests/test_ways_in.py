@@ -198,3 +198,16 @@ def test_no_way_in_quantizes_a_quantized_model(make_model, tmp_path):
         with pytest.raises(ValueError, match="quantized"):
             way(tmp_path / "q", tmp_path / "again", config)
         assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_broken_layer_is_named_before_calibration(way, tmp_path, monkeypatch):
+    source = tmp_path / "float"
+    shutil.copytree(DATA / "tiny-opt", source)
+    tensors, name = load_file(source / TENSORS), "model.decoder.layers.1.fc2"
+    spoiled(f"{name}.weight", NAN)(tensors)
+    save_file(tensors, source / TENSORS, {"format": "pt"})
+    monkeypatch.setattr(smoothquant.calibration.collect, "hooked", None)  # no token may run
+    config = MixedQuantConfig(group_size=16, calibration=TEXTS, calibration_tokens=64)
+    with pytest.raises(ValueError, match=f"weight of {name} holds NaN or Inf"):
+        way(source, tmp_path / "q", config)

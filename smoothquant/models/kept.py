@@ -78,7 +78,8 @@ def kept_modules(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, str]
             keep(module, unlike_linear(module))
         elif is_fused_experts(module):
             keep(module, _unlike_experts(module))
-            for child, router in modules[name.rpartition(".")[0]].named_modules():
+        if "experts" in module._modules or any(map(is_fused_experts, module.children())):
+            for child, router in module.named_modules():
                 if _ROUTER.search(child):
                     keep(router, "router")
     return {
