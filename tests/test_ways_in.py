@@ -12,6 +12,7 @@ from length import at_length
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import smoothquant.calibration.collect
 from smoothquant import (
     CheckpointError,
     MixedQuantConfig,

@@ -13,6 +13,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -66,10 +67,11 @@ def kept_modules(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, str]
     for name in output_heads(model):
         keep(modules[name], "output head")
     for name, module in modules.items():
-        for child in _read_by_weight(type(module)) if module._modules else ():
+        kind: Any = type(module)
+        for child in _read_by_weight(kind) if module._modules else ():
             keep(
                 modules.get(f"{name}.{child}" if name else child),
-                f"{type(module).__name__} reads its weight",
+                f"{kind.__name__} reads its weight",
             )
         if "base_layer" in module._modules:
             for inner in module.modules():
