@@ -167,3 +167,9 @@ def test_a_model_of_other_experts_warns_of_the_small_share(caplog):
     model = build("gpt_oss", head_dim=16)
     quantize(model, MixedQuantConfig(group_size=16), progress=False)
     assert "only " in caplog.text and "fused experts of another kind: GptOss" in caplog.text
+
+
+def test_routers_of_other_experts_stay():
+    with torch.device("meta"):
+        model = build("jetmoe", kv_channels=16)
+    assert kept_modules(model)["model.layers.0.mlp.router.layer"] == "router"

@@ -38,8 +38,9 @@ _PASSIVE = frozenset({"dtype", "device", "shape", "size", "ndim", "requires_grad
 
 _WEIGHT_READ = re.compile(r"\bself(\.\w+)+\.weight\b")  # worth parsing the code
 _TASK = re.compile(r"For[A-Z]|Head")  # class names such as BertForMaskedLM and GPT2LMHeadModel
-# Names, within a mixture of experts, of the linears that weight the experts.
-_ROUTER = re.compile(r"(^|[._])(gate|router)(\.|$)")
+# Names, within a mixture of experts, of the linears that weight the experts. Elsewhere, a "gate"
+# may be anything; a "router" is one everywhere.
+_ROUTER = re.compile(r"(^|[._])gate(\.|$)")
 _INITIALIZE = ("__init__", "_init", "init", "reset", "tie", "_tie")  # names of such methods
 
 
@@ -78,6 +79,7 @@ def kept_modules(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, str]
                 keep(inner, "part of an adapter layer")
         if isinstance(module, nn.Linear):
             keep(module, unlike_linear(module))
+            keep(module, "router" if "router" in name.split(".") else "")
         elif is_fused_experts(module):
             keep(module, _unlike_experts(module))
         if "experts" in module._modules or any(map(is_fused_experts, module.children())):
