@@ -49,7 +49,8 @@ _last = _Last()
 
 
 def _bytes(x: Tensor) -> memoryview:
-    return memoryview(x.detach().view(torch.uint8).numpy()).cast("B")
+    array: Any = x.detach().view(torch.uint8).numpy()
+    return memoryview(array).cast("B")
 
 
 def shared_input(

@@ -155,9 +155,9 @@ def reached_inputs(
 
     def unreached(names: Sequence[str]) -> bool:
         entry = next((stats[name] for name in names if name in stats), None) if stats else None
-        return isinstance(entry, ChannelStats) and entry.count == 0
+        return isinstance(entry, ChannelStats) and not entry.count.item()
 
-    names = []
+    names: list[str] = []
     for item in items:
         names += item.linears if unreached(item.linears) else ()
         names += [item.experts] if item.experts and unreached([item.experts]) else []
