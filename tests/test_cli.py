@@ -222,6 +222,18 @@ def test_dry_run_tells_what_quantize_makes(folder, tmp_path):
     assert int(after) * Byte == get_model_size(load_quantized(folder))
 
 
+def test_modules_are_left_out(tmp_path):
+    words = ("quantize", "tiny-opt", tmp_path / "q", "--no-calibration", "--ignore", "fc1")
+    printed = answer(*words, "--ignore", "re:.*layers[.]0[.]").stdout
+    names = load_quantized(tmp_path / "q").mixedquant_config.ignore
+    assert names == ("fc1", "re:.*layers[.]0[.]")
+    layers = json.loads(answer("inspect", tmp_path / "q", "--json").stdout)["layers"]
+    quantized = {layer["name"] for layer in layers if layer["action"] == "quantized"}
+    assert len(quantized) == 3 * 5 and not any("fc1" in name or ".0." in name for name in quantized)
+    assert "% of the weights are quantized: " in printed
+    answer(*words, "--ignore", "fc3", code=1)
+
+
 def test_quantize_calibrates_and_takes_a_tokenizer_along(folder):
     model, tokenizer = load_model(folder)
     assert tokenizer("some words").input_ids == load_bundled("tiny-opt")[1]("some words").input_ids

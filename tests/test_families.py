@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from smoothquant.models.families import FAMILIES, MADE_FROM, layer_inputs, output_heads
+from smoothquant.models.families import FAMILIES, MADE_FROM, layer_inputs
+from smoothquant.models.kept import output_heads
 
 
 def traced(model, token_ids):

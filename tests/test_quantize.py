@@ -16,7 +16,8 @@ from smoothquant.core.config import MixedQuantConfig
 from smoothquant.layers.experts import W4A4Experts
 from smoothquant.layers.linear import FakeW4A4Linear, QuantizedLinear, W4A4Linear
 from smoothquant.model_size import get_model_size
-from smoothquant.models.families import layer_inputs, output_heads
+from smoothquant.models.families import layer_inputs
+from smoothquant.models.kept import output_heads
 from smoothquant.models.modules import module_places, replace_module
 from smoothquant.models.routing import PARTS, routed_inputs
 from smoothquant.quantization.engine import Plan
@@ -246,10 +247,6 @@ def narrow(model, stats):
     stats["model.layers.1.mlp.down_proj"] = ChannelStats.from_mean(torch.ones(7))
 
 
-def blind(model, stats):
-    stats["model.layers.1.mlp.down_proj"] = ChannelStats.empty(88)
-
-
 def tensor_entry(model, stats):
     stats["model.layers.1.mlp.down_proj"] = torch.ones(88)
 
@@ -280,7 +277,6 @@ def foreign_module(model, stats):
     [
         (drop, ValueError, "no entry for model.layers.1.mlp.gate_proj or .* entries: model"),
         (narrow, ValueError, "down_proj must have 88 channels; got 7"),
-        (blind, ValueError, "down_proj must be finite and cover at least one row"),
         (tensor_entry, TypeError, "down_proj must be ChannelStats; got Tensor"),
         (nan_weight, ValueError, "weight of model.layers.1.mlp.down_proj holds NaN"),
         (huge_weight, ValueError, "down_proj holds values beyond the range of torch.bfloat16"),

@@ -85,12 +85,38 @@ def test_a_changed_input_is_quantized_again(quantized):
     assert len(quantized) == 3
 
 
-def test_a_layer_that_runs_again_does_not_trust_its_buffer(quantized):
-    layer, buffer = layer_of(), torch.randn(TOKENS, K)
-    x = torch.from_numpy(buffer.numpy())
-    layer(x)
-    buffer.numpy()[:] = 1  # no version tells of it
-    assert_same_bits(layer(x), alone(layer, x))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: x.data.copy_(torch.randn_like(x)),
+        lambda x: x.data[-1].neg_(),
+        lambda x: x.view(torch.int16).numpy().__setitem__((3, 5), 1),
+        lambda x: x.set_(torch.randn_like(x)),
+        lambda x: torch.utils.dlpack.from_dlpack(x).zero_(),
+    ],
+    ids=["data", "data-row", "numpy", "set", "dlpack"],
+)
+@pytest.mark.parametrize("same", [True, False], ids=["same layer", "sibling"])
+def test_an_input_written_behind_torch_is_quantized_again(write, dtype, same, quantized):
+    one = layer_of()
+    two = one if same else layer_of(1)
+    x = torch.randn(TOKENS, K).to(dtype)
+    one(x)
+    write(x)
+    assert_same_bits(two(x), alone(two, x))
+    assert len(quantized) == 2
+
+
+def test_a_permutation_written_in_place_is_another(quantized):
+    one, two, x = (
+        layer_of(),
+        layer_of(1, perm=torch.arange(K).flip(0).int()),
+        torch.randn(TOKENS, K),
+    )
+    one(x)
+    one.load_state_dict(two.state_dict())
+    assert_same_bits(two(x), alone(two, x))
     assert len(quantized) == 2
 
 
@@ -124,18 +150,24 @@ def test_nothing_outlives_the_input(quantized):
         gc.enable()
 
 
-def test_few_tokens_and_inference_tensors_are_not_shared(quantized):
+def test_few_tokens_and_strided_inputs_are_not_shared(quantized):
     one, two = layer_of(), layer_of(1)
-    few = torch.randn(shared_input.MIN_TOKENS, K)
-    one(few)
-    two(few)
+    for x in (torch.randn(shared_input.MIN_TOKENS, K), torch.randn(TOKENS, 2 * K)[:, ::2]):
+        assert_same_bits(one(x), alone(one, x))
+        assert_same_bits(two(x), alone(two, x))
+    assert not quantized
+
+
+def test_inference_tensors_are_shared(quantized):
+    one, two = layer_of(), layer_of(1)
     with torch.inference_mode():
         x = torch.randn(TOKENS, K)
         one(x)
+        two(x)
+        assert len(quantized) == 1
         x.mul_(2)
-        y = two(x)
-    assert_same_bits(y, alone(two, x.clone()))
-    assert not quantized
+        assert_same_bits(two(x), alone(two, x))
+    assert len(quantized) == 2
 
 
 def test_threads_do_not_share(quantized):

@@ -5,7 +5,10 @@ import torch
 from conftest import ARCHITECTURES
 from torch import nn
 
+from smoothquant import MixedQuantConfig
+from smoothquant.channels.statistics import ChannelStats
 from smoothquant.models.families import layer_inputs
+from smoothquant.quantization.engine import Plan
 from smoothquant.quantization.smoothing import smooth_lm, smooth_ln_fcs, smooth_ln_fcs_llama_like
 
 POST_NORM = ("opt-post-norm", "bloom-post-norm")
@@ -130,6 +133,89 @@ def test_experts_entries_serve_for_the_router(make_model):
     smooth_lm(other, by_expert)
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_published_scales_name_experts_as_transformers_4_did(make_model):
+    one, other = make_model("mixtral"), make_model("mixtral")
+    scales = random_scales(one)
+    published = {}
+    for name, scale in scales.items():
+        published[name.replace(".mlp.", ".block_sparse_moe.")] = scale
+    for layer in range(2):
+        for expert in range(4):
+            for part, size in (("w1", 48), ("w2", 88), ("w3", 48)):
+                name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}"
+                published[name] = torch.rand(size)
+    smooth_lm(one, scales)
+    smooth_lm(other, published)
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+    stats = {name: ChannelStats.from_max(scale) for name, scale in published.items()}
+    for item in layer_inputs(one):
+        if item.num_heads:  # attention outputs, which random_scales leaves out
+            stats[item.name] = ChannelStats.from_max(torch.rand(48))
+    plan = Plan(one, MixedQuantConfig(), stats)
+    used = {group.name: group.stats for group in plan.groups if group.expert}
+    down = published["model.layers.1.block_sparse_moe.experts.3.w2"]
+    assert torch.equal(used["model.layers.1.mlp.experts.3.down_proj"].abs_max, down)
+
+
+def tied_attention(model):
+    for part in ("q_proj", "k_proj", "v_proj"):
+        one, two = (getattr(layer.self_attn, part) for layer in model.model.layers)
+        two.weight = one.weight
+
+
+def tied_storage(model):
+    one, two = (layer.mlp for layer in model.model.layers)
+    two.up_proj.weight = nn.Parameter(one.up_proj.weight.data)
+
+
+def tied_siblings(model):
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.weight = mlp.gate_proj.weight
+
+
+def tied_gains(model):
+    one, two = model.model.layers
+    two.input_layernorm.weight = one.post_attention_layernorm.weight = one.input_layernorm.weight
+
+
+def one_norm(model):
+    one, two = model.model.layers
+    two.input_layernorm = one.input_layernorm
+
+
+def one_linear(model):
+    one, two = model.model.layers
+    two.mlp.gate_proj = one.mlp.gate_proj
+
+
+def one_layer(model):
+    model.model.layers[1] = model.model.layers[0]
+
+
+@pytest.mark.parametrize(
+    "tie",
+    [tied_attention, tied_storage, tied_siblings, tied_gains, one_norm, one_linear, one_layer],
+)
+@torch.no_grad()
+def test_what_layers_share_is_smoothed_once(tie, make_model, token_ids):
+    model = make_model("llama")
+    model.model.layers[0].input_layernorm.weight[5] = 30
+    tie(model)
+    before = model(token_ids).logits
+    smooth_lm(model, random_scales(model))
+    torch.testing.assert_close(model(token_ids).logits, before, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_one_weight_of_two_linears_is_multiplied_once():
+    ln, one, two, x = nn.LayerNorm(4), nn.Linear(4, 3), nn.Linear(4, 3), torch.randn(5, 4)
+    two.weight = one.weight
+    before = [one(ln(x)), two(ln(x))]
+    smooth_ln_fcs(ln, [one, two], torch.rand(4) * 9)
+    torch.testing.assert_close([one(ln(x)), two(ln(x))], before)
 
 
 def drop_last(scales):

@@ -12,6 +12,7 @@ from length import at_length
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import smoothquant.calibration.collect
 from smoothquant import (
     CheckpointError,
     MixedQuantConfig,
@@ -65,6 +66,10 @@ GOOD = {
     "one input for attention and MLP": ("falcon-parallel", {"group_size": 16, "rotation": 16}),
     "simulated": ("qwen3", {"group_size": 16, "backend": "fake", "num_bits": 8}),
     "output quantized": ("opt", {"group_size": 16, "quantize_output": True}),
+    "modules left out": (
+        "mixtral",
+        {"group_size": 16, "ignore": ["k_proj", "model.layers.0.mlp.experts", "re:.*1.*o_proj"]},
+    ),
     "blocks": ("mistral", {"group_size": 8, "tp_blocks": 2}),
     "unsigned": ("phi", {"group_size": 16, "act_format": "zero_point"}),
 }
@@ -196,3 +201,16 @@ def test_no_way_in_quantizes_a_quantized_model(make_model, tmp_path):
         with pytest.raises(ValueError, match="quantized"):
             way(tmp_path / "q", tmp_path / "again", config)
         assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_broken_layer_is_named_before_calibration(way, tmp_path, monkeypatch):
+    source = tmp_path / "float"
+    shutil.copytree(DATA / "tiny-opt", source)
+    tensors, name = load_file(source / TENSORS), "model.decoder.layers.1.fc2"
+    spoiled(f"{name}.weight", NAN)(tensors)
+    save_file(tensors, source / TENSORS, {"format": "pt"})
+    monkeypatch.setattr(smoothquant.calibration.collect, "hooked", None)  # no token may run
+    config = MixedQuantConfig(group_size=16, calibration=TEXTS, calibration_tokens=64)
+    with pytest.raises(ValueError, match=f"weight of {name} holds NaN or Inf"):
+        way(source, tmp_path / "q", config)

@@ -13,7 +13,7 @@ from ..channels.statistics import ChannelStats
 from ..core.progress import progress_bar
 from ..layers.linear import refuse_quantized
 from ..models.families import LayerInput, layer_inputs
-from ..models.routing import expert_names
+from ..models.routing import PARTS, expert_names
 from ..models.running import evaluating, hooked, input_hooks, run_tokens, without_head
 from .blocks import blocks
 
@@ -26,6 +26,7 @@ def collect_stats(
     by_layer: bool = False,
     spill: Path | None = None,
     progress: bool = True,
+    ignore: Sequence[str] = (),
 ) -> dict[str, ChannelStats]:
     """Run `batches` through a float model and collect the statistics of its layer inputs.
 
@@ -42,16 +43,19 @@ def collect_stats(
             weights do not fit in memory. The statistics are the same.
         spill: with `by_layer` only, a folder for the hidden states between layers.
         progress: show a progress bar.
+        ignore: patterns of modules to leave out, as in `MixedQuantConfig`.
 
     Returns:
-        {name of a linear: ChannelStats of its input}.
+        {name of a linear: ChannelStats of its input}. Those of a layer that no token reached, for
+        example in the vision tower of a model that is calibrated on texts, cover no row; `quantize`
+        then keeps the layer as it is.
 
     Raises:
         ValueError: the model is quantized, there is no batch or one of the wrong shape, an
-            activation is not finite, or no token reached a layer, which the message names.
+            activation is not finite, or no token reached any layer.
     """
     refuse_quantized(model)
-    inputs = layer_inputs(model)
+    inputs = layer_inputs(model, ignore)
     stats = _idle_experts(model, inputs)
     runner = without_head(model, [item.name for item in inputs])
     device = next(model.parameters()).device
@@ -88,10 +92,17 @@ def collect_stats(
                 checked_batches(), total=length, desc="calibrating", unit="batch", shown=progress
             ):
                 run_tokens(runner, batch.to(device))
-    unreached = [item.name for item in inputs if item.name not in stats]
-    if unreached:
-        raise ValueError(f"no token reached layer {unreached[0]} ({len(unreached)} such layers)")
     idle = [name for name, entry in stats.items() if entry.count == 0]
+    unreached = [
+        names
+        for item in inputs
+        for names in (item.linears, (item.experts,) if item.experts else ())
+        if names and names[0] not in stats
+    ]
+    if all(entry.count == 0 for entry in stats.values()):
+        raise ValueError(f"no token reached layer {unreached[0][0]}, nor any other")
+    for names in unreached:
+        stats.update(dict.fromkeys(names, ChannelStats.empty(_channels(model, names[0]))))
     if idle:
         warnings.warn(
             f"no token was routed to {len(idle)} expert matrices (first: {idle[0]}); "
@@ -99,6 +110,13 @@ def collect_stats(
             stacklevel=3,
         )
     return stats
+
+
+def _channels(model: nn.Module, name: str) -> int:
+    """The input channels of a linear or experts module."""
+    module = model.get_submodule(name)
+    weight = "weight" if isinstance(module, nn.Linear) else PARTS[0]
+    return module.get_parameter(weight).shape[-1]
 
 
 def _idle_experts(model: nn.Module, inputs: Sequence[LayerInput]) -> dict[str, ChannelStats]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Container, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors
 import safetensors.torch
@@ -17,6 +19,8 @@ from ..channels.statistics import STAT_DTYPES, ChannelStats
 from ..core.errors import CheckpointError
 from ..core.files import atomic_file
 from ..core.tensor_files import raw_header, remedy
+
+Entry = TypeVar("Entry")
 
 STATS_FORMAT = "mixedquant-stats"
 STATS_VERSION = 1
@@ -69,6 +73,31 @@ def given_stats(
 ) -> Mapping[str, ChannelStats] | None:
     """The statistics given, loaded first if they are a path."""
     return load_stats(stats) if isinstance(stats, (str, os.PathLike)) else stats
+
+
+# transformers 4 had a linear for each matrix of an expert, and "block_sparse_moe" in Mixtral:
+# (old part of a name, new part). An expert's gate and up projection read the same input.
+RENAMED = (
+    (r"\.block_sparse_moe\.", ".mlp."),
+    (r"(\.experts\.\d+)\.(w1|w3|gate_proj|up_proj)$", r"\1.gate_up_proj"),
+    (r"(\.experts\.\d+)\.w2$", r"\1.down_proj"),
+)
+
+
+def with_current_names(entries: Mapping[str, Entry], modules: Container[str]) -> dict[str, Entry]:
+    """The entries, by names that the model has: those of transformers 4 are translated.
+
+    Args:
+        entries: {name of a linear or expert matrix: statistics or scales of its input}.
+        modules: full names of the model's modules.
+    """
+    current = dict(entries)
+    for name, entry in entries.items():
+        new = name
+        for old, part in RENAMED if name not in modules else ():
+            new = re.sub(old, part, new)
+        current.setdefault(new, entry)
+    return current
 
 
 def load_stats(path: str | os.PathLike) -> dict[str, ChannelStats]:

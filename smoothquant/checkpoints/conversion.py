@@ -136,9 +136,8 @@ def convert(
             _map_weights(model, source, headers, mapped, work / "fused")
 
             def collect(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, ChannelStats]:
-                collected = _statistics(
-                    work / "stats.safetensors", model, batches, spilled, progress
-                )
+                path = work / "stats.safetensors"
+                collected = _statistics(path, model, batches, spilled, progress, config.ignore)
                 mapped.release()
                 return collected
 
@@ -402,11 +401,18 @@ def _unusable(header: Header, name: str) -> CheckpointError:
 
 
 def _statistics(
-    path: Path, model: nn.Module, batches: Sequence[Tensor], spill: Path | None, progress: bool
+    path: Path,
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    spill: Path | None,
+    progress: bool,
+    ignore: Sequence[str],
 ) -> dict[str, ChannelStats]:
     """Collect statistics into a file, unless an earlier run did; read them from there."""
     if not path.exists():
-        stats = collect_stats(model, batches, by_layer=True, spill=spill, progress=progress)
+        stats = collect_stats(
+            model, batches, by_layer=True, spill=spill, progress=progress, ignore=ignore
+        )
         save_stats(stats, path)
     return load_stats(path)
 

@@ -107,12 +107,12 @@ def _users_config(fields: dict[str, Any]) -> MixedQuantConfig:
 class QuantizeLoadedWeights(ConversionOps):
     """Receives float weights as they are loaded, and packs each group once it is complete."""
 
-    def __init__(self, model: nn.Module, config: MixedQuantConfig) -> None:
-        """model: a float model with its parameters on meta."""
+    def __init__(self, model: nn.Module, config: MixedQuantConfig, tokenizer: str) -> None:
+        """model: a float model with its parameters on meta; tokenizer: where its tokenizer is."""
         tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
         for name, owner in tied.items():  # or linears tied to embeddings would be quantized
             assign(model, name, _tensor(model, owner))
-        self.plan = Plan(model, config, weights_to_come=True)
+        self.plan = Plan(model, config, tokenizer=tokenizer, weights_to_come=True)
         self.error: Exception | None = None
         self.item_of: dict[str, LayerInput] = {}
         for item in self.plan.items:
@@ -257,7 +257,7 @@ class MixedQuantQuantizer(HfQuantizer):
             if choice is None and not manifest.config.needs_tokens:
                 choice, _ = default_calibration(model, self.tokenizer)
             if choice == WEIGHTS:
-                self.on_load = QuantizeLoadedWeights(model, manifest.config)
+                self.on_load = QuantizeLoadedWeights(model, manifest.config, self.tokenizer)
             return
         whole = type(model).__name__ in (model.config.architectures or [])
         rename = (lambda name: name) if whole else _renaming(model)

@@ -32,6 +32,7 @@ from ..core.tensors import DTYPES, FLOATS, dtype_name, is_finite
 from ..layers.experts import W4A4Experts
 from ..layers.linear import QuantizedLinear, linear_class
 from ..models.families import decoder_layers
+from ..models.kept import unlike_linear
 from ..models.modules import distinct_tensors, module_places, replace_module, unsaved_buffers
 from ..models.routing import PARTS, expert_names
 from ..quantization.checks import non_finite_parameters
@@ -282,7 +283,7 @@ def insert_linears(model: nn.Module, manifest: Manifest, path: Path | str = CONF
     blocks: dict[str, dict[tuple[int, str], str]] = {}
     for name, module in modules.items():
         fused = [getattr(module, part, None) for part in PARTS]
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and not unlike_linear(module):
             shapes[name] = module.weight.shape
         # Not more experts than the manifest has entries: a malicious number would exhaust memory.
         elif all(isinstance(t, Tensor) and 2 * len(t) <= len(manifest.linears) for t in fused):

@@ -158,7 +158,7 @@ def _shown_fields(config: MixedQuantConfig) -> dict[str, Any]:
     return {
         name: value
         for name, value in fields.items()
-        if value is not None and (name in always or value != defaults[name])
+        if value is not None and (name in always or value != defaults.get(name))
     }
 
 

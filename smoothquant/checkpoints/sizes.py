@@ -12,7 +12,8 @@ from ..channels.statistics import ChannelStats
 from ..core.config import MixedQuantConfig
 from ..layers.experts import W4A4Experts
 from ..layers.linear import QuantizedLinear, linear_class
-from ..models.families import known_inputs, output_heads
+from ..models.families import known_inputs
+from ..models.kept import output_heads
 from ..models.modules import distinct_tensors, module_copy, module_places, replace_module
 from ..quantization.checks import checked_groups
 

@@ -167,6 +167,14 @@ def quantize(
             help="Set any other MixedQuantConfig field. May be repeated.",
         ),
     ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Keep modules as they are: whole parts of a name (vision_tower), a wildcard "
+            "pattern, or re: and a regular expression. May be repeated.",
+        ),
+    ] = None,
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = 32768,
     stats: Annotated[
@@ -234,6 +242,7 @@ def quantize(
             "calibration": WEIGHTS if no_calibration else _calibration(calibration),
             "calibration_tokens": calibration_tokens,
             "seed": seed,
+            "ignore": ignore or [],
         }
         | dict(map(parse_field, fields or []))
     )
@@ -286,6 +295,7 @@ def _quantize_in_memory(
     from ..in_memory import quantize
     from ..models.loading import Companions
     from ..quantization.folding import fold_permutations
+    from ..quantization.records import weight_counts
 
     model, tokenizer = load_model(source)
     before = bytes_by_kind(model)
@@ -295,6 +305,7 @@ def _quantize_in_memory(
     files = Companions(bundled_folder(source) if source in BUNDLED_MODELS else source)
     save_quantized(model, target, files, overwrite=overwrite)
     print_bytes(before, bytes_by_kind(model))
+    typer.echo(f"\n{weight_counts(model)}")
     typer.echo(f"\nThe quantized model is in {target}")
 
 

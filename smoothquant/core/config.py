@@ -7,6 +7,7 @@ import hashlib
 import json
 import numbers
 import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -134,6 +135,12 @@ class MixedQuantConfig:
         calibration_tokens: number of tokens drawn from the calibration data, in blocks of 1,024 or
             the model's maximum length if that is shorter.
         seed: random seed of that draw.
+        ignore: patterns of modules that stay as they are, with everything inside them. A pattern
+            is one or more whole parts of a module's name, separated by dots: "lm_head",
+            "vision_tower", "mlp.gate" or "model.layers.0". With "*", "?" or "[", it must match the
+            full name as in `fnmatch`. After "re:", it is a regular expression that must match from
+            the start of the full name, as in `re.match`. A pattern that matches no module is an
+            error.
     """
 
     # The method's name in transformers.
@@ -165,6 +172,7 @@ class MixedQuantConfig:
     calibration: str | os.PathLike | Sequence[str] | None = None
     calibration_tokens: int = 32768
     seed: int = 42
+    ignore: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.recipe not in list(RECIPES):  # a list, because recipe may be unhashable
@@ -215,6 +223,7 @@ class MixedQuantConfig:
                 raise TypeError(f"{name} must be a bool; got {getattr(self, name)!r}")
         self._set("calibration_tokens", check_integer, 1)
         self._set("seed", check_integer, 0)
+        object.__setattr__(self, "ignore", _checked_patterns(self.ignore))
         object.__setattr__(self, "calibration", _checked_calibration(self.calibration))
         if self.backend == "int4" and self.act_quant == "per_tensor":
             raise ValueError(
@@ -261,16 +270,30 @@ class MixedQuantConfig:
         object.__setattr__(self, name, check(name, getattr(self, name), *bounds))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values; calibration texts are replaced by their sha256."""
+        """All fields as plain JSON values; calibration texts are replaced by their sha256, and an
+        empty ``ignore`` is left out."""
         fields = dataclasses.asdict(self)
         if isinstance(self.calibration, tuple):
             digest = hashlib.sha256("\0".join(self.calibration).encode()).hexdigest()
             fields["calibration"] = f"sha256:{digest}"
+        if self.ignore:
+            fields["ignore"] = list(self.ignore)
+        else:  # as in folders and sweeps from before there was this field
+            del fields["ignore"]
         return fields
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> MixedQuantConfig:
-        """The inverse of :meth:`to_dict`; an unknown field raises ValueError."""
+        """The inverse of :meth:`to_dict`; an unknown field raises ValueError.
+
+        ``modules_to_not_convert``, transformers' name for ``ignore``, is accepted too.
+        """
+        alias = "modules_to_not_convert"
+        if alias in fields:
+            if fields.get("ignore"):
+                raise ValueError(f"ignore and {alias} are the same field; give one of them")
+            fields = {**fields, "ignore": fields[alias] or ()}
+            del fields[alias]
         unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"unknown MixedQuantConfig field(s): {', '.join(unknown)}")
@@ -306,6 +329,25 @@ def _checked_calibration(calibration: Any) -> str | tuple[str, ...] | None:
     if isinstance(calibration, Sequence) and all(isinstance(text, str) for text in calibration):
         return tuple(calibration)
     raise TypeError(f"calibration must be a path or a sequence of texts; got {calibration!r:.80}")
+
+
+def _checked_patterns(patterns: Any) -> tuple[str, ...]:
+    """The ignore field as a tuple."""
+    if isinstance(patterns, str) or not isinstance(patterns, Sequence):
+        raise TypeError(f"ignore must be a sequence of patterns; got {patterns!r:.80}")
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"ignore must contain strings; got {pattern!r:.80}")
+        if not pattern.removeprefix("re:"):
+            raise ValueError(f"ignore must not contain an empty pattern; got {pattern!r}")
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise ValueError(
+                    f"ignore: {pattern!r} is no regular expression: {error}"
+                ) from error
+    return tuple(patterns)
 
 
 def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:

@@ -522,7 +522,7 @@ class W4A4Linear(QuantizedLinear):
             buffers["bias"],
             self.out_features,
             *choices,
-            shared_input(self, ops.quantize_input, x, perm, self.num_salient, *choices),
+            shared_input(ops.quantize_input, x, perm, self.num_salient, *choices),
         )
         return self._quantize_output(y)
 
@@ -613,7 +613,7 @@ class FakeW4A4Linear(QuantizedLinear):
 
     def _forward(self, x: Tensor) -> Tensor:
         choices = self.perm, self.num_salient, self.group_size, self.config
-        quantized = shared_input(self, quantized_input, x, *choices)
+        quantized = shared_input(quantized_input, x, *choices)
         if quantized is None:
             quantized = quantized_input(x, *choices)
         return self._quantize_output(F.linear(quantized, self.simulated_weight, self.bias))

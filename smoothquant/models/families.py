@@ -8,11 +8,15 @@ linears that produce it. For a model type without a row, the linears are guessed
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .kept import check_ignore, is_fused_experts, kept_modules
+from .modules import module_places
 
 
 @dataclass(frozen=True)
@@ -124,9 +128,6 @@ _LLAMA_READS = _ATTENTION + (
 )
 
 _LLAMA = Family("layers", _LLAMA_READS)
-
-# transformers' names of top-level linears that compute the model's outputs.
-HEADS = frozenset({"lm_head", "embed_out", "score", "classifier", "qa_outputs"})
 
 # Last parts of the names of linears whose outputs enter the attention products.
 ATTENTION_INPUTS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"})
@@ -250,21 +251,60 @@ FAMILIES = {
 }
 
 
-def layer_inputs(model: nn.Module) -> list[LayerInput]:
-    """All distinct inputs of a float model's quantizable linears, in forward order.
+def layer_inputs(model: nn.Module, ignore: Sequence[str] = ()) -> list[LayerInput]:
+    """All distinct inputs of a float model's quantizable linears and experts, in forward order.
+
+    `smoothquant.models.kept` decides what is not quantizable.
 
     Args:
         model: a transformers model, with or without a head, or any nn.Module. If the table has no
-            row for ``model.config.model_type``, every nn.Linear except output heads is assumed to
-            have its own input, and a warning lists these guesses.
+            row for ``model.config.model_type``, every quantizable module is assumed to have its own
+            input, and a warning lists these guesses.
+        ignore: patterns of modules to leave out, as in `MixedQuantConfig`.
 
     Raises:
-        ValueError: the model has no quantizable nn.Linear.
+        ValueError: the model has no quantizable nn.Linear, or a pattern matches no module.
     """
-    inputs = known_inputs(model) or _guessed_inputs(model)
+    check_ignore(model, ignore)
+    kept = kept_modules(model, ignore)
+    inputs = known_inputs(model)
+    if inputs:
+        modules = dict(model.named_modules())
+        named = [name for item in inputs for name in item.linears]
+        adapted = sorted(name for name in named if "base_layer" in modules[name]._modules)
+        inputs = without(inputs, {*adapted, *kept})
+        unexpected = [f"{name} (it has an adapter)" for name in adapted] + [
+            f"{name} ({kept[name]})"
+            for name in named
+            if name in kept and not kept[name].startswith("ignore")
+        ]
+        if unexpected:
+            warnings.warn(f"not quantized: {_listed(unexpected)}", stacklevel=2)
+    else:
+        inputs = _guessed_inputs(model, kept)
     if not inputs:
-        raise ValueError(f"model has no quantizable nn.Linear: {type(model).__name__}")
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:3])
+        raise ValueError(
+            f"model has no quantizable nn.Linear: {type(model).__name__}{why and f' ({why})'}"
+        )
     return inputs
+
+
+def without(inputs: Sequence[LayerInput], names: Collection[str]) -> list[LayerInput]:
+    """The inputs without the modules `names`.
+
+    A norm that also feeds such a module cannot be folded any more.
+    """
+    remaining = []
+    for item in inputs:
+        linears = tuple(name for name in item.linears if name not in names)
+        experts = None if item.experts in names else item.experts
+        if (linears, experts) != (item.linears, item.experts):
+            name = linears[0] if linears else experts or ""
+            item = replace(item, name=name, linears=linears, experts=experts, norm=None)
+        if item.name:
+            remaining.append(item)
+    return remaining
 
 
 def known_inputs(model: nn.Module) -> list[LayerInput]:
@@ -278,6 +318,9 @@ def known_inputs(model: nn.Module) -> list[LayerInput]:
     field, value = family.residual_from_norm or ("", None)
     can_fold = not field or getattr(config, field, None) != value
     inputs: list[LayerInput] = []
+    # Further names of modules, whose other name is in another layer, and norms that they read.
+    elsewhere = {n for n, _ in model.named_modules(remove_duplicate=False)} - set(modules)
+    fixed: set[str | None] = {None}
     for layer in _decoder_layers(modules, family.layers):
 
         def existing(*names: str | None, layer: str = layer) -> tuple[str, ...]:
@@ -286,6 +329,8 @@ def known_inputs(model: nn.Module) -> list[LayerInput]:
         index_by_norm: dict[str, int] = {}
         for reads in family.reads:
             linears, norm = existing(*reads.linears), next(iter(existing(*reads.norms)), None)
+            if any(name in elsewhere for name in (f"{layer}.{part}" for part in reads.linears)):
+                fixed.add(norm)
             experts = next(iter(existing(reads.experts)), None)
             name = linears[0] if linears else experts
             if norm in index_by_norm:
@@ -304,9 +349,15 @@ def known_inputs(model: nn.Module) -> list[LayerInput]:
                     )
                 inputs.append(item)
 
+    places = module_places(model)
+
     def has_foldable_norm(item: LayerInput) -> bool:
-        norm = modules.get(item.norm) if item.norm else None
-        return can_fold and getattr(norm, "weight", None) is not None
+        if not can_fold or item.norm in fixed:
+            return False
+        names = (item.norm, *item.linears, item.experts, item.router)
+        # A module with a second place may have another input there, or feed another module.
+        alone = all(len(places[modules[name]]) == 1 for name in names if name)
+        return alone and getattr(modules[item.norm or ""], "weight", None) is not None
 
     return [item if has_foldable_norm(item) else replace(item, norm=None) for item in inputs]
 
@@ -355,34 +406,27 @@ def _decoder_layers(modules: dict[str, nn.Module], list_name: str) -> list[str]:
     ]
 
 
-def _guessed_inputs(model: nn.Module) -> list[LayerInput]:
+def _guessed_inputs(model: nn.Module, kept: Mapping[str, str]) -> list[LayerInput]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    heads = output_heads(model)
-    guessed = [name for name in linears if name not in heads]
-    if guessed:
-        fused = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+    inputs, fused = [], set()
+    for name, module in model.named_modules():
+        if is_fused_experts(module):
+            fused.add(name)
+            if name not in kept:
+                inputs.append(LayerInput(name, None, (), experts=name))
+        elif isinstance(module, nn.Linear) and name not in kept:
+            inputs.append(LayerInput(name, None, (name,)))
+    if inputs:
+        stay = [f"{name} ({reason})" for name, reason in kept.items()]
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 3 and name.rpartition(".")[0] not in fused:
+                stay.append(name)
         warnings.warn(
-            f"model type {model_type!r} is unknown: assuming that each of these nn.Linear modules "
-            f"has its own input: {_listed(guessed)}; not quantized: "
-            f"{_listed([name for name in linears if name in heads] + fused)}",
+            f"model type {model_type!r} is unknown: assuming that each of these modules has its "
+            f"own input: {_listed([item.name for item in inputs])}; not quantized: {_listed(stay)}",
             stacklevel=3,
         )
-    return [LayerInput(name, None, (name,)) for name in guessed]
-
-
-def output_heads(model: nn.Module) -> set[str]:
-    """Full names of the nn.Linear modules that compute the model's output or share their weight
-    with an embedding."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if getter else None
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and (module is head or id(module.weight) in embedded or name in HEADS)
-    }
+    return inputs
 
 
 def _listed(names: list[str], limit: int = 8) -> str:

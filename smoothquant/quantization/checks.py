@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration.stats_files import with_current_names
 from ..channels.sorting import check_blocks
 from ..channels.statistics import ChannelStats
 from ..core.config import MixedQuantConfig
 from ..core.tensors import is_finite, largest_magnitude
 from ..layers.linear import refuse_quantized, salient_dtype_for
-from ..models.families import LayerInput, layer_inputs
+from ..models.families import LayerInput, layer_inputs, without
 from ..models.modules import check_no_adapter
 from ..models.routing import PARTS
 from .pipeline import Group, model_groups, with_shares
@@ -25,9 +26,21 @@ KEPT_DTYPES = (*WEIGHT_DTYPES, torch.float64)  # parameters checked for NaN
 
 
 def warn_of_missing_stats(
-    config: MixedQuantConfig, stats: Mapping[str, ChannelStats] | None, groups: Sequence[Group]
+    config: MixedQuantConfig,
+    stats: Mapping[str, ChannelStats] | None,
+    groups: Sequence[Group],
+    unreached: Sequence[str],
 ) -> None:
-    """Log a warning where channels are chosen by the weights for lack of statistics."""
+    """Log a warning where modules stay or channels are chosen by the weights for lack of
+    statistics."""
+    if unreached:
+        more = ", ..." if len(unreached) > 8 else ""
+        logger.warning(
+            "no calibration token reached %d layers, which stay as they are: %s%s",
+            len(unreached),
+            ", ".join(unreached[:8]),
+            more,
+        )
     if stats is None:
         logger.warning("no calibration statistics: salience and order come from the weights alone")
     elif config.sort != "none" and any(group.stats and group.stats.mean_only for group in groups):
@@ -104,12 +117,10 @@ def checked_groups(
     ):
         if needed and means_only:
             raise ValueError(f"{name} needs statistics with more than a mean per channel")
-    items = layer_inputs(model) if items is None else items
-    for item in items:
-        for name in item.linears:
-            module = model.get_submodule(name)
-            if not isinstance(module, nn.Linear):
-                raise TypeError(f"{name} must be an nn.Linear; got {type(module).__name__}")
+    if items is None:
+        stats = current_stats(model, stats)
+        items, _ = reached_inputs(layer_inputs(model, config.ignore), stats)
+        check_modules(model, items)
     if config.smooth_alpha is not None and not any(item.norm for item in items):
         raise ValueError(
             f"smooth_alpha must be None: {type(model).__name__} has no norm that feeds only linears"
@@ -126,6 +137,54 @@ def checked_groups(
                     f"sort_within_heads=True; got {config.tp_blocks}"
                 )
     return with_shares(model, groups, config)
+
+
+def current_stats(
+    model: nn.Module, stats: Mapping[str, ChannelStats] | None
+) -> Mapping[str, ChannelStats] | None:
+    """The statistics by names that the model has; see `with_current_names`."""
+    return stats and with_current_names(stats, dict(model.named_modules()))
+
+
+def reached_inputs(
+    items: Sequence[LayerInput], stats: Mapping[str, ChannelStats] | None
+) -> tuple[list[LayerInput], list[str]]:
+    """The inputs that calibration reached, and the names of the modules that it did not.
+
+    A module was not reached if its statistics cover no row. The matrices of single experts are not
+    looked at: without tokens, they are quantized by their weights.
+    """
+
+    def unreached(names: Sequence[str]) -> bool:
+        entry = next((stats[name] for name in names if name in stats), None) if stats else None
+        return isinstance(entry, ChannelStats) and not entry.count.item()
+
+    names: list[str] = []
+    for item in items:
+        names += item.linears if unreached(item.linears) else ()
+        names += [item.experts] if item.experts and unreached([item.experts]) else []
+    return without(items, names), names
+
+
+def check_modules(model: nn.Module, items: Iterable[LayerInput]) -> None:
+    """Raise TypeError for a module that is no nn.Linear where the table of families says so, and
+    ValueError for one with hooks, which its quantized layer would not call."""
+    for item in items:
+        for name in (*item.linears, *([item.experts] if item.experts else [])):
+            module = model.get_submodule(name)
+            if name != item.experts and not isinstance(module, nn.Linear):
+                raise TypeError(f"{name} must be an nn.Linear; got {type(module).__name__}")
+            hooks = (
+                module._forward_hooks,
+                module._forward_pre_hooks,
+                module._backward_hooks,
+                module._backward_pre_hooks,
+            )
+            if any(hooks):
+                raise ValueError(
+                    f"{name} has hooks, which its quantized layer would not call; remove them, or "
+                    "keep the layer with MixedQuantConfig(ignore=...)"
+                )
 
 
 def check_weights(model: nn.Module, group: Group) -> None:

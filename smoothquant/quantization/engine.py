@@ -22,18 +22,22 @@ from ..core.progress import progress_bar
 from ..layers.experts import W4A4Experts
 from ..layers.linear import linear_class
 from ..models.families import ATTENTION_INPUTS, layer_inputs
+from ..models.kept import kept_modules
 from ..models.modules import module_places, replace_module
 from ..models.routing import PARTS
 from .checks import (
     check_arguments,
     check_batches,
     check_kept_weights,
+    check_modules,
     check_weights,
     checked_groups,
+    current_stats,
+    reached_inputs,
     warn_of_missing_stats,
 )
-from .pipeline import Group, Ready, ready_groups
-from .records import LinearRecord, kept_records, quantized_record
+from .pipeline import Group, Ready, model_groups, ready_groups
+from .records import LinearRecord, kept_records, quantized_record, warn_if_mostly_kept
 
 Collect = Callable[[nn.Module, Sequence[Tensor]], Mapping[str, ChannelStats]]
 
@@ -56,6 +60,7 @@ class Plan:
 
     Attributes:
         items: the model's layer inputs, in forward order.
+        kept: {linear or experts module that stays as it is: why}.
         groups: groups of linears that share a channel plan, in forward order.
         config: the given one, with the field calibration set to what was chosen.
         records: {name of a matrix: its record} for the matrices packed so far.
@@ -78,32 +83,42 @@ class Plan:
         progress: bool = False,
     ) -> None:
         check_arguments(model, config, stats)
+        stats = current_stats(model, stats)
         batches, config = chosen_batches(model, config, stats, batches, tokenizer)
         check_batches(config, batches)
         self.model, self.config, self.batches = model, config, batches
         self.spill, self.progress = spill, progress
-        self.items = layer_inputs(model)
+        self.items = layer_inputs(model, config.ignore)
+        self.kept = kept_modules(model, config.ignore)
         self._weights_to_come = weights_to_come
+        check_modules(model, self.items)
         if not weights_to_come:
             check_kept_weights(model, self.items)
+        self._checked = batches is not None and not weights_to_come
+        if self._checked:  # before calibration, whose error would name a layer after the broken one
+            for group in model_groups(model, self.items, None):
+                check_weights(model, group)
         if stats is None and batches is not None:
             if collect is None:
-                stats = collect_stats(model, batches, progress=progress)
+                stats = collect_stats(model, batches, progress=progress, ignore=config.ignore)
             else:
                 stats = collect(model, batches)
+        self.items, unreached = reached_inputs(self.items, stats)
+        self.kept |= dict.fromkeys(unreached, "no calibration token reached it")
         self.groups = checked_groups(model, config, stats, self.items)
         self.records: dict[str, LinearRecord] = {}
-        warn_of_missing_stats(config, stats, self.groups)
+        warn_of_missing_stats(config, stats, self.groups, unreached)
 
     @torch.no_grad()
     def pack(self, groups: Sequence[Group] | None = None) -> Iterator[LinearRecord]:
         """Replace the linears of the given groups (default: all) by quantized ones.
 
-        Checks the weights of all these groups before it packs the first one. Yields the record of
+        Checks the weights of all these groups before it packs the first one, unless creating the
+        plan did. Yields the record of
         each matrix.
         """
         groups = self.groups if groups is None else groups
-        for group in groups:
+        for group in () if self._checked else groups:
             check_weights(self.model, group)
         ready = ready_groups(self.model, groups, self.config, self.batches, self.spill)
         for record in _pack(self.model, self.config, ready):
@@ -136,7 +151,8 @@ class Plan:
         if self._weights_to_come:
             check_kept_weights(self.model, self.items)
         packed = [self.records[name] for group in self.groups for name in group.names]
-        report = packed + kept_records(self.model, self.items)
+        report = packed + kept_records(self.model, self.items, self.kept)
+        warn_if_mostly_kept(self.model, report)
         model: Any = self.model
         model.mixedquant_config, model.mixedquant_report = self.config, report
         return report

@@ -26,7 +26,7 @@ from ..layers import gptq
 from ..models.families import LayerInput, value_rows
 from ..models.routing import PARTS, expert_names
 from .search import ALPHAS, Trial, resolve
-from .smoothing import apply_fold, fold_of_input
+from .smoothing import apply_fold, fold_of_input, unshare
 
 logger = logging.getLogger("smoothquant")
 
@@ -201,7 +201,7 @@ def _smoothed(
         elif item.name in rows:
             alpha = _best_alpha(model, item, readers, largest, rows[item.name], config)
         if alpha is not None:
-            _unshare(modules, item)
+            unshare(modules, item)
             fold = fold_of_input(modules, item, largest, alpha)
             apply_fold(fold)
             factors[item] = fold.scales
@@ -211,17 +211,6 @@ def _smoothed(
         else group
         for group in groups
     ]
-
-
-def _unshare(modules: Mapping[str, nn.Module], item: LayerInput) -> None:
-    """Give the norm and the readers of an input fresh parameters.
-
-    Otherwise, copies of the model that share its tensors would be smoothed too.
-    """
-    readers = [*item.linears, item.experts, item.router]
-    for module in (modules[name] for name in (item.norm, *readers) if name):
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
 
 
 def _best_alpha(

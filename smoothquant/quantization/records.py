@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..layers.linear import QuantizedLinear
-from ..models.families import LayerInput, known_inputs, output_heads
+from ..models.families import LayerInput, known_inputs
+from ..models.kept import kept_modules
+
+logger = logging.getLogger("smoothquant")
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,53 @@ def quantization_report(model: nn.Module) -> list[LinearRecord]:
     if not layers:
         raise ValueError(f"model must be quantized; got {type(model).__name__}")
     quantized = [quantized_record(name, layer, "as stored") for name, layer in layers]
-    return quantized + kept_records(model, known_inputs(model))
+    config: Any = getattr(model, "mixedquant_config", None)
+    kept = kept_modules(model, config.ignore if config else ())
+    return quantized + kept_records(model, known_inputs(model), kept)
+
+
+class WeightCounts(NamedTuple):
+    """How many weights of a model are quantized, stay as they are, and belong to embeddings.
+
+    Weights are the elements of 2-D and 3-D parameters. One that an embedding and an output head
+    share counts as the embedding's.
+    """
+
+    quantized: int
+    kept: int
+    embeddings: int
+
+    def __str__(self) -> str:
+        total = self.quantized + self.kept
+        return (
+            f"{self.quantized / max(1, total):.1%} of the weights are quantized: "
+            f"{self.quantized:,} of {total:,}, without {self.embeddings:,} of embeddings"
+        )
+
+
+def weight_counts(model: nn.Module) -> WeightCounts:
+    """Count the weights of a quantized model."""
+    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    kept = [p for p in model.parameters() if p.dim() in (2, 3) and p not in embeddings]
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    return WeightCounts(
+        sum(layer.in_features * layer.out_features for layer in layers),
+        sum(parameter.numel() for parameter in kept),
+        sum(weight.numel() for weight in embeddings),
+    )
+
+
+def warn_if_mostly_kept(model: nn.Module, records: Sequence[LinearRecord]) -> None:
+    """Log a warning if fewer than half of a model's weights are quantized, with the reasons."""
+    counts = weight_counts(model)
+    if counts.quantized >= counts.kept:
+        return
+    sizes: Counter[str] = Counter()
+    for record in records:
+        if record.action == "kept" and len(record.shape) in (2, 3) and record.reason != "embedding":
+            sizes[record.reason] += math.prod(record.shape)
+    most = "; ".join(f"{size:,} ({reason})" for reason, size in sizes.most_common(3))
+    logger.warning("only %s; most of the others: %s", counts, most)
 
 
 def quantized_record(name: str, layer: QuantizedLinear, chosen_by: str) -> LinearRecord:
@@ -60,15 +113,21 @@ def quantized_record(name: str, layer: QuantizedLinear, chosen_by: str) -> Linea
     return LinearRecord(name, shape, layer.num_salient, bits, "quantized", chosen_by)
 
 
-def kept_records(model: nn.Module, items: Sequence[LayerInput]) -> list[LinearRecord]:
-    """The records of all parameters that are not quantized; items: the model's layer inputs."""
-    heads = output_heads(model)
+def kept_records(
+    model: nn.Module, items: Sequence[LayerInput], kept: Mapping[str, str]
+) -> list[LinearRecord]:
+    """The records of all parameters that are not quantized.
+
+    Args:
+        items: the model's layer inputs.
+        kept: {module: why it stays}, from `kept_modules`.
+    """
     routers = {item.router for item in items}
-    kept = []
+    records = []
 
     def keep(name: str, tensor: Tensor, reason: str) -> None:
         short, bits = name.removesuffix(".weight"), 8.0 * tensor.element_size()
-        kept.append(LinearRecord(short, tuple(tensor.shape), 0, bits, "kept", reason))
+        records.append(LinearRecord(short, tuple(tensor.shape), 0, bits, "kept", reason))
 
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -79,8 +138,10 @@ def kept_records(model: nn.Module, items: Sequence[LayerInput]) -> list[LinearRe
             reason = "bias"
         elif isinstance(module, nn.Embedding):
             reason = "embedding"
+        elif block in kept:
+            reason = kept[block]
         elif isinstance(module, nn.Linear):
-            reason = "output head" if block in heads else "not in the table of families"
+            reason = "not in the table of families"
         elif leaf == "weight" and block in routers:
             reason = "router"
         elif parameter.dim() == 3:
@@ -89,4 +150,4 @@ def kept_records(model: nn.Module, items: Sequence[LayerInput]) -> list[LinearRe
     for block, module in modules.items():
         if isinstance(module, QuantizedLinear) and module.bias is not None:
             keep(f"{block}.bias", module.bias, "bias")
-    return kept
+    return records

@@ -6,12 +6,14 @@ that read it are multiplied by s. The model's function does not change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..calibration.stats_files import with_current_names
 from ..core.config import check_real
 from ..models.families import LayerInput, layer_inputs
 from ..models.routing import PARTS, expert_names
@@ -49,7 +51,9 @@ def smooth_lm(model: nn.Module, scales: Mapping[str, Tensor], alpha: float = 0.5
         scales: {module name: [K]}, the largest magnitude per channel of the linears' inputs, from
             `smoothquant.calibration.get_act_scales`. Linears that share an input use the first
             entry among them. A mixture of experts uses the entry of its router, or else the maximum
-            over its experts' entries.
+            over its experts' entries. Experts may have the names of transformers 4, as in published
+            scales. A weight that several layers share becomes one weight for each of them, because
+            their norms have different factors.
         alpha: smoothing strength in [0, 1]: how much of the activations' range moves into the
             weights.
 
@@ -64,16 +68,20 @@ def smooth_lm(model: nn.Module, scales: Mapping[str, Tensor], alpha: float = 0.5
     if not isinstance(scales, Mapping):
         raise TypeError(f"scales must map module names; got {type(scales).__name__}")
     modules = dict(model.named_modules())
+    scales = with_current_names(scales, modules)
     folds = [
-        fold_of_input(modules, item, _act_scales(scales, item, modules), alpha)
+        (item, fold_of_input(modules, item, _act_scales(scales, item, modules), alpha))
         for item in layer_inputs(model)
         if item.norm is not None
     ]
     if not folds:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise ValueError(f"model of type {kind!r} has no norm that feeds only linears")
-    for fold in folds:
-        apply_fold(fold)
+    uses = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
+    shared = {use for use, count in uses.items() if count > 1}
+    for item, fold in folds:
+        unshare(modules, item, shared)
+        apply_fold(fold._replace(weights=_weights(modules, item)))
 
 
 @torch.no_grad()
@@ -161,12 +169,30 @@ def fold_of_input(
 
 
 def apply_fold(fold: Fold) -> None:
-    """Divide the norm and multiply the weights, in place."""
+    """Divide the norm and multiply the weights, in place; a weight of two linears only once."""
     fold.norm.weight.copy_(fold.gain)
     if fold.bias is not None:
         fold.norm.bias.copy_(fold.bias)
-    for weight in fold.weights:
+    for weight in {weight.data_ptr(): weight for weight in fold.weights}.values():
         weight.mul_(fold.scales.to(weight.device))
+
+
+def unshare(
+    modules: Mapping[str, nn.Module], item: LayerInput, only: Collection[int] | None = None
+) -> None:
+    """Give the norm and the readers of an input fresh parameters.
+
+    Otherwise, other modules and copies of the model that share these tensors would be smoothed too.
+
+    Args:
+        only: addresses of the parameters to replace; None replaces all.
+    """
+    readers = [*item.linears, item.experts, item.router]
+    for module in (modules[name] for name in (item.norm, *readers) if name):
+        for name, parameter in module.named_parameters(recurse=False):
+            if only is None or parameter.data_ptr() in only:
+                fresh = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                setattr(module, name, fresh)
 
 
 def _weights(modules: Mapping[str, nn.Module], item: LayerInput) -> list[Tensor]:
