@@ -160,6 +160,7 @@ class QuantizeLoadedWeights(ConversionOps):
             pass
         for layer in (model.get_submodule(name) for group in groups for name in group.names):
             # or transformers would initialize its tensors as if no file held them
+            initialized: Any
             for initialized in (layer, *layer.buffers()):
                 initialized._is_hf_initialized = True
         if self.tied:
