@@ -32,6 +32,7 @@ Sweep options:
   --seqlen T                tokens per window
   --layers N                also measure the error of each layer, over N windows
   --calibration-blocks N    token blocks for statistics
+  --calibration-block-size T  tokens per calibration block
   --gptq-blocks N           token blocks for recipes and methods that use GPTQ
   --seed N                  seed for drawing the blocks
   --dtype D                 dtype of unquantized tensors: float32 bfloat16 float16

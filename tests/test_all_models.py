@@ -11,7 +11,8 @@ from torch import nn
 
 from smoothquant import MixedQuantConfig, convert, load_quantized, quantize, save_quantized
 from smoothquant.layers.linear import is_quantized
-from smoothquant.models.families import decoder_layers, output_heads
+from smoothquant.models.families import decoder_layers
+from smoothquant.models.kept import output_heads
 
 CONFIG = MixedQuantConfig(group_size=16)
 

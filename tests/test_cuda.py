@@ -317,7 +317,7 @@ def test_mistakes_are_value_errors(card):
         r"x must be float32.*got Double": ("group_hadamard", (x.double(), 4, 4)),
         r"rotation must be.*got 3": ("group_hadamard", (x, 4, 3)),
         r"act_format must be.*'log'": ("group_fake_quantize", (x, 4, 4, "log", 1.0)),
-        r"cols must be 256": ("unpack_nibbles", (x.byte(), 7, False)),
+        r"cols must be two per byte.*got 7": ("unpack_nibbles", (x.byte(), 7, False)),
         r"q must be int8": ("pack_nibbles", (x,)),
         r"x must end in 128 channels; got shape \[3, 6\]": (
             "w4a4_linear",

@@ -11,7 +11,7 @@ from smoothquant import MixedQuantConfig, dequantize, fold_permutations, quantiz
 from smoothquant.checkpoints.export import export_compressed_tensors, pack_int32
 from smoothquant.models.modules import module_copy
 
-IN_ORDER = {"salient_prop": 0.0, "sort": "none"}
+IN_ORDER = {"recipe": "rtn", "salient_prop": 0.0, "sort": "none"}
 # architecture, dtype, choices
 EXPRESSIBLE = {
     "groups": ("llama-bias", torch.float32, {"group_size": 8}),

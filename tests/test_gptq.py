@@ -77,7 +77,7 @@ def test_descent_lowers_the_error_at_every_sweep(k4, group_size, move_scales, mo
 def test_layers_store_what_gptq_rounded(cls, backend, salient_format):
     x, weight = correlated_inputs(2000, 300), torch.randn(50, 300)
     plan = ChannelPlan(torch.randperm(300).int(), 15)
-    config = MixedQuantConfig(group_size=64, backend=backend, salient_format=salient_format)
+    config = MixedQuantConfig("rtn", group_size=64, backend=backend, salient_format=salient_format)
     permuted = x[:, plan.perm.long()]
     rounding = curvature(inverse_factor(permuted.T @ permuted, damping=0.01), 285)
     nearest = cls.from_weight(weight, None, config, plan).dequantize()
@@ -142,7 +142,7 @@ def test_quantize_by_gptq_beats_nearest(tiny, budget, monkeypatch):
 def test_gptq_needs_tokens(tiny):
     model, _, stats = tiny
     config = MixedQuantConfig(recipe="best")
-    for batches in (None, [], [torch.zeros(5).long()], [torch.zeros(1, 5)]):
+    for batches in ([], [torch.zeros(5).long()], [torch.zeros(1, 5)]):
         with pytest.raises(ValueError, match=r"batches"):
             quantize(copy.deepcopy(model), config, stats, batches)
 

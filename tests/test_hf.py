@@ -22,7 +22,7 @@ from smoothquant import (
     save_quantized,
 )
 from smoothquant.bundled import load_bundled, wikitext
-from smoothquant.checkpoints.hf import MixedQuantQuantizer
+from smoothquant.checkpoints.hf import MixedQuantManifest, MixedQuantQuantizer
 from smoothquant.core.tensor_files import INDEX
 from smoothquant.layers.linear import QuantizedLinear
 
@@ -328,7 +328,7 @@ def test_weight_conversions_where_transformers_passes_the_model_on_or_not(model,
     name = "update_weight_conversions"
     monkeypatch.setattr(HfQuantizer, name, lambda self, *given: [*given], raising=False)
     for pre_quantized, expected in ((True, []), (False, [["of transformers"], *model])):
-        quantizer = MixedQuantQuantizer(CONFIG, pre_quantized=pre_quantized)
+        quantizer = MixedQuantQuantizer(MixedQuantManifest(CONFIG), pre_quantized=pre_quantized)
         assert quantizer.update_weight_conversions(["of transformers"], *model) == expected
 
 
@@ -337,7 +337,7 @@ def test_weight_conversions_where_transformers_passes_the_model_on_or_not(model,
     [
         ({"grup_size": 16}, "quantization_config: unknown .* grup_size"),
         ({"group_size": 0}, "quantization_config: group_size must be"),
-        ({"group_size": 16, "salient_prop": 0.1, "recipe": "fast"}, None),
+        ({"group_size": 16, "salient_prop": 0.1, "calibration": "weights"}, None),
     ],
 )
 def test_a_config_given_as_a_dict(fields, message, float_folder):

@@ -49,6 +49,7 @@ BAD = {
     "stats": [*TEXTS, "bad.safetensors", "bad.pt"],
     "text": [*TEXTS, "empty.txt", "short.txt"],
     "compare": MODELS,
+    "ignore": ["", "nothing", "re:(", "x" * 4000],
     "recipe": ["worst", ""],
     "to": ["gguf", ""],
     "group_size": [*COUNT, HUGE],
@@ -250,7 +251,9 @@ def small_model(monkeypatch, make_model):
     ids=lambda words: words[0],
 )
 def test_a_tokenizer_bigger_than_its_model_is_named(words, small_model, monkeypatch):
-    monkeypatch.setattr("smoothquant.cli.commands._quantized_model", lambda folder: small_model)
+    model, tokenizer = small_model
+    monkeypatch.setattr("smoothquant.checkpoints.folder.load_quantized", lambda folder: model)
+    monkeypatch.setattr("smoothquant.models.loading.load_tokenizer", lambda folder: tokenizer)
     monkeypatch.setattr("smoothquant.evaluation.speed.layer_speeds", lambda config: [])
     assert re.search(r"model has 96 token ids, but .* gave id \d+", check(app, words))
 

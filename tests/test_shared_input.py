@@ -36,7 +36,7 @@ def quantized(monkeypatch):
 
 def layer_of(seed=0, n=48, perm=None, **choices):
     torch.manual_seed(seed)
-    config = MixedQuantConfig(group_size=16, salient_prop=0.1, **choices)
+    config = MixedQuantConfig("rtn", group_size=16, salient_prop=0.1, **choices)
     layer = W4A4Linear(K, n, config=config, num_salient=6)
     perm = torch.arange(K).int() if perm is None else perm
     for name, tensor in zip(

@@ -119,11 +119,15 @@ def _replace(partial: Path, folder: Path) -> None:
     replaced = hidden_sibling(folder, "replaced")
     while True:
         restore_folder(folder)
-        with suppress(FileNotFoundError):  # nothing to replace
+        try:
             if _exchange(partial, folder):
                 return
             shutil.rmtree(replaced, ignore_errors=True)
-            folder.rename(replaced)
+            _rename(folder, replaced)
+        except FileNotFoundError:  # nothing to replace
+            pass
+        except FileExistsError:  # another process is at this point
+            continue
         try:
             _rename(partial, folder)
         except FileExistsError:  # another process was faster
