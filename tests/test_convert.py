@@ -305,7 +305,7 @@ def test_bad_sources_are_named(source, tmp_path):
         convert(tmp_path / "nothing", target, config)
     with pytest.raises(TypeError, match="config must be a MixedQuantConfig; got int"):
         convert(source(), target, 4)
-    with pytest.raises(ValueError, match="needs batches"):
+    with pytest.raises(ValueError, match="needs calibration tokens, but the tokenizer"):
         convert(source(), target, MixedQuantConfig(weight_rounding="gptq"))
     folder = source("mixtral")
     for change, message in (

@@ -375,8 +375,9 @@ def test_a_stored_config_needs_all_fields(pristine, tmp_path):
     "where",
     at_length(["local", "beside", "root", "revision"], ["local", "revision"]),
 )
-def test_the_tokenizer_is_that_of_the_weights(where, tmp_path):
+def test_the_tokenizer_is_that_of_the_weights(where, tmp_path, monkeypatch):
     """In a subfolder or a revision, of a folder or of a repository in the cache of the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = MixedQuantConfig(calibration=["Some words. " * 200], calibration_tokens=64)
     commit, wrong = "0123456789abcdef" * 2 + "01234567", "f" * 40
     hub = tmp_path / "models--a--b"

@@ -312,7 +312,7 @@ def test_quantizing_random_weights_in_memory_warns(tmp_path):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.warns(UserWarning, match=f"no weights for 1 linears, such as {LAYER}.fc1"):
-        quantize(model, MixedQuantConfig(), progress=False)
+        quantize(model, MixedQuantConfig(calibration="weights"), progress=False)
 
 
 # ---- Code of a repository

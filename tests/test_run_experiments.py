@@ -351,7 +351,7 @@ def test_layer_errors_are_stored_and_drawn(compared, tmp_path):
 
 def test_fused_experts_are_refused_before_any_work(tmp_path, make_model, monkeypatch):
     monkeypatch.setattr(runner, "run_cell", None)
-    make_model("mixtral").save_pretrained(tmp_path / "moe")
+    make_model("mixtral", vocab_size=2048).save_pretrained(tmp_path / "moe")
     load_bundled("tiny-opt")[1].save_pretrained(tmp_path / "moe")
     preset = dataclasses.replace(
         RECIPES, model=str(tmp_path / "moe"), seqlen=32, calibration_block_size=32

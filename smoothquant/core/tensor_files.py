@@ -59,11 +59,11 @@ def remedy(path: str | os.PathLike) -> str:
     """
     path = Path(path)
     found = [path]
-    if path.is_dir():
+    if os.path.isdir(path):
         found = sorted(file for pattern in MODEL_FILES for file in path.glob(pattern))
         if any(file.suffix == ".safetensors" for file in found):
             found = [file for file in found if file.suffix != ".gguf"]
-    for file in filter(Path.is_file, found):
+    for file in filter(os.path.isfile, found):
         with suppress(OSError), open(file, "rb") as content:
             begin = content.read(max(map(len, FOREIGN)))
             for magic, text in FOREIGN.items():
