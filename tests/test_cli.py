@@ -140,6 +140,7 @@ def test_ctrl_c_answers_130_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == [texts]
 
 
+@pytest.mark.long
 def test_a_reader_that_leaves_is_no_fault(folder):
     command = f"{sys.executable} -m smoothquant inspect {folder} | head -n 1"
     found = subprocess.run(command, shell=True, capture_output=True, text=True)

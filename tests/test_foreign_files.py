@@ -97,6 +97,7 @@ def test_single_files(content, message, tmp_path):
             read(tmp_path / "s.pt")
 
 
+@pytest.mark.long
 def test_the_advice_for_pickles_works(saved, tmp_path):
     folder = shutil.copytree(saved / "float", tmp_path / "m")
     tensors = load_file(folder / TENSORS)

@@ -52,6 +52,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs /proc and glibc's malloc_trim")
 def test_packing_holds_one_layer_more_and_keeps_no_float_copy():
     run = subprocess.run(

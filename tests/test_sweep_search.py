@@ -85,6 +85,7 @@ def test_the_front_has_the_models_that_no_other_beats():
     assert best == [rows[1], rows[3], rows[0]]
 
 
+@pytest.mark.long
 def test_the_whole_space_gives_the_exact_front(computed, tmp_path):
     store = Store(tmp_path)
     cells = find_front(PRESET, store, Budget(), progress=False)

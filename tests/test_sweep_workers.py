@@ -537,6 +537,7 @@ def test_a_changed_model_is_refused_or_counts_as_another_model(tmp_path, monkeyp
 # ---- speed
 
 
+@pytest.mark.long
 def test_a_finished_sweep_of_a_thousand_cells_is_found_without_loading_torch(tmp_path, monkeypatch):
     """CPU time including the start of Python; other processes do not affect CPU time."""
     fields = {"group_sizes": tuple(range(8, 258)), "salient_props": (0.0, 0.05, 0.1, 0.2)}
@@ -582,6 +583,7 @@ def test_the_overhead_of_a_cell_is_below_half_a_second(stub_cells, tmp_path):
     assert (time.process_time() - started) / 122 < 0.5
 
 
+@pytest.mark.long
 def test_a_worker_loads_the_model_once(tmp_path, monkeypatch):
     loads, load = [], runner.load_model
     monkeypatch.setattr(runner, "load_model", lambda *a, **k: loads.append(a) or load(*a, **k))
