@@ -62,4 +62,4 @@ def _all_linears(config: Any, model: nn.Module) -> Any:
 
 
 # PEFT expands target_modules="all-linear" only when it has the model, which `on_quantized` has not.
-tuners_utils._maybe_include_all_linear_layers = _all_linears  # type: ignore[assignment]
+setattr(tuners_utils, _all_float_linears.__name__, _all_linears)

@@ -61,6 +61,7 @@ def check(model, folder):
 SHORT = [
     "LlamaForSequenceClassification",
     "Qwen3MoeForCausalLM",
+    "Qwen3OmniMoeThinkerModel",
     "MambaForCausalLM",
     "JambaForCausalLM",
     "GptOssForCausalLM",

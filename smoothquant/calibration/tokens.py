@@ -137,9 +137,12 @@ def calibration_batches(model: nn.Module, tokenizer: Any, config: MixedQuantConf
         raise ValueError(f"calibration={WEIGHTS!r} has no tokens to draw")
     positions = max_positions(model) or CALIBRATION_BLOCK
     size = min(CALIBRATION_BLOCK, config.calibration_tokens, positions)
-    bundled = config.calibration in (None, WIKITEXT)
+    texts: Iterable[str]
     with naming(source="calibration"):
-        texts = wikitext("validation") if bundled else read_texts(config.calibration)
+        if config.calibration in (None, WIKITEXT):
+            texts = wikitext("validation")
+        else:
+            texts = read_texts(config.calibration)  # type: ignore[arg-type]
         token_ids = _token_ids(texts, tokenizer)
     if len(token_ids) < size * (config.calibration_tokens // size):
         most = len(token_ids) // size * size or len(token_ids)

@@ -40,6 +40,7 @@ from ..core.tensor_files import (
     read_json,
     tensors_file,
 )
+from ..layers.experts import W4A4Experts
 from ..layers.linear import QuantizedLinear
 from ..models.families import LayerInput
 from ..models.loading import (
@@ -163,6 +164,8 @@ class QuantizeLoadedWeights(ConversionOps):
             initialized: Any
             for initialized in (layer, *layer.buffers()):
                 initialized._is_hf_initialized = True
+        if item.experts:
+            _skip_initialization(model)
         if self.tied:
             _untie_quantized(model)
 
@@ -268,6 +271,7 @@ class MixedQuantQuantizer(HfQuantizer):
                 f"{model.name_or_path}: no quantized layer is part of a {type(model).__name__}"
             )
         insert_linears(model, manifest)
+        _skip_initialization(model)
         _untie_quantized(model)
         self.packed = {
             f"{name}.{key}"
@@ -416,6 +420,16 @@ def _has_place(model: nn.Module, name: str) -> bool:
             return depth == len(path) - 1 and is_place
         module = child
     return True
+
+
+def _skip_initialization(model: nn.Module) -> None:
+    """Mark the modules above quantized experts as loaded: some of transformers' `_init_weights`
+    would look for float experts in them."""
+    for module in model.modules():
+        above = any(isinstance(child, W4A4Experts) for child in module.children())
+        if above and not module._buffers:  # buffers are computed by the initialization
+            marked: Any = module
+            marked._is_hf_initialized = True
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
