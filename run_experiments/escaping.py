@@ -64,7 +64,8 @@ def for_csv(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = visible(value)
-    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
+    formula = text.startswith(FORMULA_STARTS) or text[:1].isspace()
+    return f"'{text}" if formula else text
 
 
 def for_shell(words: list[str]) -> str:

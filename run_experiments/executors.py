@@ -133,7 +133,7 @@ class _Process:
     def exception(self) -> Exception | None:
         answer = self._stdout.read()
         status = self._process.wait()
-        if answer:
+        if answer and status >= 0:  # a killed worker may have written a part
             return pickle.loads(answer)
         if status == 0:
             return None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from .core.errors import CheckpointError
-from .core.files import atomic_folder
+from .core.files import atomic_folder, restore_folder
 from .core.texts import DATA
 from .core.texts import wikitext as wikitext  # part of this module's interface
 
@@ -130,6 +130,7 @@ def check_model_name(name_or_folder: str | os.PathLike) -> None:
     name = os.fspath(name_or_folder)
     if name in BUNDLED_MODELS:
         return
+    restore_folder(Path(name))
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
             from .core.tensor_files import remedy

@@ -57,7 +57,11 @@ def _all_linears(config: Any, model: nn.Module) -> Any:
     everything = isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
     if everything and W4A4Linear in (getattr(config, "_custom_modules", None) or {}):
         modules = model.named_modules()
-        config.target_modules |= {n for n, m in modules if isinstance(m, QuantizedLinear)}
+        config.target_modules |= {
+            name
+            for name, module in modules
+            if isinstance(module, QuantizedLinear) and not name.endswith(".base_layer")
+        }
     return config
 
 

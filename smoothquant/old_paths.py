@@ -43,7 +43,6 @@ MOVED = {
     "reference": ("kernels.reference",),
     "rounding": ("layers.rounding",),
     "search": ("quantization.search",),
-    "shared_input": ("layers.shared_input",),
     "sorting": ("channels.sorting", "channels.statistics"),
     "speed": ("evaluation.speed",),
     "spill": ("core.spill",),

@@ -92,8 +92,11 @@ def model_classes():
     return names
 
 
-def small_model(name, seed=0):
+def small_model(name, seed=0, **changes):
     """A small float32 model of a class, in evaluation mode, with random tensors throughout.
+
+    Args:
+        changes: fields of its config.
 
     Raises:
         Exception: the class cannot be built small; whatever its config or module raises.
@@ -105,7 +108,7 @@ def small_model(name, seed=0):
     attempts = (_without_computed(shrunk(fields)), shrunk(fields), fields)
     for attempt, remaining in zip(attempts, (2, 1, 0), strict=True):
         try:
-            config = cls.config_class.from_dict(attempt)
+            config = cls.config_class.from_dict(attempt | changes)
             with torch.device("meta"), contextlib.suppress(NotImplementedError):
                 size = sum(p.numel() for p in cls(config).parameters())
                 if size > MOST_PARAMETERS:

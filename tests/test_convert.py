@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from spoil import set_tensor
+from spoil import edit, set_tensor
 
 from smoothquant import (
     CheckpointError,
@@ -26,7 +26,7 @@ from smoothquant import (
 )
 from smoothquant.checkpoints import conversion
 from smoothquant.core import spill
-from smoothquant.core.tensor_files import INDEX, TENSORS, Mapped
+from smoothquant.core.tensor_files import CONFIG, INDEX, TENSORS, Mapped
 from smoothquant.quantization.engine import Plan
 
 SHARE = {"group_size": 16, "salient_prop": 0.1}
@@ -187,6 +187,17 @@ def test_another_conversion_starts_anew(source, tmp_path, monkeypatch, caplog):
     convert(folder, target, MixedQuantConfig(group_size=16), progress=False)
     assert "resuming the conversion" in caplog.text
     assert load_quantized(target).mixedquant_config.group_size == 16
+
+
+def test_a_changed_config_of_the_source_starts_anew(source, tmp_path, monkeypatch, caplog):
+    folder, target = source("llama-bias"), tmp_path / "target"
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion._Conversion, "write_rest", None)
+        with pytest.raises(TypeError):
+            convert(folder, target, MixedQuantConfig(group_size=16), progress=False)
+    edit(CONFIG, "rms_norm_eps", value=0.5)(folder)
+    convert(folder, target, MixedQuantConfig(group_size=16), progress=False)
+    assert "starting over" in caplog.text
 
 
 KILLED = """

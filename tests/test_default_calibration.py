@@ -1,9 +1,11 @@
 """What a model is calibrated on that gets no statistics, tokens or texts."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
+from small_models import small_model
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -17,6 +19,7 @@ from transformers import (
 from smoothquant import MixedQuantConfig, convert, load_quantized, quantize, save_quantized
 from smoothquant.bundled import DATA, load_bundled, wikitext
 from smoothquant.fake_quant import quantize_model
+from smoothquant.models.running import max_positions
 
 TOKENS = 512
 VISION = SiglipVisionConfig(
@@ -145,3 +148,24 @@ def test_an_encoder_decoder_is_calibrated(tmp_path):
     reasons = {r.name: r.reason for r in model.mixedquant_report if r.action == "quantized"}
     assert set(reasons.values()) == {"calibration"} and any("decoder" in name for name in reasons)
     save_quantized(model, tmp_path / "q")
+
+
+@pytest.mark.parametrize("name", ["RobertaForMaskedLM", "MPNetForMaskedLM"])
+def test_blocks_fit_the_positions_of_a_model(name):
+    """RoBERTa's positions begin after that of padding."""
+    _, tokenizer = load_bundled("tiny-opt")
+    model = small_model(name, vocab_size=2048)
+    quantize(
+        model,
+        MixedQuantConfig(group_size=16, calibration_tokens=256),
+        tokenizer=tokenizer,
+        progress=False,
+    )
+    assert model.mixedquant_config.calibration == "wikitext2"
+
+
+def test_a_limit_of_minus_one_is_none():
+    model = torch.nn.Linear(2, 2)
+    for positions, limit in ((-1, None), (None, None), (64, 64)):
+        model.config = SimpleNamespace(max_position_embeddings=positions)
+        assert max_positions(model) == limit

@@ -21,7 +21,12 @@ from smoothquant.channels.statistics import ChannelStats
 from smoothquant.core.config import MixedQuantConfig
 from smoothquant.kernels import ops, reference
 from smoothquant.layers import linear
-from smoothquant.layers.linear import FakeW4A4Linear, W4A4Linear, weight_in_packed_order
+from smoothquant.layers.linear import (
+    FakeW4A4Linear,
+    W4A4Linear,
+    linear_class,
+    weight_in_packed_order,
+)
 
 SALIENT_FORMATS = ["16bit", "int8"]
 
@@ -543,3 +548,28 @@ def test_a_packed_layer_simulates_itself(salient_format, bias):
     assert (simulated(x) - y).norm() < 1e-5 * y.norm()
     assert (simulated.dequantize() - layer.dequantize()).abs().max() < 1e-6
     assert simulated.config.backend == "fake" and (simulated.bias is None) == (not bias)
+
+
+@pytest.mark.parametrize("backend", ["int4", "fake"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: x.mul_(2),
+        lambda x: x.data.copy_(torch.randn_like(x)),
+        lambda x: x.numpy().__setitem__((3, 5), 100),
+        lambda x: x.set_(torch.randn_like(x)),
+        lambda x: torch.utils.dlpack.from_dlpack(x).zero_(),
+    ],
+    ids=["in place", "data", "numpy", "set_", "dlpack"],
+)
+def test_an_input_that_changes_between_two_layers_is_never_stale(write, backend):
+    """torch's version counter misses most of these."""
+    config = MixedQuantConfig(group_size=16, backend=backend)
+    plan = ChannelPlan(torch.arange(64).int(), 4)
+    one, two = (
+        linear_class(config).from_weight(torch.randn(48, 64), None, config, plan) for _ in "12"
+    )
+    x = torch.randn(40, 64)
+    one(x)
+    write(x)
+    assert_same_bits(two(x), two(x.clone()))

@@ -178,17 +178,18 @@ def chosen_batches(
     if batches is not None or (stats is not None and not config.needs_tokens):
         return batches, config
     if config.calibration is None:
-        choice, why_not = default_calibration(model, tokenizer)
+        choice, found = default_calibration(model, tokenizer)
         if choice == WIKITEXT:
+            tokenizer = found
             logger.warning(
                 "calibrating on %d tokens of the bundled WikiText-2 validation text; calibration= "
                 "takes your own texts",
                 config.calibration_tokens,
             )
         elif config.needs_tokens:
-            raise ValueError(f"{config.needs_tokens} needs calibration tokens, but {why_not}")
+            raise ValueError(f"{config.needs_tokens} needs calibration tokens, but {found}")
         else:
-            logger.warning("not calibrated: %s; give tokenizer=, batches= or stats=", why_not)
+            logger.warning("not calibrated: %s", found)
         config = dataclasses.replace(config, calibration=choice)
     if config.calibration == WEIGHTS:
         return None, config
@@ -204,15 +205,15 @@ def chosen_batches(
     return calibration_batches(model, tokenizer, config), config
 
 
-def default_calibration(model: nn.Module, tokenizer: Any) -> tuple[str, str]:
-    """What ``calibration=None`` stands for: "wikitext2", or "weights" and why not "wikitext2"."""
+def default_calibration(model: nn.Module, tokenizer: Any) -> tuple[str, Any]:
+    """What ``calibration=None`` stands for: "wikitext2" and the model's tokenizer, or "weights" and
+    the reason."""
     if not runs_on_tokens(model):
         return WEIGHTS, f"{type(model).__name__} does not run on token ids alone"
     try:
-        _tokenizer(model, tokenizer)
+        return WIKITEXT, _tokenizer(model, tokenizer)
     except ValueError as error:
-        return WEIGHTS, str(error)
-    return WIKITEXT, ""
+        return WEIGHTS, f"{error}; calibrate by quantize() with tokenizer=, batches= or stats="
 
 
 def _tokenizer(model: nn.Module, tokenizer: Any) -> Any:

@@ -71,6 +71,9 @@ FLOAT_REMEDY = (
 )
 
 
+LAYOUT = 2  # of the files from which a conversion is resumed
+
+
 def convert(
     source: str | os.PathLike,
     target: str | os.PathLike,
@@ -125,7 +128,7 @@ def convert(
     ):
         check_target(target, overwrite=overwrite)  # another one may have finished meanwhile
         work = hidden_sibling(target, "partial")
-        _begin(work, _identity(headers, config, stats, batches))
+        _begin(work, _identity(source, headers, config, stats, batches))
         folder, mapped = work / "folder", Mapped()
         spilled = work / "spilled" if spill else None
         if progress:
@@ -418,6 +421,7 @@ def _statistics(
 
 
 def _identity(
+    source: Path,
     headers: Mapping[str, Header],
     config: MixedQuantConfig,
     stats: Mapping[str, ChannelStats] | None,
@@ -434,6 +438,8 @@ def _identity(
     paths = sorted({header.path for header in headers.values()})
     return {
         "version": __version__,
+        "layout": LAYOUT,
+        "model": config_checksum(read_json(source / CONFIG)),
         "config": config.to_dict(),
         "calibration": digest.hexdigest(),
         "source": {str(p.resolve()): [p.stat().st_size, p.stat().st_mtime_ns] for p in paths},

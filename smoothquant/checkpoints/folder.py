@@ -49,6 +49,7 @@ from .manifest import (
     check_headers,
     check_kept,
     check_linear,
+    check_unaltered,
     insert_linears,
     try_model,
     warn_of_changes,
@@ -239,6 +240,7 @@ def open_quantized(folder: str | os.PathLike) -> Opened:
     insert_linears(model, manifest, path)
     paths = {header.path for header in headers.values()} or {folder / TENSORS}
     dtypes = check_headers(model, manifest, headers, tensors_file(paths))
+    check_unaltered(manifest, path)
     warn_of_changes(manifest, path, fields)
     return Opened(model, manifest, headers, dtypes)
 
@@ -310,7 +312,7 @@ def float_model(
 
 
 # Counts in config.json for which lists and modules are built in Python.
-COUNT = re.compile(r"(num|n)_|.*(layers|labels|experts|heads)$")
+COUNT = re.compile(r"(num|n)_(?!param|position|ctx)|.*(layers|labels|experts|heads)$")
 MOST_COUNT = 2**14  # transformers takes 50 us for a label
 UNSAVED_BYTES = 2**27  # of buffers, besides the size of the files
 

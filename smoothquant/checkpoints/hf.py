@@ -255,9 +255,10 @@ class MixedQuantQuantizer(HfQuantizer):
         if not self.pre_quantized:
             if all(path.endswith(".safetensors") for path in checkpoint_files or ()):
                 check_unused(model.name_or_path, model, read_headers(checkpoint_files or ()))
-            self.tokenizer = tokenizer_folder(model.name_or_path, checkpoint_files)
-            # Calibration needs the whole float model first.
             choice = manifest.config.calibration
+            if choice != WEIGHTS:
+                self.tokenizer = tokenizer_folder(model.name_or_path, checkpoint_files)
+            # Calibration needs the whole float model first.
             if choice is None and not manifest.config.needs_tokens:
                 choice, _ = default_calibration(model, self.tokenizer)
             if choice == WEIGHTS:
@@ -334,7 +335,7 @@ class MixedQuantQuantizer(HfQuantizer):
         if path.is_file():
             warn_of_changes(manifest, path, read_json(path))
         if self.as_stored and not any(tensor.is_meta for tensor in model.parameters()):
-            try_model(model, path)
+            try_model(model, path, must_run=False)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict | None, dict]:
         """Update the model's manifest, checksums included; return each distinct tensor once."""

@@ -454,11 +454,7 @@ def check_checksums(
         CheckpointError: a checksum differs.
     """
     folders = {header.path.parent for header in headers.values()}
-    if manifest.altered:
-        raise CheckpointError(
-            f"{min(folders) / CONFIG}: quantization_config was changed after the model was saved "
-            "(its checksum differs)"
-        )
+    check_unaltered(manifest, min(folders) / CONFIG)
     for name, checksum in tensor_checksums(tensors, manifest.linears).items():
         if manifest.checksums.get(name, checksum) != checksum:
             what, stored = f"tensor {name} is not the one that was", name
@@ -466,6 +462,15 @@ def check_checksums(
                 what = f"the tensors of linear {name} are not those that were"
                 stored = next(key for key in headers if key.rpartition(".")[0] == name)
             raise CheckpointError(f"{headers[stored].path}: {what} saved (the checksum differs)")
+
+
+def check_unaltered(manifest: Manifest, path: Path) -> None:
+    """Reject a manifest that was edited, in the config.json at `path`."""
+    if manifest.altered:
+        raise CheckpointError(
+            f"{path}: quantization_config was changed after the model was saved (its checksum "
+            "differs)"
+        )
 
 
 def warn_of_changes(manifest: Manifest, path: Path, fields: Mapping[str, Any]) -> None:
@@ -484,13 +489,15 @@ def config_changed(manifest: Manifest, fields: Mapping[str, Any]) -> bool:
 
 
 @torch.no_grad()
-def try_model(model: Any, path: Path | str) -> None:
+def try_model(model: Any, path: Path | str, *, must_run: bool = True) -> None:
     """Run a model on three tokens, to reject a folder whose model is valid but useless.
 
     Does nothing for a model that needs inputs other than tokens.
 
     Args:
         path: the config.json to name.
+        must_run: it is an error if the model does not run. It may not on this device, with an
+            attention that is made for another one.
 
     Raises:
         CheckpointError: the model does not run, or a token gets NaN, +Inf or no finite logit.
@@ -501,6 +508,9 @@ def try_model(model: Any, path: Path | str) -> None:
     try:
         output = model(tokens.to(next(model.parameters()).device), return_dict=True)
     except Exception as error:  # a broken config may raise anything in the model
+        if not must_run:
+            logger.warning("%s was not tried: %s", type(model).__name__, error)
+            return
         raise CheckpointError(
             f"{path}: the {type(model).__name__} built from it does not run: {error}"
         ) from error

@@ -518,7 +518,12 @@ def generate(
     if inputs.input_ids.numel() == 0:
         raise ValueError(f"prompt must hold at least one token; got {prompt!r}")
     check_token_ids(loaded, inputs.input_ids)
-    check_positions(loaded, prompt=inputs.input_ids.shape[1], max_new_tokens=max_new_tokens)
+    tokens = {"prompt": inputs.input_ids.shape[1], "max_new_tokens": max_new_tokens}
+    if loaded.config.is_encoder_decoder:  # each part has positions of its own
+        for name, count in tokens.items():
+            check_positions(loaded, **{name: count})
+    else:
+        check_positions(loaded, **tokens)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
     loaded.generate(
         **inputs,

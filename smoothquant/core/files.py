@@ -101,7 +101,8 @@ def publish_folder(partial: Path, folder: Path, *, overwrite: bool = False) -> N
 
 def restore_folder(folder: Path) -> None:
     """Bring back a folder whose replacement was interrupted; do nothing otherwise."""
-    with suppress(OSError):  # nothing was replaced, or the replacement is in its place
+    # Nothing was replaced, or the replacement is in its place, or the path has no name ("/").
+    with suppress(OSError, ValueError):
         hidden_sibling(folder, "replaced").rename(folder)
 
 
@@ -193,6 +194,9 @@ def _free(path: str | os.PathLike) -> int:
     return shutil.disk_usage(next(p for p in Path(path).absolute().parents if p.exists())).free
 
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
 @contextmanager
 def locked(path: Path, message: str) -> Iterator[None]:
     """Hold the lock file `path` while the block runs; the system frees it if the process dies.
@@ -214,6 +218,11 @@ def locked(path: Path, message: str) -> Iterator[None]:
             raise RuntimeError(f"{message} ({path} is locked)") from error
         except FileNotFoundError:
             pass
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(descriptor)
+                raise
+            break  # some network file systems have none
         os.close(descriptor)  # its last holder has just removed it
     try:
         yield

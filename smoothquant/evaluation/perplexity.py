@@ -263,7 +263,8 @@ class Evaluator:
         or positions for the windows."""
         config: Any = model.config
         can_generate: Any = getattr(model, "can_generate", None)
-        if (can_generate and not can_generate()) or getattr(config, "is_encoder_decoder", False):
+        other = type(model).__module__.startswith("transformers.") and not can_generate()
+        if other or getattr(config, "is_encoder_decoder", False):
             raise ValueError(f"model must be a causal language model; got {type(model).__name__}")
         check_token_ids(model, self.dataset)
         check_positions(model, seq_len=self.seq_len)

@@ -17,7 +17,6 @@ from ..core.tensors import is_finite, is_permutation
 from ..kernels import ops
 from .gptq import Curvature, descend, gptq
 from .rounding import round_to_grid, stored_scale, weight_group_scales
-from .shared_input import shared_input
 
 CHUNK_VALUES = 1 << 18  # weights that are brought into packed order at a time
 SALIENT_Q_MAX = 127  # largest code of an int8 salient weight
@@ -522,7 +521,6 @@ class W4A4Linear(QuantizedLinear):
             buffers["bias"],
             self.out_features,
             *choices,
-            shared_input(ops.quantize_input, x, perm, self.num_salient, *choices),
         )
         return self._quantize_output(y)
 
@@ -612,10 +610,7 @@ class FakeW4A4Linear(QuantizedLinear):
             raise ValueError(f"a rotated weight exceeds the range of {dtype}")
 
     def _forward(self, x: Tensor) -> Tensor:
-        choices = self.perm, self.num_salient, self.group_size, self.config
-        quantized = shared_input(quantized_input, x, *choices)
-        if quantized is None:
-            quantized = quantized_input(x, *choices)
+        quantized = quantized_input(x, self.perm, self.num_salient, self.group_size, self.config)
         return self._quantize_output(F.linear(quantized, self.simulated_weight, self.bias))
 
     def dequantize(self) -> Tensor:

@@ -8,6 +8,7 @@ linears that produce it. For a model type without a row, the linears are guessed
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from .kept import check_ignore, is_fused_experts, kept_modules
-from .modules import module_places
 
 
 @dataclass(frozen=True)
@@ -318,9 +318,9 @@ def known_inputs(model: nn.Module) -> list[LayerInput]:
     field, value = family.residual_from_norm or ("", None)
     can_fold = not field or getattr(config, field, None) != value
     inputs: list[LayerInput] = []
-    # Further names of modules, whose other name is in another layer, and norms that they read.
-    elsewhere = {n for n, _ in model.named_modules(remove_duplicate=False)} - set(modules)
-    fixed: set[str | None] = {None}
+    # Modules have further names if layers share them. A norm that feeds one of them is not folded.
+    further = {n for n, _ in model.named_modules(remove_duplicate=False)} - set(modules)
+    unfoldable: set[str | None] = {None}
     for layer in _decoder_layers(modules, family.layers):
 
         def existing(*names: str | None, layer: str = layer) -> tuple[str, ...]:
@@ -329,8 +329,8 @@ def known_inputs(model: nn.Module) -> list[LayerInput]:
         index_by_norm: dict[str, int] = {}
         for reads in family.reads:
             linears, norm = existing(*reads.linears), next(iter(existing(*reads.norms)), None)
-            if any(name in elsewhere for name in (f"{layer}.{part}" for part in reads.linears)):
-                fixed.add(norm)
+            if any(name in further for name in (f"{layer}.{part}" for part in reads.linears)):
+                unfoldable.add(norm)
             experts = next(iter(existing(reads.experts)), None)
             name = linears[0] if linears else experts
             if norm in index_by_norm:
@@ -349,14 +349,14 @@ def known_inputs(model: nn.Module) -> list[LayerInput]:
                     )
                 inputs.append(item)
 
-    places = module_places(model)
+    names_of = Counter(module for _, module in model.named_modules(remove_duplicate=False))
 
     def has_foldable_norm(item: LayerInput) -> bool:
-        if not can_fold or item.norm in fixed:
+        if not can_fold or item.norm in unfoldable:
             return False
         names = (item.norm, *item.linears, item.experts, item.router)
-        # A module with a second place may have another input there, or feed another module.
-        alone = all(len(places[modules[name]]) == 1 for name in names if name)
+        # Under a second name, a module may have another input, or feed another module.
+        alone = all(names_of[modules[name]] == 1 for name in names if name)
         return alone and getattr(modules[item.norm or ""], "weight", None) is not None
 
     return [item if has_foldable_norm(item) else replace(item, norm=None) for item in inputs]

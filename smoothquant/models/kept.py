@@ -34,13 +34,15 @@ PLAIN_EXPERTS = frozenset({"MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts
 _RARE_BRANCHES = frozenset({"training", "slow_but_exact"})
 
 # What may be read of a weight without computing with it.
-_PASSIVE = frozenset({"dtype", "device", "shape", "size", "ndim", "requires_grad"})
+_PASSIVE = frozenset(
+    {"dtype", "device", "shape", "size", "ndim", "numel", "is_meta", "requires_grad"}
+)
 
 _WEIGHT_READ = re.compile(r"\bself(\.\w+)+\.weight\b")  # worth parsing the code
 _TASK = re.compile(r"For[A-Z]|Head")  # class names such as BertForMaskedLM and GPT2LMHeadModel
-# Names, within a mixture of experts, of the linears that weight the experts. Elsewhere, a "gate"
-# may be anything; a "router" is one everywhere.
-_ROUTER = re.compile(r"(^|[._])gate(\.|$)")
+# Names, beside the experts of a mixture, of the modules that weight them. Elsewhere, a "gate" may be
+# anything; a "router" is one everywhere.
+_ROUTER = re.compile(r"(^|_)gate$")
 _INITIALIZE = ("__init__", "_init", "init", "reset", "tie", "_tie")  # names of such methods
 
 
@@ -84,7 +86,7 @@ def kept_modules(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, str]
             keep(module, _unlike_experts(module))
         if "experts" in module._modules or any(map(is_fused_experts, module.children())):
             for child, router in module.named_modules():
-                if _ROUTER.search(child):
+                if _ROUTER.search(child.partition(".")[0]):
                     keep(router, "router")
     return {
         name: why[module]
@@ -239,7 +241,11 @@ def _read_in_module(name: str) -> dict[str, set[str]]:
     if not _WEIGHT_READ.search(source):
         return {}
     read: dict[str, set[str]] = {}
-    for node in ast.walk(ast.parse(source)):
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:  # the file is being edited
+        return {}
+    for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             read.setdefault(node.name, set()).update(_weights_read(node))
     return read
@@ -266,6 +272,7 @@ def _weights_read(node: ast.AST) -> Iterator[str]:
 
 
 def _is_rare(test: ast.expr) -> bool:
-    inner = list(ast.walk(test))
-    rare = any(isinstance(n, ast.Attribute) and n.attr in _RARE_BRANCHES for n in inner)
-    return rare and not any(isinstance(n, ast.Not) for n in inner)
+    """Whether a condition holds only in a rare branch: it is one, or is joined to one by "and"."""
+    if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+        return any(map(_is_rare, test.values))
+    return isinstance(test, ast.Attribute) and test.attr in _RARE_BRANCHES

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from torch import nn
 from ..core.errors import CheckpointError
 
 TOKENIZER_FILES = (
-    "tokenizer*", "vocab*", "merges.txt", "spiece.model", "sentencepiece*.model", "*.spm",
-    "*.tiktoken",
+    "tokenizer*", "*vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.tokenizer",
+    "tekken.json", "bpe.codes", "dict.txt",
 )  # fmt: skip
 
 # All files that accompany the weights and keep their contents when the weights are quantized.
@@ -159,6 +160,8 @@ def check_unused(source: str | os.PathLike, model: Any, keys: Iterable[str]) -> 
     """
     named = StoredNames(model)
     unused = [key for key in keys if named(key)[0] not in named.expected]
+    if type(model).__name__ not in (model.config.architectures or ()):  # the head is another one
+        unused = [key for key in unused if key.startswith(f"{model.base_model_prefix}.")]
     check_complete(
         source, model, (), _not_ignored(unused, model._keys_to_ignore_on_load_unexpected)
     )
@@ -251,17 +254,13 @@ def tokenizer_folder(name_or_folder: str, checkpoint_files: Sequence[str] | None
     if os.path.isdir(name_or_folder):
         root = Path(name_or_folder)
     else:
-        from huggingface_hub import snapshot_download
-
         # cache/models--owner--name/snapshots/revision/subfolder/file
         root = next((p for p in (beside, *beside.parents) if p.parent.name == "snapshots"), beside)
         if root.parent.name == "snapshots":
             below = beside.relative_to(root)
             patterns = [(p / name).as_posix() for p in (Path(), below) for name in COMPANIONS]
-            cache = root.parents[2]
-            snapshot_download(
-                name_or_folder, revision=root.name, cache_dir=cache, allow_patterns=patterns
-            )
+            with suppress(Exception):  # no network: take what there is
+                _snapshot(name_or_folder, patterns, revision=root.name, cache_dir=root.parents[2])
     folders = (folder for folder in (beside, root) if Companions(folder).has_tokenizer)
     return str(next(folders, name_or_folder))
 
@@ -290,6 +289,19 @@ def load_gguf(folder: str | os.PathLike, file: str) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
 
 
+def _snapshot(name: str, patterns: list[str], **where: Any) -> Path:
+    """The folder of a repository's files that match the patterns, downloaded if necessary."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, **where))
+    except Exception as error:  # without a network, also for files that were never needed
+        folder = getattr(error, "snapshot_path", None)
+        if folder is None:
+            raise
+        return Path(folder)
+
+
 class Companions:
     """The files beside the weights of a model: tokenizer, processor, generation config.
 
@@ -304,10 +316,7 @@ class Companions:
         if os.path.isdir(name_or_folder):
             self.folder = Path(name_or_folder)
         else:
-            from huggingface_hub import snapshot_download
-
-            found = snapshot_download(os.fspath(name_or_folder), allow_patterns=list(COMPANIONS))
-            self.folder = Path(found)
+            self.folder = _snapshot(os.fspath(name_or_folder), list(COMPANIONS))
 
     @property
     def has_tokenizer(self) -> bool:

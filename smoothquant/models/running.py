@@ -58,7 +58,14 @@ def max_positions(model: nn.Module) -> int | None:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):  # a model of text and images has two configs
         config = config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:  # XLNet has -1
+        return None
+    for name, module in model.named_modules():
+        table = isinstance(module, nn.Embedding) and "position" in name
+        if table and module.num_embeddings == positions and module.padding_idx is not None:
+            return positions - module.padding_idx - 1  # RoBERTa's positions begin after padding
+    return positions
 
 
 def check_positions(model: nn.Module, **tokens: int) -> None:
