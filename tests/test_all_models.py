@@ -83,6 +83,7 @@ SHORT = [
     "ASTForAudioClassification",
     "LlavaForConditionalGeneration",
     "BlipForConditionalGeneration",
+    "RTDetrV2ForObjectDetection",
 ]
 
 

@@ -195,9 +195,22 @@ def one_layer(model):
     model.model.layers[1] = model.model.layers[0]
 
 
+def one_attention(model):
+    model.model.layers[1].self_attn = model.model.layers[0].self_attn
+
+
 @pytest.mark.parametrize(
     "tie",
-    [tied_attention, tied_storage, tied_siblings, tied_gains, one_norm, one_linear, one_layer],
+    [
+        one_attention,
+        tied_attention,
+        tied_storage,
+        tied_siblings,
+        tied_gains,
+        one_norm,
+        one_linear,
+        one_layer,
+    ],
 )
 @torch.no_grad()
 def test_what_layers_share_is_smoothed_once(tie, make_model, token_ids):

@@ -8,7 +8,6 @@ linears that produce it. For a model type without a row, the linears are guessed
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -321,7 +320,8 @@ def known_inputs(model: nn.Module) -> list[LayerInput]:
     # Modules have further names if layers share them. A norm that feeds one of them is not folded.
     further = {n for n, _ in model.named_modules(remove_duplicate=False)} - set(modules)
     unfoldable: set[str | None] = {None}
-    for layer in _decoder_layers(modules, family.layers):
+    layers = _decoder_layers(modules, family.layers)
+    for layer in layers:
 
         def existing(*names: str | None, layer: str = layer) -> tuple[str, ...]:
             return tuple(f"{layer}.{name}" for name in names if f"{layer}.{name}" in modules)
@@ -349,14 +349,22 @@ def known_inputs(model: nn.Module) -> list[LayerInput]:
                     )
                 inputs.append(item)
 
-    names_of = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    names_of: dict[nn.Module, set[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names_of.setdefault(module, set()).add(name)
 
     def has_foldable_norm(item: LayerInput) -> bool:
         if not can_fold or item.norm in unfoldable:
             return False
         names = (item.norm, *item.linears, item.experts, item.router)
-        # Under a second name, a module may have another input, or feed another module.
-        alone = all(names_of[modules[name]] == 1 for name in names if name)
+        # In a layer where the others are not, a module may have another input or other readers.
+        start = len(next(layer for layer in layers if item.name.startswith(f"{layer}.")))
+        in_layers = {
+            frozenset(n.removesuffix(name[start:]) for n in names_of[modules[name]])
+            for name in names
+            if name
+        }
+        alone = len(in_layers) == 1
         return alone and getattr(modules[item.norm or ""], "weight", None) is not None
 
     return [item if has_foldable_norm(item) else replace(item, norm=None) for item in inputs]

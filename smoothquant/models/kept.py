@@ -40,8 +40,8 @@ _PASSIVE = frozenset(
 
 _WEIGHT_READ = re.compile(r"\bself(\.\w+)+\.weight\b")  # worth parsing the code
 _TASK = re.compile(r"For[A-Z]|Head")  # class names such as BertForMaskedLM and GPT2LMHeadModel
-# Names, beside the experts of a mixture, of the modules that weight them. Elsewhere, a "gate" may be
-# anything; a "router" is one everywhere.
+# Names, beside the experts of a mixture, of what weights them. Elsewhere, a "gate" may be anything;
+# a "router" is one everywhere.
 _ROUTER = re.compile(r"(^|_)gate$")
 _INITIALIZE = ("__init__", "_init", "init", "reset", "tie", "_tie")  # names of such methods
 
@@ -116,8 +116,8 @@ def check_ignore(model: nn.Module, ignore: Sequence[str]) -> None:
 
 
 def output_heads(model: nn.Module) -> set[str]:
-    """Full names of the nn.Linear modules that compute the model's output or share their weight
-    with an embedding.
+    """Full names of the nn.Linear modules that compute the model's output, or share their weight
+    with one of these or with an embedding.
 
     In a transformers model, the output is computed by everything outside its base model.
     """
@@ -125,16 +125,20 @@ def output_heads(model: nn.Module) -> set[str]:
     for module in model.modules():
         if hasattr(type(module), "base_model_prefix"):  # a transformers model, perhaps an inner one
             heads.update(_outside_base(module))
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     root = model
     while len(children := list(root.children())) == 1:  # DataParallel and other wrappers
         root = children[0]
     named = [child for name, child in root.named_children() if name in HEADS]
     heads.update(module for head in named for module in head.modules())
+    shared = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and module in heads)
+    }
     return {
         name
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear) and (module in heads or id(module.weight) in embedded)
+        if isinstance(module, nn.Linear) and (module in heads or id(module.weight) in shared)
     }
 
 

@@ -114,8 +114,7 @@ class Plan:
         """Replace the linears of the given groups (default: all) by quantized ones.
 
         Checks the weights of all these groups before it packs the first one, unless creating the
-        plan did. Yields the record of
-        each matrix.
+        plan did. Yields the record of each matrix.
         """
         groups = self.groups if groups is None else groups
         for group in () if self._checked else groups:
