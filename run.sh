@@ -51,7 +51,7 @@ Each setting is a cell. Finished cells are kept: stop with Ctrl-C at any time, t
 command again to resume.
 
 Setup creates .venv and installs PyTorch, MixedQuant and the demo model into it. Later runs skip it
-unless something changed. For `test --all`, setup run by root also installs Debian's
+unless something changed. For the tests, setup run by root also installs Debian's
 gcc-aarch64-linux-gnu and qemu-user with apt-get; without them the Arm kernel tests are skipped.
 
 Environment variables:
@@ -182,7 +182,7 @@ test)
         [[ "$option" == --all ]] && extras=test-all
     done
     set_up "$extras"
-    if [[ "$extras" == test-all ]]; then install_arm_tools; fi
+    install_arm_tools
     exec "$PYTHON_IN_USE" -m pytest -q --numprocesses auto --dist worksteal "$@"
     ;;
 setup)

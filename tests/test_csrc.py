@@ -81,22 +81,20 @@ def test_kernels_of_this_processor_equal_scalar(native_check, seed):
     assert run(program, str(seed), str(cases)) == f"{cases} cases: {isas}\n"
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("seed", [3, 4])
+@pytest.mark.parametrize("seed", at_length([3, 4], [3]))
 def test_kernels_of_every_x86_processor_equal_scalar(simde_check, seed):
-    cases = 400
+    cases = at_length(400, 60)
     program = str(simde_check / "check_kernels")
     assert run(program, str(seed), str(cases)) == f"{cases} cases: {X86_ISAS}\n"
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("processor", "isas"), ARM_ISAS.items())
 def test_kernels_of_arm_processors_equal_scalar(arm_check, processor, isas):
     emulator = [ARM_EMULATOR, "-L", "/usr/aarch64-linux-gnu", "-cpu", processor]
-    cases = 500
+    cases = at_length(500, 40)
     program = str(arm_check / "check_kernels")
     assert run(*emulator, program, "5", str(cases)) == f"{cases} cases: {isas}\n"
-    calls = 3000
+    calls = at_length(3000, 200)
     assert run(*emulator, str(arm_check / "fuzz"), "0", str(calls)) == f"{calls} cases\n"
 
 
@@ -108,9 +106,8 @@ def test_random_calls_are_refused_or_computed_alike(native_check):
     assert outputs == [f"{cases} cases\n"] * len(seeds)
 
 
-@pytest.mark.long
 def test_random_calls_are_computed_alike_by_every_x86_processor(simde_check):
-    cases = 10_000
+    cases = at_length(10_000, 150)
     assert run(str(simde_check / "fuzz"), "0", str(cases)) == f"{cases} cases\n"
 
 
