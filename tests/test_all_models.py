@@ -88,7 +88,7 @@ SHORT = [
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", at_length(SHORT, SHORT[::2]))
+@pytest.mark.parametrize("name", at_length(SHORT, SHORT[::4]))
 def test_a_class_is_loaded_as_it_is(name, tmp_path):
     check(small_model(name), tmp_path)
 

@@ -47,6 +47,7 @@ def test_its_numbers_are_the_models(make_model, token_ids, tmp_path):
     assert results[0].metric_value == 0.512345678 and math.isnan(results[1].metric_value)
 
 
+@pytest.mark.long
 def test_it_tells_the_hubs_name_but_no_folder(tmp_path):
     model, _ = load_bundled("tiny-opt")
     quantize(model, MixedQuantConfig(group_size=32, salient_format="int8"), progress=False)

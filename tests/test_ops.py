@@ -1049,6 +1049,7 @@ def test_isa_errors():
     assert ops.isa() == used
 
 
+@pytest.mark.long
 def test_environment_variable_forces_the_isa(run_python):
     code = "from smoothquant import ops; print(ops.isa())"
     for name in ISAS:

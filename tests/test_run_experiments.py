@@ -349,6 +349,7 @@ def test_layer_errors_are_stored_and_drawn(compared, tmp_path):
     assert "simulated in floating point" in page
 
 
+@pytest.mark.long
 def test_fused_experts_are_refused_before_any_work(tmp_path, make_model, monkeypatch):
     monkeypatch.setattr(runner, "run_cell", None)
     make_model("mixtral", vocab_size=2048).save_pretrained(tmp_path / "moe")
@@ -421,6 +422,7 @@ def test_more_cells_reuse_calibration_and_baseline(finished, tmp_path, capsys):
     assert "5 cells: 2 already in" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_published_cells_are_imported(finished, tmp_path, capsys):
     output, figures = finished
     published = figures / "tiny-opt_cells.jsonl"

@@ -99,6 +99,7 @@ def test_bad_clips(value):
         MixedQuantConfig(act_clip=value)
 
 
+@pytest.mark.long
 def test_a_model_with_choices_per_layer_survives_saving(tmp_path):
     model, tokenizer = load_bundled("tiny-opt")
     batches = token_blocks(wikitext("validation"), tokenizer, 6, 256)
@@ -205,6 +206,7 @@ def test_everything_at_once_on_every_kind_of_model(kind, make_model, token_ids):
     assert 0 < error < 0.5
 
 
+@pytest.mark.long
 def test_texts_in_the_config(tiny, tmp_path):
     model, _, _ = tiny
     _, tokenizer = load_bundled("tiny-opt")

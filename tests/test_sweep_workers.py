@@ -446,6 +446,7 @@ def test_a_result_is_valid_without_its_run_record(tmp_path):
     assert store.get(cell) == {"value": 1, "run": {}}
 
 
+@pytest.mark.long
 def test_worker_errors_keep_their_type(tmp_path):
     with pytest.raises(ValueError, match="windows must be at most"):
         preset = dataclasses.replace(SMALL, windows=10**6)
