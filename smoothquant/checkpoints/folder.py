@@ -330,7 +330,7 @@ def check_counts(path: Path, fields: Any, headers: Mapping[str, Header]) -> None
         for name, value in fields.items():
             if isinstance(value, (int, float)) and COUNT.match(name) and value > most:
                 raise CheckpointError(
-                    f"{path}: {name} is {value:.10g}, but no dimension of a stored tensor exceeds "
+                    f"{path}: {name} is {min(value, 10**300):.10g}, but no dimension of a stored tensor exceeds "
                     f"{largest}"
                 )
             check_counts(path, value, headers)
