@@ -329,8 +329,9 @@ def check_counts(path: Path, fields: Any, headers: Mapping[str, Header]) -> None
     if isinstance(fields, dict):
         for name, value in fields.items():
             if isinstance(value, (int, float)) and COUNT.match(name) and value > most:
+                shown = f"{min(value, 10**300):.10g}"  # a longer integer cannot be formatted
                 raise CheckpointError(
-                    f"{path}: {name} is {min(value, 10**300):.10g}, but no dimension of a stored tensor exceeds "
+                    f"{path}: {name} is {shown}, but no dimension of a stored tensor exceeds "
                     f"{largest}"
                 )
             check_counts(path, value, headers)
