@@ -22,14 +22,13 @@ from smoothquant.fake_quant import quantize_model
 from smoothquant.models.running import max_positions
 
 TOKENS = 512
-VISION = SiglipVisionConfig(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    image_size=16,
-    patch_size=8,
-)
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+VISION = SiglipVisionConfig(image_size=16, patch_size=8, **SMALL)
 
 
 def same(model, other):
@@ -84,15 +83,7 @@ def test_the_published_functions_neither_calibrate_nor_rotate():
     [
         (lambda: SiglipVisionModel(VISION), "SiglipVisionModel does not run on token ids alone"),
         (
-            lambda: LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=64,
-                    hidden_size=32,
-                    intermediate_size=64,
-                    num_hidden_layers=1,
-                    num_attention_heads=2,
-                )
-            ),
+            lambda: LlamaForCausalLM(LlamaConfig(vocab_size=64, **SMALL)),
             "the model does not say where it was loaded from",
         ),
     ],

@@ -191,17 +191,18 @@ def chosen_batches(
         else:
             logger.warning("not calibrated: %s", found)
         config = dataclasses.replace(config, calibration=choice)
+    elif config.calibration != WEIGHTS:
+        if is_transformers_model(model) and not runs_on_tokens(model):
+            raise ValueError(
+                f"calibration must be {WEIGHTS!r}, or give stats: {type(model).__name__} does not "
+                "run on token ids alone"
+            )
+        try:
+            tokenizer = _tokenizer(model, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"config.calibration needs a tokenizer, but {error}") from error
     if config.calibration == WEIGHTS:
         return None, config
-    if is_transformers_model(model) and not runs_on_tokens(model):
-        raise ValueError(
-            f"calibration must be {WEIGHTS!r}, or give stats: {type(model).__name__} does not run "
-            "on token ids alone"
-        )
-    try:
-        tokenizer = _tokenizer(model, tokenizer)
-    except ValueError as error:
-        raise ValueError(f"config.calibration needs a tokenizer, but {error}") from error
     return calibration_batches(model, tokenizer, config), config
 
 

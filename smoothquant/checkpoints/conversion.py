@@ -70,7 +70,6 @@ FLOAT_REMEDY = (
     "quantization_config=FineGrainedFP8Config(dequantize=True)"
 )
 
-
 LAYOUT = 2  # of the files from which a conversion is resumed
 
 
@@ -354,7 +353,7 @@ def _map_weights(
 
     named = StoredNames(model)
     expected = named.expected
-    check_unused(source, model, headers)
+    check_unused(source, model, headers, named)
     readable = {n: h for n, h in headers.items() if h.dtype in STORED_DTYPES.values()}
     stored = mapped_tensors(readable, mapped)
     loaded: dict[str, tuple[Path, Tensor]] = {}

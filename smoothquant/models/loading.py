@@ -152,13 +152,16 @@ class StoredNames:
         )
 
 
-def check_unused(source: str | os.PathLike, model: Any, keys: Iterable[str]) -> None:
+def check_unused(
+    source: str | os.PathLike, model: Any, keys: Iterable[str], named: StoredNames | None = None
+) -> None:
     """Raise CheckpointError if the model has no place for a stored tensor of one of its linears.
 
     Args:
         keys: names of the stored tensors.
+        named: `StoredNames` of the model, if the caller has it already.
     """
-    named = StoredNames(model)
+    named = named or StoredNames(model)
     unused = [key for key in keys if named(key)[0] not in named.expected]
     if type(model).__name__ not in (model.config.architectures or ()):  # the head is another one
         unused = [key for key in unused if key.startswith(f"{model.base_model_prefix}.")]
