@@ -88,16 +88,12 @@ def test_usual_experts_are_quantized(model_type, tmp_path):
     records = quantize(model, config, batches=[ids], progress=False)
     experts = {r.name for r in records if r.action == "quantized" and ".experts." in r.name}
     assert len(experts) == 2 * 4 * model.config.num_hidden_layers
-    torch.testing.assert_close(
-        model(ids, use_cache=False).logits, before, rtol=0.1, atol=0.1 * before.std()
-    )
+    after = model(ids, use_cache=False).logits
+    assert (after - before).norm() < 0.05 * before.norm()
     quantized = {r.name.rpartition(".")[2] for r in records if r.action == "quantized"}
     assert not quantized & {"gate", "router", "shared_expert_gate"}
     save_quantized(model, tmp_path / "q")
-    assert torch.equal(
-        load_quantized(tmp_path / "q")(ids, use_cache=False).logits,
-        model(ids, use_cache=False).logits,
-    )
+    assert torch.equal(load_quantized(tmp_path / "q")(ids, use_cache=False).logits, after)
 
 
 def test_they_are_quantized_while_loading(tmp_path):

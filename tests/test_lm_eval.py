@@ -49,8 +49,8 @@ def questions():
 
 def log_likelihood(model, tokenizer, context, continuation):
     before, whole = (tokenizer(t).input_ids for t in (context, f"{context} {continuation}"))
-    with torch.no_grad():
-        logits = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    with torch.no_grad():  # without the last token, as lm-eval does: attention rounds by length
+        logits = model(torch.tensor([whole[:-1]])).logits[0].log_softmax(-1)
     return sum(logits[at - 1, whole[at]].item() for at in range(len(before), len(whole)))
 
 
