@@ -28,7 +28,7 @@ typedef enum mq_status {
     MQ_OK = 0,
     MQ_INVALID_POINTER,    /* a pointer is NULL but its array is not empty */
     MQ_INVALID_SIZE,       /* a size or stride is negative or too large, or a range out of bounds */
-    MQ_INVALID_GROUP_SIZE, /* group size < 1 */
+    MQ_INVALID_GROUP_SIZE, /* group size < 1, or too many channels of a group for int32 sums */
     MQ_INVALID_BITS,       /* number of bits or largest code out of range */
     MQ_INVALID_DTYPE,      /* not a value of mq_dtype, or not allowed here */
     MQ_INVALID_PERM,       /* an index is outside [0, k) */
@@ -209,7 +209,7 @@ typedef struct mq_linear {
     const void *bias;               /* [n] or NULL */
     mq_dtype bias_dtype;
     int rotation; /* 0 or 1: none; else a power of two up to MQ_MAX_ROTATION */
-    int act_bits; /* b, 2..4 */
+    int act_bits; /* b, 2..8; unsigned and zero-point: 2..7 */
     mq_act_format act_format;
     int per_token; /* 0: one scale per token and group; 1: one scale per token */
     float clip;    /* in [MQ_MIN_CLIP, 1] */
@@ -268,7 +268,8 @@ mq_status mq_linear_tile_rows(const mq_linear *lin, int64_t m, int64_t *rows);
 /* Step 1, per token: gathers by perm, splits off the salient channels, quantizes groups. x
  * [m][k], row stride `stride`. Writes the workspace of tokens [row0, row1); row1 is a multiple
  * of the tile or m. Over all tokens it writes every byte, so equal x give equal bytes. Checks
- * perm against [0, k) (MQ_INVALID_PERM). Uses about 60 KiB of stack. */
+ * perm against [0, k) (MQ_INVALID_PERM). A group has at most (2^31 - 1) / 2^(act_bits + 3) channels
+ * (MQ_INVALID_GROUP_SIZE): 2^20 with 8 bits. Uses about 60 KiB of stack. */
 mq_status mq_linear_quantize(const mq_linear *lin, mq_dtype dtype, const void *x, int64_t stride,
                              int64_t m, int64_t row0, int64_t row1, void *workspace);
 

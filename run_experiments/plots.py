@@ -83,7 +83,8 @@ def plots_of(all_rows: Sequence[Row], name: str, dtype: str) -> dict[str, Plot]:
     reference = next((row for row in all_rows if row.config is None), None)
     config, result = rows[0].settings, rows[0].result
     recipes = _methods(rows)
-    method = f"W{config['num_bits']}A{config['num_bits']}, sort {config['sort']}"
+    act_bits = config.get("act_bits") or config["num_bits"]
+    method = f"W{config['num_bits']}A{act_bits}, sort {config['sort']}"
     method += f", recipe {recipes[0]}" if len(recipes) == 1 else ""
     if config["backend"] != "int4":
         method += ", simulated"

@@ -206,7 +206,7 @@ def _description(config: MixedQuantConfig, records: Sequence[LinearRecord]) -> s
     counts = [math.prod(record.shape) for record in packed]
     bits = sum(n * r.bits_per_weight for n, r in zip(counts, packed, strict=True)) / sum(counts)
     return (
-        f"W{config.num_bits}A{config.num_bits}, {bits:.2f} bits per weight with all scales, "
+        f"{config.scheme}, {bits:.2f} bits per weight with all scales, "
         f"group size {config.group_size}, {config.salient_prop:.0%} salient channels in 16 bits, "
         f"sort {config.sort}, backend {config.backend}"
     )

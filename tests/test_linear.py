@@ -248,13 +248,15 @@ def test_eight_threads_at_once():
 
 @pytest.mark.parametrize("weight_quant", ["per_group", "per_channel", "per_tensor"])
 @pytest.mark.parametrize("act_quant", ["per_group", "per_token"])
-@pytest.mark.parametrize("num_bits", [2, 4])
+@pytest.mark.parametrize("num_bits, act_bits", [(2, None), (4, None), (4, 7), (4, 8)])
 @pytest.mark.parametrize("act_format", ["symmetric", "unsigned", "zero_point"])
 @pytest.mark.parametrize("salient_format", SALIENT_FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_fake_backend_agrees_with_the_integers(
-    weight_quant, act_quant, num_bits, act_format, salient_format, dtype
+    weight_quant, act_quant, num_bits, act_bits, act_format, salient_format, dtype
 ):
+    if act_bits == 8 and act_format != "symmetric":
+        act_bits = 6
     weight, x = torch.randn(40, 150).to(dtype), torch.randn(30, 150).to(dtype)
     choices = {
         "weight_quant": weight_quant,
@@ -262,6 +264,7 @@ def test_fake_backend_agrees_with_the_integers(
         "act_quant": act_quant,
         "act_format": act_format,
         "num_bits": num_bits,
+        "act_bits": act_bits,
         "salient_format": salient_format,
         "rotation": 32 if act_format != "unsigned" else 0,
     }
@@ -494,6 +497,13 @@ def test_plan_errors():
         ({"group_size": 0}, "group_size must be in .*; got 0"),
         ({"num_bits": 5}, r"num_bits must be in \[2, 4\]; got 5"),
         ({"num_bits": 9, "backend": "fake"}, r"num_bits must be in \[2, 8\]; got 9"),
+        ({"act_bits": 9, "recipe": "rtn"}, r"act_bits must be in \[2, 8\]; got 9"),
+        ({"act_bits": 1}, r"act_bits must be in \[2, 7\]; got 1"),
+        ({"act_bits": 8, "act_format": "zero_point"}, r"act_bits must be in \[2, 7\]; got 8"),
+        (
+            {"num_bits": 8, "backend": "fake", "act_format": "unsigned"},
+            r"num_bits must be in \[2, 7\] with act_format='unsigned' unless act_bits",
+        ),
         ({"salient_prop": -0.1}, r"salient_prop must be in \[0, 1\]; got -0.1"),
         ({"salient_prop": math.nan}, "salient_prop must be in"),
         ({"sort": "size"}, "sort must be one of none, max, mean3std, argmax, rms; got 'size'"),

@@ -223,6 +223,11 @@ FORMATS = [
     (4, "zero_point", False, 1.0),
     (4, "zero_point", True, 0.9),
     (2, "zero_point", False, 0.7),
+    (8, "symmetric", False, 1.0),
+    (8, "symmetric", True, 0.9),
+    (5, "symmetric", False, 0.7),
+    (7, "unsigned", False, 1.0),
+    (7, "zero_point", False, 0.9),
 ]
 
 
@@ -753,7 +758,14 @@ def test_bad_arguments_are_value_errors(case):
         ),
         ({"rotation": 3}, "rotation must be 0 or a power of two up to 512; got 3"),
         ({"act_format": "log"}, "act_format must be symmetric, unsigned or zero_point; got 'log'"),
-        ({"num_bits": 5}, r"num_bits must be in \[2, 4\]; got 5"),
+        (
+            {"num_bits": 9, "act_format": "symmetric"},
+            r"num_bits must be in \[2, 8\] for 'symmetric' activations; got 9",
+        ),
+        (
+            {"num_bits": 8, "act_format": "zero_point"},
+            r"num_bits must be in \[2, 7\] for 'zero_point' activations; got 8",
+        ),
         (
             {"quantized_input": torch.zeros(9).byte()},
             r"quantized_input must have shape .* got \[9\]",

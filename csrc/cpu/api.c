@@ -286,6 +286,15 @@ mq_status mq_linear_tile_rows(const mq_linear *lin, int64_t m, int64_t *rows) {
     return lay_out(lin, &shape, m, &bytes, rows);
 }
 
+static mq_status check_activations(const mq_linear *lin) {
+    REQUIRE((unsigned)lin->act_format <= MQ_ACT_ZERO_POINT, MQ_INVALID_FORMAT);
+    REQUIRE(mq_act_bits_fit(lin->act_bits, lin->act_format), MQ_INVALID_BITS);
+    /* weights are at least -8 */
+    const int64_t group = mq_min(lin->group_size, lin->k - lin->k_salient);
+    REQUIRE(group <= INT32_MAX / (8 << lin->act_bits), MQ_INVALID_GROUP_SIZE);
+    return MQ_OK;
+}
+
 /* row0 must start a tile; row1 must end one or be m. */
 static mq_status check_rows(const mq_linear *lin, const mq_shape *shape, int64_t m, int64_t row0,
                             int64_t row1) {
@@ -300,8 +309,7 @@ mq_status mq_linear_quantize(const mq_linear *lin, mq_dtype dtype, const void *x
                              int64_t m, int64_t row0, int64_t row1, void *workspace) {
     mq_shape shape;
     TRY(check_layer(lin, &shape));
-    REQUIRE(lin->act_bits >= 2 && lin->act_bits <= 4, MQ_INVALID_BITS);
-    REQUIRE((unsigned)lin->act_format <= MQ_ACT_ZERO_POINT, MQ_INVALID_FORMAT);
+    TRY(check_activations(lin));
     REQUIRE(is_clip(lin->clip), MQ_INVALID_SCALE);
     REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
     REQUIRE(stride >= lin->k, MQ_INVALID_SIZE);
@@ -322,6 +330,7 @@ mq_status mq_linear_multiply(const mq_linear *lin, int64_t m, int64_t row0, int6
     mq_shape shape;
     TRY(check_layer(lin, &shape));
     TRY(check_weights(lin, &shape));
+    TRY(check_activations(lin));
     REQUIRE(is_dtype(dtype) && (!lin->bias || is_dtype(lin->bias_dtype)), MQ_INVALID_DTYPE);
     REQUIRE(stride >= lin->n, MQ_INVALID_SIZE);
     TRY(check_rows(lin, &shape, m, row0, row1));

@@ -12,24 +12,24 @@
 #endif
 
 /* An instruction set without a kernel of its own uses that of a set it includes. */
-#define MQ_KERNELS(rows, base, quantizer, multiplier)         \
-    {                                                         \
-        .tile_rows = rows,                                    \
-        .channel_stats = mq_channel_stats_##base,             \
-        .sort_keys = mq_sort_keys_##base,                     \
-        .widen = mq_widen_##base,                             \
-        .widen_codes = mq_widen_codes_##base,                 \
-        .narrow = mq_narrow_##base,                           \
-        .extent_of = mq_extent_of_##quantizer,                \
-        .hadamard = mq_hadamard_##quantizer,                  \
-        .quantize = mq_quantize_##base,                       \
-        .quantize_groups = mq_quantize_groups_##multiplier,   \
-        .interleave = mq_interleave_##base,                   \
-        .dequantize = mq_dequantize_##base,                   \
-        .pack_nibbles = mq_pack_nibbles_##base,               \
-        .unpack_nibbles = mq_unpack_nibbles_##base,           \
-        .multiply_salient = mq_multiply_salient_##multiplier, \
-        .multiply_groups = mq_multiply_groups_##multiplier,   \
+#define MQ_KERNELS(rows, base, quantizer, multiplier, wide)                              \
+    {                                                                                    \
+        .tile_rows = rows,                                                               \
+        .channel_stats = mq_channel_stats_##base,                                        \
+        .sort_keys = mq_sort_keys_##base,                                                \
+        .widen = mq_widen_##base,                                                        \
+        .widen_codes = mq_widen_codes_##base,                                            \
+        .narrow = mq_narrow_##base,                                                      \
+        .extent_of = mq_extent_of_##quantizer,                                           \
+        .hadamard = mq_hadamard_##quantizer,                                             \
+        .quantize = mq_quantize_##base,                                                  \
+        .quantize_groups = {mq_quantize_groups_##multiplier, mq_quantize_groups_##wide}, \
+        .interleave = mq_interleave_##base,                                              \
+        .dequantize = mq_dequantize_##base,                                              \
+        .pack_nibbles = mq_pack_nibbles_##base,                                          \
+        .unpack_nibbles = mq_unpack_nibbles_##base,                                      \
+        .multiply_salient = mq_multiply_salient_##multiplier,                            \
+        .multiply_groups = {mq_multiply_groups_##multiplier, mq_multiply_groups_##wide}, \
     }
 
 /* Plain C is good enough here: the compiler vectorizes it, or it is not time-critical. */
@@ -37,17 +37,19 @@
 #define mq_dequantize_neon mq_dequantize_scalar
 #define mq_pack_nibbles_neon mq_pack_nibbles_scalar
 #define mq_quantize_groups_neoni8mm mq_quantize_groups_neon
+/* int32 starts, as AVX-VNNI's */
+#define mq_quantize_groups_avx2_8bit mq_quantize_groups_avxvnni
 
 static const mq_kernels tables[MQ_ISA_COUNT] = {
-    [MQ_ISA_SCALAR] = MQ_KERNELS(MQ_TILE_ROWS, scalar, scalar, scalar),
+    [MQ_ISA_SCALAR] = MQ_KERNELS(MQ_TILE_ROWS, scalar, scalar, scalar, scalar),
 #if defined(MQ_X86)
-    [MQ_ISA_AVX2] = MQ_KERNELS(MQ_TILE_ROWS, avx2, avx2, avx2),
-    [MQ_ISA_AVXVNNI] = MQ_KERNELS(MQ_TILE_ROWS, avx2, avx2, avxvnni),
-    [MQ_ISA_AVX512VNNI] = MQ_KERNELS(MQ_TILE_ROWS_512, avx2, avx512vnni, avx512vnni),
+    [MQ_ISA_AVX2] = MQ_KERNELS(MQ_TILE_ROWS, avx2, avx2, avx2, avx2_8bit),
+    [MQ_ISA_AVXVNNI] = MQ_KERNELS(MQ_TILE_ROWS, avx2, avx2, avxvnni, avxvnni),
+    [MQ_ISA_AVX512VNNI] = MQ_KERNELS(MQ_TILE_ROWS_512, avx2, avx512vnni, avx512vnni, avx512vnni),
 #endif
 #if defined(MQ_NEON)
-    [MQ_ISA_NEON] = MQ_KERNELS(MQ_TILE_ROWS, neon, neon, neon),
-    [MQ_ISA_NEONI8MM] = MQ_KERNELS(MQ_TILE_ROWS, neon, neon, neoni8mm),
+    [MQ_ISA_NEON] = MQ_KERNELS(MQ_TILE_ROWS, neon, neon, neon, neon),
+    [MQ_ISA_NEONI8MM] = MQ_KERNELS(MQ_TILE_ROWS, neon, neon, neoni8mm, neoni8mm),
 #endif
 };
 

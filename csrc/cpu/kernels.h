@@ -33,9 +33,9 @@ static inline int64_t mq_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Views into a workspace. h, the rows of a tile, is min(m, the instruction set's tile_rows).
  * starts: a segment's sum of codes * (weights + 8) starts at -8 * sum(codes), so it ends as the
- * plain dot product. AVX2 sums in int16: its `starts` holds two such values, one for positions 0
- * and 1 of each quad, one for positions 2 and 3. Its quantize_groups and multiply_groups agree
- * on this. */
+ * plain dot product. For codes of up to 4 bits, AVX2 sums in int16: its `starts` then holds two
+ * such values, one for positions 0 and 1 of each quad, one for positions 2 and 3. Its
+ * quantize_groups and multiply_groups agree on this. */
 typedef struct mq_activations {
     int64_t m, h;
     int8_t *codes;   /* [tiles][quads][h][4] */
@@ -121,6 +121,15 @@ static MQ_INLINE void mq_assume_quantize(const float *x, int64_t n, float invers
     MQ_ASSUME(mq_are_apart(x, 4 * n, q, n));
 }
 
+/* Whether all codes fit in a signed byte. */
+static MQ_INLINE int mq_act_bits_fit(int bits, mq_act_format format) {
+    return 2 <= bits && bits <= (format == MQ_ACT_SYMMETRIC ? 8 : 7);
+}
+
+/* Whether activations have more than 4 bits, which the int16 sums of AVX2 hold for a few quads
+ * only. */
+static MQ_INLINE int mq_has_wide_codes(const mq_linear *lin) { return lin->act_bits > 4; }
+
 /* Quantizes activations x [n] in groups of group_size, the last of which may be short. Writes
  * per group: codes of whole quads, padded with 0; a scale; a start (see mq_activations). The
  * groups fill at most a segment. extent: one for all groups, or NULL to use each group's own. */
@@ -132,8 +141,8 @@ static MQ_INLINE void mq_assume_quantize_groups(const mq_linear *lin, const floa
     MQ_ASSUME(n > 0 && group_size > 0);
     MQ_ASSUME(mq_ceil_div(n, group_size) * mq_ceil_div(mq_min(n, group_size), MQ_QUAD) <=
               MQ_SEGMENT_QUADS);
-    MQ_ASSUME(2 <= lin->act_bits && lin->act_bits <= 4);
     MQ_ASSUME((unsigned)lin->act_format <= MQ_ACT_ZERO_POINT);
+    MQ_ASSUME(mq_act_bits_fit(lin->act_bits, lin->act_format));
     MQ_ASSUME(MQ_MIN_CLIP <= lin->clip && lin->clip <= 1);
     MQ_ASSUME(mq_are_apart(x, 4 * n, codes, n));
 }
@@ -209,13 +218,13 @@ typedef struct mq_kernels {
     mq_extent_of_fn *extent_of;
     mq_hadamard_fn *hadamard;
     mq_quantize_fn *quantize;
-    mq_quantize_groups_fn *quantize_groups;
+    mq_quantize_groups_fn *quantize_groups[2]; /* by mq_has_wide_codes */
     mq_interleave_fn *interleave;
     mq_dequantize_fn *dequantize;
     mq_pack_nibbles_fn *pack_nibbles;
     mq_unpack_nibbles_fn *unpack_nibbles;
     mq_multiply_salient_fn *multiply_salient;
-    mq_multiply_groups_fn *multiply_groups;
+    mq_multiply_groups_fn *multiply_groups[2]; /* by mq_has_wide_codes */
 } mq_kernels;
 
 /* Returns the table of a supported instruction set. */
@@ -244,6 +253,7 @@ MQ_DECLARE_KERNELS(avxvnni)
 MQ_DECLARE_KERNELS(avx512vnni)
 MQ_DECLARE_KERNELS(neon)
 MQ_DECLARE_KERNELS(neoni8mm)
+mq_multiply_groups_fn mq_multiply_groups_avx2_8bit;
 
 /* ---- Single values, the same for every instruction set --------------------------------------- */
 

@@ -89,8 +89,8 @@ static int64_t quantize_segment(const mq_shape *shape, const mq_linear *lin, int
     if (is_long && !lin->per_token && k0 % g == 0)
         t->extent = mq_channels_extent(&t->int4, k0, of_group);
     const float *x = load_groups(&t->int4, g, k0, n, buffer);
-    t->int4.kernels->quantize_groups(lin, is_long || lin->per_token ? &t->extent : NULL, x, n, g,
-                                     codes, scales, starts);
+    t->int4.kernels->quantize_groups[mq_has_wide_codes(lin)](
+        lin, is_long || lin->per_token ? &t->extent : NULL, x, n, g, codes, scales, starts);
     const int64_t groups = mq_ceil_div(n, g);
     for (int64_t j = 0; j < groups; j++) {
         t->scales[(k0 / g + j) * h] = scales[j];
@@ -238,6 +238,7 @@ void mq_run_linear_multiply(const mq_kernels *kernels, const mq_shape *shape, co
         workspace_view(shape, lin->k_salient, m, kernels->tile_rows, (void *)(uintptr_t)workspace);
     _Alignas(64) float sums[MQ_PANELS_AT_ONCE][MQ_ROW_CHUNK * MQ_PANEL];
     const int64_t chunk = MQ_ROW_CHUNK / act.h * act.h;
+    mq_multiply_groups_fn *multiply_groups = kernels->multiply_groups[mq_has_wide_codes(lin)];
     for (int64_t p = panel0, panels; p < panel1; p += panels) {
         panels = mq_min(MQ_PANELS_AT_ONCE, panel1 - p);
         for (int64_t first = row0; first < row1; first += chunk) {
@@ -247,9 +248,9 @@ void mq_run_linear_multiply(const mq_kernels *kernels, const mq_shape *shape, co
             for (int64_t i = 0; i < MQ_PANELS_AT_ONCE; i++) memset(sums[i], 0, bytes);
             for (int64_t i = 0; i < panels; i++)
                 add_salient(kernels, lin, &act, tile0, tile1, p + i, sums[i]);
-            kernels->multiply_groups(&act, shape, tile0, tile1, panels,
-                                     lin->qweight + p * shape->blocks * MQ_BLOCK_BYTES,
-                                     lin->scales + p * shape->groups * MQ_PANEL, sums[0]);
+            multiply_groups(&act, shape, tile0, tile1, panels,
+                            lin->qweight + p * shape->blocks * MQ_BLOCK_BYTES,
+                            lin->scales + p * shape->groups * MQ_PANEL, sums[0]);
             store_sums(kernels, lin, p, panels, first, last, sums[0], dtype, out, stride);
         }
     }

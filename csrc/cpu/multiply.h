@@ -5,6 +5,7 @@
  *     KERNEL(name)    name_<isa>
  *     FEW_ROWS        the most tokens for which weights are unpacked on the fly, not stored
  *     HOLD_SUMS       whether fp32 sums stay in registers between groups
+ *     GROUPS_ONLY     (a macro, optional) leaves out multiply_salient
  *   by tiles.h        panels, part, load_packed and tile sizes
  *   by the family (multiply_x86.h, multiply_neon.h)
  *     set_floats      a float in all lanes
@@ -71,6 +72,7 @@ TARGET static MQ_INLINE floats *sum_at(float *sums, int r, int v) {
     return (floats *)(void *)(sums + r * MQ_PANEL + vector_at(v, SUMS_STRIDE));
 }
 
+#if !defined(GROUPS_ONLY)
 /* ---- Salient channels ------------------------------------------------------------------------ */
 
 TARGET static MQ_INLINE void salient_tile(const int rows, const float *x, int64_t h, const float *w,
@@ -100,6 +102,8 @@ TARGET void KERNEL(mq_multiply_salient)(const mq_activations *act, int64_t k_sal
                            act->h, w, s1 - s0, sums)
     }
 }
+
+#endif
 
 /* ---- Groups ---------------------------------------------------------------------------------- */
 

@@ -1,7 +1,9 @@
 /* The multiplication's vector operations on x86, for 256 or 512 bits. multiply_<isa>.c includes
  * this header after vectors_x86.h, PANELS and
  *   accumulate   sums + a quad's weights + 8 (unsigned bytes) times codes (signed bytes)
- *   dots_of      a whole segment's sums to int32 dot products */
+ *   dots_of      a whole segment's sums to int32 dot products, or a span's
+ *   SPAN_QUADS   (a macro, optional) the quads whose sums `accumulate` holds, if not a segment's.
+ *                Then the dot products begin with the segment's start, not the sums. */
 #ifndef MQ_CPU_MULTIPLY_X86_H
 #define MQ_CPU_MULTIPLY_X86_H
 
@@ -51,14 +53,12 @@ TARGET static MQ_INLINE void load_quad(const panels *w, const ints *unpacked, in
     }
 }
 
-TARGET static MQ_INLINE void segment_dots(const int rows, const part *p, const panels *w,
-                                          const ints *unpacked, int64_t quad0, int64_t quad1,
-                                          ints dots[PART_ROWS][VECTORS]) {
-    const int8_t *codes = p->codes;
-    ints acc[PART_ROWS][VECTORS];
-    EACH_ROW (r, rows)
-        EACH_VECTOR (v, VECTORS) acc[r][v] = V(set1_epi32)(p->starts[r]);
-    for (int64_t quad = quad0; quad < quad1; quad++, codes += p->h * MQ_QUAD) {
+/* acc += the products of quads [quad0, quad1). Returns the codes of the quad after them. */
+TARGET static MQ_INLINE const int8_t *add_quads(const int rows, const int8_t *codes, int64_t stride,
+                                                const panels *w, const ints *unpacked,
+                                                int64_t quad0, int64_t quad1,
+                                                ints acc[PART_ROWS][VECTORS]) {
+    for (int64_t quad = quad0; quad < quad1; quad++, codes += stride) {
         ints weights[VECTORS];
         load_quad(w, unpacked, quad, weights);
         EACH_ROW (r, rows) {
@@ -68,11 +68,43 @@ TARGET static MQ_INLINE void segment_dots(const int rows, const part *p, const p
             EACH_VECTOR (v, VECTORS) acc[r][v] = accumulate(acc[r][v], weights[v], a);
         }
     }
+    return codes;
+}
+
+#if defined(SPAN_QUADS)
+TARGET static MQ_INLINE void segment_dots(const int rows, const part *p, const panels *w,
+                                          const ints *unpacked, int64_t quad0, int64_t quad1,
+                                          ints dots[PART_ROWS][VECTORS]) {
+    const int8_t *codes = p->codes;
+    EACH_ROW (r, rows)
+        EACH_VECTOR (v, VECTORS) dots[r][v] = V(set1_epi32)(p->starts[r]);
+    for (int64_t quad = quad0, end; quad < quad1; quad = end) {
+        end = mq_min(quad + SPAN_QUADS, quad1);
+        ints acc[PART_ROWS][VECTORS];
+        EACH_ROW (r, rows)
+            EACH_VECTOR (v, VECTORS) acc[r][v] = V(set1_epi32)(0);
+        codes = add_quads(rows, codes, p->h * MQ_QUAD, w, unpacked, quad, end, acc);
+        EACH_ROW (r, rows)
+            EACH_VECTOR (v, VECTORS) {
+                MQ_IN_REGISTER(acc[r][v]);
+                dots[r][v] = add_ints(dots[r][v], dots_of(acc[r][v]));
+            }
+    }
+}
+#else
+TARGET static MQ_INLINE void segment_dots(const int rows, const part *p, const panels *w,
+                                          const ints *unpacked, int64_t quad0, int64_t quad1,
+                                          ints dots[PART_ROWS][VECTORS]) {
+    ints acc[PART_ROWS][VECTORS];
+    EACH_ROW (r, rows)
+        EACH_VECTOR (v, VECTORS) acc[r][v] = V(set1_epi32)(p->starts[r]);
+    add_quads(rows, p->codes, p->h * MQ_QUAD, w, unpacked, quad0, quad1, acc);
     EACH_ROW (r, rows)
         EACH_VECTOR (v, VECTORS) {
             MQ_IN_REGISTER(acc[r][v]);
             dots[r][v] = dots_of(acc[r][v]);
         }
 }
+#endif
 
 #endif

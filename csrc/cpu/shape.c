@@ -7,7 +7,8 @@ const char *mq_status_message(mq_status status) {
         case MQ_INVALID_POINTER: return "a pointer is NULL although its array is not empty";
         case MQ_INVALID_SIZE:
             return "a size, stride or range is negative, too large or out of bounds";
-        case MQ_INVALID_GROUP_SIZE: return "the group size must be at least 1";
+        case MQ_INVALID_GROUP_SIZE:
+            return "the group size must be at least 1, and int32 must hold the sums of a group";
         case MQ_INVALID_BITS: return "the number of bits is out of range";
         case MQ_INVALID_DTYPE: return "the dtype is not supported here";
         case MQ_INVALID_PERM: return "perm holds an index outside [0, k)";

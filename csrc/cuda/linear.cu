@@ -21,14 +21,14 @@ struct row {
 
 // In order of preference.
 const row kTable[] = {
-    {{"decode_8", 75, kAny, 8, 1}, IN_ORDER, mq_multiply_decode_8},
-    {{"decode_16", 75, kAny, 16, 1}, IN_ORDER, mq_multiply_decode_16},
-    {{"decode_32", 75, kAny, 64, 1}, IN_ORDER, mq_multiply_decode_32},
-    {{"prefill_s4", 75, 89, INT64_MAX, 1}, NIBBLES, mq_multiply_prefill_s4},
+    {{"decode_8", 75, kAny, 8, 1, 8}, IN_ORDER, mq_multiply_decode_8},
+    {{"decode_16", 75, kAny, 16, 1, 8}, IN_ORDER, mq_multiply_decode_16},
+    {{"decode_32", 75, kAny, 64, 1, 8}, IN_ORDER, mq_multiply_decode_32},
+    {{"prefill_s4", 75, 89, INT64_MAX, 1, 4}, NIBBLES, mq_multiply_prefill_s4},
 #ifdef MQ_BUILD_WGMMA
-    {{"prefill_wgmma", 90, 90, INT64_MAX, 128}, EVEN_FIRST, mq_multiply_prefill_wgmma},
+    {{"prefill_wgmma", 90, 90, INT64_MAX, 128, 8}, EVEN_FIRST, mq_multiply_prefill_wgmma},
 #endif
-    {{"prefill_s8", 75, kAny, INT64_MAX, 1}, IN_ORDER, mq_multiply_prefill_s8},
+    {{"prefill_s8", 75, kAny, INT64_MAX, 1, 8}, IN_ORDER, mq_multiply_prefill_s8},
 };
 constexpr int kKernels = sizeof kTable / sizeof *kTable;
 
@@ -37,7 +37,8 @@ void assume_step(const mq_linear &lin, int kernel, mq_dtype dtype, int64_t m,
                  const void *workspace) {
     MQ_ASSUME(0 <= kernel && kernel < kKernels);
     MQ_ASSUME(dtype <= MQ_BF16 && m >= 0);
-    MQ_ASSUME(smaller(lin.group_size, lin.k - lin.k_salient) <= 1 << 20);
+    MQ_ASSUME(2 <= lin.act_bits && lin.act_bits <= 8);
+    MQ_ASSUME(smaller(lin.group_size, lin.k - lin.k_salient) <= (1 << 24) >> lin.act_bits);
     MQ_ASSUME(lin.n <= int64_t{65535} * 32);
     MQ_ASSUME(MQ_IS_ALIGNED(workspace, 16) && MQ_IS_ALIGNED(lin.perm, 16));
     MQ_ASSUME(MQ_IS_ALIGNED(lin.qweight, 16) && MQ_IS_ALIGNED(lin.scales, 16));
@@ -83,6 +84,7 @@ extern "C" const mq_cuda_kernel *mq_cuda_kernel_at(int kernel) {
 extern "C" int mq_cuda_kernel_serves(int kernel, const mq_linear *lin, int arch) {
     const mq_cuda_kernel *row = mq_cuda_kernel_at(kernel);
     if (!row || arch < row->oldest || arch > row->newest) return 0;
+    if (lin->act_bits > row->most_act_bits) return 0;
     return lin->group_size % row->group_multiple == 0 || lin->group_size >= lin->k - lin->k_salient;
 }
 

@@ -79,6 +79,7 @@ typedef struct mq_cuda_kernel {
     int64_t most_tokens; /* chosen for at most so many; it accepts any number */
     int group_multiple;  /* a group's INT4 channels must be a multiple of this, or all in one
                           * group */
+    int most_act_bits;
 } mq_cuda_kernel;
 
 int mq_cuda_kernel_count(void);
@@ -91,8 +92,8 @@ int mq_cuda_kernel_for(const mq_linear *lin, int arch, int64_t m);
 /* Bytes of workspace for m tokens of x's dtype. It must be aligned to 16 bytes. */
 size_t mq_cuda_linear_workspace(const mq_linear *lin, int kernel, mq_dtype dtype, int64_t m);
 
-/* x [m][k] -> out [m][n]. lin's arrays, x and workspace are aligned to 16 bytes. At most 2^20
- * channels per group and 65535 * 32 output channels. An index outside [0, k) in perm counts as a
+/* x [m][k] -> out [m][n]. lin's arrays, x and workspace are aligned to 16 bytes. At most
+ * 2^(24 - act_bits) channels per group and 65535 * 32 output channels. An index outside [0, k) in perm counts as a
  * NaN.
  *
  * Results differ from mq_linear_quantize and mq_linear_multiply only in the order of fp32 sums:

@@ -32,8 +32,11 @@ __device__ __forceinline__ int lane_t() { return lane() % 4; }
 constexpr int kMagicBits = 0x4b400000;
 constexpr float kMagic = 12582912.0f;
 
-// The quads whose sum, times 16 (see unpack), stays below 2^22: |code * code| <= 8 * 15.
-constexpr int64_t kMagicQuads = 512;
+// Whether the sum of a whole group, times 16 (see unpack), may reach 2^22: products of codes are
+// below 8 * 2^act_bits.
+__device__ __forceinline__ bool is_long_group(const multiply_args &args) {
+    return args.shape.group_quads > (1 << 13) >> args.lin.act_bits;
+}
 
 // The sum in an integer that started there, correct even if the integer wrapped.
 __device__ __forceinline__ int sum_of(int dot) {

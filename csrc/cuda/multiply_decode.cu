@@ -90,7 +90,7 @@ struct worker {
         constexpr int kAhead = NT > 2 ? 4 : NT == 1 && MQ_ARCH >= 120 ? 6 : 8;
         if (begin >= end) return;
         const slots &slot = args.slot;
-        const bool is_long = args.shape.group_quads > kMagicQuads;
+        const bool is_long = is_long_group(args);
         const unsigned char *weights =
             args.lin.qweight + panel * args.shape.blocks * MQ_BLOCK_BYTES + lane_channel() * 4;
         int64_t asked = group_of(slot, begin), group = asked;

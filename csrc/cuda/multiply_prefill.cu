@@ -286,7 +286,7 @@ __device__ __forceinline__ void prefill(const multiply_args &args) {
     const block_place block = {static_cast<int64_t>(blockIdx.x) * kTokens,
                                static_cast<int64_t>(blockIdx.y) * kPanels};
     const warp_place at = {warp() / kTokenWarps * 2 * kPairs, warp() % kTokenWarps * kWarpTokens};
-    const bool is_long = args.shape.group_quads > kMagicQuads;
+    const bool is_long = is_long_group(args);
     const int64_t salient_stages = ceil_div<int64_t>(args.from.chunks * args.from.terms, kChunks);
     const int64_t stages = salient_stages + ceil_div<int64_t>(args.slot.total, kSlots);
     cursor loading(&args.slot), adding(&args.slot);

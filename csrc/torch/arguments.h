@@ -401,8 +401,11 @@ inline Packing packing_of(const Op &op, const Tensor &w, Tensor &perm, int64_t n
 // The quantization settings for x.
 inline void set_activations(const Op &op, mq_linear *lin, int64_t num_bits,
                             const std::string &act_format, bool per_token, double clip) {
-    lin->act_bits = check_bits(op, num_bits);
     lin->act_format = act_format_of(op, act_format);
+    const int most = lin->act_format == MQ_ACT_SYMMETRIC ? 8 : 7;
+    require(num_bits >= 2 && num_bits <= most, op, "num_bits must be in [2, ", most, "] for '",
+            act_format, "' activations; got ", num_bits);
+    lin->act_bits = static_cast<int>(num_bits);
     lin->per_token = per_token;
     lin->clip = check_clip(op, clip);
 }

@@ -6,6 +6,7 @@
 // other ops.
 #define USE_CUDA  // makes torch's headers declare the functions of libtorch_cuda
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <optional>
@@ -20,8 +21,9 @@ namespace {
 
 using namespace mixedquant;
 
-// The longest group whose products, up to 8 * 15 times 16, fit in an int32 sum (mixedquant_cuda.h).
-constexpr int64_t kLongestGroup = 1 << 20;
+// The longest group whose products, below 8 * 2^act_bits, fit in an int32 sum when multiplied by 16
+// (mixedquant_cuda.h).
+int64_t longest_group(const mq_linear &lin) { return (1 << 24) >> lin.act_bits; }
 
 Op on_device_of(const char *name, const char *argument, const Tensor &t) {
     if (!t.is_cuda())
@@ -269,7 +271,7 @@ void descend_block(Tensor w, Tensor gradient, Tensor h, Tensor scales, int64_t c
 
 std::atomic<int> forced_kernel{-1};  // row of the table; -1: the table chooses
 
-// Returns names, and four limits per kernel, flattened, with -1 for none; see
+// Returns names, and five limits per kernel, flattened, with -1 for none; see
 // smoothquant.ops.CudaKernel.
 std::tuple<std::vector<std::string>, std::vector<int64_t>> cuda_kernels() {
     std::vector<std::string> names;
@@ -277,9 +279,9 @@ std::tuple<std::vector<std::string>, std::vector<int64_t>> cuda_kernels() {
     for (int i = 0; i < mq_cuda_kernel_count(); i++) {
         const mq_cuda_kernel &row = *mq_cuda_kernel_at(i);
         names.emplace_back(row.name);
-        limits.insert(limits.end(),
-                      {row.oldest, row.newest < INT32_MAX ? row.newest : -1,
-                       row.most_tokens < INT64_MAX ? row.most_tokens : -1, row.group_multiple});
+        limits.insert(limits.end(), {row.oldest, row.newest < INT32_MAX ? row.newest : -1,
+                                     row.most_tokens < INT64_MAX ? row.most_tokens : -1,
+                                     row.group_multiple, row.most_act_bits});
     }
     return {names, limits};
 }
@@ -312,7 +314,8 @@ int kernel_for(const Op &op, const mq_linear &lin, int arch, int64_t m) {
     require(mq_cuda_kernel_serves(kernel, &lin, arch), op, "the forced kernel '", row.name,
             "' is for architectures ", row.oldest, " to ", row.newest,
             ", group_size a multiple of ", row.group_multiple,
-            " or all in one group; got architecture ", arch, ", group_size ", lin.group_size);
+            " or all in one group, act_bits up to ", row.most_act_bits, "; got architecture ", arch,
+            ", group_size ", lin.group_size, ", act_bits ", lin.act_bits);
     return kernel;
 }
 
@@ -344,8 +347,8 @@ Tensor w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient,
     const Matrix m = tokens_of(op, lin, x);
     set_activations(op, &lin, num_bits, act_format, per_token, clip);
     set_bias(op, &lin, bias);
-    require(lin.group_size <= kLongestGroup || lin.k - lin.k_salient <= kLongestGroup, op,
-            "group_size may be up to ", kLongestGroup, " on CUDA; got ", group_size);
+    require(std::min(lin.group_size, lin.k - lin.k_salient) <= longest_group(lin), op,
+            "group_size may be up to ", longest_group(lin), " on CUDA; got ", group_size);
 
     require(m.rows <= INT32_MAX, op, "x may have up to 2^31 - 1 tokens on CUDA; got shape ",
             shape_text(x));

@@ -297,8 +297,14 @@ void quantize_tokens(const Op &op, const mq_linear &lin, mq_dtype dtype, const M
 using InputLabel = std::array<int64_t, 8>;
 
 InputLabel label_of(const mq_linear &lin, int64_t rows) {
-    return {lin.isa, rows, lin.k, lin.k_salient, std::min(lin.group_size, lin.k - lin.k_salient),
-            0,       0,    0};
+    return {lin.isa,
+            rows,
+            lin.k,
+            lin.k_salient,
+            std::min(lin.group_size, lin.k - lin.k_salient),
+            lin.act_bits > 4,
+            0,
+            0};
 }
 
 // Size for any instruction set, so that it does not depend on the machine. smoothquant/ops.py

@@ -122,6 +122,10 @@ def _scheme(name: str, layer: W4A4Linear) -> dict[str, Any]:
             f"{layer.num_salient} of its channels are salient, which are 16-bit",
         ),
         (config.num_bits != 4, f"it has {config.num_bits} bits; only 4 are exported"),
+        (
+            config.activation_bits not in (4, 8),
+            f"its activations have {config.activation_bits} bits; only 4 and 8 are exported",
+        ),
         (config.rotation not in (0, 1), f"its channels are rotated (rotation={config.rotation})"),
         (config.act_clip != 1.0, f"its activations are clipped (act_clip={config.act_clip:g})"),
         (config.act_format == "unsigned", "its activations have unsigned codes"),
@@ -135,17 +139,22 @@ def _scheme(name: str, layer: W4A4Linear) -> dict[str, Any]:
     return {
         "weights": _arguments(size if config.weight_quant == "per_group" else None, "channel"),
         "input_activations": _arguments(
-            size if by_group else None, "token", symmetric=config.act_format == "symmetric"
+            size if by_group else None,
+            "token",
+            num_bits=config.activation_bits,
+            symmetric=config.act_format == "symmetric",
         ),
         "output_activations": None,
         "format": "pack-quantized",
     }
 
 
-def _arguments(group_size: int | None, whole: str, symmetric: bool = True) -> dict[str, Any]:
+def _arguments(
+    group_size: int | None, whole: str, *, num_bits: int = 4, symmetric: bool = True
+) -> dict[str, Any]:
     """QuantizationArgs of compressed-tensors; whole: the strategy if `group_size` is None."""
     return {
-        "num_bits": 4,
+        "num_bits": num_bits,
         "type": "int",
         "symmetric": symmetric,
         "strategy": "group" if group_size else whole,

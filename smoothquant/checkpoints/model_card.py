@@ -74,7 +74,7 @@ def model_card(model: nn.Module, evaluation: Mapping[str, float] | None = None) 
         ValueError: the model is not quantized, or a value of `evaluation` is not a number.
     """
     manifest = Manifest.of_model(model)
-    config, num_bits = manifest.config, manifest.config.num_bits
+    config, scheme = manifest.config, manifest.config.scheme
     records = [r for r in quantization_report(model) if r.action == "quantized"]
     weights = {record.name: math.prod(record.shape) for record in records}
     bits = sum(r.bits_per_weight * weights[r.name] for r in records) / max(1, sum(weights.values()))
@@ -82,11 +82,11 @@ def model_card(model: nn.Module, evaluation: Mapping[str, float] | None = None) 
     kinds = bytes_by_kind(model)
     reasons = Counter(record.reason for record in records)
     source = _source(model)
-    title = f"{source or type(model).__name__} in {num_bits} bits, weights and activations"
+    title = f"{source or type(model).__name__} in {scheme}"
     section = _evaluation_section(evaluation) if evaluation else ""
     metadata = ModelCardData(
         library_name="transformers",
-        tags=["mixedquant", "w4a4", "quantized"],
+        tags=["mixedquant", scheme.lower(), "quantized"],
         base_model=source,
         model_name=title if evaluation else None,
         eval_results=_eval_results(evaluation) if evaluation else None,
@@ -105,7 +105,8 @@ def model_card(model: nn.Module, evaluation: Mapping[str, float] | None = None) 
         f"---\n{metadata.to_yaml()}\n---",
         f"# {title}",
         f"{'Quantized' if config.backend == 'int4' else 'Simulated'} by MixedQuant: groups of "
-        f"sorted channels in {num_bits}-bit integers, weights of salient channels in "
+        f"sorted channels, weights in {config.num_bits}-bit and activations in "
+        f"{config.activation_bits}-bit integers, weights of salient channels in "
         f"{'8-bit integers' if config.salient_format == 'int8' else '16 bits'}.",
         _table(("", ""), facts),
         "## Quantization config\n\n" + _table(("field", "value"), _shown_fields(config).items()),

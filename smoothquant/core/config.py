@@ -73,8 +73,13 @@ class MixedQuantConfig:
             uses rotation, zero-points, an activation clip and error-minimizing weight scales.
             "best" also searches clip and format per layer and rounds by GPTQ; it needs calibration
             tokens. "rtn" only rounds to nearest.
-        num_bits: bits of the quantized weights and activations: 2-4 with ``backend="int4"`` (codes
-            always take 4 bits of storage), 2-8 with ``backend="fake"`` (2-7 with zero-points).
+        num_bits: bits of the quantized weights, and of the activations unless act_bits is given:
+            2-4 with ``backend="int4"`` (weights always take 4 bits of storage), 2-8 with
+            ``backend="fake"``.
+        act_bits: bits of the quantized activations, 2-8 (2-7 with unsigned codes or zero-points);
+            None is num_bits. 8 makes a W4A8 model: the same packed weights, more accurate, and as
+            fast where the processor multiplies bytes (docs/results.md). With 8, recipes use
+            symmetric codes and no clip.
         group_size: number of consecutive channels, in sorted order, that share a scale; >= 1. The
             last group of a row may be shorter.
         salient_prop: share of input channels that are salient, that is, not rounded to num_bits;
@@ -148,6 +153,7 @@ class MixedQuantConfig:
 
     recipe: str = "fast"
     num_bits: int = 4
+    act_bits: int | None = None
     group_size: int = 128
     salient_prop: float | None = None
     bits: float | None = None
@@ -188,10 +194,15 @@ class MixedQuantConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-        most_bits = (
-            4 if self.backend == "int4" else 7 if self.act_format in ("zero_point", "auto") else 8
-        )
-        self._set("num_bits", check_integer, 2, most_bits)
+        self._set("num_bits", check_integer, 2, 4 if self.backend == "int4" else 8)
+        most_bits = 8 if self.act_format == "symmetric" else 7  # codes are signed bytes
+        if self.act_bits is not None:
+            self._set("act_bits", check_integer, 2, most_bits)
+        elif self.num_bits > most_bits:
+            raise ValueError(
+                f"num_bits must be in [2, {most_bits}] with act_format={self.act_format!r} unless "
+                f"act_bits is given; got {self.num_bits!r}"
+            )
         self._set("group_size", check_integer, 1, MAX_GROUP_SIZE)
         if self.bits is not None:
             if self.salient_prop is not None:
@@ -232,6 +243,16 @@ class MixedQuantConfig:
             )
 
     @property
+    def activation_bits(self) -> int:
+        """``act_bits``, or ``num_bits`` if it is None."""
+        return self.num_bits if self.act_bits is None else self.act_bits
+
+    @property
+    def scheme(self) -> str:
+        """Bits of weights and activations, such as "W4A4"."""
+        return f"W{self.num_bits}A{self.activation_bits}"
+
+    @property
     def searches(self) -> str:
         """The first field to be searched per layer on calibration tokens, as "name='value'"; ""
         if there is none."""
@@ -259,8 +280,10 @@ class MixedQuantConfig:
         """Values for fields left at None that replace the recipe's, as those cannot be combined
         with the given ones."""
         values: dict[str, Any] = {}
-        if isinstance(self.num_bits, int) and self.num_bits > 7:
-            values["act_format"] = "symmetric"
+        if isinstance(self.activation_bits, int) and self.activation_bits > 7:
+            values |= {"act_format": "symmetric"} | (
+                {"act_clip": 1.0} if self.recipe == "fast" else {}
+            )
         if self.act_format == "unsigned":
             values["rotation"] = 0
         return values
@@ -270,16 +293,18 @@ class MixedQuantConfig:
         object.__setattr__(self, name, check(name, getattr(self, name), *bounds))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values; calibration texts are replaced by their sha256, and an
-        empty ``ignore`` is left out."""
+        """All fields as plain JSON values; calibration texts are replaced by their sha256. An empty
+        ``ignore`` and an ``act_bits`` of None are left out."""
         fields = dataclasses.asdict(self)
         if isinstance(self.calibration, tuple):
             digest = hashlib.sha256("\0".join(self.calibration).encode()).hexdigest()
             fields["calibration"] = f"sha256:{digest}"
-        if self.ignore:
-            fields["ignore"] = list(self.ignore)
-        else:  # as in folders and sweeps from before there was this field
+        fields["ignore"] = list(self.ignore)
+        # as in folders and sweeps from before there were these fields
+        if not self.ignore:
             del fields["ignore"]
+        if self.act_bits is None:
+            del fields["act_bits"]
         return fields
 
     @classmethod

@@ -99,6 +99,8 @@ class CudaKernel(NamedTuple):
     """Largest number of tokens it is chosen for. A forced kernel takes any number."""
     group_multiple: int
     """`group_size` must be a multiple of this, unless all INT4 channels form one group."""
+    most_act_bits: int
+    """The largest number of activation bits it multiplies."""
 
 
 def cuda_kernels() -> list[CudaKernel]:
@@ -109,7 +111,7 @@ def cuda_kernels() -> list[CudaKernel]:
     """
     names, numbers = _cuda_control("kernels")()
     limits: list[Any] = [None if number < 0 else number for number in numbers]
-    return [CudaKernel(name, *limits[4 * i : 4 * i + 4]) for i, name in enumerate(names)]
+    return [CudaKernel(name, *limits[5 * i : 5 * i + 5]) for i, name in enumerate(names)]
 
 
 def forced_cuda_kernel() -> str | None:

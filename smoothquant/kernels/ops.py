@@ -312,7 +312,7 @@ def w4a4_linear(
             `perm` and `group_size`.
         bias: [N], float32, float16 or bfloat16, or None.
         rotation: as given to :func:`pack_weight`.
-        num_bits: bits of the activations, 2-4.
+        num_bits: bits of the activations, 2-8 (2-7 for "unsigned" and "zero_point").
         clip: in [2^-10, 1].
         quantized_input: the result of :func:`quantize_input` for x and the same options, shared by
             all layers that read x. Of x, only shape and dtype are then used. CPU only.

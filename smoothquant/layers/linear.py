@@ -26,7 +26,7 @@ class KernelChoices(NamedTuple):
     """The fields of a config that the activation kernels take, in the order of their arguments."""
 
     rotation: int
-    num_bits: int
+    act_bits: int
     act_format: str
     per_token: bool
     clip: float
@@ -37,7 +37,7 @@ def kernel_choices(config: MixedQuantConfig) -> KernelChoices:
     rotation, clip, act_format = config.rotation, config.act_clip, config.act_format
     assert isinstance(rotation, int) and isinstance(clip, float) and act_format is not None
     per_token = config.act_quant == "per_token"
-    return KernelChoices(rotation, config.num_bits, act_format, per_token, clip)
+    return KernelChoices(rotation, config.activation_bits, act_format, per_token, clip)
 
 
 def weight_in_packed_order(
@@ -307,7 +307,8 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
-            f"num_bits={self.config.num_bits}, group_size={self.group_size}, "
+            f"num_bits={self.config.num_bits}, act_bits={self.config.activation_bits}, "
+            f"group_size={self.group_size}, "
             f"num_salient={self.num_salient}, salient_format={self.config.salient_format}, "
             f"weight_quant={self.config.weight_quant}, "
             f"act_quant={self.config.act_quant}, act_format={self.config.act_format}, "
@@ -328,7 +329,7 @@ def fake_quantize_activation(
     rows = x.reshape(1, -1) if config.act_quant == "per_tensor" else x.reshape(-1, x.shape[-1])
     k = rows.shape[-1]
     group_size = min(config.group_size, k) if config.act_quant == "per_group" else k
-    y = ops.group_fake_quantize(rows, group_size, config.num_bits, act_format, clip)
+    y = ops.group_fake_quantize(rows, group_size, config.activation_bits, act_format, clip)
     return y.reshape(x.shape)
 
 

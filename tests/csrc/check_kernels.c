@@ -58,6 +58,16 @@ static guarded random_values(mq_dtype dtype, int64_t count, int special) {
     return g;
 }
 
+/* Sets all values to 1, or to -1. */
+static void set_to_one(mq_dtype dtype, guarded *x, int is_negative) {
+    const uint16_t one = dtype == MQ_F16 ? 0x3c00 : 0x3f80;
+    for (size_t i = 0; i < x->bytes / size_of(dtype); i++)
+        if (dtype == MQ_F32)
+            ((float *)x->data)[i] = is_negative ? -1 : 1;
+        else
+            ((uint16_t *)x->data)[i] = is_negative ? one | 0x8000 : one;
+}
+
 static int is_nan_at(mq_dtype dtype, const void *x, int64_t i) {
     if (dtype == MQ_F32) return isnan(((const float *)x)[i]);
     uint16_t bits = ((const uint16_t *)x)[i] & 0x7fff;
@@ -175,14 +185,17 @@ static void check_linear(void) {
                      .group_size = 1 + below(below(2) ? 48 : 2600),
                      .salient_dtype = (mq_dtype)(MQ_F16 + below(3)),
                      .rotation = below(2) ? 1 << below(10) : 0,
-                     .act_bits = (int)(2 + below(3)),
                      .act_format = (mq_act_format)below(3),
                      .per_token = (int)below(2),
                      .clip = below(2) ? 1.0f : 0.7f};
+    lin.act_bits = (int)(2 + below(lin.act_format == MQ_ACT_SYMMETRIC ? 7 : 6));
     mq_shape shape;
     CHECK(mq_shape_of(n, k, lin.k_salient, lin.group_size, &shape) == MQ_OK);
     int64_t x_stride = k + below(3), y_stride = n + below(3), w_stride = k + below(3);
     guarded x = random_values(dtype, m ? (m - 1) * x_stride + k : 0, below(2) == 0);
+    /* all codes at an end of their range, for the largest sums */
+    const int is_extreme = below(4) == 0, weights = below(2) ? 0xff : 0;
+    if (is_extreme) set_to_one(dtype, &x, below(2));
     guarded w = random_values(dtype, n ? (n - 1) * w_stride + k : 0, 0);
     guarded bias = random_values(dtype, n, 0), perm = guarded_alloc((size_t)k * 4, 4);
     int32_t *order = perm.data;
@@ -218,6 +231,7 @@ static void check_linear(void) {
         CHECK(mq_pack_weight(&lin, 7, dtype, w.data, w_stride, NULL, middle, shape.panels,
                              qweight[i].data, scales[i].data, salient[i].data,
                              salient_scales[i].data) == MQ_OK);
+        if (is_extreme) memset(qweight[i].data, weights, qweight[i].bytes);
         lin.qweight = qweight[i].data, lin.scales = scales[i].data, lin.salient = salient[i].data;
         lin.salient_scales = salient_scales[i].data;
         CHECK(mq_unpack_weight(&lin, 0, shape.panels, unpacked[i].data) == MQ_OK);

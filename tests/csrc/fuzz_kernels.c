@@ -412,7 +412,7 @@ static void fuzz_linear(void) {
                      .rotation = rarely()   ? (int)below(600)
                                  : below(2) ? 1 << below(10)
                                             : 0,
-                     .act_bits = 2 + small_choice(3),
+                     .act_bits = 2 + small_choice(7),
                      .act_format = (mq_act_format)small_choice(3),
                      .per_token = (int)below(2),
                      .clip = any_clip()};
@@ -531,9 +531,11 @@ static void fuzz_linear(void) {
             blocks[used++] = space;
             memset(space, 0x5a, bytes);
         }
-        const int to_quantize = lin.act_bits >= 2 && lin.act_bits <= 4 && is_dtype &&
-                                (unsigned)lin.act_format <= MQ_ACT_ZERO_POINT &&
-                                is_clip(lin.clip) && x_stride >= lin.k && is_rows;
+        const int has_activations = (unsigned)lin.act_format <= MQ_ACT_ZERO_POINT &&
+                                    lin.act_bits >= 2 &&
+                                    lin.act_bits <= (lin.act_format == MQ_ACT_SYMMETRIC ? 8 : 7);
+        const int to_quantize =
+            has_activations && is_dtype && is_clip(lin.clip) && x_stride >= lin.k && is_rows;
         mq_status status =
             mq_linear_quantize(&lin, dtype, space ? x.data : NULL, x_stride, m, row0, row1, space);
         const int no_tokens = row0 == row1 || lin.k == 0;

@@ -240,8 +240,9 @@ problem problem_of(const sizes &of) {
     lin.k_salient = of.salient;
     lin.salient_dtype = static_cast<mq_dtype>(MQ_F16 + below(3));
     lin.rotation = below(3) ? 0 : 1 << below(10);
-    lin.act_bits = static_cast<int>(2 + below(3));
     lin.act_format = of.format;
+    const int most_bits = lin.act_format == MQ_ACT_SYMMETRIC ? 8 : 7;
+    lin.act_bits = static_cast<int>(below(2) ? 4 : 2 + below(most_bits - 1));
     lin.per_token = below(4) == 0;
     if (of.rotation >= 0) lin.rotation = of.rotation, lin.per_token = 0;
     lin.clip = below(2) ? 1.0f : 0.7f;
