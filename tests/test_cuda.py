@@ -232,6 +232,8 @@ FORMATS = [
     (3, "symmetric", True, 0.9),
     (4, "unsigned", False, 1.0),
     (4, "zero_point", False, 0.8),
+    (8, "symmetric", False, 1.0),
+    (7, "zero_point", True, 0.9),
 ]
 
 
@@ -263,8 +265,8 @@ def test_linear(card, dtype, salient_dtype, shape):
     n, k = shape[:2]
     _, packed = layer_args(*shape, dtype, salient_dtype)
     biases = [None, torch.randn(n), torch.randn(n).to(dtype)]
-    # each format by a kernel for many tokens
-    calls = zip((0, 1, 9, 40, 130, 70, 70, 70), 2 * FORMATS, strict=True)
+    # each format by kernels for few and for many tokens
+    calls = zip((0, 1, 9, 40, 130, 70, 70, 70, 70, 70, 5, 20), 2 * FORMATS, strict=True)
     for i, (m, form) in enumerate(calls):
         x = torch.randn(m, k).to(dtype)
         if m > 1 and k:
@@ -375,15 +377,15 @@ def test_the_table_of_kernels(card):
     # sm_90a may be missing from a build
     assert by_name.pop("prefill_wgmma", WGMMA) == WGMMA
     assert list(by_name) == ["decode_8", "decode_16", "decode_32", "prefill_s4", "prefill_s8"]
-    assert rows[0] == ("decode_8", 75, None, 8, 1)
-    assert by_name["prefill_s4"] == ("prefill_s4", 75, 89, None, 1)
+    assert rows[0] == ("decode_8", 75, None, 8, 1, 8)
+    assert by_name["prefill_s4"] == ("prefill_s4", 75, 89, None, 1, 4)
     # few tokens first, and one for anything last
     limits = [row.most_tokens or math.inf for row in rows]
     assert limits == sorted(limits)
-    assert rows[-1][1:] == (75, None, None, 1)
+    assert rows[-1][1:] == (75, None, None, 1, 8)
 
 
-WGMMA = ("prefill_wgmma", 90, 90, None, 128)
+WGMMA = ("prefill_wgmma", 90, 90, None, 128, 8)
 
 
 def test_a_forced_kernel_multiplies(card, force):
@@ -420,6 +422,32 @@ def test_kernels_that_cannot_be_forced(card, force):
         limits = f"'{row.name}'.*multiple of {row.group_multiple} .*{arch}, group_size 32"
         with pytest.raises(ValueError, match=f"forced kernel {limits}"):
             card.call("w4a4_linear", (torch.randn(3, 128), *packed, None, *SHORT))
+
+
+def test_a_kernel_of_nibbles_takes_no_wide_activations(card, force):
+    _, packed = layer_args(40, 128, 16, 32, 0, torch.float32, torch.bfloat16)
+    if 75 <= card.arch < 90:
+        force("prefill_s4")
+        with pytest.raises(ValueError, match="act_bits up to 4; got .*, act_bits 8"):
+            card.call(
+                "w4a4_linear", (torch.randn(3, 128), *packed, None, *SHORT[:3], *FORMATS[4], None)
+            )
+
+
+@pytest.mark.parametrize("code", [0, 255])
+@pytest.mark.parametrize("m", [3, 70])
+@pytest.mark.parametrize(
+    "k, group_size", at_length([(256, 256), (3000, 3000), (1024, 128)], [(256, 256), (1024, 128)])
+)
+def test_the_largest_sums(card, m, k, group_size, code):
+    """Every code at an end of its range."""
+    _, (qweight, *packed) = layer_args(24, k, 0, group_size, 0, torch.float32, torch.bfloat16)
+    qweight = torch.full_like(qweight, code)
+    for sign in (1, -1):
+        for form in FORMATS:
+            args = (sign * torch.ones(m, k), qweight, *packed, None, 24, group_size, 0, *form, None)
+            expected = torch.ops.mixedquant.w4a4_linear(*args)
+            torch.testing.assert_close(card.call("w4a4_linear", args)[0], expected)
 
 
 def test_environment_variable_forces_a_kernel(run_python):

@@ -48,12 +48,12 @@ static void quantize(int broken) {
 static void quantize_groups(int broken) {
     const mq_linear lin = {.act_bits = 4, .clip = 1};
     const int64_t n = broken ? MQ_BUFFER + 4 : MQ_BUFFER;
-    kernels->quantize_groups(&lin, NULL, floats, n, n, codes, sums, starts);
+    kernels->quantize_groups[0](&lin, NULL, floats, n, n, codes, sums, starts);
 }
 
 static void quantize_groups_clip(int broken) {
     const mq_linear lin = {.act_bits = 4, .clip = broken ? MQ_MIN_CLIP / 2 : MQ_MIN_CLIP};
-    kernels->quantize_groups(&lin, NULL, floats, 32, 32, codes, sums, starts);
+    kernels->quantize_groups[0](&lin, NULL, floats, 32, 32, codes, sums, starts);
 }
 
 static void interleave(int broken) {
@@ -83,8 +83,8 @@ static void multiply(int64_t tile1, int64_t panels, int64_t shift) {
     mq_shape shape;
     CHECK(mq_shape_of(lin.n, lin.k, 0, lin.group_size, &shape) == MQ_OK);
     const mq_activations act = {.m = 2, .h = 2, .codes = codes, .scales = floats, .starts = starts};
-    kernels->multiply_groups(&act, &shape, 0, tile1, panels, (const uint8_t *)packed, halves,
-                             sums + shift);
+    kernels->multiply_groups[0](&act, &shape, 0, tile1, panels, (const uint8_t *)packed, halves,
+                                sums + shift);
 }
 
 static void multiply_tiles(int broken) { multiply(broken ? 2 : 1, 1, 0); }

@@ -65,7 +65,7 @@ static void set_to_one(mq_dtype dtype, guarded *x, int is_negative) {
         if (dtype == MQ_F32)
             ((float *)x->data)[i] = is_negative ? -1 : 1;
         else
-            ((uint16_t *)x->data)[i] = is_negative ? one | 0x8000 : one;
+            ((uint16_t *)x->data)[i] = (uint16_t)(is_negative ? one | 0x8000 : one);
 }
 
 static int is_nan_at(mq_dtype dtype, const void *x, int64_t i) {
@@ -195,7 +195,7 @@ static void check_linear(void) {
     guarded x = random_values(dtype, m ? (m - 1) * x_stride + k : 0, below(2) == 0);
     /* all codes at an end of their range, for the largest sums */
     const int is_extreme = below(4) == 0, weights = below(2) ? 0xff : 0;
-    if (is_extreme) set_to_one(dtype, &x, below(2));
+    if (is_extreme) set_to_one(dtype, &x, below(2) == 0);
     guarded w = random_values(dtype, n ? (n - 1) * w_stride + k : 0, 0);
     guarded bias = random_values(dtype, n, 0), perm = guarded_alloc((size_t)k * 4, 4);
     int32_t *order = perm.data;
