@@ -33,7 +33,14 @@ WARNINGS = ["-Wall", "-Wextra", "-Wconversion"]
 # not for users, whose compilers may know warnings that ours do not
 WARNINGS += ["-Werror"] * (os.environ.get("MIXEDQUANT_WERROR") == "1")
 COMMON_FLAGS = ["-fPIC", "-fvisibility=hidden", *WARNINGS]
-C_FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", *COMMON_FLAGS]
+C_FLAGS = [
+    "-std=c11",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    *COMMON_FLAGS,
+]
 CXX_FLAGS = ["-std=c++20", "-O2", *COMMON_FLAGS]
 # -fmad=false: kernels write a fused multiply-add as one, as C does
 NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Werror=all-warnings"]
@@ -214,7 +221,11 @@ def extension(name: str, *patterns: str) -> Extension:
 
 setup(
     ext_modules=[
-        extension("smoothquant._C", "cpu/*.c", "torch/library.cpp", "torch/module.cpp"),
+        extension(
+            "smoothquant._C",
+            "cpu/*.c",
+            *(f"torch/{part}.cpp" for part in ("library", "module", "decoder")),
+        ),
         extension(CUDA_LIBRARY, "cuda/*.cu", "cpu/shape.c", "torch/cuda.cpp"),
     ],
     cmdclass={"build_ext": BuildExtension},

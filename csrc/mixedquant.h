@@ -37,7 +37,7 @@ typedef enum mq_status {
     MQ_INVALID_KEY,        /* not a value of mq_sort_key */
     MQ_INVALID_ISA,        /* not a value of mq_isa, or this processor lacks it */
     MQ_INVALID_ROTATION,   /* neither 0 nor a power of two up to MQ_MAX_ROTATION */
-    MQ_INVALID_FORMAT,     /* not a value of mq_act_format */
+    MQ_INVALID_FORMAT,     /* not a value of mq_act_format or mq_activation */
     MQ_NON_FINITE          /* a weight is NaN or Inf, or a salient one overflows its 16-bit type */
 } mq_status;
 
@@ -281,6 +281,38 @@ mq_status mq_linear_quantize(const mq_linear *lin, mq_dtype dtype, const void *x
 mq_status mq_linear_multiply(const mq_linear *lin, int64_t m, int64_t row0, int64_t row1,
                              int64_t panel0, int64_t panel1, const void *workspace, mq_dtype dtype,
                              void *out, int64_t stride);
+
+/* ---- Between the linears of a decoder layer ---------------------------------------------------
+ *
+ * All in dtype fp32, fp16 or bf16, computed in fp32 and rounded where transformers rounds. Every
+ * instruction set gives the same bits. Rows are independent. */
+
+/* RMSNorm (Zhang and Sennrich, 2019) with gains offset + weight. */
+typedef struct mq_norm {
+    int64_t k;          /* >= 1 */
+    const void *weight; /* [k], of x's dtype */
+    float eps, offset;  /* >= 0, finite */
+} mq_norm;
+
+/* out [rows][k] = y * (offset + weight), y = x / sqrt(mean(x^2) + eps), for x [rows][k], row stride
+ * `stride` >= k. With offset 0, y is rounded to dtype first. out must not overlap x. */
+mq_status mq_rms_norm(const mq_norm *norm, mq_dtype dtype, const void *x, int64_t rows,
+                      int64_t stride, void *out);
+
+typedef enum mq_activation {
+    MQ_SILU = 0,      /* x / (1 + e^-x) */
+    MQ_GELU_TANH = 1, /* x / 2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) */
+    MQ_RELU = 2       /* max(x, 0) */
+} mq_activation;
+
+/* out [rows][n] = activation(gate) * up, for gate_up [rows][2 n]: a row holds gate [n], then up
+ * [n]. The activation is within 4 units in the last place of fp32, then rounded to dtype. out must
+ * not overlap gate_up. */
+mq_status mq_gated(mq_activation activation, mq_dtype dtype, const void *gate_up, int64_t rows,
+                   int64_t n, void *out);
+
+/* out [count] = a + b. out may be a or b. */
+mq_status mq_add(mq_dtype dtype, const void *a, const void *b, int64_t count, void *out);
 
 #ifdef __cplusplus
 }

@@ -13,6 +13,7 @@ from .calibration.stats_files import given_stats
 from .channels.statistics import ChannelStats
 from .checkpoints.attachment import finish_and_attach
 from .core.config import MixedQuantConfig
+from .layers.decoder import place_and_fuse
 from .models.loading import randomly_initialized
 from .quantization.engine import Plan
 from .quantization.records import LinearRecord
@@ -62,7 +63,9 @@ def quantize(
     plan = Plan(model, config, given_stats(stats), batches, tokenizer=tokenizer, progress=progress)
     _warn_of_random_weights(plan)
     plan.pack_all()
-    return finish_and_attach(plan)
+    records = finish_and_attach(plan)
+    place_and_fuse(model)
+    return records
 
 
 def _warn_of_random_weights(plan: Plan) -> None:

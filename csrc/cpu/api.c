@@ -1,4 +1,6 @@
 /* The public entries. Every argument is checked here, or in shape.c, and nowhere else. */
+#include <math.h>
+
 #include "ops.h"
 
 #define REQUIRE(condition, status)       \
@@ -340,5 +342,43 @@ mq_status mq_linear_multiply(const mq_linear *lin, int64_t m, int64_t row0, int6
     REQUIRE(out && (lin->k == 0 || workspace), MQ_INVALID_POINTER);
     mq_run_linear_multiply(mq_kernels_of(lin->isa), &shape, lin, m, row0, row1, panel0, panel1,
                            workspace, dtype, out, stride);
+    return MQ_OK;
+}
+
+static int is_nonnegative(float value) { return value >= 0 && value < HUGE_VALF; }
+
+mq_status mq_rms_norm(const mq_norm *norm, mq_dtype dtype, const void *x, int64_t rows,
+                      int64_t stride, void *out) {
+    REQUIRE(norm, MQ_INVALID_POINTER);
+    REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
+    REQUIRE(rows >= 0 && norm->k >= 1 && stride >= norm->k, MQ_INVALID_SIZE);
+    REQUIRE(is_nonnegative(norm->eps) && is_nonnegative(norm->offset), MQ_INVALID_SCALE);
+    if (rows == 0) return MQ_OK;
+    REQUIRE(mq_matrix_fits(rows, norm->k, stride), MQ_INVALID_SIZE);
+    REQUIRE(x && norm->weight && out, MQ_INVALID_POINTER);
+    mq_run_rms_norm(active_kernels(), norm, dtype, x, rows, stride, out);
+    return MQ_OK;
+}
+
+mq_status mq_gated(mq_activation activation, mq_dtype dtype, const void *gate_up, int64_t rows,
+                   int64_t n, void *out) {
+    REQUIRE((unsigned)activation <= MQ_RELU, MQ_INVALID_FORMAT);
+    REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
+    REQUIRE(rows >= 0 && n >= 0, MQ_INVALID_SIZE);
+    if (rows == 0 || n == 0) return MQ_OK;
+    const int64_t columns = mq_size_product(n, 2);
+    REQUIRE(columns >= 0 && mq_matrix_fits(rows, columns, columns), MQ_INVALID_SIZE);
+    REQUIRE(gate_up && out, MQ_INVALID_POINTER);
+    mq_run_gated(active_kernels(), activation, dtype, gate_up, rows, n, out);
+    return MQ_OK;
+}
+
+mq_status mq_add(mq_dtype dtype, const void *a, const void *b, int64_t count, void *out) {
+    REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
+    REQUIRE(count >= 0, MQ_INVALID_SIZE);
+    if (count == 0) return MQ_OK;
+    REQUIRE(mq_matrix_fits(1, count, count), MQ_INVALID_SIZE);
+    REQUIRE(a && b && out, MQ_INVALID_POINTER);
+    mq_run_add(active_kernels(), dtype, a, b, count, out);
     return MQ_OK;
 }

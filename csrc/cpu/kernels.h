@@ -208,6 +208,16 @@ static MQ_INLINE void mq_assume_multiply_groups(const mq_activations *act, const
     MQ_ASSUME(shape->quads <= shape->groups * shape->group_quads);
 }
 
+/* sums [16] += squares of x [n]: element i adds to sum i % 16. */
+typedef void mq_add_squares_fn(const float *x, int64_t n, float *sums);
+static MQ_INLINE void mq_assume_add_squares(int64_t n) { MQ_ASSUME(n >= 0); }
+
+/* x [n] = activation(x). */
+typedef void mq_activate_fn(mq_activation activation, float *x, int64_t n);
+static MQ_INLINE void mq_assume_activate(mq_activation activation, int64_t n) {
+    MQ_ASSUME((unsigned)activation <= MQ_RELU && n >= 0);
+}
+
 typedef struct mq_kernels {
     int tile_rows;
     mq_channel_stats_fn *channel_stats;
@@ -223,6 +233,8 @@ typedef struct mq_kernels {
     mq_dequantize_fn *dequantize;
     mq_pack_nibbles_fn *pack_nibbles;
     mq_unpack_nibbles_fn *unpack_nibbles;
+    mq_add_squares_fn *add_squares;
+    mq_activate_fn *activate;
     mq_multiply_salient_fn *multiply_salient;
     mq_multiply_groups_fn *multiply_groups[2]; /* by mq_has_wide_codes */
 } mq_kernels;
@@ -244,6 +256,8 @@ const mq_kernels *mq_kernels_of(mq_isa isa);
     mq_dequantize_fn mq_dequantize_##isa;             \
     mq_pack_nibbles_fn mq_pack_nibbles_##isa;         \
     mq_unpack_nibbles_fn mq_unpack_nibbles_##isa;     \
+    mq_add_squares_fn mq_add_squares_##isa;           \
+    mq_activate_fn mq_activate_##isa;                 \
     mq_multiply_salient_fn mq_multiply_salient_##isa; \
     mq_multiply_groups_fn mq_multiply_groups_##isa;
 

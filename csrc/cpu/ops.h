@@ -45,6 +45,13 @@ void mq_run_linear_multiply(const mq_kernels *kernels, const mq_shape *shape, co
                             int64_t m, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1,
                             const void *workspace, mq_dtype dtype, void *out, int64_t stride);
 
+void mq_run_rms_norm(const mq_kernels *kernels, const mq_norm *norm, mq_dtype dtype, const void *x,
+                     int64_t rows, int64_t stride, void *out);
+void mq_run_gated(const mq_kernels *kernels, mq_activation activation, mq_dtype dtype,
+                  const void *gate_up, int64_t rows, int64_t n, void *out);
+void mq_run_add(const mq_kernels *kernels, mq_dtype dtype, const void *a, const void *b,
+                int64_t count, void *out);
+
 /* A row and how to read it: channels perm[0 .. k), or in order if perm is NULL; rotated in
  * blocks if rotation > 1. to_next: byte offset of the row to prefetch, usually the next one; 0
  * for none. */

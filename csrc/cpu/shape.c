@@ -19,7 +19,7 @@ const char *mq_status_message(mq_status status) {
         case MQ_INVALID_KEY: return "unknown sort key";
         case MQ_INVALID_ISA: return "the instruction set is unknown or this processor lacks it";
         case MQ_INVALID_ROTATION: return "the rotation must be 0 or a power of two up to 512";
-        case MQ_INVALID_FORMAT: return "unknown activation format";
+        case MQ_INVALID_FORMAT: return "unknown activation format or function";
         case MQ_NON_FINITE: return "a weight is NaN or Inf, or a salient one too large for 16 bits";
     }
     return "unknown status";

@@ -7,38 +7,11 @@
 #include <cstring>
 #include <tuple>
 
-#include "arguments.h"
+#include "linear.h"
 
 namespace {
 
 using namespace mixedquant;
-
-// Minimum work per thread: a split costs at least ten to twenty microseconds.
-constexpr int64_t kGrainValues = 1 << 16;
-constexpr int64_t kGrainProducts = 1 << 19;
-constexpr int64_t kRowsPerTask = 240;
-
-// The number of items per thread, for so much work in total and per item (negative: too much for
-// an int64_t).
-int64_t grain_of(int64_t total, int64_t item) {
-    return item < 0 ? 1 : total / std::max<int64_t>(item, 1);
-}
-
-// Runs body(begin, end) -> mq_status over [0, n). Reports the first failure.
-template <typename Body>
-void parallel(const Op &op, int64_t n, int64_t grain, const Body &body) {
-    std::atomic<int> failure{MQ_OK};
-    const auto part = [&](int64_t begin, int64_t end) {
-        const mq_status status = body(begin, end);
-        int none = MQ_OK;
-        if (status != MQ_OK) failure.compare_exchange_strong(none, status);
-    };
-    if (n <= std::max<int64_t>(grain, 1))
-        part(0, n);
-    else
-        stable::parallel_for(0, n, std::max<int64_t>(grain, 1), part);
-    check(op, static_cast<mq_status>(failure.load()));
-}
 
 const char *bytes_at(const Tensor &t, int64_t offset_elements, mq_dtype dtype) {
     return static_cast<const char *>(t.const_data_ptr()) +
@@ -220,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> pack_weight(
     return {to.qweight, to.scales, to.salient, to.salient_scales};
 }
 
-int64_t grain_of(const Columns &c) {
+int64_t block_grain(const Columns &c) {
     return grain_of(kGrainValues, mq_size_product(c.cols, c.cols) / 2);
 }
 
@@ -232,7 +205,7 @@ Tensor gptq_block(Tensor w, Tensor u, Tensor scales, int64_t col0, int64_t group
     scales = expect(op, "scales", scales, ScalarType::Float, {c.rows, c.groups});
     Tensor errors = allocate(w, {c.rows, c.cols}, ScalarType::Float);
     float *values = w.mutable_data_ptr<float>();
-    parallel(op, c.rows, grain_of(c), [&](int64_t begin, int64_t end) {
+    parallel(op, c.rows, block_grain(c), [&](int64_t begin, int64_t end) {
         return mq_gptq_block(c.q_max, end - begin, c.cols, col0, group_size, c.groups,
                              scales.const_data_ptr<float>() + begin * c.groups,
                              u.const_data_ptr<float>(), values + begin * c.cols,
@@ -249,7 +222,7 @@ void descend_block(Tensor w, Tensor gradient, Tensor h, Tensor scales, int64_t c
     h = expect(op, "h", h, ScalarType::Float, {c.cols, c.cols});
     scales = expect(op, "scales", scales, ScalarType::Float, {c.rows, c.groups});
     float *values = w.mutable_data_ptr<float>(), *slopes = gradient.mutable_data_ptr<float>();
-    parallel(op, c.rows, grain_of(c), [&](int64_t begin, int64_t end) {
+    parallel(op, c.rows, block_grain(c), [&](int64_t begin, int64_t end) {
         return mq_descend_block(c.q_max, end - begin, c.cols, col0, group_size, c.groups,
                                 scales.const_data_ptr<float>() + begin * c.groups,
                                 h.const_data_ptr<float>(), slopes + begin * c.cols,
@@ -272,25 +245,6 @@ Tensor unpack_weight(Tensor qweight, Tensor scales, Tensor salient,
                  return mq_unpack_weight(&lin, begin, end, w.mutable_data_ptr<float>());
              });
     return w;
-}
-
-int64_t tile_rows_of(const Op &op, const mq_linear &lin, int64_t rows) {
-    int64_t tile_rows;
-    check(op, mq_linear_tile_rows(&lin, rows, &tile_rows));
-    return tile_rows;
-}
-
-// Runs step 1 of the linear for all tokens.
-void quantize_tokens(const Op &op, const mq_linear &lin, mq_dtype dtype, const Matrix &m,
-                     void *space) {
-    const int64_t tile_rows = tile_rows_of(op, lin, m.rows);
-    const int64_t tiles = mq_ceil_div(m.rows, tile_rows);
-    parallel(op, tiles, grain_of(kGrainValues, mq_size_product(tile_rows, lin.k)),
-             [&](int64_t begin, int64_t end) {
-                 return mq_linear_quantize(&lin, dtype, m.tensor.const_data_ptr(), lin.k, m.rows,
-                                           begin * tile_rows, std::min(end * tile_rows, m.rows),
-                                           space);
-             });
 }
 
 // A quantized input is a step 1 workspace followed by a label: what it was made for.
@@ -343,7 +297,7 @@ Tensor quantize_input(Tensor x, Tensor perm, int64_t num_salient, int64_t group_
     check(op, mq_linear_workspace_size(&lin, m.rows, &used));
     // zero unused bytes too: equal x, equal bytes
     std::memset(space + used, 0, static_cast<size_t>(quantized.numel()) - used);
-    if (m.rows) quantize_tokens(op, lin, dtype, m, space);
+    if (m.rows) quantize_tokens(op, lin, dtype, m.tensor.const_data_ptr(), m.rows, space);
     const InputLabel label = label_of(lin, m.rows);
     std::memcpy(space + quantized.numel() - sizeof label, label.data(), sizeof label);
     return quantized;
@@ -392,35 +346,11 @@ Tensor w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient,
         size_t bytes;
         check(op, mq_linear_workspace_size(&lin, m.rows, &bytes));
         own = allocate(x, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-        quantize_tokens(op, lin, dtype, m, own->mutable_data_ptr());
+        quantize_tokens(op, lin, dtype, m.tensor.const_data_ptr(), m.rows, own->mutable_data_ptr());
         space = own->const_data_ptr();
     }
 
-    // A task is a few tiles x the panels that are multiplied together. Neighbouring tasks share
-    // tiles, whose codes stay in the cache while weights stream by.
-    const int64_t tile_rows = tile_rows_of(op, lin, m.rows);
-    const int64_t tiles = mq_ceil_div(m.rows, tile_rows);
-    const int64_t row_tasks = mq_ceil_div(m.rows, kRowsPerTask);
-    const int64_t column_tasks = mq_ceil_div(shape.panels, MQ_PANELS_AT_ONCE);
-    const int64_t task_products = mq_size_product(
-        MQ_PANELS_AT_ONCE * MQ_PANEL * std::min(kRowsPerTask, m.rows), std::max<int64_t>(lin.k, 1));
-    const auto first_row = [&](int64_t row_task) {
-        const int64_t tile = row_task * (tiles / row_tasks) + std::min(row_task, tiles % row_tasks);
-        return std::min(tile * tile_rows, m.rows);
-    };
-    parallel(op, row_tasks * column_tasks, grain_of(kGrainProducts, task_products),
-             [&](int64_t begin, int64_t end) {
-                 for (int64_t task = begin; task < end; task++) {
-                     const int64_t row_task = task / column_tasks;
-                     const int64_t panel0 = task % column_tasks * MQ_PANELS_AT_ONCE;
-                     const mq_status status = mq_linear_multiply(
-                         &lin, m.rows, first_row(row_task), first_row(row_task + 1), panel0,
-                         std::min(panel0 + MQ_PANELS_AT_ONCE, shape.panels), space, dtype,
-                         y.mutable_data_ptr(), out_features);
-                     if (status != MQ_OK) return status;
-                 }
-                 return MQ_OK;
-             });
+    multiply_tokens(op, lin, shape, dtype, m.rows, space, y.mutable_data_ptr());
     return y;
 }
 

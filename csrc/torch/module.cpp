@@ -1,4 +1,4 @@
-// smoothquant._C: control of the kernels. It takes no tensors.
+// smoothquant._C: control of the kernels, and calls without the dispatcher. It takes no tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../mixedquant.h"
+#include "decoder.h"
 
 namespace py = pybind11;
 
@@ -53,4 +54,5 @@ PYBIND11_MODULE(_C, m) {
             return info;
         },
         "Compiler, torch version and CUDA architectures ('' for none) of this build.");
+    mixedquant::bind_decoder(m);
 }

@@ -38,6 +38,7 @@ from ..core.tensor_files import (
     stored_tensors,
     tensors_file,
 )
+from ..layers.decoder import place_and_fuse
 from ..layers.linear import QuantizedLinear, is_quantized
 from ..models.loading import load_config, transformers_class
 from ..models.modules import assign, check_no_adapter, is_transformers_model, unsaved_buffers
@@ -203,6 +204,7 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
         if owner in parameters:  # it shares the memory already; make it the same object
             assign(model, name, parameters[owner])
     attach(model)
+    place_and_fuse(model)
     try_model(model.eval(), Path(folder) / CONFIG)
     return model
 

@@ -40,6 +40,7 @@ from ..core.tensor_files import (
     read_json,
     tensors_file,
 )
+from ..layers.decoder import place_and_fuse
 from ..layers.experts import W4A4Experts
 from ..layers.linear import QuantizedLinear
 from ..models.families import LayerInput
@@ -307,6 +308,7 @@ class MixedQuantQuantizer(HfQuantizer):
             finish_and_attach(plan)
         else:
             self._finish_stored(model)
+        place_and_fuse(model)
 
     def _finish_stored(self, model: Any) -> None:
         """Restore shared tensors, and reject values that would be unsafe for the kernels."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -157,6 +159,30 @@ class _StraightThrough(torch.autograd.Function):
         return grad @ ctx.weight().to(grad.dtype), None, None
 
 
+PASS = object()  # handed to a layer that shall return its input
+_handed: dict[tuple[int, nn.Module], Any] = {}
+
+
+@contextmanager
+def handed(values: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Within the context, in this thread, each layer returns its value at its next call, or its
+    input for PASS, instead of computing.
+
+    Raises:
+        RuntimeError: a layer was not called.
+    """
+    thread = get_ident()
+    keys = [(thread, layer) for layer in values]
+    _handed.update(zip(keys, values.values(), strict=True))
+    try:
+        yield
+        if any(key in _handed for key in keys):
+            raise RuntimeError("a layer was not called, so its result would have been lost")
+    finally:
+        for key in keys:
+            _handed.pop(key, None)
+
+
 class QuantizedLinear(nn.Module):
     """Abstract base of the packed and the simulated layer.
 
@@ -289,6 +315,10 @@ class QuantizedLinear(nn.Module):
         Gradients use the straight-through estimator: the gradient with respect to x is the gradient
         of y times `weight`. Weight and bias get no gradient.
         """
+        if _handed:
+            value = _handed.pop((get_ident(), self), None)
+            if value is not None:
+                return x if value is PASS else value
         self._check_input(x)
         if torch.is_grad_enabled() and x.requires_grad:
             return _StraightThrough.apply(x, self._forward, self.dequantize)

@@ -89,6 +89,34 @@ class Reads(NamedTuple):
     made_from: str | None = None
 
 
+class DecoderParts(NamedTuple):
+    """The children of a decoder layer with RMSNorms, attention and a gated MLP.
+
+    x + attention_post(o(attention(qkv(attention_norm(x))))) = h is the layer's first half,
+    h + mlp_post(down(act(gate) * up)) with gate and up of mlp_norm(h) the second. Norms that are
+    None are left out.
+    """
+
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    attention_norm: str = "input_layernorm"
+    attention_post: str | None = None
+    mlp_norm: str = "post_attention_layernorm"
+    mlp_post: str | None = None
+    norm_offset: float = 0.0
+    attention: str = "self_attn"
+    o: str = "self_attn.o_proj"
+    mlp: str = "mlp"
+    down: str = "mlp.down_proj"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All children."""
+        norms = (self.attention_norm, self.attention_post, self.mlp_norm, self.mlp_post)
+        linears = (*self.qkv, self.o, *self.gate_up, self.down)
+        return (self.attention, self.mlp, *linears, *(name for name in norms if name))
+
+
 class Family(NamedTuple):
     """A row of the table.
 
@@ -97,12 +125,14 @@ class Family(NamedTuple):
     residual_from_norm: (config field, value). If the field has this value, the norms also feed the
         residual stream, so their gains cannot be folded.
     norm_offset: as in LayerInput.
+    decoder: the parts of a layer that `smoothquant.layers.decoder` can fuse, or None.
     """
 
     layers: str
     reads: tuple[Reads, ...]
     residual_from_norm: tuple[str, object] | None = None
     norm_offset: float = 0.0
+    decoder: DecoderParts | None = None
 
 
 def _produced(linear: str, *made_by: str, made_from: str = "channel") -> Reads:
@@ -126,7 +156,7 @@ _LLAMA_READS = _ATTENTION + (
     _GATED,
 )
 
-_LLAMA = Family("layers", _LLAMA_READS)
+_LLAMA = Family("layers", _LLAMA_READS, decoder=DecoderParts())
 
 # Last parts of the names of linears whose outputs enter the attention products.
 ATTENTION_INPUTS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"})
@@ -146,7 +176,7 @@ FAMILIES = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gemma": Family("layers", _LLAMA_READS, norm_offset=1.0),
+    "gemma": Family("layers", _LLAMA_READS, norm_offset=1.0, decoder=DecoderParts(norm_offset=1.0)),
     "gemma2": Family(
         "layers",
         _ATTENTION
@@ -155,6 +185,12 @@ FAMILIES = {
             _GATED,
         ),
         norm_offset=1.0,
+        decoder=DecoderParts(
+            attention_post="post_attention_layernorm",
+            mlp_norm="pre_feedforward_layernorm",
+            mlp_post="post_feedforward_layernorm",
+            norm_offset=1.0,
+        ),
     ),
     "mixtral": Family(
         "layers",
@@ -214,6 +250,7 @@ FAMILIES = {
             Reads(("mlp.gate_up_proj",), ("post_attention_layernorm",)),
             _produced("mlp.down_proj", "mlp.gate_up_proj"),
         ),
+        decoder=DecoderParts(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",)),
     ),
     # Falcon has three variants: two parallel norms (ln_attn, ln_mlp), one norm shared by attention
     # and MLP, or two norms in sequence.
@@ -374,6 +411,12 @@ def decoder_layers(model: nn.Module) -> list[str]:
     """Full names of the model's decoder layers in forward order; empty for an unknown family."""
     family = _family(model)
     return _decoder_layers(dict(model.named_modules()), family.layers) if family else []
+
+
+def decoder_parts(model: nn.Module) -> DecoderParts | None:
+    """The parts of the model's decoder layers; None if the family's layers are not fused."""
+    family = _family(model)
+    return family.decoder if family else None
 
 
 def value_rows(item: LayerInput, in_features: int, out_features: int) -> Tensor | None:

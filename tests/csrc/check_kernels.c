@@ -269,6 +269,30 @@ static void check_linear(void) {
     }
 }
 
+/* What lies between the linears. */
+static void check_rows(void) {
+    const mq_dtype dtype = (mq_dtype)below(3);
+    const int64_t rows = below(4), k = 1 + below(below(8) ? 100 : 2600), stride = k + below(3);
+    const mq_activation activation = (mq_activation)below(3);
+    guarded x = random_values(dtype, rows ? (rows - 1) * stride + k : 0, below(2) == 0);
+    guarded gains = random_values(dtype, k, 0), both = random_values(dtype, 2 * rows * k, 1);
+    const mq_norm norm = {k, gains.data, 1e-5f, below(2) ? 1.0f : 0.0f};
+    guarded out[3][2];
+    for (int f = 0; f < 6; f++)
+        out[f / 2][f % 2] = guarded_alloc((size_t)(rows * k) * size_of(dtype), size_of(dtype));
+    for (int isa = 0; isa < MQ_ISA_COUNT; isa++) {
+        if (!mq_isa_supported((mq_isa)isa)) continue;
+        CHECK(mq_isa_set((mq_isa)isa) == MQ_OK);
+        const int i = isa > 0;
+        CHECK(mq_rms_norm(&norm, dtype, x.data, rows, stride, out[0][i].data) == MQ_OK);
+        CHECK(mq_gated(activation, dtype, both.data, rows, k, out[1][i].data) == MQ_OK);
+        CHECK(mq_add(dtype, out[1][i].data, both.data, rows * k, out[2][i].data) == MQ_OK);
+        for (int f = 0; f < 3; f++) check_same(dtype, out[f][i].data, out[f][0].data, rows * k);
+    }
+    guarded_free(&x), guarded_free(&gains), guarded_free(&both);
+    for (int f = 0; f < 6; f++) guarded_free(&out[f / 2][f % 2]);
+}
+
 /* Every kind of wrong argument returns its status and touches nothing: all pointers are NULL. */
 static void check_statuses(void) {
     mq_group_format format = {4, 4, MQ_ACT_SYMMETRIC, 1};
@@ -325,6 +349,18 @@ static void check_statuses(void) {
           MQ_INVALID_POINTER);
     CHECK(mq_pack_weight(&lin, 7, MQ_I8, x, 8, NULL, 0, 1, qweight, scales, NULL, scales) ==
           MQ_INVALID_DTYPE);
+    mq_norm norm = {0, x, 1e-5f, 0};
+    CHECK(mq_rms_norm(&norm, MQ_F32, x, 1, 8, x) == MQ_INVALID_SIZE);
+    norm.k = 8, norm.eps = -1;
+    CHECK(mq_rms_norm(&norm, MQ_F32, x, 1, 8, x) == MQ_INVALID_SCALE);
+    norm.eps = 0;
+    CHECK(mq_rms_norm(&norm, MQ_F32, x, 1, 8, NULL) == MQ_INVALID_POINTER);
+    CHECK(mq_rms_norm(&norm, MQ_I8, x, 1, 8, NULL) == MQ_INVALID_DTYPE);
+    CHECK(mq_gated((mq_activation)9, MQ_F32, x, 1, 4, x) == MQ_INVALID_FORMAT);
+    CHECK(mq_gated(MQ_SILU, MQ_F32, NULL, 1, 4, x) == MQ_INVALID_POINTER);
+    CHECK(mq_gated(MQ_SILU, MQ_F32, NULL, 1, INT64_MAX, x) == MQ_INVALID_SIZE);
+    CHECK(mq_add(MQ_F32, x, NULL, 1, x) == MQ_INVALID_POINTER);
+    CHECK(mq_add(MQ_F32, x, x, -1, x) == MQ_INVALID_SIZE);
     for (int status = MQ_OK; status <= MQ_NON_FINITE + 1; status++)
         CHECK(mq_status_message((mq_status)status)[0]);
 }
@@ -338,6 +374,7 @@ int main(int argc, char **argv) {
         check_groups();
         check_stats();
         check_linear();
+        check_rows();
     }
     printf("%d cases:", cases);
     for (int isa = 0; isa < MQ_ISA_COUNT; isa++)

@@ -1,0 +1,93 @@
+/* What lies between the linears of a decoder layer, row by row: norms, activations, sums. */
+#include <math.h>
+#include <string.h>
+
+#include "ops.h"
+
+/* x [n] of any dtype as fp32: in place, or in buffer. */
+static const float *widened(const mq_kernels *kernels, mq_dtype dtype, const void *x, int64_t i,
+                            int64_t n, float *buffer) {
+    if (dtype == MQ_F32) return (const float *)x + i;
+    kernels->widen(dtype, (const uint16_t *)x + i, n, buffer);
+    return buffer;
+}
+
+/* Rounds x [n] to dtype. */
+static void round_to(const mq_kernels *kernels, mq_dtype dtype, float *x, int64_t n) {
+    uint16_t halves[MQ_BUFFER];
+    if (dtype == MQ_F32) return;
+    kernels->narrow(dtype, x, n, halves);
+    kernels->widen(dtype, halves, n, x);
+}
+
+static void store(const mq_kernels *kernels, mq_dtype dtype, const float *x, int64_t n, void *out,
+                  int64_t i) {
+    if (dtype == MQ_F32)
+        memcpy((float *)out + i, x, (size_t)n * sizeof *x);
+    else
+        kernels->narrow(dtype, x, n, (uint16_t *)out + i);
+}
+
+static float mean_of_squares(const mq_kernels *kernels, mq_dtype dtype, const void *x, int64_t at,
+                             int64_t k) {
+    float buffer[MQ_BUFFER], sums[16] = {0};
+    for (int64_t i = 0; i < k; i += MQ_BUFFER) {
+        const int64_t n = mq_min(MQ_BUFFER, k - i);
+        kernels->add_squares(widened(kernels, dtype, x, at + i, n, buffer), n, sums);
+    }
+    for (int half = 8; half; half /= 2)
+        for (int e = 0; e < half; e++) sums[e] += sums[e + half];
+    return sums[0] / (float)k;
+}
+
+void mq_run_rms_norm(const mq_kernels *kernels, const mq_norm *norm, mq_dtype dtype, const void *x,
+                     int64_t rows, int64_t stride, void *out) {
+    const int64_t k = norm->k;
+    float buffer[MQ_BUFFER], gains[MQ_BUFFER], y[MQ_BUFFER];
+    for (int64_t r = 0; r < rows; r++) {
+        const float scale =
+            1.0f / sqrtf(mean_of_squares(kernels, dtype, x, r * stride, k) + norm->eps);
+        for (int64_t i = 0; i < k; i += MQ_BUFFER) {
+            const int64_t n = mq_min(MQ_BUFFER, k - i);
+            const float *values = widened(kernels, dtype, x, r * stride + i, n, buffer);
+            const float *weight = widened(kernels, dtype, norm->weight, i, n, gains);
+            for (int64_t e = 0; e < n; e++) y[e] = values[e] * scale;
+            if (norm->offset == 0) {
+                round_to(kernels, dtype, y, n);
+                for (int64_t e = 0; e < n; e++) y[e] = weight[e] * y[e];
+            } else {
+                for (int64_t e = 0; e < n; e++) y[e] = y[e] * (norm->offset + weight[e]);
+            }
+            store(kernels, dtype, y, n, out, r * k + i);
+        }
+    }
+}
+
+void mq_run_gated(const mq_kernels *kernels, mq_activation activation, mq_dtype dtype,
+                  const void *gate_up, int64_t rows, int64_t n, void *out) {
+    float gate[MQ_BUFFER], buffer[MQ_BUFFER];
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t i = 0; i < n; i += MQ_BUFFER) {
+            const int64_t part = mq_min(MQ_BUFFER, n - i), at = 2 * r * n + i;
+            const float *from = widened(kernels, dtype, gate_up, at, part, gate);
+            if (from != gate) memcpy(gate, from, (size_t)part * sizeof *gate);
+            kernels->activate(activation, gate, part);
+            round_to(kernels, dtype, gate, part);
+            const float *up = widened(kernels, dtype, gate_up, at + n, part, buffer);
+            for (int64_t e = 0; e < part; e++) gate[e] *= up[e];
+            store(kernels, dtype, gate, part, out, r * n + i);
+        }
+    }
+}
+
+void mq_run_add(const mq_kernels *kernels, mq_dtype dtype, const void *a, const void *b,
+                int64_t count, void *out) {
+    float left[MQ_BUFFER], right[MQ_BUFFER], sums[MQ_BUFFER];
+    for (int64_t i = 0; i < count; i += MQ_BUFFER) {
+        const int64_t n = mq_min(MQ_BUFFER, count - i);
+        const float *x = widened(kernels, dtype, a, i, n, left);
+        const float *y = widened(kernels, dtype, b, i, n, right);
+        for (int64_t e = 0; e < n; e++) sums[e] = x[e] + y[e];
+        store(kernels, dtype, sums, n, out, i);
+    }
+}

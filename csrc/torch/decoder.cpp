@@ -1,0 +1,225 @@
+// The parts of a decoder layer between its attention product and the next one, each as one call.
+// For calls without gradients on the CPU, in eager mode: smoothquant/layers/decoder.py passes
+// addresses and keeps the tensors alive. Through the dispatcher, the arguments of such a call would
+// cost more than a small layer's arithmetic.
+#include "decoder.h"
+
+#include <cstring>
+#include <memory>
+
+#include "linear.h"
+
+namespace py = pybind11;
+
+namespace mixedquant {
+namespace {
+
+constexpr Op kOp{"decoder_layer"};
+constexpr size_t kMostKept = 16 << 20;  // bytes of scratch that a thread keeps between calls
+
+struct Free {
+    void operator()(void *p) const { std::free(p); }
+};
+
+// Memory for the values between two linears, reused by all calls of a thread.
+class Scratch {
+   public:
+    explicit Scratch(size_t bytes) {
+        thread_local std::unique_ptr<void, Free> kept;
+        thread_local size_t kept_bytes = 0;
+        if (bytes > kMostKept) {
+            own_.reset(allocate(bytes));
+            at_ = static_cast<char *>(own_.get());
+            return;
+        }
+        if (bytes > kept_bytes) {
+            kept.reset();
+            kept_bytes = 0;
+            kept.reset(allocate(bytes));
+            kept_bytes = bytes;
+        }
+        at_ = static_cast<char *>(kept.get());
+    }
+    char *take(int64_t bytes) {
+        char *part = at_;
+        at_ += aligned(bytes);
+        return part;
+    }
+    static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+   private:
+    static void *allocate(size_t bytes) {
+        void *p = std::aligned_alloc(64, static_cast<size_t>(aligned(static_cast<int64_t>(bytes))));
+        if (!p) throw std::bad_alloc();
+        return p;
+    }
+    std::unique_ptr<void, Free> own_;
+    char *at_;
+};
+
+mq_dtype dtype_at(int dtype) {
+    require(dtype >= MQ_F32 && dtype <= MQ_BF16, kOp, "dtype must be 0, 1 or 2; got ", dtype);
+    return static_cast<mq_dtype>(dtype);
+}
+
+int64_t size_of(mq_dtype dtype) { return dtype == MQ_F32 ? 4 : 2; }
+
+template <typename T>
+const T *at(uintptr_t address) {
+    return reinterpret_cast<const T *>(address);
+}
+
+struct Linear {
+    mq_linear lin{};
+    mq_shape shape{};
+
+    int64_t workspace(int64_t rows) const {
+        mq_linear now = lin;
+        now.isa = mq_isa_active();
+        size_t bytes;
+        check(kOp, mq_linear_workspace_size(&now, rows, &bytes));
+        return static_cast<int64_t>(bytes);
+    }
+    void run(mq_dtype dtype, const void *x, int64_t rows, void *space, void *out) const {
+        mq_linear now = lin;
+        now.isa = mq_isa_active();
+        quantize_tokens(kOp, now, dtype, x, rows, space);
+        multiply_tokens(kOp, now, shape, dtype, rows, space, out);
+    }
+};
+
+Linear linear(int64_t n, int64_t k, int64_t k_salient, int64_t group_size, uintptr_t qweight,
+              uintptr_t scales, uintptr_t salient, int salient_dtype, uintptr_t salient_scales,
+              uintptr_t perm, uintptr_t bias, int bias_dtype, int rotation, int act_bits,
+              const std::string &act_format, bool per_token, double clip) {
+    Linear made;
+    mq_linear &lin = made.lin;
+    lin.n = n, lin.k = k, lin.k_salient = k_salient, lin.group_size = group_size;
+    lin.qweight = at<uint8_t>(qweight), lin.scales = at<uint16_t>(scales);
+    lin.salient = at<void>(salient), lin.salient_dtype = static_cast<mq_dtype>(salient_dtype);
+    lin.salient_scales = at<uint16_t>(salient_scales), lin.perm = at<int32_t>(perm);
+    lin.bias = at<void>(bias), lin.bias_dtype = static_cast<mq_dtype>(bias_dtype);
+    lin.rotation = rotation;
+    set_activations(kOp, &lin, act_bits, act_format, per_token, clip);
+    check(kOp, mq_shape_of(n, k, k_salient, group_size, &made.shape));
+    return made;
+}
+
+struct Norm {
+    mq_norm norm;
+
+    void run(mq_dtype dtype, const void *x, int64_t rows, void *out) const {
+        const int64_t row_bytes = norm.k * size_of(dtype);
+        parallel(kOp, rows, grain_of(kGrainValues, norm.k), [&](int64_t begin, int64_t end) {
+            return mq_rms_norm(&norm, dtype, static_cast<const char *>(x) + begin * row_bytes,
+                               end - begin, norm.k, static_cast<char *>(out) + begin * row_bytes);
+        });
+    }
+};
+
+void add(mq_dtype dtype, const void *a, const void *b, int64_t count, void *out) {
+    parallel(kOp, count, kGrainValues, [&](int64_t begin, int64_t end) {
+        const int64_t offset = begin * size_of(dtype);
+        return mq_add(dtype, static_cast<const char *>(a) + offset,
+                      static_cast<const char *>(b) + offset, end - begin,
+                      static_cast<char *>(out) + offset);
+    });
+}
+
+void gated(mq_activation activation, mq_dtype dtype, const void *gate_up, int64_t rows, int64_t n,
+           void *out) {
+    const int64_t row_bytes = n * size_of(dtype);
+    parallel(kOp, rows, grain_of(kGrainValues, n), [&](int64_t begin, int64_t end) {
+        return mq_gated(activation, dtype,
+                        static_cast<const char *>(gate_up) + begin * 2 * row_bytes, end - begin, n,
+                        static_cast<char *>(out) + begin * row_bytes);
+    });
+}
+
+// out [rows][linear.n] = linear(norm(x)).
+void norm_linear(const Norm &norm, const Linear &linear, int dtype_number, uintptr_t x,
+                 int64_t rows, uintptr_t out) {
+    const py::gil_scoped_release released;
+    const mq_dtype dtype = dtype_at(dtype_number);
+    require(norm.norm.k == linear.lin.k, kOp, "norm and linear must have the same channels");
+    if (rows == 0) return;
+    const int64_t normed = rows * linear.lin.k * size_of(dtype), space = linear.workspace(rows);
+    Scratch scratch(static_cast<size_t>(Scratch::aligned(normed) + space));
+    char *y = scratch.take(normed);
+    norm.run(dtype, at<void>(x), rows, y);
+    linear.run(dtype, y, rows, scratch.take(space), reinterpret_cast<void *>(out));
+}
+
+// What follows the attention product in a layer with a gated MLP. A norm that is nullptr is left
+// out.
+struct Rest {
+    Linear o, gate_up, down;
+    mq_activation activation;
+    const Norm *attention_post, *mlp_pre, *mlp_post;
+
+    // out [rows][hidden] = h + mlp_post(down(activation(gate) up)), gate_up(mlp_pre(h)),
+    // h = residual + attention_post(o(attended)).
+    void run(int dtype_number, uintptr_t attended, uintptr_t residual, int64_t rows,
+             uintptr_t out_address) const {
+        const py::gil_scoped_release released;
+        const mq_dtype dtype = dtype_at(dtype_number);
+        if (rows == 0) return;
+        const int64_t hidden = o.lin.n, inner = down.lin.k, size = size_of(dtype);
+        const int64_t narrow = rows * hidden * size, wide = rows * inner * size;
+        const int64_t space =
+            std::max({o.workspace(rows), gate_up.workspace(rows), down.workspace(rows)});
+        Scratch scratch(
+            static_cast<size_t>(3 * Scratch::aligned(narrow) + 3 * Scratch::aligned(wide) + space));
+        char *a = scratch.take(narrow), *b = scratch.take(narrow), *h = scratch.take(narrow);
+        char *both = scratch.take(2 * wide), *product = scratch.take(wide);
+        char *workspace = scratch.take(space);
+        void *out = reinterpret_cast<void *>(out_address);
+
+        o.run(dtype, at<void>(attended), rows, workspace, a);
+        if (attention_post) attention_post->run(dtype, a, rows, b), std::swap(a, b);
+        add(dtype, at<void>(residual), a, rows * hidden, h);
+        mlp_pre->run(dtype, h, rows, b);
+        gate_up.run(dtype, b, rows, workspace, both);
+        gated(activation, dtype, both, rows, inner, product);
+        down.run(dtype, product, rows, workspace, a);
+        if (mlp_post) mlp_post->run(dtype, a, rows, b), std::swap(a, b);
+        add(dtype, h, a, rows * hidden, out);
+    }
+};
+
+Rest rest(const Linear &o, const Norm *attention_post, const Norm *mlp_pre, const Linear &gate_up,
+          const std::string &activation, const Linear &down, const Norm *mlp_post) {
+    const std::string names[] = {"silu", "gelu_tanh", "relu"};
+    const auto found = std::find(std::begin(names), std::end(names), activation);
+    require(found != std::end(names), kOp, "activation must be silu, gelu_tanh or relu; got '",
+            activation, "'");
+    const int64_t hidden = o.lin.n;
+    const auto fits = [&](const Norm *norm) { return !norm || norm->norm.k == hidden; };
+    require(mlp_pre && fits(mlp_pre) && fits(attention_post) && fits(mlp_post) &&
+                gate_up.lin.k == hidden && down.lin.n == hidden && gate_up.lin.n == 2 * down.lin.k,
+            kOp, "the parts of a decoder layer do not fit together");
+    return {o,
+            gate_up,
+            down,
+            static_cast<mq_activation>(found - std::begin(names)),
+            attention_post,
+            mlp_pre,
+            mlp_post};
+}
+
+}  // namespace
+
+void bind_decoder(py::module_ &m) {
+    py::class_<Linear>(m, "Linear").def(py::init(&linear));
+    py::class_<Norm>(m, "Norm").def(
+        py::init([](int64_t k, uintptr_t weight, double eps, double offset) {
+            return Norm{{k, at<void>(weight), static_cast<float>(eps), static_cast<float>(offset)}};
+        }));
+    py::class_<Rest>(m, "Rest")
+        .def(py::init(&rest), py::keep_alive<1, 3>(), py::keep_alive<1, 4>(),
+             py::keep_alive<1, 8>())
+        .def("run", &Rest::run);
+    m.def("norm_linear", &norm_linear);
+}
+
+}  // namespace mixedquant

@@ -1,0 +1,14 @@
+// Adds the parts of a decoder layer to smoothquant._C.
+#ifndef MQ_TORCH_DECODER_H
+#define MQ_TORCH_DECODER_H
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+namespace mixedquant {
+
+void bind_decoder(pybind11::module_ &m);
+
+}  // namespace mixedquant
+
+#endif

@@ -1,0 +1,334 @@
+"""Decoder layers whose norms, linears, activations and residual sums run in two calls.
+
+Between its attention product and the next one, a decoder layer does a dozen small steps. Called
+one by one, they cost more than their arithmetic: each reads and writes memory, allocates and goes
+through Python and torch's dispatcher. `place_and_fuse` gives decoder layers of the families that
+`smoothquant.models.families` describes a forward that computes
+
+1. the norm and the linears that read it (q, k and v) in one call,
+2. the attention by transformers' own module, with its caches, masks and kernels,
+3. the rest in one call: o, the residual sum, the norm, the MLP, the residual sum.
+
+Results differ from those of the separate steps only by the order of the norms' sums. The separate
+steps are used for everything else: gradients, training, GPUs, tracing and compiling, autocast,
+hooks on inner modules, and linears that were replaced, for example by adapters.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import weakref
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..core.huge_pages import move_to_huge_pages
+from ..core.tensors import FLOATS
+from ..kernels import ops
+from ..kernels.control import _C
+from ..models.families import DecoderParts, decoder_layers, decoder_parts
+from .linear import PASS, QuantizedLinear, W4A4Linear, handed, kernel_choices
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}  # mq_dtype
+ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "ReLU": "relu"}
+
+_enabled = os.environ.get("MIXEDQUANT_FUSED_LAYERS", "1") != "0"
+
+
+def use_fused_layers(enabled: bool) -> None:
+    """Turn the fused decoder layers of all models on or off. They are on, unless the environment
+    variable ``MIXEDQUANT_FUSED_LAYERS`` is 0 at import."""
+    global _enabled
+    _enabled = enabled
+
+
+def place_and_fuse(model: nn.Module) -> None:
+    """Prepare a quantized model for speed on the CPU; results change only in the norms' last bits.
+
+    Moves the quantized layers' tensors to huge pages, and gives the decoder layers of known
+    families their fused forward.
+    """
+    parts = decoder_parts(model)
+    names = decoder_layers(model) if parts else []
+    runs: list[list[Tensor]] = []
+    for name in names:
+        layer = model.get_submodule(name)
+        for together in (parts.qkv, parts.gate_up):
+            linears = [_child(layer, path) for path in together]
+            if all(type(linear) is W4A4Linear for linear in linears):
+                buffers = [[linear._buffers[name] for linear in linears] for name in ops.PACKED]
+                runs += [[t for t in run if t is not None] for run in buffers]
+    placed = {id(t) for run in runs for t in run}
+    packed = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    rest = [t for m in packed for t in m.buffers(recurse=False) if id(t) not in placed]
+    move_to_huge_pages([*runs, *([t] for t in rest)])
+    for name in names:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, FusedLayer):
+            layer.__class__ = _fused_class(type(layer))
+        _PARTS[layer] = parts
+
+
+class FusedLayer(nn.Module):
+    """Mixed into the class of a decoder layer by `place_and_fuse`."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or not _takes(hidden_states) or self.training:
+            return super().forward(hidden_states, *args, **kwargs)
+        fused = _state_of(self)
+        if fused is None or fused.dtype != hidden_states.dtype:
+            return super().forward(hidden_states, *args, **kwargs)
+        return fused.run(hidden_states, kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time; its base can be found by name.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return (_new_layer, (type(self).__mro__[2], _PARTS.get(self)), *state)
+
+
+@cache
+def _fused_class(base: type) -> type:
+    return type(base.__name__, (FusedLayer, base), {"__module__": base.__module__})
+
+
+def _new_layer(base: type, parts: DecoderParts | None) -> nn.Module:
+    layer = nn.Module.__new__(_fused_class(base))
+    if parts is not None:
+        _PARTS[layer] = parts
+    return layer
+
+
+def _takes(x: Tensor) -> bool:
+    """Whether nothing but plain eager arithmetic on the CPU is asked for."""
+    return (
+        _enabled
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.dtype in FLOATS
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not nn.modules.module._has_any_global_hook()
+    )
+
+
+class _Source(NamedTuple):
+    """What a `_Fused` was made from, to see when it is out of date."""
+
+    modules: tuple[nn.Module, ...]
+    tensors: list[Tensor]
+    addresses: list[int]
+
+
+# By layer, not in it, because copies and pickles of a layer must not hold addresses.
+_PARTS: weakref.WeakKeyDictionary[nn.Module, DecoderParts] = weakref.WeakKeyDictionary()
+_STATES: weakref.WeakKeyDictionary[nn.Module, tuple[_Source, Any]] = weakref.WeakKeyDictionary()
+
+
+def _state_of(layer: nn.Module) -> _Fused | None:
+    """The prepared calls of a layer, made anew if a module or tensor was replaced; None if they
+    cannot be made or a module has hooks."""
+    parts = _PARTS.get(layer)
+    if parts is None:
+        return None
+    modules = tuple(_child(layer, name) for name in parts.names)
+    if any(m is None for m in modules):
+        return None
+    if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+        return None
+    known = _STATES.get(layer)
+    if known is not None and _is_current(known[0], modules):
+        return known[1]
+    source = _source(modules)
+    fused = _fused(layer, parts)
+    _STATES[layer] = (source, fused)
+    return fused
+
+
+def _child(layer: nn.Module, path: str) -> nn.Module | None:
+    module: nn.Module | None = layer
+    for name in path.split("."):
+        module = module._modules.get(name) if module is not None else None
+    return module
+
+
+def _source(modules: tuple[nn.Module, ...]) -> _Source:
+    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
+    present = [t for t in tensors if t is not None]
+    return _Source(modules, present, [t.data_ptr() for t in present])
+
+
+def _is_current(known: _Source, modules: tuple[nn.Module, ...]) -> bool:
+    now = _source(modules)
+    return (
+        known.modules == modules
+        and known.addresses == now.addresses
+        and all(map(operator.is_, known.tensors, now.tensors))
+    )
+
+
+def _fused(layer: nn.Module, parts: DecoderParts) -> _Fused | None:
+    """The prepared calls; None if a part is not what they can compute."""
+    norms = {
+        name: _norm(_child(layer, name), parts.norm_offset)
+        for name in (parts.attention_norm, parts.attention_post, parts.mlp_norm, parts.mlp_post)
+        if name is not None
+    }
+    activation = ACTIVATIONS.get(type(getattr(_child(layer, parts.mlp), "act_fn", None)).__name__)
+    activation = activation or ACTIVATIONS.get(
+        type(getattr(_child(layer, parts.mlp), "activation_fn", None)).__name__
+    )
+    qkv = [_child(layer, name) for name in parts.qkv]
+    linears = [
+        _linear(modules)
+        for modules in (
+            qkv,
+            [_child(layer, parts.o)],
+            [_child(layer, name) for name in parts.gate_up],
+            [_child(layer, parts.down)],
+        )
+    ]
+    dtypes = {norm.dtype for norm in norms.values() if norm is not None}
+    if None in norms.values() or None in linears or activation is None or len(dtypes) != 1:
+        return None
+    attention_in, o, gate_up, down = (linear.call for linear in linears)
+    by_name = {name: norm.call for name, norm in norms.items()}
+    rest = _C.Rest(
+        o,
+        by_name.get(parts.attention_post),
+        by_name[parts.mlp_norm],
+        gate_up,
+        activation,
+        down,
+        by_name.get(parts.mlp_post),
+    )
+    return _Fused(
+        attention=_child(layer, parts.attention),
+        qkv=qkv,
+        o=_child(layer, parts.o),
+        norm=by_name[parts.attention_norm],
+        qkv_call=attention_in,
+        rest=rest,
+        dtype=dtypes.pop(),
+        kept=(norms, linears),
+    )
+
+
+class _Norm(NamedTuple):
+    call: Any
+    dtype: torch.dtype
+    weight: Tensor
+
+
+def _norm(module: nn.Module | None, offset: float) -> _Norm | None:
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not type(module).__name__.endswith("RMSNorm") or weight is None or eps is None:
+        return None
+    if weight.dtype not in FLOATS or weight.device.type != "cpu" or not weight.is_contiguous():
+        return None
+    return _Norm(_C.Norm(weight.numel(), weight.data_ptr(), eps, offset), weight.dtype, weight)
+
+
+class _Linear(NamedTuple):
+    call: Any
+    bias: Tensor | None
+
+
+def _linear(modules: Sequence[nn.Module | None]) -> _Linear | None:
+    """One call for linears that read the same input and whose packed tensors follow each other in
+    memory."""
+    layers = [m for m in modules if type(m) is W4A4Linear]
+    if len(layers) != len(modules):
+        return None
+    first = layers[0]
+    choices = kernel_choices(first.config)
+    for layer in layers:
+        alike = (
+            kernel_choices(layer.config) == choices
+            and layer.config.non_finite == "propagate"
+            and not layer.quantize_output
+            and layer.perm.device.type == "cpu"
+            and (layer.in_features, layer.num_salient, layer.group_size)
+            == (first.in_features, first.num_salient, first.group_size)
+            and (layer.bias is None) == (first.bias is None)
+            and torch.equal(layer.perm, first.perm)
+        )
+        if not alike or (layer is not layers[-1] and layer.out_features % ops.PANEL):
+            return None
+    for one, other in pairwise(layers):
+        for a, b in zip(one._packed(), other._packed(), strict=True):
+            if a is None or b is None:
+                if a is not b:
+                    return None
+            elif a.dtype != b.dtype or a.data_ptr() + a.nbytes != b.data_ptr():
+                return None
+    bias = None
+    if first.bias is not None:
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        if len({b.dtype for b in biases}) > 1 or biases[0].dtype not in FLOATS:
+            return None
+        bias = torch.cat(biases)
+    salient_scales = first.salient_scales
+    call = _C.Linear(
+        sum(layer.out_features for layer in layers),
+        first.in_features,
+        first.num_salient,
+        first.group_size,
+        first.qweight.data_ptr(),
+        first.scales.data_ptr(),
+        first.salient_weight.data_ptr(),
+        DTYPES[first.salient_weight.dtype],
+        0 if salient_scales is None else salient_scales.data_ptr(),
+        first.perm.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else DTYPES[bias.dtype],
+        choices.rotation,
+        choices.act_bits,
+        choices.act_format,
+        choices.per_token,
+        choices.clip,
+    )
+    return _Linear(call, bias)
+
+
+class _Fused:
+    """The prepared calls of one layer. `kept` keeps memory alive that they point to."""
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        qkv: Sequence[W4A4Linear],
+        o: W4A4Linear,
+        norm: Any,
+        qkv_call: Any,
+        rest: Any,
+        dtype: torch.dtype,
+        kept: Any,
+    ) -> None:
+        self.attention, self.qkv, self.o = attention, qkv, o
+        self.norm, self.qkv_call, self.rest = norm, qkv_call, rest
+        self.dtype, self.kept = dtype, kept
+        self.sizes = [linear.out_features for linear in qkv]
+
+    def run(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        x = x.contiguous()
+        dtype, rows = DTYPES[x.dtype], x.numel() // x.shape[-1]
+        y = x.new_empty((*x.shape[:-1], sum(self.sizes)))
+        _C.norm_linear(self.norm, self.qkv_call, dtype, x.data_ptr(), rows, y.data_ptr())
+        values = zip(self.qkv, y.split(self.sizes, -1), strict=True)
+        # The attention module calls its linears with whatever it is given: here with x, only for
+        # its shape. They answer with what is computed already; o hands its input through.
+        with handed({**dict(values), self.o: PASS}):
+            attended = self.attention(hidden_states=x, **kwargs)[0].contiguous()
+        out = torch.empty_like(x)
+        self.rest.run(dtype, attended.data_ptr(), x.data_ptr(), rows, out.data_ptr())
+        return out

@@ -1,0 +1,304 @@
+"""Decoder layers fused around transformers' attention, against the same layers step by step."""
+
+import copy
+import inspect
+import pickle
+import threading
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from length import at_length
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
+
+from smoothquant import MixedQuantConfig, load_quantized, quantize, save_quantized
+from smoothquant.layers import decoder
+from smoothquant.layers.decoder import use_fused_layers
+from smoothquant.layers.linear import W4A4Linear, handed
+
+# Output channels of every linear are whole panels, so that q, k and v can be one call.
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+FUSED = ["llama", "llama-bias", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2"]
+CONFIG = {"group_size": 16, "salient_prop": 0.1, "calibration": "weights"}
+
+
+@contextmanager
+def stepwise():
+    use_fused_layers(False)
+    try:
+        yield
+    finally:
+        use_fused_layers(True)
+
+
+def quantized(make_model, architecture="llama", dtype=torch.float32, changes=None, **fields):
+    changes = changes or {}
+    if architecture in ("qwen3", "gemma", "gemma2"):
+        changes = {"head_dim": 16, **changes}
+    model = make_model(architecture, **{**SIZES, **changes}).to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantize(model, MixedQuantConfig(**{**CONFIG, **fields}), progress=False)
+    return model
+
+
+def layers_of(model):
+    return model.get_decoder().layers
+
+
+def fused_calls(model):
+    """How many layers have prepared calls."""
+    states = [decoder._STATES.get(layer) for layer in layers_of(model)]
+    return sum(state is not None and state[1] is not None for state in states)
+
+
+def assert_close(a, b, tolerance):
+    assert (a - b).float().norm() <= tolerance * b.float().norm()
+
+
+def assert_same(a, b):
+    """But for values that lie between two codes and fall to either side."""
+    errors = (a - b).float().norm(dim=-1) / b.float().norm(dim=-1)
+    assert errors.median() < 1e-5 and errors.max() < 0.1
+
+
+def with_cache(cache):
+    """The cache as an argument of a model's forward; its name depends on the version."""
+    names = inspect.signature(inspect.unwrap(LlamaForCausalLM.forward)).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
+
+
+@pytest.mark.parametrize(
+    "architecture", at_length(FUSED, ["llama-bias", "qwen3", "phi3", "gemma2"])
+)
+@torch.no_grad()
+def test_logits_are_those_of_the_separate_steps(make_model, architecture, token_ids):
+    model = quantized(make_model, architecture, act_bits=8, salient_format="int8")
+    with stepwise():
+        expected = model(token_ids).logits
+    assert fused_calls(model) == 0
+    actual = model(token_ids).logits
+    assert fused_calls(model) == 2
+    assert_same(actual, expected)
+    cache = with_cache(DynamicCache(config=model.config))
+    one_by_one = [model(token_ids[:, i : i + 1], **cache).logits for i in range(6)]
+    assert_same(torch.cat(one_by_one, 1), expected[:, :6])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"recipe": "rtn"},
+        {"recipe": "rtn", "act_quant": "per_token", "salient_prop": 0.0},
+        {"recipe": "fast"},
+        {"recipe": "fast", "act_bits": 8},
+        {"recipe": "rtn", "act_format": "zero_point", "group_size": 7},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "dtype",
+    at_length([torch.float32, torch.bfloat16, torch.float16], [torch.float32, torch.bfloat16]),
+)
+@torch.no_grad()
+def test_every_format_and_dtype(make_model, token_ids, fields, dtype):
+    """In a model of one layer, the only noise is that of the norms."""
+    model = quantized(make_model, "qwen2", dtype, {"num_hidden_layers": 1}, **fields)
+    for ids in (token_ids, token_ids[:1, :1]):
+        with stepwise():
+            expected = model(ids, use_cache=False).logits
+        actual = model(ids, use_cache=False).logits
+        assert fused_calls(model) == 1
+        assert actual.dtype == expected.dtype
+        same = (actual - expected).abs() <= 1e-4 * expected.abs().max()
+        assert same.float().mean() > 0.95 and (len(ids) > 1 or dtype != torch.float32 or same.all())
+        assert_close(actual, expected, 0.1)
+
+
+@pytest.mark.parametrize("architecture", at_length(FUSED, ["llama", "gemma2"]))
+def test_generation_with_padding_beams_and_caches(make_model, architecture, token_ids):
+    model = quantized(make_model, architecture, act_bits=8)
+    mask = torch.ones_like(token_ids)
+    mask[0, :5] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    for more in ({}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}):
+        with stepwise():
+            expected = model.generate(token_ids, **options, **more)
+        assert torch.equal(model.generate(token_ids, **options, **more), expected)
+
+
+@torch.no_grad()
+def test_a_sliding_window(make_model, token_ids):
+    model = quantized(make_model, "mistral", act_bits=8, changes={"sliding_window": 7})
+    with stepwise():
+        expected = model(token_ids).logits
+    assert_same(model(token_ids).logits, expected)
+    assert fused_calls(model) == 2
+
+
+@torch.no_grad()
+def test_static_caches(make_model, token_ids):
+    model = quantized(make_model, act_bits=8)
+    expected = model(token_ids).logits
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    first = model(token_ids[:, :20], **with_cache(cache)).logits
+    second = model(token_ids[:, 20:], **with_cache(cache)).logits
+    assert_same(torch.cat((first, second), 1), expected)
+
+
+@torch.no_grad()
+def test_a_token_does_not_depend_on_others_in_the_batch(make_model):
+    model = quantized(make_model)
+    layer = layers_of(model)[0]
+    x = torch.randn(5, 1, 64)
+    rotary = model.get_decoder().rotary_emb(x, torch.zeros(5, 1, dtype=torch.long))
+    whole = layer(x, position_embeddings=rotary)
+    for i in range(5):
+        alone = layer(x[i : i + 1], position_embeddings=tuple(t[i : i + 1] for t in rotary))
+        assert torch.equal(alone, whole[i : i + 1])
+    assert fused_calls(model) == 1
+
+
+def test_gradients_training_and_autocast_take_the_steps(make_model, token_ids):
+    model = quantized(make_model)
+    model(token_ids).logits.sum().backward()
+    assert model.get_decoder().norm.weight.grad is not None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(token_ids)
+    with torch.no_grad():
+        model.train()(token_ids)
+    assert fused_calls(model) == 0
+    with torch.inference_mode():
+        model.eval()(token_ids)
+    assert fused_calls(model) == 2
+
+
+@torch.no_grad()
+def test_hooks_see_what_they_always_saw(make_model, token_ids):
+    model = quantized(make_model)
+    model(token_ids)
+    seen = {}
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp", "input_layernorm", "self_attn"):
+        module = layers_of(model)[0].get_submodule(name)
+        handle = module.register_forward_hook(
+            lambda module, args, out, name=name: seen.update({name: out})
+        )
+        expected = model(token_ids).logits
+        handle.remove()
+        out = seen[name][0] if isinstance(seen[name], tuple) else seen[name]
+        assert out.isfinite().all() and out.shape[:2] == token_ids.shape
+        assert_close(model(token_ids).logits, expected, 0.1)
+    with stepwise():
+        steps = model(token_ids, output_attentions=True, output_hidden_states=True)
+    fused = model(token_ids, output_attentions=True, output_hidden_states=True)
+    assert len(fused.hidden_states) == 3
+    if steps.attentions is not None:
+        assert len(fused.attentions) == len(steps.attentions)
+
+
+@torch.no_grad()
+def test_replaced_modules_and_tensors_are_noticed(make_model, token_ids):
+    model = quantized(make_model)
+    before = model(token_ids).logits
+    layer = layers_of(model)[0]
+
+    class Doubled(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    plain = layer.mlp.down_proj
+    layer.mlp.down_proj = Doubled(plain)
+    with stepwise():
+        expected = model(token_ids).logits
+    assert_close(model(token_ids).logits, expected, 0.05)
+    assert fused_calls(model) == 1
+    layer.mlp.down_proj = plain
+    assert torch.equal(model(token_ids).logits, before)
+    layer.input_layernorm.weight.data = layer.input_layernorm.weight.data * 3
+    with stepwise():
+        expected = model(token_ids).logits
+    assert_close(model(token_ids).logits, expected, 0.05)
+    model.to(torch.bfloat16)
+    with stepwise():
+        expected = model(token_ids).logits
+    actual = model(token_ids).logits
+    assert actual.dtype == torch.bfloat16
+    assert_close(actual, expected, 0.1)
+
+
+@torch.no_grad()
+def test_copies_and_pickles(make_model, token_ids, tmp_path):
+    model = quantized(make_model)
+    expected = model(token_ids).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        weight = layers_of(other)[0].mlp.down_proj.qweight
+        assert weight.data_ptr() != layers_of(model)[0].mlp.down_proj.qweight.data_ptr()
+        assert_close(other(token_ids).logits, expected, 0.05)
+        weight.zero_()  # of the copy only
+        assert torch.equal(model(token_ids).logits, expected)
+    save_quantized(model, tmp_path / "q")
+    for load in (load_quantized, AutoModelForCausalLM.from_pretrained):
+        again = load(tmp_path / "q")
+        assert torch.equal(again(token_ids).logits, expected)
+        assert fused_calls(again) == 2
+    assert type(layers_of(model)[0]).__name__ == "LlamaDecoderLayer"
+
+
+@torch.no_grad()
+def test_threads(make_model, token_ids):
+    model = quantized(make_model)
+    prompts = [token_ids[:, : 4 + i] for i in range(6)]
+    expected = [model(ids).logits for ids in prompts]
+    wrong = []
+
+    def work(i):
+        with torch.no_grad():
+            for _ in range(10):
+                if not torch.equal(model(prompts[i]).logits, expected[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@torch.no_grad()
+def test_what_cannot_be_fused_takes_the_steps(make_model, token_ids):
+    odd = make_model("llama")  # k and v have 24 outputs, one and a half panels
+    quantize(odd, MixedQuantConfig(**CONFIG), progress=False)
+    simulated = quantized(make_model, backend="fake")
+    kept = quantized(make_model, ignore=["model.layers.0.mlp.up_proj"])
+    outputs = quantized(make_model, quantize_output=True)
+    moe = make_model("mixtral", **SIZES)
+    quantize(moe, MixedQuantConfig(**CONFIG), progress=False)
+    for model, count in ((odd, 0), (simulated, 0), (kept, 1), (outputs, 0), (moe, 0)):
+        with stepwise():
+            expected = model(token_ids).logits
+        assert_close(model(token_ids).logits, expected, 0.05)
+        assert fused_calls(model) == count
+
+
+def test_a_result_is_handed_over_once_or_it_is_an_error():
+    layer = W4A4Linear(32, 16, config=MixedQuantConfig(recipe="rtn", group_size=16))
+    x, ready = torch.randn(2, 32), torch.randn(2, 16)
+    with handed({layer: ready}):
+        assert layer(x) is ready
+        assert torch.equal(layer(x), torch.zeros(2, 16))
+    with pytest.raises(RuntimeError, match="was not called"), handed({layer: ready}):
+        pass
+    assert torch.equal(layer(x), torch.zeros(2, 16))
+
+
+def test_an_environment_variable_turns_it_off(run_python):
+    code = "from smoothquant.layers import decoder; print(decoder._enabled)"
+    assert run_python(code, MIXEDQUANT_FUSED_LAYERS="0").stdout.strip() == "False"
+    assert run_python(code).stdout.strip() == "True"
