@@ -33,20 +33,15 @@ WARNINGS = ["-Wall", "-Wextra", "-Wconversion"]
 # not for users, whose compilers may know warnings that ours do not
 WARNINGS += ["-Werror"] * (os.environ.get("MIXEDQUANT_WERROR") == "1")
 COMMON_FLAGS = ["-fPIC", "-fvisibility=hidden", *WARNINGS]
-C_FLAGS = [
-    "-std=c11",
-    "-O3",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    *COMMON_FLAGS,
-]
+C_FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+C_FLAGS += COMMON_FLAGS
 CXX_FLAGS = ["-std=c++20", "-O2", *COMMON_FLAGS]
 # -fmad=false: kernels write a fused multiply-add as one, as C does
 NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Werror=all-warnings"]
 NVCC_FLAGS += [f"-Xcompiler={','.join(COMMON_FLAGS)}"]
 CUDA_ARCHS = "75,80,86,89,90a,100,120"
 CUDA_LIBRARY = "smoothquant._cuda"
+CPU_SHIM = ["torch/library.cpp", "torch/module.cpp", "torch/decoder.cpp"]
 
 
 def stop(sentence: str) -> None:
@@ -221,11 +216,7 @@ def extension(name: str, *patterns: str) -> Extension:
 
 setup(
     ext_modules=[
-        extension(
-            "smoothquant._C",
-            "cpu/*.c",
-            *(f"torch/{part}.cpp" for part in ("library", "module", "decoder")),
-        ),
+        extension("smoothquant._C", "cpu/*.c", *CPU_SHIM),
         extension(CUDA_LIBRARY, "cuda/*.cu", "cpu/shape.c", "torch/cuda.cpp"),
     ],
     cmdclass={"build_ext": BuildExtension},

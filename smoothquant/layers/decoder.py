@@ -20,7 +20,6 @@ import operator
 import os
 import weakref
 from collections.abc import Sequence
-from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -53,25 +52,28 @@ def place_and_fuse(model: nn.Module) -> None:
     Moves the quantized layers' tensors to huge pages, and gives the decoder layers of known
     families their fused forward.
     """
-    parts = decoder_parts(model)
-    names = decoder_layers(model) if parts else []
     runs: list[list[Tensor]] = []
-    for name in names:
-        layer = model.get_submodule(name)
-        for together in (parts.qkv, parts.gate_up):
-            linears = [_child(layer, path) for path in together]
-            if all(type(linear) is W4A4Linear for linear in linears):
-                buffers = [[linear._buffers[name] for linear in linears] for name in ops.PACKED]
-                runs += [[t for t in run if t is not None] for run in buffers]
+    if parts := decoder_parts(model):
+        for name in decoder_layers(model):
+            layer = model.get_submodule(name)
+            runs += [*_runs(layer, parts.qkv), *_runs(layer, parts.gate_up)]
+            if not isinstance(layer, FusedLayer):
+                layer.__class__ = _fused_class(type(layer))
+            _PARTS[layer] = parts
     placed = {id(t) for run in runs for t in run}
     packed = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     rest = [t for m in packed for t in m.buffers(recurse=False) if id(t) not in placed]
     move_to_huge_pages([*runs, *([t] for t in rest)])
-    for name in names:
-        layer = model.get_submodule(name)
-        if not isinstance(layer, FusedLayer):
-            layer.__class__ = _fused_class(type(layer))
-        _PARTS[layer] = parts
+
+
+def _runs(layer: nn.Module, names: Sequence[str]) -> list[list[Tensor]]:
+    """The packed tensors of linears that can be one call if these follow each other in memory."""
+    children = [_child(layer, name) for name in names]
+    linears = [m for m in children if type(m) is W4A4Linear]
+    if len(linears) < len(children):
+        return []
+    buffers = [[linear._buffers[part] for linear in linears] for part in ops.PACKED]
+    return [[t for t in run if t is not None] for run in buffers]
 
 
 class FusedLayer(nn.Module):
@@ -87,17 +89,21 @@ class FusedLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time; its base can be found by name.
-        _, _, *state = super().__reduce_ex__(protocol)
-        return (_new_layer, (type(self).__mro__[2], _PARTS.get(self)), *state)
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_new_layer, (type(self).__mro__[2], _PARTS.get(self)), *reduced[2:])
 
 
-@cache
-def _fused_class(base: type) -> type:
-    return type(base.__name__, (FusedLayer, base), {"__module__": base.__module__})
+def _fused_class(base: type) -> Any:
+    if base not in _CLASSES:
+        _CLASSES[base] = type(base.__name__, (FusedLayer, base), {"__module__": base.__module__})
+    return _CLASSES[base]
+
+
+_CLASSES: dict[type, type] = {}
 
 
 def _new_layer(base: type, parts: DecoderParts | None) -> nn.Module:
-    layer = nn.Module.__new__(_fused_class(base))
+    layer: nn.Module = nn.Module.__new__(_fused_class(base))
     if parts is not None:
         _PARTS[layer] = parts
     return layer
@@ -139,10 +145,10 @@ def _state_of(layer: nn.Module) -> _Fused | None:
     parts = _PARTS.get(layer)
     if parts is None:
         return None
-    modules = tuple(_child(layer, name) for name in parts.names)
-    if any(m is None for m in modules):
-        return None
-    if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+    modules = tuple(m for name in parts.names if (m := _child(layer, name)) is not None)
+    if len(modules) < len(parts.names) or any(
+        m._forward_hooks or m._forward_pre_hooks for m in modules
+    ):
         return None
     known = _STATES.get(layer)
     if known is not None and _is_current(known[0], modules):
@@ -177,48 +183,42 @@ def _is_current(known: _Source, modules: tuple[nn.Module, ...]) -> bool:
 
 def _fused(layer: nn.Module, parts: DecoderParts) -> _Fused | None:
     """The prepared calls; None if a part is not what they can compute."""
-    norms = {
-        name: _norm(_child(layer, name), parts.norm_offset)
-        for name in (parts.attention_norm, parts.attention_post, parts.mlp_norm, parts.mlp_post)
-        if name is not None
-    }
-    activation = ACTIVATIONS.get(type(getattr(_child(layer, parts.mlp), "act_fn", None)).__name__)
-    activation = activation or ACTIVATIONS.get(
-        type(getattr(_child(layer, parts.mlp), "activation_fn", None)).__name__
-    )
-    qkv = [_child(layer, name) for name in parts.qkv]
+    children: dict[str | None, Any] = {name: _child(layer, name) for name in parts.names}
+    norms: dict[str | None, Any] = {}
+    for name in parts.norms:
+        norms[name] = _norm(children[name], parts.norm_offset)
     linears = [
-        _linear(modules)
-        for modules in (
-            qkv,
-            [_child(layer, parts.o)],
-            [_child(layer, name) for name in parts.gate_up],
-            [_child(layer, parts.down)],
-        )
+        _linear([children[name] for name in names])
+        for names in (parts.qkv, (parts.o,), parts.gate_up, (parts.down,))
     ]
-    dtypes = {norm.dtype for norm in norms.values() if norm is not None}
-    if None in norms.values() or None in linears or activation is None or len(dtypes) != 1:
+    mlp = children[parts.mlp]
+    function = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
+    activation = ACTIVATIONS.get(type(function).__name__)
+    if activation is None or None in norms.values() or None in linears:
         return None
-    attention_in, o, gate_up, down = (linear.call for linear in linears)
-    by_name = {name: norm.call for name, norm in norms.items()}
+    dtypes = {norm.dtype for norm in norms.values()}
+    if len(dtypes) > 1:
+        return None
+    qkv, o, gate_up, down = (linear.call for linear in linears if linear is not None)
+    calls = {name: norm.call for name, norm in norms.items()}
     rest = _C.Rest(
         o,
-        by_name.get(parts.attention_post),
-        by_name[parts.mlp_norm],
+        calls.get(parts.attention_post),
+        calls[parts.mlp_norm],
         gate_up,
         activation,
         down,
-        by_name.get(parts.mlp_post),
+        calls.get(parts.mlp_post),
     )
     return _Fused(
-        attention=_child(layer, parts.attention),
-        qkv=qkv,
-        o=_child(layer, parts.o),
-        norm=by_name[parts.attention_norm],
-        qkv_call=attention_in,
-        rest=rest,
-        dtype=dtypes.pop(),
-        kept=(norms, linears),
+        children[parts.attention],
+        [children[name] for name in parts.qkv],
+        children[parts.o],
+        calls[parts.attention_norm],
+        qkv,
+        rest,
+        dtypes.pop(),
+        (norms, linears),
     )
 
 

@@ -112,9 +112,16 @@ class DecoderParts(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         """All children."""
-        norms = (self.attention_norm, self.attention_post, self.mlp_norm, self.mlp_post)
-        linears = (*self.qkv, self.o, *self.gate_up, self.down)
-        return (self.attention, self.mlp, *linears, *(name for name in norms if name))
+        return (
+            *(self.attention, self.mlp, *self.qkv, self.o, *self.gate_up, self.down),
+            *self.norms,
+        )
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The norms that are not left out."""
+        names = (self.attention_norm, self.attention_post, self.mlp_norm, self.mlp_post)
+        return tuple(name for name in names if name is not None)
 
 
 class Family(NamedTuple):
