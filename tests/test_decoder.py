@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, S
 
 from smoothquant import MixedQuantConfig, load_quantized, quantize, save_quantized
 from smoothquant.layers import decoder
+from smoothquant.layers.cache import GrowingLayer
 from smoothquant.layers.decoder import use_fused_layers
 from smoothquant.layers.linear import W4A4Linear, handed
 
@@ -146,6 +147,47 @@ def test_static_caches(make_model, token_ids):
     first = model(token_ids[:, :20], **with_cache(cache)).logits
     second = model(token_ids[:, 20:], **with_cache(cache)).logits
     assert_same(torch.cat((first, second), 1), expected)
+
+
+@torch.no_grad()
+def test_a_cache_grows_in_place_and_never_changes_what_it_returned(make_model, token_ids):
+    model = quantized(make_model, act_bits=8)
+    cache, plain = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    ids = token_ids[:, :3]
+    returned, addresses = [], set()
+    for step in range(100):
+        model(ids, **with_cache(cache))
+        for mine, other in zip(cache.layers, plain.layers, strict=True):
+            assert type(mine) is GrowingLayer
+            new = ids.shape[1]
+            other.update(mine.keys[..., -new:, :].clone(), mine.values[..., -new:, :].clone())
+            assert torch.equal(mine.keys, other.keys) and torch.equal(mine.values, other.values)
+        layer = cache.layers[0]
+        returned.append((layer.keys, layer.keys.clone()))
+        addresses.add(layer.keys.data_ptr())
+        ids = torch.full((len(layer.keys), 1), step % 90)
+        if step in (50, 52):
+            cache.crop(-3), plain.crop(-3)
+        if step == 70:
+            order = torch.tensor([1, 0])
+            cache.reorder_cache(order), plain.reorder_cache(order)
+        if step == 80:
+            cache.batch_repeat_interleave(2), plain.batch_repeat_interleave(2)
+            ids = ids.repeat(2, 1)
+    assert all(torch.equal(view, value) for view, value in returned)
+    assert len(addresses) < 10
+    with torch.inference_mode():
+        inside = copy.deepcopy(cache)
+        model(ids, **with_cache(inside))
+    model(ids, **with_cache(inside))
+    first, second = copy.deepcopy(cache), copy.deepcopy(cache)
+    model(ids, **with_cache(first))
+    model(torch.zeros_like(ids), **with_cache(second))
+    assert not torch.equal(first.layers[0].keys, second.layers[0].keys)
+    assert torch.equal(first.layers[0].keys[..., :-1, :], cache.layers[0].keys)
+    cache.reset()
+    model(token_ids, **with_cache(cache))
+    assert cache.get_seq_length() == token_ids.shape[1]
 
 
 @torch.no_grad()

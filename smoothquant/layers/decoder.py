@@ -320,6 +320,11 @@ class _Fused:
         self.sizes = [linear.out_features for linear in qkv]
 
     def run(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        from .cache import grow_in_place  # it imports transformers
+
+        past = kwargs.get("cache", kwargs.get("past_key_values"))
+        if past is not None:
+            grow_in_place(past, getattr(self.attention, "layer_idx", 0))
         x = x.contiguous()
         dtype, rows = DTYPES[x.dtype], x.numel() // x.shape[-1]
         y = x.new_empty((*x.shape[:-1], sum(self.sizes)))
