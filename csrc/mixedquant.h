@@ -314,6 +314,30 @@ mq_status mq_gated(mq_activation activation, mq_dtype dtype, const void *gate_up
 /* out [count] = a + b. out may be a or b. */
 mq_status mq_add(mq_dtype dtype, const void *a, const void *b, int64_t count, void *out);
 
+/* x [heads][head_dim] = x * cos + h * sin, in place, with h = (-x[half:], x[:half]): rotary position
+ * embedding (Su et al., 2021) as transformers computes it, every product rounded to dtype. cos, sin
+ * [head_dim]. head_dim is even. */
+mq_status mq_rotary(mq_dtype dtype, const void *cos, const void *sin, int64_t heads,
+                    int64_t head_dim, void *x);
+
+/* The attention of one token of a sequence to all tokens in its cache. */
+typedef struct mq_attention {
+    int64_t heads, kv_heads;   /* heads is a multiple of kv_heads >= 1 */
+    int64_t head_dim;          /* 1..512 */
+    int64_t tokens;            /* in the cache, the own one included; >= 1 */
+    int64_t head_stride;       /* elements from one head of keys or values to the next; at least
+                              * tokens * head_dim */
+    const void *keys, *values; /* [kv_heads][tokens][head_dim] */
+    const uint8_t *mask;       /* [tokens], 0 for tokens to ignore, but not for all; or NULL */
+    float scale;               /* of products of queries and keys; finite */
+} mq_attention;
+
+/* out [heads][head_dim] = softmax(scale * q keys^T) values, for the heads of q that read kv heads
+ * [kv0, kv1), in fp32, rounded once. scores: heads * tokens floats of scratch, of which each kv
+ * head uses its own part. */
+mq_status mq_attend(const mq_attention *attention, mq_dtype dtype, const void *q, int64_t kv0,
+                    int64_t kv1, float *scores, void *out);
+
 #ifdef __cplusplus
 }
 #endif

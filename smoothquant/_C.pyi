@@ -46,4 +46,25 @@ class Rest:
     ) -> None: ...
     def run(self, dtype: int, attended: int, residual: int, rows: int, out: int) -> None: ...
 
+class Attention:
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, scale: float) -> None: ...
+
+def decode(
+    norm: Norm,
+    qkv: Linear,
+    attention: Attention,
+    rest: Rest,
+    dtype: int,
+    x: int,
+    sequences: int,
+    cos: int,
+    sin: int,
+    one_position: bool,
+    keys: int,
+    values: int,
+    room: int,
+    tokens: int,
+    mask: int,
+    out: int,
+) -> None: ...
 def norm_linear(norm: Norm, linear: Linear, dtype: int, x: int, rows: int, out: int) -> None: ...

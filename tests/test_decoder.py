@@ -149,6 +149,71 @@ def test_static_caches(make_model, token_ids):
     assert_same(torch.cat((first, second), 1), expected)
 
 
+@pytest.fixture
+def decoded(monkeypatch):
+    """The numbers of sequences in the calls that decoded one token per sequence."""
+    calls, original = [], decoder._C.decode
+
+    def counted(*args):
+        calls.append(args[6])
+        original(*args)
+
+    monkeypatch.setattr(decoder._C, "decode", counted)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "architecture", at_length(["llama", "mistral", "qwen2", "gemma"], ["qwen2"])
+)
+@torch.no_grad()
+def test_one_token_at_a_time(make_model, token_ids, decoded, architecture, dtype):
+    one = {"num_hidden_layers": 1}
+    model = quantized(make_model, architecture, dtype, one, act_bits=8)
+    mask = torch.ones_like(token_ids)
+    mask[1, :7] = 0
+    for options in ({}, {"attention_mask": mask}):
+        cache = DynamicCache(config=model.config)
+        model(token_ids[:, :10], **with_cache(cache), **{k: m[:, :10] for k, m in options.items()})
+        for at in range(10, 24):
+            other = copy.deepcopy(cache)
+            more = {k: m[:, : at + 1] for k, m in options.items()}
+            with stepwise():
+                expected = model(token_ids[:, at : at + 1], **with_cache(other), **more).logits
+            actual = model(token_ids[:, at : at + 1], **with_cache(cache), **more).logits
+            for mine, theirs in zip(cache.layers, other.layers, strict=True):
+                near = 1e-3 if dtype == torch.float32 else 2e-2  # a code may fall to another side
+                assert_close(mine.values, theirs.values, near)
+                assert_close(mine.keys, theirs.keys, near)
+            errors = (actual - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+            assert errors.max() < 0.05
+    assert decoded == [2] * 28
+
+
+@torch.no_grad()
+def test_unusual_attention_is_left_to_transformers(make_model, token_ids, decoded):
+    for changes, cls in (
+        ({"attn_implementation": "eager"}, DynamicCache),
+        ({"sliding_window": 7}, DynamicCache),
+        ({}, lambda config: StaticCache(config=config, max_cache_len=32)),
+    ):
+        implementation = changes.get("attn_implementation")
+        model = quantized(
+            make_model,
+            "mistral",
+            act_bits=8,
+            changes={k: v for k, v in changes.items() if k != "attn_implementation"},
+        )
+        if implementation:
+            model.set_attn_implementation(implementation)
+        with stepwise():
+            expected = model(token_ids).logits
+        cache = with_cache(cls(config=model.config))
+        steps = [model(token_ids[:, i : i + 1], **cache).logits for i in range(24)]
+        assert_same(torch.cat(steps, 1), expected)
+    assert not decoded
+
+
 @torch.no_grad()
 def test_a_cache_grows_in_place_and_never_changes_what_it_returned(make_model, token_ids):
     model = quantized(make_model, act_bits=8)

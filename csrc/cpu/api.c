@@ -382,3 +382,33 @@ mq_status mq_add(mq_dtype dtype, const void *a, const void *b, int64_t count, vo
     mq_run_add(active_kernels(), dtype, a, b, count, out);
     return MQ_OK;
 }
+
+mq_status mq_rotary(mq_dtype dtype, const void *cos, const void *sin, int64_t heads,
+                    int64_t head_dim, void *x) {
+    REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
+    REQUIRE(heads >= 0 && head_dim > 0 && head_dim <= MQ_BUFFER && head_dim % 2 == 0,
+            MQ_INVALID_SIZE);
+    if (heads == 0) return MQ_OK;
+    REQUIRE(mq_matrix_fits(heads, head_dim, head_dim), MQ_INVALID_SIZE);
+    REQUIRE(cos && sin && x, MQ_INVALID_POINTER);
+    mq_run_rotary(active_kernels(), dtype, cos, sin, heads, head_dim, x);
+    return MQ_OK;
+}
+
+mq_status mq_attend(const mq_attention *attention, mq_dtype dtype, const void *q, int64_t kv0,
+                    int64_t kv1, float *scores, void *out) {
+    REQUIRE(attention, MQ_INVALID_POINTER);
+    const mq_attention *of = attention;
+    REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
+    REQUIRE(of->kv_heads >= 1 && of->heads >= 1 && of->heads % of->kv_heads == 0, MQ_INVALID_SIZE);
+    REQUIRE(of->head_dim >= 1 && of->head_dim <= MQ_BUFFER && of->tokens >= 1, MQ_INVALID_SIZE);
+    const int64_t head = mq_size_product(of->tokens, of->head_dim);
+    REQUIRE(head >= 0 && of->head_stride >= head, MQ_INVALID_SIZE);
+    REQUIRE(mq_matrix_fits(of->kv_heads, head, of->head_stride), MQ_INVALID_SIZE);
+    REQUIRE(mq_matrix_fits(of->heads, of->tokens, of->tokens), MQ_INVALID_SIZE);
+    REQUIRE(0 <= kv0 && kv0 <= kv1 && kv1 <= of->kv_heads, MQ_INVALID_SIZE);
+    REQUIRE(of->scale > -HUGE_VALF && of->scale < HUGE_VALF, MQ_INVALID_SCALE);
+    REQUIRE(of->keys && of->values && q && scores && out, MQ_INVALID_POINTER);
+    mq_run_attend(active_kernels(), of, dtype, q, kv0, kv1, scores, out);
+    return MQ_OK;
+}

@@ -30,6 +30,9 @@
         .unpack_nibbles = mq_unpack_nibbles_##base,                                      \
         .add_squares = mq_add_squares_##base,                                            \
         .activate = mq_activate_##base,                                                  \
+        .dot_rows = mq_dot_rows_##base,                                                  \
+        .exponentials = mq_exponentials_##base,                                          \
+        .add_rows = mq_add_rows_##base,                                                  \
         .multiply_salient = mq_multiply_salient_##multiplier,                            \
         .multiply_groups = {mq_multiply_groups_##multiplier, mq_multiply_groups_##wide}, \
     }
@@ -37,6 +40,9 @@
 /* Plain C is good enough here: the compiler vectorizes it, or it is not time-critical. */
 #define mq_add_squares_neon mq_add_squares_scalar
 #define mq_activate_neon mq_activate_scalar
+#define mq_dot_rows_neon mq_dot_rows_scalar
+#define mq_exponentials_neon mq_exponentials_scalar
+#define mq_add_rows_neon mq_add_rows_scalar
 #define mq_sort_keys_neon mq_sort_keys_scalar
 #define mq_dequantize_neon mq_dequantize_scalar
 #define mq_pack_nibbles_neon mq_pack_nibbles_scalar

@@ -218,6 +218,19 @@ static MQ_INLINE void mq_assume_activate(mq_activation activation, int64_t n) {
     MQ_ASSUME((unsigned)activation <= MQ_RELU && n >= 0);
 }
 
+/* out [rows] = scale * (a [n] . b [rows][n]). */
+typedef void mq_dot_rows_fn(const float *a, const float *b, int64_t rows, int64_t n, float scale,
+                            float *out);
+static MQ_INLINE void mq_assume_dot_rows(int64_t rows, int64_t n) { MQ_ASSUME(rows >= 0 && n > 0); }
+
+/* x [n] = e^(x - most), most >= x. Returns their sum. */
+typedef float mq_exponentials_fn(float *x, int64_t n, float most);
+static MQ_INLINE void mq_assume_exponentials(int64_t n) { MQ_ASSUME(n >= 0); }
+
+/* sums [n] += a [rows] times b [rows][n], row by row. */
+typedef void mq_add_rows_fn(const float *a, const float *b, int64_t rows, int64_t n, float *sums);
+static MQ_INLINE void mq_assume_add_rows(int64_t rows, int64_t n) { MQ_ASSUME(rows >= 0 && n > 0); }
+
 typedef struct mq_kernels {
     int tile_rows;
     mq_channel_stats_fn *channel_stats;
@@ -235,6 +248,9 @@ typedef struct mq_kernels {
     mq_unpack_nibbles_fn *unpack_nibbles;
     mq_add_squares_fn *add_squares;
     mq_activate_fn *activate;
+    mq_dot_rows_fn *dot_rows;
+    mq_exponentials_fn *exponentials;
+    mq_add_rows_fn *add_rows;
     mq_multiply_salient_fn *multiply_salient;
     mq_multiply_groups_fn *multiply_groups[2]; /* by mq_has_wide_codes */
 } mq_kernels;
@@ -258,6 +274,9 @@ const mq_kernels *mq_kernels_of(mq_isa isa);
     mq_unpack_nibbles_fn mq_unpack_nibbles_##isa;     \
     mq_add_squares_fn mq_add_squares_##isa;           \
     mq_activate_fn mq_activate_##isa;                 \
+    mq_dot_rows_fn mq_dot_rows_##isa;                 \
+    mq_exponentials_fn mq_exponentials_##isa;         \
+    mq_add_rows_fn mq_add_rows_##isa;                 \
     mq_multiply_salient_fn mq_multiply_salient_##isa; \
     mq_multiply_groups_fn mq_multiply_groups_##isa;
 

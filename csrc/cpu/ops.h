@@ -49,6 +49,10 @@ void mq_run_rms_norm(const mq_kernels *kernels, const mq_norm *norm, mq_dtype dt
                      int64_t rows, int64_t stride, void *out);
 void mq_run_gated(const mq_kernels *kernels, mq_activation activation, mq_dtype dtype,
                   const void *gate_up, int64_t rows, int64_t n, void *out);
+void mq_run_rotary(const mq_kernels *kernels, mq_dtype dtype, const void *cos, const void *sin,
+                   int64_t heads, int64_t head_dim, void *x);
+void mq_run_attend(const mq_kernels *kernels, const mq_attention *attention, mq_dtype dtype,
+                   const void *q, int64_t kv0, int64_t kv1, float *scores, void *out);
 void mq_run_add(const mq_kernels *kernels, mq_dtype dtype, const void *a, const void *b,
                 int64_t count, void *out);
 

@@ -57,4 +57,39 @@ static MQ_INLINE void mq_add_squares_by_lanes(const float *x, int64_t n, float *
     memcpy(sums, lanes, sizeof lanes);
 }
 
+/* The sum of lanes, halves first. Overwrites them. */
+static MQ_INLINE float mq_sum_of_lanes(float *lanes) {
+    for (int half = 8; half; half /= 2)
+        for (int e = 0; e < half; e++) lanes[e] += lanes[e + half];
+    return lanes[0];
+}
+
+static MQ_INLINE void mq_dot_rows_by_lanes(const float *a, const float *b, int64_t rows, int64_t n,
+                                           float scale, float *out) {
+    for (int64_t r = 0; r < rows; r++, b += n) {
+        float lanes[16] = {0};
+        int64_t i = 0;
+        for (; i + 16 <= n; i += 16)
+            for (int e = 0; e < 16; e++) lanes[e] += a[i + e] * b[i + e];
+        for (int e = 0; i + e < n; e++) lanes[e] += a[i + e] * b[i + e];
+        out[r] = mq_sum_of_lanes(lanes) * scale;
+    }
+}
+
+static MQ_INLINE float mq_exponentials_by_lanes(float *x, int64_t n, float most) {
+    float lanes[16] = {0};
+    for (int64_t i = 0; i < n; i++) x[i] = mq_exp(x[i] - most);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int e = 0; e < 16; e++) lanes[e] += x[i + e];
+    for (int e = 0; i + e < n; e++) lanes[e] += x[i + e];
+    return mq_sum_of_lanes(lanes);
+}
+
+static MQ_INLINE void mq_add_rows_by_lanes(const float *a, const float *b, int64_t rows, int64_t n,
+                                           float *sums) {
+    for (int64_t r = 0; r < rows; r++, b += n)
+        for (int64_t i = 0; i < n; i++) sums[i] += a[r] * b[i];
+}
+
 #endif

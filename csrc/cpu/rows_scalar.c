@@ -9,3 +9,19 @@ void mq_activate_scalar(mq_activation activation, float *x, int64_t n) {
     mq_assume_activate(activation, n);
     mq_activate_in_place(activation, x, n);
 }
+
+void mq_dot_rows_scalar(const float *a, const float *b, int64_t rows, int64_t n, float scale,
+                        float *out) {
+    mq_assume_dot_rows(rows, n);
+    mq_dot_rows_by_lanes(a, b, rows, n, scale, out);
+}
+
+float mq_exponentials_scalar(float *x, int64_t n, float most) {
+    mq_assume_exponentials(n);
+    return mq_exponentials_by_lanes(x, n, most);
+}
+
+void mq_add_rows_scalar(const float *a, const float *b, int64_t rows, int64_t n, float *sums) {
+    mq_assume_add_rows(rows, n);
+    mq_add_rows_by_lanes(a, b, rows, n, sums);
+}

@@ -4,8 +4,10 @@
 // cost more than a small layer's arithmetic.
 #include "decoder.h"
 
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 
 #include "linear.h"
 
@@ -137,18 +139,78 @@ void gated(mq_activation activation, mq_dtype dtype, const void *gate_up, int64_
 }
 
 // out [rows][linear.n] = linear(norm(x)).
-void norm_linear(const Norm &norm, const Linear &linear, int dtype_number, uintptr_t x,
-                 int64_t rows, uintptr_t out) {
-    const py::gil_scoped_release released;
-    const mq_dtype dtype = dtype_at(dtype_number);
+void compute_norm_linear(const Norm &norm, const Linear &linear, mq_dtype dtype, const void *x,
+                         int64_t rows, void *out) {
     require(norm.norm.k == linear.lin.k, kOp, "norm and linear must have the same channels");
     if (rows == 0) return;
     const int64_t normed = rows * linear.lin.k * size_of(dtype), space = linear.workspace(rows);
     Scratch scratch(static_cast<size_t>(Scratch::aligned(normed) + space));
     char *y = scratch.take(normed);
-    norm.run(dtype, at<void>(x), rows, y);
-    linear.run(dtype, y, rows, scratch.take(space), reinterpret_cast<void *>(out));
+    norm.run(dtype, x, rows, y);
+    linear.run(dtype, y, rows, scratch.take(space), out);
 }
+
+void norm_linear(const Norm &norm, const Linear &linear, int dtype, uintptr_t x, int64_t rows,
+                 uintptr_t out) {
+    const py::gil_scoped_release released;
+    compute_norm_linear(norm, linear, dtype_at(dtype), at<void>(x), rows,
+                        reinterpret_cast<void *>(out));
+}
+
+// A cache of keys and values [sequences][kv_heads][room][head_dim] that has room for one token more.
+struct Past {
+    char *keys, *values;
+    int64_t room, tokens;  // tokens: in it already
+    const uint8_t *mask;   // [sequences][tokens + 1] or nullptr
+};
+
+// Attention with rotary position embeddings, for one token per sequence.
+struct Attention {
+    int64_t heads, kv_heads, head_dim;
+    float scale;
+
+    int64_t width() const { return (heads + 2 * kv_heads) * head_dim; }  // of q, k and v
+
+    // qkv [sequences][width]: rotates q and k in place, appends k and v to the cache. attended
+    // [sequences][heads * head_dim]. cos, sin [sequences][head_dim], or one row for all of them.
+    void run(mq_dtype dtype, char *qkv, int64_t sequences, const char *cos, const char *sin,
+             bool one_position, const Past &past, float *scores, char *attended) const {
+        const int64_t row = head_dim * size_of(dtype), tokens = past.tokens + 1;
+        const int64_t head_bytes = past.room * row;
+        // a few microseconds of work are worth a thread
+        const int64_t grain = grain_of(kGrainValues, tokens * head_dim * 2 * heads / kv_heads);
+        for (int64_t i = 0; i < sequences; i++) {
+            const int64_t position = one_position ? 0 : i * row;
+            check(kOp, mq_rotary(dtype, cos + position, sin + position, heads + kv_heads, head_dim,
+                                 qkv + i * width() * size_of(dtype)));
+        }
+        parallel(kOp, sequences * kv_heads, grain, [&](int64_t begin, int64_t end) {
+            for (int64_t at = begin; at < end; at++) {
+                const int64_t sequence = at / kv_heads, kv = at % kv_heads;
+                char *q = qkv + sequence * width() * size_of(dtype), *k = q + heads * row;
+                char *keys = past.keys + sequence * kv_heads * head_bytes;
+                char *values = past.values + sequence * kv_heads * head_bytes;
+                const int64_t place = kv * head_bytes + past.tokens * row;
+                std::memcpy(keys + place, k + kv * row, static_cast<size_t>(row));
+                std::memcpy(values + place, k + (kv_heads + kv) * row, static_cast<size_t>(row));
+                const mq_attention of = {heads,
+                                         kv_heads,
+                                         head_dim,
+                                         tokens,
+                                         past.room * head_dim,
+                                         keys,
+                                         values,
+                                         past.mask ? past.mask + sequence * tokens : nullptr,
+                                         scale};
+                const mq_status status =
+                    mq_attend(&of, dtype, q, kv, kv + 1, scores + sequence * heads * tokens,
+                              attended + sequence * heads * row);
+                if (status != MQ_OK) return status;
+            }
+            return MQ_OK;
+        });
+    }
+};
 
 // What follows the attention product in a layer with a gated MLP. A norm that is nullptr is left
 // out.
@@ -159,10 +221,8 @@ struct Rest {
 
     // out [rows][hidden] = h + mlp_post(down(activation(gate) up)), gate_up(mlp_pre(h)),
     // h = residual + attention_post(o(attended)).
-    void run(int dtype_number, uintptr_t attended, uintptr_t residual, int64_t rows,
-             uintptr_t out_address) const {
-        const py::gil_scoped_release released;
-        const mq_dtype dtype = dtype_at(dtype_number);
+    void compute(mq_dtype dtype, const void *attended, const void *residual, int64_t rows,
+                 void *out) const {
         if (rows == 0) return;
         const int64_t hidden = o.lin.n, inner = down.lin.k, size = size_of(dtype);
         const int64_t narrow = rows * hidden * size, wide = rows * inner * size;
@@ -173,17 +233,22 @@ struct Rest {
         char *a = scratch.take(narrow), *b = scratch.take(narrow), *h = scratch.take(narrow);
         char *both = scratch.take(2 * wide), *product = scratch.take(wide);
         char *workspace = scratch.take(space);
-        void *out = reinterpret_cast<void *>(out_address);
 
-        o.run(dtype, at<void>(attended), rows, workspace, a);
+        o.run(dtype, attended, rows, workspace, a);
         if (attention_post) attention_post->run(dtype, a, rows, b), std::swap(a, b);
-        add(dtype, at<void>(residual), a, rows * hidden, h);
+        add(dtype, residual, a, rows * hidden, h);
         mlp_pre->run(dtype, h, rows, b);
         gate_up.run(dtype, b, rows, workspace, both);
         gated(activation, dtype, both, rows, inner, product);
         down.run(dtype, product, rows, workspace, a);
         if (mlp_post) mlp_post->run(dtype, a, rows, b), std::swap(a, b);
         add(dtype, h, a, rows * hidden, out);
+    }
+
+    void run(int dtype, uintptr_t attended, uintptr_t residual, int64_t rows, uintptr_t out) const {
+        const py::gil_scoped_release released;
+        compute(dtype_at(dtype), at<void>(attended), at<void>(residual), rows,
+                reinterpret_cast<void *>(out));
     }
 };
 
@@ -207,6 +272,34 @@ Rest rest(const Linear &o, const Norm *attention_post, const Norm *mlp_pre, cons
             mlp_post};
 }
 
+// A whole decoder layer for one token per sequence: x, out [sequences][hidden].
+void decode(const Norm &norm, const Linear &qkv, const Attention &attention, const Rest &rest,
+            int dtype_number, uintptr_t x, int64_t sequences, uintptr_t cos, uintptr_t sin,
+            bool one_position, uintptr_t keys, uintptr_t values, int64_t room, int64_t tokens,
+            uintptr_t mask, uintptr_t out) {
+    const mq_dtype dtype = dtype_at(dtype_number);
+    require(qkv.lin.n == attention.width() && tokens >= 0 && tokens < room &&
+                rest.o.lin.k == attention.heads * attention.head_dim,
+            kOp, "the attention does not fit its linears or its cache");
+    if (sequences == 0) return;
+    const int64_t wide = sequences * attention.width() * size_of(dtype);
+    const int64_t narrow = sequences * rest.o.lin.k * size_of(dtype);
+    const int64_t scores = sequences * attention.heads * (tokens + 1) * 4;
+    const py::gil_scoped_release released;
+    const std::unique_ptr<char, Free> memory(static_cast<char *>(std::aligned_alloc(
+        64, static_cast<size_t>(Scratch::aligned(wide) + Scratch::aligned(narrow) +
+                                Scratch::aligned(scores)))));
+    if (!memory) throw std::bad_alloc();
+    char *both = memory.get(), *attended = both + Scratch::aligned(wide);
+    char *weights = attended + Scratch::aligned(narrow);
+    compute_norm_linear(norm, qkv, dtype, at<void>(x), sequences, both);
+    const Past past = {reinterpret_cast<char *>(keys), reinterpret_cast<char *>(values), room,
+                       tokens, at<uint8_t>(mask)};
+    attention.run(dtype, both, sequences, at<char>(cos), at<char>(sin), one_position, past,
+                  reinterpret_cast<float *>(weights), attended);
+    rest.compute(dtype, attended, at<void>(x), sequences, reinterpret_cast<void *>(out));
+}
+
 }  // namespace
 
 void bind_decoder(py::module_ &m) {
@@ -219,7 +312,14 @@ void bind_decoder(py::module_ &m) {
         .def(py::init(&rest), py::keep_alive<1, 3>(), py::keep_alive<1, 4>(),
              py::keep_alive<1, 8>())
         .def("run", &Rest::run);
+    py::class_<Attention>(m, "Attention")
+        .def(py::init([](int64_t heads, int64_t kv_heads, int64_t head_dim, double scale) {
+            require(kv_heads >= 1 && heads >= 1 && heads % kv_heads == 0 && head_dim >= 1, kOp,
+                    "heads must be a multiple of kv_heads; got ", heads, " and ", kv_heads);
+            return Attention{heads, kv_heads, head_dim, static_cast<float>(scale)};
+        }));
     m.def("norm_linear", &norm_linear);
+    m.def("decode", &decode);
 }
 
 }  // namespace mixedquant

@@ -16,6 +16,8 @@ class GrowingLayer(DynamicLayer):
     """A DynamicLayer whose keys and values are views of larger tensors, at whose end new ones are
     written. Values that were returned before never change."""
 
+    keys: Any  # Tensor, or None before the first update
+    values: Any
     _room: tuple[Tensor, Tensor] | None = None
     _used = 0  # tokens in it
 
@@ -27,15 +29,41 @@ class GrowingLayer(DynamicLayer):
         old, new = self.get_seq_length(), key_states.shape[-2]
         if not self._has_room(old, new, key_states):
             self._room = (
-                _with_room(self.keys, old, key_states),
-                _with_room(self.values, old, value_states),
+                _with_room(self.keys, old, new, key_states),
+                _with_room(self.values, old, new, value_states),
             )
         assert self._room is not None
         for room, states in zip(self._room, (key_states, value_states), strict=True):
             room[..., old : old + new, :] = states
-        self._used = old + new
-        self.keys, self.values = (room[..., : old + new, :] for room in self._room)
+        self._take(old + new)
         return self.keys, self.values
+
+    def room_for_one_more(self, sequences: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [sequences, kv heads, room, head size] with room for a token after the
+        present ones; None if these are of other sequences, or not alike."""
+        keys, values = self.keys, self.values
+        if (
+            keys.dim() != 4
+            or len(keys) != sequences
+            or keys.shape != values.shape
+            or {keys.dtype, values.dtype} != {dtype}
+            or {keys.device.type, values.device.type} != {"cpu"}
+        ):
+            return None
+        length = self.get_seq_length()
+        if not self._has_room(length, 1, keys):
+            self._room = _with_room(keys, length, 1, keys), _with_room(values, length, 1, values)
+            self._take(length)
+        return self._room
+
+    def take_one_more(self) -> None:
+        """Count in the token that was written into that room."""
+        self._take(self._used + 1)
+
+    def _take(self, length: int) -> None:
+        assert self._room is not None
+        self._used = length
+        self.keys, self.values = (room[..., :length, :] for room in self._room)
 
     def _has_room(self, old: int, new: int, states: Tensor) -> bool:
         """Whether keys and values are still the views that the last update made: all that was
@@ -54,9 +82,9 @@ class GrowingLayer(DynamicLayer):
         )
 
 
-def _with_room(past: Tensor, length: int, states: Tensor) -> Tensor:
-    """A tensor for the past, the new states, and as much again as a quarter of both."""
-    total = length + states.shape[-2]
+def _with_room(past: Tensor, length: int, new: int, states: Tensor) -> Tensor:
+    """A tensor for the past, so many new states, and as much again as a quarter of both."""
+    total = length + new
     shape = (*states.shape[:-2], total + max(LEAST_ROOM, total // 4), states.shape[-1])
     room = states.new_empty(shape, dtype=past.dtype if length else None)
     if length:
@@ -64,8 +92,12 @@ def _with_room(past: Tensor, length: int, states: Tensor) -> Tensor:
     return room
 
 
-def grow_in_place(cache: Any, index: int) -> None:
-    """Make a layer of a transformers cache a GrowingLayer, if it is a plain DynamicLayer."""
+def growing_layer(cache: Any, index: int) -> GrowingLayer | None:
+    """A layer of a transformers cache, which becomes a GrowingLayer if it is a plain DynamicLayer;
+    None if it is neither."""
     layers = getattr(cache, "layers", ())
-    if index < len(layers) and type(layers[index]) is DynamicLayer:
+    if index >= len(layers):
+        return None
+    if type(layers[index]) is DynamicLayer:
         layers[index].__class__ = GrowingLayer
+    return layers[index] if type(layers[index]) is GrowingLayer else None

@@ -1,4 +1,4 @@
-"""Decoder layers whose norms, linears, activations and residual sums run in two calls.
+"""Decoder layers whose small steps run in one or two calls.
 
 Between its attention product and the next one, a decoder layer does a dozen small steps. Called
 one by one, they cost more than their arithmetic: each reads and writes memory, allocates and goes
@@ -9,7 +9,8 @@ through Python and torch's dispatcher. `place_and_fuse` gives decoder layers of 
 2. the attention by transformers' own module, with its caches, masks and kernels,
 3. the rest in one call: o, the residual sum, the norm, the MLP, the residual sum.
 
-Results differ from those of the separate steps only by the order of the norms' sums. The separate
+For one token per sequence and plain attention, all of it is one call. Results differ from those of
+the separate steps only by the order of sums. The separate
 steps are used for everything else: gradients, training, GPUs, tracing and compiling, autocast,
 hooks on inner modules, and linears that were replaced, for example by adapters.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 import operator
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -126,37 +127,60 @@ def _takes(x: Tensor) -> bool:
     )
 
 
-class _Source(NamedTuple):
-    """What a `_Fused` was made from, to see when it is out of date."""
-
-    modules: tuple[nn.Module, ...]
-    tensors: list[Tensor]
-    addresses: list[int]
-
-
 # By layer, not in it, because copies and pickles of a layer must not hold addresses.
 _PARTS: weakref.WeakKeyDictionary[nn.Module, DecoderParts] = weakref.WeakKeyDictionary()
-_STATES: weakref.WeakKeyDictionary[nn.Module, tuple[_Source, Any]] = weakref.WeakKeyDictionary()
+_STATES: weakref.WeakKeyDictionary[nn.Module, tuple[_Source, _Fused | None]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class _Source:
+    """The modules and tensors of a layer at one time, with what finds them again quickly."""
+
+    def __init__(self, layer: nn.Module, names: Sequence[str]) -> None:
+        self.module_places: list[tuple[dict[str, Any], str]] = []
+        for name in names:
+            parent, _, child = name.rpartition(".")
+            self.module_places.append((layer.get_submodule(parent)._modules, child))
+        self.modules = [places[name] for places, name in self.module_places]
+        self.hooks = [h for m in self.modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self.tensor_places: list[tuple[dict[str, Any], str]] = [
+            (places, name)
+            for m in self.modules
+            for places in (m._parameters, m._buffers)
+            for name, tensor in places.items()
+            if tensor is not None
+        ]
+        self.tensors = [places[name] for places, name in self.tensor_places]
+        self.addresses = [t.data_ptr() for t in self.tensors]
+
+    def is_current(self) -> bool:
+        """Whether the layer still consists of the same modules and tensors, at the same addresses:
+        moving a module sets ``.data``."""
+        try:
+            modules = [places[name] for places, name in self.module_places]
+            tensors = [places[name] for places, name in self.tensor_places]
+        except KeyError:
+            return False
+        return (
+            all(map(operator.is_, modules, self.modules))
+            and all(map(operator.is_, tensors, self.tensors))
+            and [t.data_ptr() for t in tensors] == self.addresses
+        )
 
 
 def _state_of(layer: nn.Module) -> _Fused | None:
     """The prepared calls of a layer, made anew if a module or tensor was replaced; None if they
     cannot be made or a module has hooks."""
-    parts = _PARTS.get(layer)
-    if parts is None:
-        return None
-    modules = tuple(m for name in parts.names if (m := _child(layer, name)) is not None)
-    if len(modules) < len(parts.names) or any(
-        m._forward_hooks or m._forward_pre_hooks for m in modules
-    ):
-        return None
     known = _STATES.get(layer)
-    if known is not None and _is_current(known[0], modules):
-        return known[1]
-    source = _source(modules)
-    fused = _fused(layer, parts)
-    _STATES[layer] = (source, fused)
-    return fused
+    if known is None or not known[0].is_current():
+        parts = _PARTS.get(layer)
+        if parts is None or any(_child(layer, name) is None for name in parts.names):
+            return None
+        known = _Source(layer, parts.names), _fused(layer, parts)
+        _STATES[layer] = known
+    source, fused = known
+    return None if any(source.hooks) else fused
 
 
 def _child(layer: nn.Module, path: str) -> nn.Module | None:
@@ -164,21 +188,6 @@ def _child(layer: nn.Module, path: str) -> nn.Module | None:
     for name in path.split("."):
         module = module._modules.get(name) if module is not None else None
     return module
-
-
-def _source(modules: tuple[nn.Module, ...]) -> _Source:
-    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
-    present = [t for t in tensors if t is not None]
-    return _Source(modules, present, [t.data_ptr() for t in present])
-
-
-def _is_current(known: _Source, modules: tuple[nn.Module, ...]) -> bool:
-    now = _source(modules)
-    return (
-        known.modules == modules
-        and known.addresses == now.addresses
-        and all(map(operator.is_, known.tensors, now.tensors))
-    )
 
 
 def _fused(layer: nn.Module, parts: DecoderParts) -> _Fused | None:
@@ -219,7 +228,21 @@ def _fused(layer: nn.Module, parts: DecoderParts) -> _Fused | None:
         rest,
         dtypes.pop(),
         (norms, linears),
+        _attention(parts, children),
     )
+
+
+def _attention(parts: DecoderParts, children: Mapping[str | None, Any]) -> Any:
+    """The attention of one token per sequence; None if it is not a plain one."""
+    module = children[parts.attention]
+    size, scale = getattr(module, "head_dim", 0), getattr(module, "scaling", None)
+    if not parts.plain_attention or len(parts.qkv) != 3 or not isinstance(scale, float):
+        return None
+    widths = [children[name].out_features for name in parts.qkv]
+    if size < 2 or size % 2 or size > 512 or any(n % size for n in widths):
+        return None
+    q, k, v = (n // size for n in widths)
+    return _C.Attention(q, k, size, scale) if k == v and q % k == 0 else None
 
 
 class _Norm(NamedTuple):
@@ -313,19 +336,24 @@ class _Fused:
         rest: Any,
         dtype: torch.dtype,
         kept: Any,
+        plain_attention: Any,
     ) -> None:
         self.attention, self.qkv, self.o = attention, qkv, o
         self.norm, self.qkv_call, self.rest = norm, qkv_call, rest
         self.dtype, self.kept = dtype, kept
         self.sizes = [linear.out_features for linear in qkv]
+        self.plain_attention = plain_attention
 
     def run(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        from .cache import grow_in_place  # it imports transformers
+        from .cache import growing_layer  # it imports transformers
 
         past = kwargs.get("cache", kwargs.get("past_key_values"))
-        if past is not None:
-            grow_in_place(past, getattr(self.attention, "layer_idx", 0))
+        layer = growing_layer(past, getattr(self.attention, "layer_idx", 0))
         x = x.contiguous()
+        if layer is not None and self.plain_attention and x.dim() == 3 and x.shape[1] == 1:
+            out = self._decode(x, layer, **kwargs)
+            if out is not None:
+                return out
         dtype, rows = DTYPES[x.dtype], x.numel() // x.shape[-1]
         y = x.new_empty((*x.shape[:-1], sum(self.sizes)))
         _C.norm_linear(self.norm, self.qkv_call, dtype, x.data_ptr(), rows, y.data_ptr())
@@ -336,4 +364,70 @@ class _Fused:
             attended = self.attention(hidden_states=x, **kwargs)[0].contiguous()
         out = torch.empty_like(x)
         self.rest.run(dtype, attended.data_ptr(), x.data_ptr(), rows, out.data_ptr())
+        return out
+
+    def _decode(
+        self,
+        x: Tensor,
+        layer: Any,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_ids: Any = None,
+        use_cache: Any = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        **unknown: Any,
+    ) -> Tensor | None:
+        """The layer's output for one token per sequence, in one call; None if an argument asks for
+        anything but usual attention."""
+        module: Any = self.attention
+        sequences = len(x)
+        if (
+            any(value is not None for value in unknown.values())
+            or position_embeddings is None
+            or module.config._attn_implementation != "sdpa"
+            or module.training
+            or not layer.is_initialized
+            or getattr(cache or past_key_values, "offloading", False)
+        ):
+            return None
+        cos, sin = position_embeddings
+        tokens = layer.get_seq_length()
+        if attention_mask is not None and (
+            attention_mask.dtype != torch.bool
+            or attention_mask.shape != (sequences, 1, 1, tokens + 1)
+            or not attention_mask.any(-1).all()
+        ):
+            return None
+        if (
+            any(t.dtype != x.dtype or not t.is_contiguous() for t in (cos, sin))
+            or cos.shape != sin.shape
+            or cos.shape not in ((1, 1, module.head_dim), (sequences, 1, module.head_dim))
+        ):
+            return None
+        places = layer.room_for_one_more(sequences, x.dtype)
+        if places is None:
+            return None
+        keys, values = places
+        mask = None if attention_mask is None else attention_mask.contiguous()
+        out = torch.empty_like(x)
+        _C.decode(
+            self.norm,
+            self.qkv_call,
+            self.plain_attention,
+            self.rest,
+            DTYPES[x.dtype],
+            x.data_ptr(),
+            sequences,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            len(cos) == 1,
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.shape[-2],
+            tokens,
+            0 if mask is None else mask.data_ptr(),
+            out.data_ptr(),
+        )
+        layer.take_one_more()
         return out

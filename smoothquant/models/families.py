@@ -94,7 +94,8 @@ class DecoderParts(NamedTuple):
 
     x + attention_post(o(attention(qkv(attention_norm(x))))) = h is the layer's first half,
     h + mlp_post(down(act(gate) * up)) with gate and up of mlp_norm(h) the second. Norms that are
-    None are left out.
+    None are left out. plain_attention: the attention rotates q and k by position in full, and does
+    nothing else to them.
     """
 
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -106,6 +107,7 @@ class DecoderParts(NamedTuple):
     norm_offset: float = 0.0
     attention: str = "self_attn"
     o: str = "self_attn.o_proj"
+    plain_attention: bool = False
     mlp: str = "mlp"
     down: str = "mlp.down_proj"
 
@@ -163,7 +165,7 @@ _LLAMA_READS = _ATTENTION + (
     _GATED,
 )
 
-_LLAMA = Family("layers", _LLAMA_READS, decoder=DecoderParts())
+_LLAMA = Family("layers", _LLAMA_READS, decoder=DecoderParts(plain_attention=True))
 
 # Last parts of the names of linears whose outputs enter the attention products.
 ATTENTION_INPUTS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"})
@@ -182,8 +184,13 @@ FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": Family("layers", _LLAMA_READS, norm_offset=1.0, decoder=DecoderParts(norm_offset=1.0)),
+    "qwen3": Family("layers", _LLAMA_READS, decoder=DecoderParts()),
+    "gemma": Family(
+        "layers",
+        _LLAMA_READS,
+        norm_offset=1.0,
+        decoder=DecoderParts(norm_offset=1.0, plain_attention=True),
+    ),
     "gemma2": Family(
         "layers",
         _ATTENTION

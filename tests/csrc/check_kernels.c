@@ -277,7 +277,20 @@ static void check_rows(void) {
     guarded x = random_values(dtype, rows ? (rows - 1) * stride + k : 0, below(2) == 0);
     guarded gains = random_values(dtype, k, 0), both = random_values(dtype, 2 * rows * k, 1);
     const mq_norm norm = {k, gains.data, 1e-5f, below(2) ? 1.0f : 0.0f};
+    const int64_t kv_heads = 1 + below(3), heads = kv_heads * (1 + below(3));
+    const int64_t d = 2 * (1 + below(40)), tokens = 1 + below(40), room = tokens * d + below(9);
+    guarded q = random_values(dtype, heads * d, 0), attended[2];
+    guarded keys = random_values(dtype, (kv_heads - 1) * room + tokens * d, below(8) == 0);
+    guarded values = random_values(dtype, (kv_heads - 1) * room + tokens * d, 0);
+    guarded mask = guarded_alloc((size_t)tokens, 1);
+    for (int64_t i = 0; i < tokens; i++) ((uint8_t *)mask.data)[i] = below(3) || i == 0;
+    guarded scores = guarded_alloc((size_t)(heads * tokens) * 4, 4);
+    const mq_attention attention = {heads, kv_heads,  d,           tokens,
+                                    room,  keys.data, values.data, below(2) ? mask.data : NULL,
+                                    0.3f};
     guarded out[3][2];
+    for (int i = 0; i < 2; i++)
+        attended[i] = guarded_alloc((size_t)(heads * d) * size_of(dtype), size_of(dtype));
     for (int f = 0; f < 6; f++)
         out[f / 2][f % 2] = guarded_alloc((size_t)(rows * k) * size_of(dtype), size_of(dtype));
     for (int isa = 0; isa < MQ_ISA_COUNT; isa++) {
@@ -288,7 +301,16 @@ static void check_rows(void) {
         CHECK(mq_gated(activation, dtype, both.data, rows, k, out[1][i].data) == MQ_OK);
         CHECK(mq_add(dtype, out[1][i].data, both.data, rows * k, out[2][i].data) == MQ_OK);
         for (int f = 0; f < 3; f++) check_same(dtype, out[f][i].data, out[f][0].data, rows * k);
+        const int64_t split = below(kv_heads + 1);
+        CHECK(mq_attend(&attention, dtype, q.data, split, kv_heads, scores.data,
+                        attended[i].data) == MQ_OK);
+        CHECK(mq_attend(&attention, dtype, q.data, 0, split, scores.data, attended[i].data) ==
+              MQ_OK);
+        CHECK(mq_rotary(dtype, q.data, keys.data, heads, d, attended[i].data) == MQ_OK);
+        check_same(dtype, attended[i].data, attended[0].data, heads * d);
     }
+    guarded_free(&q), guarded_free(&keys), guarded_free(&values), guarded_free(&mask);
+    guarded_free(&scores), guarded_free(&attended[0]), guarded_free(&attended[1]);
     guarded_free(&x), guarded_free(&gains), guarded_free(&both);
     for (int f = 0; f < 6; f++) guarded_free(&out[f / 2][f % 2]);
 }
@@ -360,6 +382,18 @@ static void check_statuses(void) {
     CHECK(mq_gated(MQ_SILU, MQ_F32, NULL, 1, 4, x) == MQ_INVALID_POINTER);
     CHECK(mq_gated(MQ_SILU, MQ_F32, NULL, 1, INT64_MAX, x) == MQ_INVALID_SIZE);
     CHECK(mq_add(MQ_F32, x, NULL, 1, x) == MQ_INVALID_POINTER);
+    CHECK(mq_rotary(MQ_F32, x, x, 1, 7, x) == MQ_INVALID_SIZE);
+    CHECK(mq_rotary(MQ_F32, x, x, 1, 514, x) == MQ_INVALID_SIZE);
+    CHECK(mq_rotary(MQ_F32, x, NULL, 1, 8, x) == MQ_INVALID_POINTER);
+    mq_attention attention = {2, 1, 2, 1, 2, x, x, NULL, 1};
+    CHECK(mq_attend(&attention, MQ_F32, x, 0, 2, x, x) == MQ_INVALID_SIZE);
+    CHECK(mq_attend(&attention, MQ_F32, x, 0, 1, NULL, x) == MQ_INVALID_POINTER);
+    attention.scale = INFINITY;
+    CHECK(mq_attend(&attention, MQ_F32, x, 0, 1, x, x) == MQ_INVALID_SCALE);
+    attention.kv_heads = 3;
+    CHECK(mq_attend(&attention, MQ_F32, x, 0, 1, x, x) == MQ_INVALID_SIZE);
+    attention.kv_heads = 1, attention.head_stride = 1;
+    CHECK(mq_attend(&attention, MQ_F32, x, 0, 1, x, x) == MQ_INVALID_SIZE);
     CHECK(mq_add(MQ_F32, x, x, -1, x) == MQ_INVALID_SIZE);
     for (int status = MQ_OK; status <= MQ_NON_FINITE + 1; status++)
         CHECK(mq_status_message((mq_status)status)[0]);
