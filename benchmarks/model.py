@@ -300,7 +300,7 @@ def quality(
 def profile(
     contenders: Sequence[Contender], args: argparse.Namespace, prompts: torch.Tensor
 ) -> list[dict]:
-    """Measure the parts of a forward pass, and the same pass without hooks, in turns."""
+    """Measure the parts of a forward pass, and the same pass untimed, in turns."""
     print("\n| threads | contender | phase | part | ms | share | GB/s of weights |")
     print("|---|---|---|---|---|---|---|")
     rows = []
@@ -326,7 +326,7 @@ def profile(
                         "contender": contender.name,
                         "phase": phase,
                         "parts": parts,
-                        "without_hooks": statistics.median(whole),
+                        "untimed": statistics.median(whole),
                         "weight_bytes": sizes,
                     }
                 )
@@ -342,7 +342,7 @@ def print_parts(row: Mapping[str, Any]) -> None:
         speed = f"{size / seconds / 1e9:.1f}" if size and row["phase"] == "decode" else "-"
         print(f"{start} {part} | {1e3 * seconds:.2f} | {seconds / total:.0%} | {speed} |")
     print(f"{start} all parts | {1e3 * total:.2f} | 100% | - |")
-    print(f"{start} without hooks | {1e3 * row['without_hooks']:.2f} | - | - |", flush=True)
+    print(f"{start} untimed | {1e3 * row['untimed']:.2f} | - | - |", flush=True)
 
 
 def draw_profile(

@@ -1,8 +1,9 @@
-"""Where the time of a forward pass in `generate` goes, by hooks on the modules of a model."""
+"""Where the time of a forward pass in `generate` goes, module by module."""
 
 import time
 from collections import defaultdict
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from smoothquant.evaluation.speed import TokenTimes, greedy
 from smoothquant.layers.linear import QuantizedLinear
 from smoothquant.models.families import decoder_layers
 from smoothquant.models.kept import output_heads
-from smoothquant.models.running import hooked
 
 HEAD, LINEARS, ATTENTION = "output head", "linears", "attention"
 SMALL, OTHER = "norms, activation, residuals", "embedding, generate, other Python"
@@ -85,6 +85,35 @@ def weight_bytes(model: nn.Module, parts: dict[str, str]) -> dict[str, int]:
     return sizes
 
 
+@contextmanager
+def timed(model: nn.Module, parts: Mapping[str, str], clock: PartTimes) -> Iterator[None]:
+    """Let a clock time the modules in `parts`, until exit.
+
+    Each module's forward is wrapped, because hooks take longer than the clock.
+    """
+
+    def wrap(part: str, forward: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            clock.enter(part)
+            y = forward(*args, **kwargs)
+            clock.leave()
+            return y
+
+        return wrapped
+
+    modules = {name: model.get_submodule(name) for name in parts}
+    own = {name: module.__dict__.get("forward") for name, module in modules.items()}
+    for name, module in modules.items():
+        module.forward = wrap(parts[name], module.forward)
+    try:
+        yield
+    finally:
+        for name, module in modules.items():
+            del module.forward
+            if own[name] is not None:
+                module.forward = own[name]
+
+
 def token_parts(
     model: Any, prompt: torch.Tensor, new: int
 ) -> tuple[dict[str, float], dict[str, float]]:
@@ -96,16 +125,7 @@ def token_parts(
         new: number of tokens to generate, >= 2.
     """
     clock = PartTimes()
-    parts = parts_of(model)
-    with ExitStack() as stack:
-        for after in (False, True):
-            hooks = {
-                name: (lambda *_: clock.leave())
-                if after
-                else (lambda *_, part=part: clock.enter(part))
-                for name, part in parts.items()
-            }
-            stack.enter_context(hooked(model, hooks, after))
+    with timed(model, parts_of(model), clock):
         greedy(model, prompt, new, clock)
     start, first, last = (clock.at_token[index] for index in (0, 1, -1))
     prefill = {part: first.get(part, 0.0) - start.get(part, 0.0) for part in PARTS}
