@@ -10,7 +10,7 @@ without room is left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +82,58 @@ def _draw(plot: Plot, path: Path) -> Path:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     _label_points(axes, plot)
+    return _save(figure, path)
+
+
+def draw_stacks(
+    title: str, about: str, x_name: str, bars: Mapping[str, Mapping[str, float]], path: Path
+) -> Path:
+    """Draw `path`.png and `path`.svg, write the parts to `path`.csv, and return the PNG's path.
+
+    Args:
+        title, about: heading and subheading.
+        x_name: label of the x axis.
+        bars: {label of a horizontal bar: {name of a part: its length}}, from top to bottom and
+            from left to right.
+        path: the files' path without suffix.
+    """
+    with _plain_text(path.name):
+        picture = _draw_stacks(title, about, x_name, bars, path)
+    rows = [[bar, part, length] for bar, parts in bars.items() for part, length in parts.items()]
+    write_csv(path.with_name(path.name + ".csv"), ["bar", "part", x_name], rows)
+    return picture
+
+
+def _draw_stacks(
+    title: str, about: str, x_name: str, bars: Mapping[str, Mapping[str, float]], path: Path
+) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 1.9 + 0.42 * len(bars)), dpi=170, layout="constrained")
+    axes = figure.add_subplot()
+    colours: dict[str, str] = {}
+    for height, parts in enumerate(bars.values()):
+        left = 0.0
+        for part, length in parts.items():
+            name = None if part in colours else visible(part)
+            colour = colours.setdefault(part, STYLES[len(colours) % len(STYLES)][0])
+            axes.barh(height, length, 0.7, left, color=colour, edgecolor="white", label=name)
+            left += length
+        axes.annotate(
+            f"{left:.3g}", (left, height), (3, 0), textcoords="offset points",
+            va="center", fontsize=8,
+        )  # fmt: skip
+    axes.set_yticks(range(len(bars)), map(visible, bars), fontsize=8.5)
+    axes.invert_yaxis()
+    axes.margins(x=0.08)
+    axes.set_xlabel(visible(x_name))
+    axes.set_title(visible(title), loc="left", fontsize=12, fontweight="bold", pad=22)
+    axes.text(0, 1.0, visible(about) + "\n", transform=axes.transAxes, fontsize=7, color="#404040")
+    axes.grid(True, axis="x", color="#D9D9D9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return _save(figure, path)
 
 

@@ -35,18 +35,13 @@ class TokenTimes:
         pass
 
 
-def generate_times(model: Any, prompt: Tensor, new: int) -> tuple[float, float]:
-    """Time `model.generate`.
+def greedy(model: Any, prompt: Tensor, new: int, streamer: Any) -> None:
+    """Let `model.generate` choose exactly `new` tokens, the most likely ones.
 
     Args:
-        prompt: int64 [1, T].
-        new: number of tokens to generate, >= 2.
-
-    Returns:
-        Seconds until the first new token, and seconds per token after it.
+        prompt: int64 [B, T].
+        streamer: its `put` gets the prompt, then the B tokens of each step.
     """
-    streamer = TokenTimes()
-    start = time.perf_counter()
     model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -56,6 +51,21 @@ def generate_times(model: Any, prompt: Tensor, new: int) -> tuple[float, float]:
         streamer=streamer,
         pad_token_id=0,
     )
+
+
+def generate_times(model: Any, prompt: Tensor, new: int) -> tuple[float, float]:
+    """Time `model.generate`.
+
+    Args:
+        prompt: int64 [B, T].
+        new: number of tokens to generate for each of the B prompts, >= 2.
+
+    Returns:
+        Seconds until the first new token, and seconds per step after it; a step is B tokens.
+    """
+    streamer = TokenTimes()
+    start = time.perf_counter()
+    greedy(model, prompt, new, streamer)
     first, last = streamer.times[1], streamer.times[-1]  # times[0] is the prompt
     return first - start, (last - first) / (new - 1)
 
