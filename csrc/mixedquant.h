@@ -32,6 +32,7 @@ typedef enum mq_status {
     MQ_INVALID_BITS,       /* number of bits or largest code out of range */
     MQ_INVALID_DTYPE,      /* not a value of mq_dtype, or not allowed here */
     MQ_INVALID_PERM,       /* an index is outside [0, k) */
+    MQ_INVALID_ROW,        /* an output channel is outside [0, n) */
     MQ_INVALID_SALIENT,    /* the number of salient channels is outside [0, k] */
     MQ_INVALID_SCALE,      /* a scale is negative or non-finite; the clip is not in [2^-10, 1] */
     MQ_INVALID_KEY,        /* not a value of mq_sort_key */
@@ -233,6 +234,10 @@ mq_status mq_pack_weight(const mq_linear *lin, int q_max, mq_dtype dtype, const 
  * [n][k] in natural channel order. Every entry is code * scale, rotated back, or the salient
  * value. */
 mq_status mq_unpack_weight(const mq_linear *lin, int64_t panel0, int64_t panel1, float *w);
+
+/* Writes chosen rows of that weight, for embeddings: w[i] = row rows[i], fp32 [count][k]. rows
+ * [count] may hold a row several times; each is checked against [0, n) (MQ_INVALID_ROW). */
+mq_status mq_unpack_rows(const mq_linear *lin, const int64_t *rows, int64_t count, float *w);
 
 /* Runs GPTQ's column loop (Frantar et al., 2022) on one block. Rows are independent. For i = 0
  * .. cols,

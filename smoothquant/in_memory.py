@@ -34,9 +34,10 @@ def quantize(
     together, block by block.
 
     Linears that share an input (q, k and v, or gate and up) share a permutation and a set of
-    salient channels. Output heads, embeddings, routers, and modules that compute more than their
-    weight and bias say are not quantized (`smoothquant.models.kept`), nor are layers that no
-    calibration token reached. An expert without statistics is quantized by its weights' statistics.
+    salient channels. Output heads and embeddings are quantized only if the config says so. Routers
+    and modules that compute more than their weight and bias say are not
+    (`smoothquant.models.kept`), nor are layers that no calibration token reached. An expert without
+    statistics is quantized by its weights' statistics.
 
     Args:
         model: a float model (float32, float16 or bfloat16); see `smoothquant.models.families`.

@@ -23,6 +23,7 @@ from peft.tuners.lora import Linear
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
+from .layers.int8 import Int8Linear
 from .layers.linear import FakeW4A4Linear, QuantizedLinear, W4A4Linear
 
 
@@ -42,7 +43,7 @@ def on_quantized(config: LoraConfig) -> LoraConfig:
     ``target_modules="all-linear"`` then includes them.
     """
     config._register_custom_module(
-        {W4A4Linear: LoraQuantizedLinear, FakeW4A4Linear: LoraQuantizedLinear}
+        dict.fromkeys((W4A4Linear, Int8Linear, FakeW4A4Linear), LoraQuantizedLinear)
     )
     return config
 
@@ -60,7 +61,9 @@ def _all_linears(config: Any, model: nn.Module) -> Any:
         config.target_modules |= {
             name
             for name, module in modules
-            if isinstance(module, QuantizedLinear) and not name.endswith(".base_layer")
+            if isinstance(module, QuantizedLinear)
+            and not module.table  # as PEFT leaves out a float head
+            and not name.endswith(".base_layer")
         }
     return config
 

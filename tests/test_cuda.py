@@ -210,6 +210,12 @@ def test_weights_are_packed_and_unpacked(card, dtype, salient_dtype, shape):
     packing, packed = layer_args(*shape, dtype, salient_dtype)
     assert_same_as_on_cpu(card, "pack_weight", *packing)
     assert_same_as_on_cpu(card, "unpack_weight", *packed, shape[0], *shape[3:])
+    if shape[0]:
+        rows = torch.randint(shape[0], (7,))
+        assert_same_as_on_cpu(card, "unpack_rows", *packed, rows, shape[0], *shape[3:])
+        rows[2:4] = torch.tensor([-1, shape[0]])
+        (unpacked, _) = card.call("unpack_rows", (*packed, rows, shape[0], *shape[3:]))
+        assert unpacked[2:4].isnan().all() and unpacked[[0, 1, 4, 5, 6]].isfinite().all()
     groups = packed[1].shape[1]
     given = torch.rand(shape[0], groups)
     assert_same_as_on_cpu(card, "pack_weight", *packing[:6], given, salient_dtype)

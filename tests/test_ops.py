@@ -245,6 +245,11 @@ def test_linear_equals_the_reference(
         ops.unpack_weight(*args[:5], n, group_size, rotation),
         reference.unpack_weight(*args[:5], n, group_size, rotation),
     )
+    rows = torch.randint(n, (n // 2 + 2,)) if n else torch.zeros(0, dtype=torch.int64)
+    assert_same_bits(
+        ops.unpack_rows(*args[:5], rows, n, group_size, rotation),
+        reference.unpack_rows(*args[:5], rows, n, group_size, rotation),
+    )
     x = values(7, m, k, dtype=dtype)
     if m > 2 and k:
         x[1] = 0
@@ -618,6 +623,7 @@ def op_arguments(salient_dtype=torch.bfloat16) -> dict[str, tuple]:
         "unpack_nibbles": (ops.pack_nibbles(q), 24, False),
         "pack_weight": (torch.randn(20, 24), perm, 3, 8, 4, 4, None, salient_dtype),
         "unpack_weight": (*packed, perm, 20, 8, 4),
+        "unpack_rows": (*packed, perm, torch.tensor([3, 19, 3]), 20, 8, 4),
         "w4a4_linear": (x, *packed, perm, torch.randn(20), 20, 8, *choices, None),
         "quantize_input": (x, perm, 3, 8, *choices),
     }
@@ -629,7 +635,7 @@ def test_every_op_is_in_the_table():
     assert registered == set(op_arguments())
 
 
-IN_INT8 = ["pack_weight", "unpack_weight", "w4a4_linear"]
+IN_INT8 = ["pack_weight", "unpack_weight", "unpack_rows", "w4a4_linear"]
 
 
 @pytest.mark.parametrize(
@@ -878,7 +884,8 @@ NO_COLUMNS = {
 
 
 def test_every_op_on_rows_is_in_the_table_of_those_without_columns():
-    assert set(op_arguments()) - set(NO_COLUMNS) == {"argsort", "sort_keys"}  # of channels
+    others = {"argsort", "sort_keys", "unpack_rows"}  # of channels, or with a list of rows
+    assert set(op_arguments()) - set(NO_COLUMNS) == others
 
 
 @pytest.mark.parametrize("name", NO_COLUMNS)
@@ -899,6 +906,13 @@ def test_columns_outside_the_groups_are_refused(col0, group_size):
     ):
         with pytest.raises(ValueError, match=rf"col0 must be .*; got {col0}|groups or more; got 1"):
             call()
+
+
+@pytest.mark.parametrize("index", [-1, 20, 2**40, -(2**63), 2**63 - 1])
+def test_rows_outside_the_weight_are_refused(isa, index):
+    packed = ops.pack_weight(torch.randn(20, 24), torch.arange(24).int(), 3, 8)
+    with pytest.raises(ValueError, match=r"rows holds an index outside \[0, out_features\)"):
+        ops.unpack_rows(*packed, torch.arange(24).int(), torch.tensor([1, index]), 20, 8)
 
 
 HUGE = {

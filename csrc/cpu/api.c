@@ -256,7 +256,25 @@ mq_status mq_unpack_weight(const mq_linear *lin, int64_t panel0, int64_t panel1,
     REQUIRE(w, MQ_INVALID_POINTER);
     mq_linear resolved;
     TRY(resolve_perm(lin, &resolved));
-    mq_run_unpack_weight(mq_kernels_of(lin->isa), &shape, &resolved, panel0, panel1, w);
+    mq_run_unpack_rows(mq_kernels_of(lin->isa), &shape, &resolved, NULL, panel0 * MQ_PANEL,
+                       mq_min(panel1 * MQ_PANEL, lin->n), w);
+    return MQ_OK;
+}
+
+mq_status mq_unpack_rows(const mq_linear *lin, const int64_t *rows, int64_t count, float *w) {
+    mq_shape shape;
+    TRY(check_layer(lin, &shape));
+    TRY(check_weights(lin, &shape));
+    REQUIRE(count >= 0, MQ_INVALID_SIZE);
+    REQUIRE(count == 0 || mq_matrix_fits(count, 1, 1), MQ_INVALID_SIZE);
+    REQUIRE(count == 0 || lin->k == 0 || mq_matrix_fits(count, lin->k, lin->k), MQ_INVALID_SIZE);
+    if (count == 0) return MQ_OK;
+    REQUIRE(rows && (w || lin->k == 0), MQ_INVALID_POINTER);
+    for (int64_t r = 0; r < count; r++) REQUIRE(rows[r] >= 0 && rows[r] < lin->n, MQ_INVALID_ROW);
+    if (lin->k == 0) return MQ_OK;
+    mq_linear resolved;
+    TRY(resolve_perm(lin, &resolved));
+    mq_run_unpack_rows(mq_kernels_of(lin->isa), &shape, &resolved, rows, 0, count, w);
     return MQ_OK;
 }
 

@@ -26,8 +26,9 @@ mq_status mq_run_pack_weight(const mq_kernels *kernels, const mq_shape *shape, c
                              const float *group_scales, int64_t panel0, int64_t panel1,
                              uint8_t *qweight, uint16_t *scales, void *salient,
                              uint16_t *salient_scales);
-void mq_run_unpack_weight(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
-                          int64_t panel0, int64_t panel1, float *w);
+/* Writes rows [row0, row1) of w: output channels rows[r], or r if rows is NULL. */
+void mq_run_unpack_rows(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
+                        const int64_t *rows, int64_t row0, int64_t row1, float *w);
 
 void mq_run_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,
                        int64_t groups, const float *scales, const float *u, float *w,

@@ -12,6 +12,7 @@ const char *mq_status_message(mq_status status) {
         case MQ_INVALID_BITS: return "the number of bits is out of range";
         case MQ_INVALID_DTYPE: return "the dtype is not supported here";
         case MQ_INVALID_PERM: return "perm holds an index outside [0, k)";
+        case MQ_INVALID_ROW: return "rows holds an index outside [0, out_features)";
         case MQ_INVALID_SALIENT: return "the number of salient channels must be in [0, k]";
         case MQ_INVALID_SCALE:
             return "a scale or clip ratio is negative, too large or not finite, or a clip ratio is "

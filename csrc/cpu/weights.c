@@ -129,14 +129,14 @@ static void decode(const mq_shape *shape, const uint8_t *panel, float scale, int
     }
 }
 
-void mq_run_unpack_weight(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
-                          int64_t panel0, int64_t panel1, float *w) {
+void mq_run_unpack_rows(const mq_kernels *kernels, const mq_shape *shape, const mq_linear *lin,
+                        const int64_t *rows, int64_t row0, int64_t row1, float *w) {
     const int64_t k4 = lin->k - lin->k_salient;
     float values[MQ_BUFFER];
-    for (int64_t o = panel0 * MQ_PANEL; o < mq_min(panel1 * MQ_PANEL, lin->n); o++) {
-        const int64_t p = o / MQ_PANEL, c = o % MQ_PANEL;
+    for (int64_t r = row0; r < row1; r++) {
+        const int64_t o = rows ? rows[r] : r, p = o / MQ_PANEL, c = o % MQ_PANEL;
         const uint8_t *panel = lin->qweight + p * shape->blocks * MQ_BLOCK_BYTES;
-        float *row = w + o * lin->k;
+        float *row = w + r * lin->k;
         for (int64_t j = 0; j < shape->groups; j++) {
             const float scale = mq_bf16_to_f32(lin->scales[(p * shape->groups + j) * MQ_PANEL + c]);
             const int64_t k0 = j * lin->group_size, n = group_channels(lin, j);

@@ -60,8 +60,10 @@ int mq_cuda_pack_weight(const mq_linear *lin, int q_max, mq_dtype dtype, const v
                         const float *group_scales, uint8_t *qweight, uint16_t *scales,
                         void *salient, uint16_t *salient_scales, int *seen, int *status,
                         void *stream);
-/* w [n][k]. Where perm holds an index outside [0, k), nothing is written. */
-int mq_cuda_unpack_weight(const mq_linear *lin, float *w, void *stream);
+/* w [count][k]: rows rows[i] of the weight; rows NULL: rows 0 .. count. Where perm holds an index
+ * outside [0, k), nothing is written. A row outside [0, n) is NaN. */
+int mq_cuda_unpack_rows(const mq_linear *lin, const int64_t *rows, int64_t count, float *w,
+                        void *stream);
 int mq_cuda_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t col0, int64_t group_size,
                        int64_t groups, const float *scales, const float *u, float *w, float *errors,
                        void *stream);

@@ -162,18 +162,41 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-__global__ void __launch_bounds__(kThreads) unpack_groups(mq_linear lin, mq_shape shape, float *w) {
+// The weight to unpack, and its rows that are asked for.
+struct unpack_args {
+    mq_linear lin;
+    mq_shape shape;
+    const int64_t *rows;  // [count], or nullptr: rows 0 .. count
+    int64_t count;
+    float *w;  // [count][k]
+
+    __device__ int64_t row_of(int64_t i) const { return rows ? rows[i] : i; }
+    __device__ bool has(int64_t row) const { return row >= 0 && row < lin.n; }
+};
+
+constexpr float kNoRow = __builtin_nanf("");  // the values of a row that does not exist
+
+__global__ void __launch_bounds__(kThreads) unpack_groups(unpack_args args) {
+    const mq_linear &lin = args.lin;
+    const mq_shape &shape = args.shape;
     const int64_t size = smaller(lin.group_size, lin.k - lin.k_salient);
     part values(size);
     const int per_block = kThreads / values.lanes;
     const uint32_t *words = reinterpret_cast<const uint32_t *>(lin.qweight);
-    for (int64_t block = blockIdx.x; block * per_block < lin.n * shape.groups; block += gridDim.x) {
-        const row_group of = row_group_of(lin, shape, block * per_block + values.in_block());
-        const float scale =
-            of.n <= 0
-                ? 0
-                : bf16_to_f32(lin.scales[(of.row / MQ_PANEL * shape.groups + of.group) * MQ_PANEL +
-                                         of.row % MQ_PANEL]);
+    for (int64_t block = blockIdx.x; block * per_block < args.count * shape.groups;
+         block += gridDim.x) {
+        const int64_t job = block * per_block + values.in_block(), to = job / shape.groups;
+        row_group of = row_group_of(lin, shape, job % shape.groups);  // of row 0
+        float scale = 0;
+        if (to >= args.count) {
+            of.n = 0;
+        } else if (const int64_t row = args.row_of(to); args.has(row)) {
+            of.row = row;
+            scale = bf16_to_f32(
+                lin.scales[(row / MQ_PANEL * shape.groups + of.group) * MQ_PANEL + row % MQ_PANEL]);
+        } else {
+            scale = kNoRow;
+        }
         MQ_PARTS(i, size) {
             values.n = static_cast<int>(smaller<int64_t>(of.n - i, part::kMost));
             values.fill([&](int e) {
@@ -188,21 +211,24 @@ __global__ void __launch_bounds__(kThreads) unpack_groups(mq_linear lin, mq_shap
                 const int e = values.element(v);
                 if (!values.used(v) || e >= values.n) continue;
                 const int64_t channel = channel_of(lin, of.first + i + e);
-                if (channel >= 0) w[of.row * lin.k + channel] = values.v[v];
+                if (channel >= 0) args.w[to * lin.k + channel] = values.v[v];
             }
         }
     }
 }
 
-__global__ void __launch_bounds__(kThreads) unpack_salient(mq_linear lin, float *w) {
-    MQ_GRID_STRIDE(i, lin.n * lin.k_salient) {
-        const int64_t row = i / lin.k_salient, s = i % lin.k_salient;
+__global__ void __launch_bounds__(kThreads) unpack_salient(unpack_args args) {
+    const mq_linear &lin = args.lin;
+    MQ_GRID_STRIDE(i, args.count * lin.k_salient) {
+        const int64_t to = i / lin.k_salient, s = i % lin.k_salient, row = args.row_of(to);
         const int64_t channel = channel_of(lin, lin.k - lin.k_salient + s);
-        const float scale =
-            lin.salient_dtype == MQ_I8 ? bf16_to_f32(lin.salient_scales[row]) : 1.0f;
-        const int64_t at = (row / MQ_PANEL * lin.k_salient + s) * MQ_PANEL + row % MQ_PANEL;
-        if (channel >= 0)
-            w[row * lin.k + channel] = scale * load(lin.salient_dtype, lin.salient, at);
+        float value = kNoRow;
+        if (args.has(row)) {
+            const int64_t at = (row / MQ_PANEL * lin.k_salient + s) * MQ_PANEL + row % MQ_PANEL;
+            value = load(lin.salient_dtype, lin.salient, at);
+            if (lin.salient_dtype == MQ_I8) value *= bf16_to_f32(lin.salient_scales[row]);
+        }
+        if (channel >= 0) args.w[to * lin.k + channel] = value;
     }
 }
 
@@ -252,8 +278,8 @@ dim3 blocks_of_warps(int64_t jobs) {
     return dim3(static_cast<unsigned>(smaller<int64_t>(ceil_div<int64_t>(jobs, kWarps), 1 << 24)));
 }
 
-dim3 blocks_of_groups(const mq_linear &lin, const mq_shape &shape) {
-    return blocks_for_groups(lin.n * shape.groups, smaller(lin.group_size, lin.k - lin.k_salient));
+dim3 blocks_of_groups(const mq_linear &lin, const mq_shape &shape, int64_t rows) {
+    return blocks_for_groups(rows * shape.groups, smaller(lin.group_size, lin.k - lin.k_salient));
 }
 
 }  // namespace
@@ -292,19 +318,20 @@ extern "C" int mq_cuda_pack_weight(const mq_linear *lin, int q_max, mq_dtype dty
                             salient_scales,
                             status};
     if (!error && shape.groups)
-        error = launch(pack_groups, blocks_of_groups(*lin, shape), 0, stream, args);
+        error = launch(pack_groups, blocks_of_groups(*lin, shape, lin->n), 0, stream, args);
     if (!error && lin->k_salient)
         error = launch(pack_salient, blocks_of_warps(lin->n), 0, stream, args);
     return error;
 }
 
-extern "C" int mq_cuda_unpack_weight(const mq_linear *lin, float *w, void *stream) {
-    const mq_shape shape = shape_of(*lin);
+extern "C" int mq_cuda_unpack_rows(const mq_linear *lin, const int64_t *rows, int64_t count,
+                                   float *w, void *stream) {
+    const unpack_args args = {*lin, shape_of(*lin), rows, count, w};
     int error = cudaSuccess;
-    if (shape.groups)
-        error = launch(unpack_groups, blocks_of_groups(*lin, shape), 0, stream, *lin, shape, w);
+    if (args.shape.groups)
+        error = launch(unpack_groups, blocks_of_groups(*lin, args.shape, count), 0, stream, args);
     if (error) return error;
-    return launch(unpack_salient, blocks_for(lin->n * lin->k_salient), 0, stream, *lin, w);
+    return launch(unpack_salient, blocks_for(count * lin->k_salient), 0, stream, args);
 }
 
 extern "C" int mq_cuda_gptq_block(int q_max, int64_t rows, int64_t cols, int64_t col0,

@@ -231,7 +231,24 @@ Tensor unpack_weight(Tensor qweight, Tensor scales, Tensor salient,
                                        out_features, group_size, rotation, &shape);
     // an index that is no channel, or a repeated one, leaves another channel unwritten
     Tensor w = stable::new_zeros(qweight, {out_features, lin.k}, ScalarType::Float);
-    check_launch(op, mq_cuda_unpack_weight(&lin, w.mutable_data_ptr<float>(), queue.stream));
+    check_launch(op, mq_cuda_unpack_rows(&lin, nullptr, out_features, w.mutable_data_ptr<float>(),
+                                         queue.stream));
+    return w;
+}
+
+Tensor unpack_rows(Tensor qweight, Tensor scales, Tensor salient,
+                   std::optional<Tensor> salient_scales, Tensor perm, Tensor rows,
+                   int64_t out_features, int64_t group_size, int64_t rotation) {
+    const Op op = on_device_of("unpack_rows", "qweight", qweight);
+    const Queue queue(op);
+    mq_shape shape;
+    const mq_linear lin = packed_layer(op, qweight, scales, salient, salient_scales, perm,
+                                       out_features, group_size, rotation, &shape);
+    rows = expect(op, "rows", rows, ScalarType::Long, {-1});
+    // as in unpack_weight
+    Tensor w = stable::new_zeros(qweight, {rows.size(0), lin.k}, ScalarType::Float);
+    check_launch(op, mq_cuda_unpack_rows(&lin, rows.const_data_ptr<int64_t>(), rows.size(0),
+                                         w.mutable_data_ptr<float>(), queue.stream));
     return w;
 }
 
@@ -397,6 +414,7 @@ STABLE_TORCH_LIBRARY_IMPL(mixedquant, CUDA, m) {
     m.impl("gptq_block", TORCH_BOX(&gptq_block));
     m.impl("descend_block", TORCH_BOX(&descend_block));
     m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
+    m.impl("unpack_rows", TORCH_BOX(&unpack_rows));
     m.impl("w4a4_linear", TORCH_BOX(&w4a4_linear));
     m.impl("quantize_input", TORCH_BOX(&quantize_input));
 }

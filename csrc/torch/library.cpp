@@ -247,6 +247,25 @@ Tensor unpack_weight(Tensor qweight, Tensor scales, Tensor salient,
     return w;
 }
 
+Tensor unpack_rows(Tensor qweight, Tensor scales, Tensor salient,
+                   std::optional<Tensor> salient_scales, Tensor perm, Tensor rows,
+                   int64_t out_features, int64_t group_size, int64_t rotation) {
+    const Op op{"unpack_rows"};
+    mq_shape shape;
+    mq_linear lin = packed_layer(op, qweight, scales, salient, salient_scales, perm, out_features,
+                                 group_size, rotation, &shape);
+    lin.isa = mq_isa_active();
+    rows = expect(op, "rows", rows, ScalarType::Long, {-1});
+    // a repeated index would leave another channel unwritten
+    Tensor w = stable::new_zeros(qweight, {rows.size(0), lin.k}, ScalarType::Float);
+    const int64_t *chosen = rows.const_data_ptr<int64_t>();
+    float *out = w.mutable_data_ptr<float>();
+    parallel(op, rows.size(0), grain_of(kGrainValues, lin.k), [&](int64_t begin, int64_t end) {
+        return mq_unpack_rows(&lin, chosen + begin, end - begin, out + begin * lin.k);
+    });
+    return w;
+}
+
 // A quantized input is a step 1 workspace followed by a label: what it was made for.
 using InputLabel = std::array<int64_t, 8>;
 
@@ -389,6 +408,10 @@ STABLE_TORCH_LIBRARY(mixedquant, m) {
         "Tensor? salient_scales, Tensor perm, int out_features, int group_size, int rotation) "
         "-> Tensor");
     m.def(
+        "unpack_rows(Tensor qweight, Tensor scales, Tensor salient_weight, "
+        "Tensor? salient_scales, Tensor perm, Tensor rows, int out_features, int group_size, "
+        "int rotation) -> Tensor");
+    m.def(
         "w4a4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor salient_weight, "
         "Tensor? salient_scales, Tensor perm, Tensor? bias, int out_features, int group_size, "
         "int rotation, int num_bits, str act_format, bool per_token, float clip, "
@@ -412,6 +435,7 @@ STABLE_TORCH_LIBRARY_IMPL(mixedquant, CPU, m) {
     m.impl("gptq_block", TORCH_BOX(&gptq_block));
     m.impl("descend_block", TORCH_BOX(&descend_block));
     m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
+    m.impl("unpack_rows", TORCH_BOX(&unpack_rows));
     m.impl("w4a4_linear", TORCH_BOX(&w4a4_linear));
     m.impl("quantize_input", TORCH_BOX(&quantize_input));
 }

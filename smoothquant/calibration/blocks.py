@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core.spill import scratch
 from ..models.families import decoder_layers
-from ..models.running import evaluating, hooked, run_tokens, without_head
+from ..models.running import HeadReached, evaluating, hooked, run_tokens, without_head
 
 logger = logging.getLogger("smoothquant")
 
@@ -36,10 +36,11 @@ class _FirstLayerReached(Exception):
 
 
 class Block:
-    """One decoder layer or the whole model, together with its inputs for all tokens.
+    """One decoder layer, the output head or the whole model, together with its inputs for all
+    tokens.
 
     Attributes:
-        name: full name of the decoder layer; "" for the whole model.
+        name: full name of the decoder layer or head; "" for the whole model.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Block:
 
     def holds(self, name: str) -> bool:
         """Whether the module of this full name is part of the block."""
-        return not self.name or name.startswith(self.name + ".")
+        return f"{name}.".startswith(f"{self.name}." if self.name else "")
 
     def batches_of(self, num_tokens: int, least: int) -> int:
         """How many batches have about `num_tokens` tokens: at least `least`, at most all."""
@@ -81,8 +82,9 @@ def blocks(
     names: Sequence[str],
     batches: Sequence[Tensor],
     spill: Path | None = None,
+    head: str | None = None,
 ) -> Iterator[Block]:
-    """Yield the decoder layers that hold the modules `names`, in forward order.
+    """Yield the decoder layers that hold the modules `names`, in forward order; then `head`.
 
     Changes that the caller makes to a block take effect in the inputs of the next one.
 
@@ -93,6 +95,7 @@ def blocks(
         batches: int64 [B, T] tensors of token ids, without padding.
         spill: keep the hidden states between layers in files in this folder (model on the CPU
             only); None keeps them in memory.
+        head: the output head, if its input is needed too. Its block may end by `HeadReached`.
     """
     layers = decoder_layers(model)
     inside = all(any(name.startswith(layer + ".") for layer in layers) for name in names)
@@ -102,6 +105,10 @@ def blocks(
     def run_model(batch: Tensor) -> Any:
         return run_tokens(runner, batch.to(device))
 
+    def run_with_head(batch: Tensor) -> None:
+        with suppress(HeadReached):
+            run_tokens(model, batch.to(device))
+
     calls = _layer_calls(model, layers, batches, run_model) if layers and inside else None
     if calls is None:
         if layers:
@@ -109,25 +116,63 @@ def blocks(
                 "the decoder layers of %s cannot be run one by one: calibrating it as a whole",
                 type(model).__name__,
             )
-        yield Block(model, "", [partial(run_model, batch) for batch in batches], batches)
+        run = run_with_head if head else run_model
+        yield Block(model, "", [partial(run, batch) for batch in batches], batches)
         return
     hidden = [
         _stored(_first_hidden(model, layers[0], batch, run_model), spill) for batch in batches
     ]
     shapes = [batch.shape for batch in batches]
+    others: dict[str, tuple | None] = {}  # what a layer returns beside the hidden states
+
+    def pass_through(at: int) -> None:
+        """Run the model with layers that compute nothing, up to the last, which gets its input."""
+
+        def passing(layer: str) -> Callable[..., Any]:
+            rest = others[layer]
+            output = hidden[at] if rest is None else (hidden[at], *rest)
+            return lambda *args, **kwargs: output
+
+        with _replaced_forwards(model, {layer: passing(layer) for layer in layers[:-1]}):
+            run_with_head(batches[at])
+
     for index, layer in enumerate(layers):
 
         def forward(at: int, index: int = index, layer: str = layer) -> Tensor:
             call = calls[shapes[at]][index]
-            return _hidden_states(model.get_submodule(layer)(hidden[at], *call.args, **call.kwargs))
+            output = model.get_submodule(layer)(hidden[at], *call.args, **call.kwargs)
+            others[layer] = output[1:] if isinstance(output, tuple) else None
+            return _hidden_states(output)
 
         forwards = [partial(forward, at) for at in range(len(batches))]
         yield Block(model, layer, forwards, batches)
         if layer == layers[-1]:
-            return
+            break
         with torch.no_grad(), evaluating(model):
             for at in range(len(batches)):
                 hidden[at] = _stored(forward(at), spill)
+    if head:
+        yield Block(model, head, [partial(pass_through, at) for at in range(len(batches))], batches)
+
+
+@contextmanager
+def _replaced_forwards(
+    model: nn.Module, forwards: Mapping[str, Callable[..., Any]]
+) -> Iterator[None]:
+    """Let the modules of these names compute something else; restore them on exit."""
+    before = {}
+    for name, forward in forwards.items():
+        module = model.get_submodule(name)
+        before[name] = vars(module).get("forward")
+        vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        for name, own in before.items():
+            module = model.get_submodule(name)
+            del vars(module)["forward"]
+            if own is not None:
+                vars(module)["forward"] = own
 
 
 def _stored(hidden: Tensor, spill: Path | None) -> Tensor:

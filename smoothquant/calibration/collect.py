@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,7 +15,15 @@ from ..core.progress import progress_bar
 from ..layers.linear import refuse_quantized
 from ..models.families import LayerInput, layer_inputs
 from ..models.routing import PARTS, expert_names
-from ..models.running import evaluating, hooked, input_hooks, run_tokens, without_head
+from ..models.running import (
+    HeadReached,
+    evaluating,
+    first_argument,
+    hooked,
+    input_hooks,
+    run_tokens,
+    without_head,
+)
 from .blocks import blocks
 
 
@@ -27,6 +36,7 @@ def collect_stats(
     spill: Path | None = None,
     progress: bool = True,
     ignore: Sequence[str] = (),
+    head: str | None = None,
 ) -> dict[str, ChannelStats]:
     """Run `batches` through a float model and collect the statistics of its layer inputs.
 
@@ -44,6 +54,8 @@ def collect_stats(
         spill: with `by_layer` only, a folder for the hidden states between layers.
         progress: show a progress bar.
         ignore: patterns of modules to leave out, as in `MixedQuantConfig`.
+        head: full name of the output head, to collect the statistics of its input too, which
+            ``MixedQuantConfig(head="int4")`` uses.
 
     Returns:
         {name of a linear: ChannelStats of its input}. Those of a layer that no token reached, for
@@ -57,7 +69,7 @@ def collect_stats(
     refuse_quantized(model)
     inputs = layer_inputs(model, ignore)
     stats = _idle_experts(model, inputs)
-    runner = without_head(model, [item.name for item in inputs])
+    runner = model if head else without_head(model, [item.name for item in inputs])
     device = next(model.parameters()).device
 
     def add(names: tuple[str, ...], x: Tensor) -> None:
@@ -80,9 +92,17 @@ def collect_stats(
         if number < 0:
             raise ValueError("batches must contain at least one batch; got none")
 
+    def at_head(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        assert head is not None
+        add((head,), first_argument(args, kwargs))
+        raise HeadReached
+
     hooks = input_hooks(inputs, add)
+    hooked_inputs = list(hooks)
+    if head:
+        hooks[head] = at_head
     if by_layer:
-        layers = blocks(model, list(hooks), list(checked_batches()), spill)
+        layers = blocks(model, hooked_inputs, list(checked_batches()), spill, head)
         for block in progress_bar(layers, desc="calibrating", unit="layer", shown=progress):
             block.run({name: hook for name, hook in hooks.items() if block.holds(name)})
     else:
@@ -91,7 +111,8 @@ def collect_stats(
             for batch in progress_bar(
                 checked_batches(), total=length, desc="calibrating", unit="batch", shown=progress
             ):
-                run_tokens(runner, batch.to(device))
+                with suppress(HeadReached):
+                    run_tokens(runner, batch.to(device))
     idle = [name for name, entry in stats.items() if entry.count == 0]
     unreached = [
         names

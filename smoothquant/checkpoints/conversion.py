@@ -137,9 +137,13 @@ def convert(
         try:
             _map_weights(model, source, headers, mapped, work / "fused")
 
-            def collect(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, ChannelStats]:
+            def collect(
+                model: nn.Module, batches: Sequence[Tensor], head: str | None
+            ) -> dict[str, ChannelStats]:
                 path = work / "stats.safetensors"
-                collected = _statistics(path, model, batches, spilled, progress, config.ignore)
+                collected = _statistics(
+                    path, model, batches, spilled, progress, config.ignore, head
+                )
                 mapped.release()
                 return collected
 
@@ -409,11 +413,12 @@ def _statistics(
     spill: Path | None,
     progress: bool,
     ignore: Sequence[str],
+    head: str | None,
 ) -> dict[str, ChannelStats]:
     """Collect statistics into a file, unless an earlier run did; read them from there."""
     if not path.exists():
         stats = collect_stats(
-            model, batches, by_layer=True, spill=spill, progress=progress, ignore=ignore
+            model, batches, by_layer=True, spill=spill, progress=progress, ignore=ignore, head=head
         )
         save_stats(stats, path)
     return load_stats(path)

@@ -67,6 +67,11 @@ def export_compressed_tensors(
             continue
         if not isinstance(module, W4A4Linear):
             raise _not_expressible(name, "it is a simulation (backend='fake')")
+        if module.table:
+            part = "embeddings" if name.endswith(".packed") else "head"
+            raise _not_expressible(
+                name, f"it is a quantized output head or embedding; quantize with {part}='16bit'"
+            )
         scheme = _scheme(name, module)
         packed = _Packed(*_natural_weight(name, module, dtype), module.bias)
         replace_module(exported, name, packed, places)

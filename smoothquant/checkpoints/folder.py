@@ -52,6 +52,8 @@ from .manifest import (
     check_linear,
     check_unaltered,
     insert_linears,
+    tie_tables,
+    tied_tables,
     try_model,
     warn_of_changes,
 )
@@ -198,7 +200,6 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
     model.load_state_dict(tensors, assign=True)
     check_kept(model, headers)
     check_checksums(manifest, headers, stored)
-    model.mixedquant_config = manifest.config
     parameters = dict(model.named_parameters())
     for name, owner in manifest.shared.items():
         if owner in parameters:  # it shares the memory already; make it the same object
@@ -239,9 +240,11 @@ def open_quantized(folder: str | os.PathLike) -> Opened:
     manifest = Manifest.from_dict(fields["quantization_config"], path)
     headers = stored_tensors(folder)
     model = float_model(folder, fields.get("architectures"), headers)
+    model.mixedquant_config = manifest.config
     insert_linears(model, manifest, path)
     paths = {header.path for header in headers.values()} or {folder / TENSORS}
     dtypes = check_headers(model, manifest, headers, tensors_file(paths))
+    tie_tables(model, tied_tables(manifest))
     check_unaltered(manifest, path)
     warn_of_changes(manifest, path, fields)
     return Opened(model, manifest, headers, dtypes)

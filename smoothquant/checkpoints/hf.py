@@ -16,8 +16,11 @@ weights that read one layer input (q, k and v, or all experts of a layer).
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,7 @@ from ..core.tensor_files import (
     tensors_file,
 )
 from ..layers.decoder import place_and_fuse
+from ..layers.embedding import QuantizedEmbedding
 from ..layers.experts import W4A4Experts
 from ..layers.linear import QuantizedLinear
 from ..models.families import LayerInput
@@ -55,7 +59,7 @@ from ..models.modules import assign, distinct_tensors, unsaved_buffers
 from ..models.routing import PARTS
 from ..quantization.checks import check_batches
 from ..quantization.engine import Plan
-from ..quantization.undo import dequantize
+from ..quantization.undo import FLOAT_TIES, dequantize
 from .attachment import finish_and_attach
 from .checksums import config_checksum, tensor_checksums
 from .manifest import (
@@ -66,6 +70,8 @@ from .manifest import (
     check_kept,
     check_linear,
     insert_linears,
+    tie_tables,
+    tied_tables,
     try_model,
     warn_of_changes,
 )
@@ -198,6 +204,8 @@ class MixedQuantQuantizer(HfQuantizer):
         self.dtypes: dict[str, torch.dtype] = {}
         self.packed: set[str] = set()
         self.shared: dict[str, str] = {}
+        self.tied: dict[str, str] = {}
+        self.may_be_missing: Any = None
         self.dtype: torch.dtype | None = None
         self.as_stored = False
         self.tokenizer = ""
@@ -267,7 +275,7 @@ class MixedQuantQuantizer(HfQuantizer):
             return
         whole = type(model).__name__ in (model.config.architectures or [])
         rename = (lambda name: name) if whole else _renaming(model)
-        manifest = manifest if whole else manifest.renamed(rename)
+        manifest = manifest if whole else _with_tied_heads(model, manifest.renamed(rename))
         if not manifest.linears:
             raise CheckpointError(
                 f"{model.name_or_path}: no quantized layer is part of a {type(model).__name__}"
@@ -294,7 +302,10 @@ class MixedQuantQuantizer(HfQuantizer):
             path = tensors_file(checkpoint_files)
             dtypes = check_headers(model, manifest, headers, path, only_linears=not whole)
             self.files, self.headers, self.dtypes = checkpoint_files, headers, dtypes
-        self.shared = manifest.shared
+        self.shared, self.tied = manifest.shared, tied_tables(manifest)
+        self.may_be_missing = model._keys_to_ignore_on_load_missing
+        not_missing = [*(self.may_be_missing or ()), *map(re.escape, self.shared)]
+        model._keys_to_ignore_on_load_missing = not_missing
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.on_load is not None:
@@ -312,11 +323,17 @@ class MixedQuantQuantizer(HfQuantizer):
 
     def _finish_stored(self, model: Any) -> None:
         """Restore shared tensors, and reject values that would be unsafe for the kernels."""
+        model._keys_to_ignore_on_load_missing = self.may_be_missing
         for name, owner in self.shared.items():
             assign(model, name, _tensor(model, owner))
+        tie_tables(model, self.tied)
         if self.as_stored:
             for name, buffer in unsaved_buffers(model).items():
                 assign(model, name, buffer.to(self.dtypes.get(name, buffer.dtype)))
+        else:
+            for module in model.modules():
+                if isinstance(module, QuantizedEmbedding):
+                    module.like = module.like.to(self.dtype)
         for name, module in model.named_modules():
             if isinstance(module, QuantizedLinear):
                 perm = f"{name}.perm"
@@ -374,6 +391,31 @@ def _untie_quantized(model: Any) -> None:
     model.all_tied_weights_keys = {
         name: owner for name, owner in tied.items() if {name, owner} <= names
     }
+    # `tie_weights` reads the class attribute, so shadow it where it names quantized embeddings.
+    for module in model.modules():
+        keys: Any = getattr(module, "_tied_weights_keys", None)
+        if isinstance(keys, dict):  # a model of transformers, perhaps an inner one
+            kept = {n: o for n, o in keys.items() if not _is_table(module, n, o)}
+            if kept != keys:
+                vars(module).setdefault(FLOAT_TIES, keys)
+                vars(module)["_tied_weights_keys"] = kept
+
+
+def _is_table(model: nn.Module, *names: str) -> bool:
+    """Whether one of these tensors is of a quantized head or of quantized embeddings."""
+    owners = {name.rpartition(".")[0] for name in names}
+    return any(
+        name in owners and isinstance(module, (QuantizedLinear, QuantizedEmbedding))
+        for name, module in model.named_modules(remove_duplicate=False)
+    )
+
+
+def _refuse_resizing(name: str, *args: Any, **kwargs: Any) -> None:
+    """What takes the place of `resize_token_embeddings`."""
+    raise ValueError(
+        f"resize_token_embeddings: the {name} has a quantized head or embeddings; resize the float "
+        "model, then quantize it"
+    )
 
 
 def _check_complete(model: Any, awaited: Iterable[str] = ()) -> None:
@@ -391,8 +433,26 @@ def set_quantizer(model: Any) -> None:
         quantizer = model.hf_quantizer = MixedQuantQuantizer(manifest)
     quantizer.quantization_config = model.config.quantization_config = manifest
     model.is_quantized, model.quantization_method = True, MixedQuantConfig.quant_method
+    _untie_quantized(model)
+    if any(isinstance(m, QuantizedLinear) and m.table for m in model.modules()):
+        refusal = functools.partial(_refuse_resizing, type(model).__name__)
+        vars(model)["resize_token_embeddings"] = refusal
     model._weight_conversions = []  # save the tensors under the model's own names
     model._keys_to_ignore_on_save = None  # and all of them
+
+
+def _with_tied_heads(model: Any, manifest: Manifest) -> Manifest:
+    """The manifest with the heads that the model ties to quantized embeddings, if it has none, as
+    in the folder of a base model."""
+    shared = dict(manifest.shared)
+    for name, owner in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        head, packed = name.removesuffix(".weight"), owner.removesuffix(".weight") + ".packed"
+        module: Any = model.get_submodule(head) if head != name else None
+        if packed in manifest.linears and isinstance(module, nn.Linear) and module.bias is None:
+            n, k = module.weight.shape
+            for key in manifest.blank(packed, k, n).state_dict():
+                shared.setdefault(f"{head}.{key}", f"{packed}.{key}")
+    return dataclasses.replace(manifest, shared=shared)
 
 
 def _renaming(model: nn.Module) -> Callable[[str], str | None]:
@@ -419,6 +479,8 @@ def _has_place(model: nn.Module, name: str) -> bool:
             return True
         child = module._modules.get(part)
         if child is None:
+            if isinstance(module, nn.Embedding) and part == "packed":
+                return True
             is_place = isinstance(module, nn.Linear) or hasattr(module, part)
             return depth == len(path) - 1 and is_place
         module = child
@@ -433,6 +495,11 @@ def _skip_initialization(model: nn.Module) -> None:
         if above and not module._buffers:  # buffers are computed by the initialization
             marked: Any = module
             marked._is_hf_initialized = True
+        if isinstance(module, QuantizedEmbedding) or (
+            isinstance(module, QuantizedLinear) and module.table
+        ):
+            table: Any = module
+            table._is_hf_initialized = True
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

@@ -7,7 +7,9 @@ format_version   version of these fields and of the tensors (docs/format.md)
 config           the model's MixedQuantConfig
 dtype            the model's dtype: that of every float tensor without an entry in dtypes
 linears          {name of a quantized linear: num_salient; also bias and quantize_output if true,
-                 and choices, the fields in which its config differs from the model's}
+                 choices, the fields in which its config differs from the model's; and table, the
+                 format of an output head or embeddings (`core.config.table_config`)}. The weight of
+                 embeddings is the linear "packed" in them
 shared           {tensor: the stored tensor whose memory it shares}
 dtypes           {tensor or unsaved buffer: its dtype}, if it is not the expected one
 checksums        {linear, other stored tensor, or "config.json": its CRC-32} (`checksums`)
@@ -25,16 +27,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.config import MixedQuantConfig
+from ..core.config import MixedQuantConfig, table_config
 from ..core.errors import CheckpointError
 from ..core.tensor_files import CONFIG, Header
 from ..core.tensors import DTYPES, FLOATS, dtype_name, is_finite
+from ..layers.embedding import QuantizedEmbedding
 from ..layers.experts import W4A4Experts
+from ..layers.int8 import blank_table
 from ..layers.linear import QuantizedLinear, linear_class
 from ..models.families import decoder_layers
 from ..models.kept import unlike_linear
 from ..models.modules import distinct_tensors, module_places, replace_module, unsaved_buffers
 from ..models.routing import PARTS, expert_names
+from ..models.tables import unlike_embedding
 from ..quantization.checks import non_finite_parameters
 from .checksums import config_checksum, json_checksum, tensor_checksums
 
@@ -55,8 +60,19 @@ FIELDS = {
 CHECKSUM_FIELDS = {"checksums": dict, "checksum": str}
 
 # Fields of a linear's entry, and the defaults of those that may be omitted.
-LINEAR_FIELDS = {"num_salient": int, "bias": bool, "quantize_output": bool, "choices": dict}
-LINEAR_DEFAULTS: dict[str, Any] = {"bias": False, "quantize_output": False, "choices": {}}
+LINEAR_FIELDS = {
+    "num_salient": int,
+    "bias": bool,
+    "quantize_output": bool,
+    "choices": dict,
+    "table": str,
+}
+LINEAR_DEFAULTS: dict[str, Any] = {
+    "bias": False,
+    "quantize_output": False,
+    "choices": {},
+    "table": "",
+}
 
 # Config fields that `quantize` may choose per layer.
 LAYER_CHOICES = ("act_format", "act_clip", "rotation")
@@ -87,14 +103,18 @@ class Manifest:
         linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
         if not linears:
             raise ValueError(f"model must be quantized; got {type(model).__name__}")
-        config = getattr(model, "mixedquant_config", next(iter(linears.values())).config)
-        common = config.to_dict()
+        config = getattr(model, "mixedquant_config", None)
+        if config is None:
+            config = next((m.config for m in linears.values() if not m.table), None)
+        if config is None:
+            raise ValueError(f"model must have a mixedquant_config; got {type(model).__name__}")
         entries = {
             name: {
                 "num_salient": module.num_salient,
                 "bias": module.bias is not None,
                 "quantize_output": module.quantize_output,
-                "choices": _choices(name, module.config, common),
+                "choices": _choices(name, module, config),
+                "table": module.table,
             }
             for name, module in linears.items()
         }
@@ -212,23 +232,32 @@ class Manifest:
             ValueError, TypeError: the linear's entry is invalid.
         """
         entry = self.linears[name]
-        if not set(entry["choices"]) <= set(LAYER_CHOICES):
+        if not set(entry["choices"]) <= set(() if entry["table"] else LAYER_CHOICES):
             raise ValueError(f"choices may name {', '.join(LAYER_CHOICES)} only")
+        layer = {
+            "bias": entry["bias"],
+            "num_salient": entry["num_salient"],
+            "dtype": self.dtype,
+            "device": "meta",
+        }
+        if entry["table"]:
+            return blank_table(entry["table"], k, n, self.config, **layer)
         return linear_class(self.config)(
             k,
             n,
-            entry["bias"],
             config=dataclasses.replace(self.config, **entry["choices"]),
-            num_salient=entry["num_salient"],
             quantize_output=entry["quantize_output"],
-            dtype=self.dtype,
-            device="meta",
+            **layer,
         )
 
 
-def _choices(name: str, config: MixedQuantConfig, common: dict[str, Any]) -> dict[str, Any]:
-    """The fields in which a layer's config differs from the model's fields `common`."""
-    fields = config.to_dict()
+def _choices(name: str, module: QuantizedLinear, model_config: MixedQuantConfig) -> dict[str, Any]:
+    """The fields in which a layer's config differs from the model's."""
+    if module.table:
+        if module.config != table_config(model_config, module.table, module.in_features):
+            raise ValueError(f"{name} must have the model's MixedQuantConfig; it differs")
+        return {}
+    fields, common = module.config.to_dict(), model_config.to_dict()
     differing = {field: value for field, value in fields.items() if value != common[field]}
     if not set(differing) <= set(LAYER_CHOICES):
         raise ValueError(f"all linears must have the same MixedQuantConfig; {name} differs")
@@ -285,22 +314,29 @@ def insert_linears(model: nn.Module, manifest: Manifest, path: Path | str = CONF
         fused = [getattr(module, part, None) for part in PARTS]
         if isinstance(module, nn.Linear) and not unlike_linear(module):
             shapes[name] = module.weight.shape
+        elif isinstance(module, nn.Embedding) and not unlike_embedding(module):
+            shapes[f"{name}.packed"] = module.weight.shape
         # Not more experts than the manifest has entries: a malicious number would exhaust memory.
         elif all(isinstance(t, Tensor) and 2 * len(t) <= len(manifest.linears) for t in fused):
             names = expert_names(name, module)
             blocks[name] = {key: full for full, key in names.items()}
             shapes |= {full: getattr(module, part).shape[1:] for full, (_, part) in names.items()}
-    layers: dict[str, nn.Module] = {}
-    for name in manifest.linears:
+    layers: dict[str, QuantizedLinear] = {}
+    tied = tied_tables(manifest)
+    for name in [*manifest.linears, *tied]:
         if name not in shapes:
             raise CheckpointError(f"{path}: the model has no linear {name}")
         n, k = shapes[name]
         try:
-            layers[name] = manifest.blank(name, k, n)
+            layers[name] = manifest.blank(tied.get(name, name), k, n)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: linear {name}: {error}") from error
+        embedding = modules.get(name.rpartition(".")[0])
         if name in modules:
             replace_module(model, name, layers[name], places)
+        elif isinstance(embedding, nn.Embedding):
+            replacement = QuantizedEmbedding(embedding, layers[name])
+            replace_module(model, name.rpartition(".")[0], replacement, places)
     for block, matrices in blocks.items():
         missing = [name for name in matrices.values() if name not in layers]
         if not missing:
@@ -309,6 +345,28 @@ def insert_linears(model: nn.Module, manifest: Manifest, path: Path | str = CONF
             replace_module(model, block, W4A4Experts(experts, float_experts.act_fn), places)
         elif len(missing) < len(matrices):
             raise CheckpointError(f"{path}: linear {missing[0]} is missing")
+
+
+def tied_tables(manifest: Manifest) -> dict[str, str]:
+    """{further name of a table's packed weight: its first name}, for tied heads and embeddings."""
+    modules = {n.rpartition(".")[0]: o.rpartition(".")[0] for n, o in manifest.shared.items()}
+    return {
+        name: owner
+        for name, owner in modules.items()
+        if owner in manifest.linears and manifest.linears[owner]["table"]
+        if name not in manifest.linears
+    }
+
+
+def tie_tables(model: nn.Module, tied: Mapping[str, str]) -> None:
+    """Let heads and embeddings that are one weight be one module, as before they were saved.
+
+    Args:
+        tied: from `tied_tables`.
+    """
+    for name, owner in tied.items():
+        block, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(block), leaf, model.get_submodule(owner))
 
 
 def check_headers(
@@ -401,7 +459,7 @@ def check_linear(
     """
 
     def faults() -> Iterator[tuple[str, str]]:
-        natural = torch.arange(module.in_features).int()
+        natural = torch.arange(len(module.perm)).int()
         if not torch.equal(tensors["perm"].cpu().sort().values, natural):
             yield "perm", "is not a permutation of the channels"
         for key, tensor in tensors.items():
@@ -417,7 +475,9 @@ def check_linear(
         if salient is not None and "salient_scales" in tensors and (salient == -128).any():
             yield "salient_weight", "holds the code -128"
         codes = tensors.get("qweight")
-        if codes is not None and ((codes < 0x10) | (codes & 0x0F == 0)).any():
+        # Planes of INT8 weights may have it; the kernels take it too.
+        may_be_8 = module.planes > 1
+        if codes is not None and not may_be_8 and ((codes < 0x10) | (codes & 0x0F == 0)).any():
             yield "qweight", "holds the code -8"
 
     for key, fault in faults():

@@ -11,11 +11,14 @@ from torch import nn
 from ..channels.statistics import ChannelStats
 from ..core.config import MixedQuantConfig
 from ..layers.experts import W4A4Experts
+from ..layers.int8 import blank_table
 from ..layers.linear import QuantizedLinear, linear_class
 from ..models.families import known_inputs
 from ..models.kept import output_heads
 from ..models.modules import distinct_tensors, module_copy, module_places, replace_module
+from ..models.tables import find_tables
 from ..quantization.checks import checked_groups
+from ..quantization.tables import insert_table, table_group
 
 # {tensor of a quantized linear: its kind}
 PARTS_OF_LINEAR = {
@@ -47,6 +50,8 @@ def bytes_by_kind(model: nn.Module, sizes: Mapping[str, int] | None = None) -> d
         module = modules[block]
         if isinstance(module, QuantizedLinear):
             kind = PARTS_OF_LINEAR[leaf]
+            if module.table and leaf != "bias":
+                kind = "embeddings" if block.endswith(".packed") else "output head"
         elif isinstance(module, nn.Embedding):
             kind = "embeddings"
         elif leaf == "bias":
@@ -79,6 +84,7 @@ def planned_bytes(
         ValueError, TypeError: as `quantize`.
     """
     groups = checked_groups(model, config, stats, stats_to_come=stats_to_come)
+    tables = find_tables(model, config).quantized
     config = config.settled()  # searched options do not change the size
     planned = module_copy(model)
     places = module_places(planned)
@@ -100,6 +106,21 @@ def planned_bytes(
                 blocks.setdefault(block, {})[expert, part] = layer
             else:
                 replace_module(planned, name, layer, places)
+    for table in tables:
+        group = table_group(model, table, config, stats)
+        weight, bias = group.matrix(model, group.name)
+        n, k = weight.shape
+        blank = blank_table(
+            table.kind,
+            k,
+            n,
+            config,
+            bias=bias is not None,
+            num_salient=group.num_salient,
+            dtype=weight.dtype,
+            device="meta",
+        )
+        insert_table(planned, table, blank, places)
     for name, layers in blocks.items():
         fused: Any = model.get_submodule(name)
         replace_module(planned, name, W4A4Experts(layers, fused.act_fn), places)

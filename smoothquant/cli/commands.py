@@ -121,6 +121,7 @@ def calibrate(
     from ..calibration.stats_files import save_stats
     from ..calibration.tokens import calibration_batches
     from ..core.config import MixedQuantConfig
+    from ..models.tables import head_name
 
     config = MixedQuantConfig(
         calibration=_calibration(calibration), calibration_tokens=calibration_tokens, seed=seed
@@ -130,7 +131,8 @@ def calibrate(
     if output.exists() and not (overwrite and output.is_file()):
         raise ValueError(f"FILE already exists: {output} (use --overwrite to replace it)")
     loaded, tokenizer = load_model(model)
-    stats = collect_stats(loaded, calibration_batches(loaded, tokenizer, config))
+    batches = calibration_batches(loaded, tokenizer, config)
+    stats = collect_stats(loaded, batches, head=head_name(loaded))
     save_stats(stats, output)
     typer.echo(f"Wrote statistics of {len(stats)} layers to {output.resolve()}")
 

@@ -31,6 +31,8 @@ CHOICES = {
     "act_format": ("symmetric", "unsigned", "zero_point", "auto"),
     "act_quant": ("per_group", "per_token", "per_tensor"),
     "backend": ("int4", "fake"),
+    "head": ("16bit", "int8", "int4"),
+    "embeddings": ("16bit", "int8", "int4"),
     "non_finite": ("propagate", "raise"),
 }
 
@@ -140,6 +142,12 @@ class MixedQuantConfig:
         calibration_tokens: number of tokens drawn from the calibration data, in blocks of 1,024 or
             the model's maximum length if that is shorter.
         seed: random seed of that draw.
+        head: format of the output head: "16bit" keeps it as it is; "int8" has INT8 weights with a
+            scale per group; "int4" has packed INT4 weights like the other linears. Both quantize
+            the head's inputs to 8 bits, and round to nearest. What cannot be quantized stays; the
+            report says why.
+        embeddings: the same for the input embeddings, which dequantize the rows they look up. A
+            tied head and embeddings are one weight: set either of the two, or both alike.
         ignore: patterns of modules that stay as they are, with everything inside them. A pattern
             is one or more whole parts of a module's name, separated by dots: "lm_head",
             "vision_tower", "mlp.gate" or "model.layers.0". With "*", "?" or "[", it must match the
@@ -178,6 +186,8 @@ class MixedQuantConfig:
     calibration: str | os.PathLike | Sequence[str] | None = None
     calibration_tokens: int = 32768
     seed: int = 42
+    head: str = "16bit"
+    embeddings: str = "16bit"
     ignore: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -293,19 +303,22 @@ class MixedQuantConfig:
         object.__setattr__(self, name, check(name, getattr(self, name), *bounds))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values; calibration texts are replaced by their sha256. An empty
-        ``ignore`` and an ``act_bits`` of None are left out."""
+        """All fields as plain JSON values; calibration texts are replaced by their sha256. Fields
+        that are newer than others are left out at their default: ``act_bits``, ``head``,
+        ``embeddings`` and ``ignore``."""
         fields = dataclasses.asdict(self)
         if isinstance(self.calibration, tuple):
             digest = hashlib.sha256("\0".join(self.calibration).encode()).hexdigest()
             fields["calibration"] = f"sha256:{digest}"
         fields["ignore"] = list(self.ignore)
         # as in folders and sweeps from before there were these fields
-        if not self.ignore:
-            del fields["ignore"]
-        if self.act_bits is None:
-            del fields["act_bits"]
-        return fields
+        newer: dict[str, Any] = {
+            "act_bits": None,
+            "head": "16bit",
+            "embeddings": "16bit",
+            "ignore": [],
+        }
+        return {n: v for n, v in fields.items() if n not in newer or v != newer[n]}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> MixedQuantConfig:
@@ -330,6 +343,52 @@ def layer_group_size(config: MixedQuantConfig, k4: int) -> int:
     activations are quantized per group."""
     has_groups = "per_group" in (config.weight_quant, config.act_quant)
     return max(1, min(config.group_size, k4) if has_groups else k4)
+
+
+def table_config(config: MixedQuantConfig, kind: str, k: int) -> MixedQuantConfig:
+    """The config of the layer of an output head or embeddings with k channels.
+
+    Args:
+        config: the model's.
+        kind: "int8" or "int4".
+    """
+    fields: dict[str, Any] = {
+        "head": "16bit",
+        "embeddings": "16bit",
+        "ignore": (),
+        # Errors of a head's input go straight into the logits.
+        "act_bits": 8,
+        "act_format": "symmetric",
+        "act_clip": 1.0,
+        "weight_rounding": "nearest",
+        "smooth_alpha": None,
+        "salient_allocation": "uniform",
+        "tp_blocks": 1,
+        "sort_within_heads": False,
+        "quantize_output": False,
+        "num_bits": 4,
+    }
+    if kind == "int8":
+        fields |= {
+            "num_bits": 4 if config.backend == "int4" else 8,  # two planes of 4 bits
+            "group_size": int8_group_size(layer_group_size(config, k), k),
+            "bits": None,
+            "salient_prop": 0.0,
+            "sort": "none",
+            "rotation": 0,
+            "weight_quant": "per_group",
+            "weight_scale": "max",
+        }
+    return dataclasses.replace(config, **fields)
+
+
+SMALLEST_INT8_GROUP = 16
+
+
+def int8_group_size(most: int, k: int) -> int:
+    """The largest group size in [16, most] that divides k channels; k if there is none."""
+    divisors = (size for size in range(min(most, k), SMALLEST_INT8_GROUP - 1, -1) if k % size == 0)
+    return next(divisors, max(1, k))
 
 
 def parse_field(text: str) -> tuple[str, Any]:
@@ -436,5 +495,7 @@ def published_config(
         act_quant=act_quant,
         num_bits=num_bits,
         salient_prop=0.0 if salient_prop is None else salient_prop,
+        head="16bit",
+        embeddings="16bit",
         **fields,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -56,7 +57,9 @@ class HeadLogits:
     @torch.no_grad()
     def __getitem__(self, index: int) -> Tensor:
         """Logits [seq_len - 1, V] of one window."""
-        return self.head(self.inputs[index].to(self.head.weight.device))
+        # A quantized head has no parameters, and dequantizes its weight on every access.
+        tensors = itertools.chain(self.head.parameters(), self.head.buffers())
+        return self.head(self.inputs[index].to(next(tensors).device))
 
 
 class Evaluator:

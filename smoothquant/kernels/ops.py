@@ -7,7 +7,7 @@
 - An invalid argument raises ValueError; the message names the op, the argument and the value.
 - CUDA tensors are accepted if :func:`has_cuda` is true. Results are bit-identical to the CPU's,
   except for the sums in ``w4a4_linear``. Only ``pack_weight`` waits for the GPU. An invalid index
-  in ``perm`` gives NaN instead of an error.
+  in ``perm`` or ``rows`` gives NaN instead of an error.
 """
 
 from __future__ import annotations
@@ -272,6 +272,41 @@ def unpack_weight(
     )
 
 
+def unpack_rows(
+    qweight: Tensor,
+    scales: Tensor,
+    salient_weight: Tensor,
+    salient_scales: Tensor | None,
+    perm: Tensor,
+    rows: Tensor,
+    out_features: int,
+    group_size: int,
+    rotation: int = 0,
+) -> Tensor:
+    """Chosen rows of the result of :func:`unpack_weight`, for embeddings.
+
+    Args:
+        rows: int64 [T], output channels in [0, out_features), in any order and any number of times.
+
+    Returns:
+        float32 [T, K].
+
+    Raises:
+        ValueError: an index is outside [0, out_features); on CUDA, its row is NaN instead.
+    """
+    return _ops.unpack_rows(
+        qweight,
+        scales,
+        salient_weight,
+        salient_scales,
+        perm,
+        rows,
+        out_features,
+        group_size,
+        rotation,
+    )
+
+
 def w4a4_linear(
     x: Tensor,
     qweight: Tensor,
@@ -519,6 +554,21 @@ def _(
     rotation: int,
 ) -> Tensor:
     return qweight.new_empty((out_features, perm.shape[0]), dtype=torch.float32)
+
+
+@_fake("unpack_rows")
+def _(
+    qweight: Tensor,
+    scales: Tensor,
+    salient_weight: Tensor,
+    salient_scales: Tensor | None,
+    perm: Tensor,
+    rows: Tensor,
+    out_features: int,
+    group_size: int,
+    rotation: int,
+) -> Tensor:
+    return qweight.new_empty((rows.shape[0], perm.shape[0]), dtype=torch.float32)
 
 
 @_fake("w4a4_linear")

@@ -328,6 +328,21 @@ def unpack_weight(
     return w
 
 
+def unpack_rows(
+    qweight: Tensor,
+    scales: Tensor,
+    salient_weight: Tensor,
+    salient_scales: Tensor | None,
+    perm: Tensor,
+    rows: Tensor,
+    out_features: int,
+    group_size: int,
+    rotation: int = 0,
+) -> Tensor:
+    packed = (qweight, scales, salient_weight, salient_scales, perm)
+    return unpack_weight(*packed, out_features, group_size, rotation)[rows]
+
+
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """fp32 fused multiply-add: a * b + c, rounded once.
 

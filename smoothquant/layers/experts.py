@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ class W4A4Experts(nn.Module):
             output.
     """
 
-    def __init__(self, linears: dict[tuple[int, str], nn.Module], act_fn: nn.Module) -> None:
+    def __init__(self, linears: Mapping[tuple[int, str], nn.Module], act_fn: nn.Module) -> None:
         super().__init__()
         self.num_experts = len(linears) // len(PARTS)
         self.act_fn = act_fn

@@ -191,10 +191,13 @@ class QuantizedLinear(nn.Module):
         config: the :class:`MixedQuantConfig` of the layer.
         num_salient: K_s, the number of salient input channels.
         group_size: channels that share a scale; K - K_s if nothing is quantized per group.
+        table: "int8" or "int4" if this is an output head or the weight of embeddings; otherwise "".
     """
 
     perm: Tensor
     bias: Tensor | None
+    table: str = ""
+    planes = 1  # packed channels per input channel
 
     def __init__(
         self,
@@ -225,7 +228,7 @@ class QuantizedLinear(nn.Module):
         self.quantize_output = quantize_output
         self.group_size = layer_group_size(config, in_features - num_salient)
         self._register_weight(dtype, device)
-        self.register_buffer("perm", _identity(in_features, device))
+        self.register_buffer("perm", _identity(self.planes * in_features, device))
         zero_bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_buffer("bias", zero_bias)
 
@@ -307,6 +310,14 @@ class QuantizedLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight that the layer computes with, [N, K] in natural channel order."""
+        raise NotImplementedError
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of that weight: int64 [...] in [0, N) -> [..., K].
+
+        Raises:
+            ValueError, IndexError: an id is out of range; on CUDA, its row is NaN.
+        """
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -454,7 +465,10 @@ class W4A4Linear(QuantizedLinear):
         is_int8 = self.config.salient_format == "int8"
         dtypes = ops.packed_dtypes(torch.int8 if is_int8 else salient_dtype_for(dtype))
         shapes = ops.packed_shapes(
-            self.out_features, self.in_features, self.num_salient, self.group_size
+            self.out_features,
+            self.planes * self.in_features,
+            self.num_salient,
+            self.group_size,
         )
         for name, shape, kind in zip(ops.PACKED, shapes, dtypes, strict=True):
             zeros = None if kind is None else torch.zeros(shape, dtype=kind, device=device)
@@ -562,6 +576,14 @@ class W4A4Linear(QuantizedLinear):
             *self._packed(), self.perm, self.out_features, self.group_size, rotation
         )
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the dequantized weight: int64 [...] in [0, N) -> float32 [..., K]."""
+        rotation = kernel_choices(self.config).rotation
+        rows = ops.unpack_rows(
+            *self._packed(), self.perm, ids.flatten(), self.out_features, self.group_size, rotation
+        )
+        return rows.unflatten(0, ids.shape) if ids.dim() else rows[0]
+
     def simulated(self, dtype: torch.dtype = torch.float32) -> FakeW4A4Linear:
         """A FakeW4A4Linear that simulates this layer with the same codes, in `dtype`."""
         layer = FakeW4A4Linear(
@@ -575,6 +597,7 @@ class W4A4Linear(QuantizedLinear):
         order = torch.arange(self.in_features, dtype=torch.int32, device=self.perm.device)
         # Not rotated back: the simulation also rotates its input.
         weight = ops.unpack_weight(*self._packed(), order, self.out_features, self.group_size, 0)
+        layer.table = self.table
         layer.simulated_weight = weight.to(dtype)
         layer.perm = self.perm.clone()
         layer.bias = None if self.bias is None else self.bias.clone()
@@ -596,9 +619,9 @@ class W4A4Linear(QuantizedLinear):
         if (
             perm is not None
             and perm.device.type != "meta"
-            and not is_permutation(perm, self.in_features)
+            and not is_permutation(perm, len(self.perm))
         ):
-            raise ValueError(f"{prefix}perm is not a permutation of {self.in_features} channels")
+            raise ValueError(f"{prefix}perm is not a permutation of {len(self.perm)} channels")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W4A4Linear:
@@ -646,12 +669,19 @@ class FakeW4A4Linear(QuantizedLinear):
 
     def dequantize(self) -> Tensor:
         """The simulated weight, [N, K], channels in natural order."""
+        return self._in_natural_order(self.simulated_weight.clone())
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the simulated weight: int64 [...] in [0, N) -> [..., K]."""
+        return self._in_natural_order(F.embedding(ids, self.simulated_weight))
+
+    def _in_natural_order(self, permuted: Tensor) -> Tensor:
+        """[..., K] in perm's order, which is overwritten, rotated back and in natural order."""
         k4 = self.in_features - self.num_salient
-        permuted = self.simulated_weight.clone()
         rotation = kernel_choices(self.config).rotation
-        permuted[:, :k4] = ops.group_hadamard(permuted[:, :k4], self.group_size, rotation)
+        permuted[..., :k4] = ops.group_hadamard(permuted[..., :k4], self.group_size, rotation)
         weight = torch.empty_like(permuted)
-        weight[:, self.perm.long()] = permuted
+        weight[..., self.perm.long()] = permuted
         return weight
 
 

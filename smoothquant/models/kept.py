@@ -55,6 +55,23 @@ def kept_modules(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, str]
     Returns:
         {full name: reason}, under every name that the model has for a module.
     """
+    why = reasons_to_keep(model, ignore)
+    return {
+        name: why[module]
+        for name, module in model.named_modules(remove_duplicate=False)
+        if module in why and (isinstance(module, nn.Linear) or is_fused_experts(module))
+    }
+
+
+def reasons_to_keep(
+    model: nn.Module, ignore: Sequence[str] = (), *, heads: bool = True
+) -> dict[nn.Module, str]:
+    """{module that is not to be quantized: reason}, for modules of every kind.
+
+    Args:
+        ignore: as for `kept_modules`.
+        heads: an output head is one.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     why: dict[nn.Module, str] = {}
 
@@ -67,7 +84,7 @@ def kept_modules(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, str]
         if pattern is not None:
             for inner in module.modules():
                 keep(inner, f"ignore={pattern!r}")
-    for name in output_heads(model):
+    for name in output_heads(model) if heads else ():
         keep(modules[name], "output head")
     for name, module in modules.items():
         kind: Any = type(module)
@@ -88,11 +105,7 @@ def kept_modules(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, str]
             for child, router in module.named_modules():
                 if _ROUTER.search(child.partition(".")[0]):
                     keep(router, "router")
-    return {
-        name: why[module]
-        for name, module in modules.items()
-        if module in why and (isinstance(module, nn.Linear) or is_fused_experts(module))
-    }
+    return why
 
 
 def matches(pattern: str, name: str) -> bool:

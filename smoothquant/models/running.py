@@ -14,6 +14,10 @@ from .modules import is_transformers_model
 from .routing import PARTS, expert_arguments, routed_inputs
 
 
+class HeadReached(Exception):
+    """Raised by a hook at the input of an output head: what follows it is not needed."""
+
+
 def without_head(model: nn.Module, names: Sequence[str]) -> nn.Module:
     """The base model, without the language head, if it contains all named layers; otherwise the
     model itself."""

@@ -18,6 +18,7 @@ from ..layers.linear import refuse_quantized, salient_dtype_for
 from ..models.families import LayerInput, layer_inputs, without
 from ..models.modules import check_no_adapter
 from ..models.routing import PARTS
+from ..models.tables import Table
 from .pipeline import Group, model_groups, with_shares
 
 logger = logging.getLogger("smoothquant")
@@ -56,6 +57,23 @@ def warn_of_missing_stats(
             len(without),
             without[0],
         )
+
+
+def warn_of_tables(
+    tables: Sequence[Table], kept: Mapping[str, str], stats: Mapping[str, ChannelStats] | None
+) -> None:
+    """Log a warning where an output head or embeddings stay in 16 bits against the config, other
+    than by its ``ignore``, or where a head has no statistics."""
+    for name, reason in kept.items():
+        if "ignore=" not in reason:
+            logger.warning("%s stays in 16 bits: %s", name, reason)
+    for table in tables:
+        if table.needs_statistics and stats is not None and table.head not in stats:
+            logger.warning(
+                "no statistics for the output head %s: its salience and order come from the "
+                "weights",
+                table.head,
+            )
 
 
 def check_arguments(model: Any, config: Any, stats: Any) -> None:
@@ -129,7 +147,7 @@ def checked_groups(
     for group in groups:
         for name, (weight, _) in zip(group.names, group.matrices(model), strict=True):
             if group.stats is not None:
-                _check_stats(name, weight, group)
+                _check_stats(name, weight, group.stats)
             check_blocks(weight.shape[1], config.tp_blocks, name)
             if config.sort_within_heads and group.heads and group.heads[0] % config.tp_blocks:
                 raise ValueError(
@@ -193,6 +211,17 @@ def check_weights(model: nn.Module, group: Group) -> None:
         _check_weight(name, weight, bias)
 
 
+def check_table(model: nn.Module, table: Table, stats: Mapping[str, ChannelStats] | None) -> None:
+    """Raise ValueError or TypeError if an output head or embeddings cannot be quantized."""
+    for name in (table.head, *table.embeddings):
+        if name is None:
+            continue
+        module: Any = model.get_submodule(name)
+        _check_weight(name, module.weight, getattr(module, "bias", None))
+        if name == table.head and stats and name in stats:
+            _check_stats(name, module.weight, stats[name])
+
+
 def check_kept_weights(model: nn.Module, items: Iterable[LayerInput]) -> None:
     """Raise ValueError for NaN or Inf in a parameter that is not quantized.
 
@@ -244,8 +273,7 @@ def _check_weight(name: str, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"weight of {name} holds values beyond the range of {stored}")
 
 
-def _check_stats(name: str, weight: Tensor, group: Group) -> None:
-    entry = group.stats
+def _check_stats(name: str, weight: Tensor, entry: Any) -> None:
     if not isinstance(entry, ChannelStats):
         raise TypeError(f"stats of {name} must be ChannelStats; got {type(entry).__name__}")
     if entry.num_channels != weight.shape[1]:

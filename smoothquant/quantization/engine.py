@@ -25,21 +25,26 @@ from ..models.families import ATTENTION_INPUTS, layer_inputs
 from ..models.kept import kept_modules
 from ..models.modules import module_places, replace_module
 from ..models.routing import PARTS
+from ..models.tables import find_tables
 from .checks import (
     check_arguments,
     check_batches,
     check_kept_weights,
     check_modules,
+    check_table,
     check_weights,
     checked_groups,
     current_stats,
     reached_inputs,
     warn_of_missing_stats,
+    warn_of_tables,
 )
 from .pipeline import Group, Ready, model_groups, ready_groups
 from .records import LinearRecord, kept_records, quantized_record, warn_if_mostly_kept
+from .tables import pack_table
 
-Collect = Callable[[nn.Module, Sequence[Tensor]], Mapping[str, ChannelStats]]
+# (model, batches, output head whose input's statistics are needed or None) -> statistics
+Collect = Callable[[nn.Module, Sequence[Tensor], str | None], Mapping[str, ChannelStats]]
 
 
 class Plan:
@@ -60,7 +65,8 @@ class Plan:
 
     Attributes:
         items: the model's layer inputs, in forward order.
-        kept: {linear or experts module that stays as it is: why}.
+        tables: the output head and embeddings to quantize (`models.tables`).
+        kept: {linear, experts module or embedding that stays as it is: why}.
         groups: groups of linears that share a channel plan, in forward order.
         config: the given one, with the field calibration set to what was chosen.
         records: {name of a matrix: its record} for the matrices packed so far.
@@ -89,25 +95,38 @@ class Plan:
         self.model, self.config, self.batches = model, config, batches
         self.spill, self.progress = spill, progress
         self.items = layer_inputs(model, config.ignore)
-        self.kept = kept_modules(model, config.ignore)
+        tables = find_tables(model, config)
+        self.tables = tables.quantized
+        self.kept = kept_modules(model, config.ignore) | tables.kept
         self._weights_to_come = weights_to_come
         check_modules(model, self.items)
         if not weights_to_come:
             check_kept_weights(model, self.items)
+            for table in self.tables:
+                check_table(model, table, stats)
         self._checked = batches is not None and not weights_to_come
         if self._checked:  # before calibration, whose error would name a layer after the broken one
             for group in model_groups(model, self.items, None):
                 check_weights(model, group)
         if stats is None and batches is not None:
+            head = next((table.head for table in self.tables if table.needs_statistics), None)
             if collect is None:
-                stats = collect_stats(model, batches, progress=progress, ignore=config.ignore)
+                stats = collect_stats(
+                    model, batches, progress=progress, ignore=config.ignore, head=head
+                )
             else:
-                stats = collect(model, batches)
+                stats = collect(model, batches, head)
         self.items, unreached = reached_inputs(self.items, stats)
         self.kept |= dict.fromkeys(unreached, "no calibration token reached it")
         self.groups = checked_groups(model, config, stats, self.items)
         self.records: dict[str, LinearRecord] = {}
+        self._head_stats = {
+            table.head: stats[table.head]
+            for table in self.tables
+            if table.head and table.needs_statistics and stats and table.head in stats
+        }
         warn_of_missing_stats(config, stats, self.groups, unreached)
+        warn_of_tables(self.tables, tables.kept, stats)
 
     @torch.no_grad()
     def pack(self, groups: Sequence[Group] | None = None) -> Iterator[LinearRecord]:
@@ -141,15 +160,23 @@ class Plan:
             shown=self.progress,
         )
 
+    @torch.no_grad()
     def finish(self) -> list[LinearRecord]:
-        """Mark the model as quantized.
+        """Quantize the output head and the embeddings, if asked for, and mark the model as
+        quantized.
 
         Returns:
             The records of all parameters: packed matrices in forward order, then the others.
         """
         if self._weights_to_come:
             check_kept_weights(self.model, self.items)
+            for table in self.tables:
+                check_table(self.model, table, None)
+        for table in self.tables:
+            record = pack_table(self.model, table, self.config, self._head_stats)
+            self.records[record.name] = record
         packed = [self.records[name] for group in self.groups for name in group.names]
+        packed += [self.records[table.name] for table in self.tables]
         report = packed + kept_records(self.model, self.items, self.kept)
         warn_if_mostly_kept(self.model, report)
         model: Any = self.model

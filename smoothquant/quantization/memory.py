@@ -15,7 +15,9 @@ from ..channels.statistics import ChannelStats
 from ..core.config import MixedQuantConfig
 from ..layers import gptq
 from ..models.families import decoder_layers
+from ..models.tables import find_tables
 from .checks import checked_groups
+from .tables import table_group
 
 # float32 copies of a weight while it is packed. GPTQ holds the original, the rounded weight and the
 # remaining error.
@@ -68,6 +70,10 @@ def planned_memory(
         inputs.append(_Input(k, sum(rows), max(rows), layer))
         if config.smooth_alpha is not None and group.reads_norm:
             smoothed[layer] += sum(weight.nbytes for weight in weights)
+    for table in find_tables(model, config).quantized:
+        group = table_group(model, table, config, stats)
+        n, k = group.matrix(model, group.name)[0].shape
+        inputs.append(_Input(k, n, n, ""))
     dtype = next(model.parameters()).dtype
     waiting = (by_layer or config.needs_tokens) and not spill
     batch = min(tokens, CALIBRATION_BLOCK) * max(x.n_largest for x in inputs)

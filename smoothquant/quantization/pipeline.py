@@ -74,7 +74,7 @@ class Group(NamedTuple):
             experts, index, part = self.expert
             return getattr(model.get_submodule(experts), part)[index], None
         module: Any = model.get_submodule(name)
-        return module.weight, module.bias
+        return module.weight, getattr(module, "bias", None)  # embeddings have none
 
     def weight(self, model: nn.Module) -> Tensor:
         """All weights concatenated along the rows, [sum of N, K]."""
@@ -156,7 +156,7 @@ def ready_groups(
     """
     if not config.needs_tokens:
         for group in _smoothed(model, groups, config, {}):
-            plan, reason = _plan(group, group.matrices(model), config)
+            plan, reason = channel_plan(group, group.matrices(model), config)
             yield Ready(group, plan, config, reason)
         return
     assert batches is not None
@@ -239,7 +239,7 @@ def _best_alpha(
         for group in readers:
             weight = group.weight(model).float()
             stats = group.stats and group.stats.divided(factor)
-            plan, _ = _plan(group._replace(stats=stats), [(weight * factor, None)], trial)
+            plan, _ = channel_plan(group._replace(stats=stats), [(weight * factor, None)], trial)
             total += Trial(x / factor, weight * factor, x @ weight.T, plan).error(trial)
         return total
 
@@ -260,7 +260,7 @@ def _calibrated(
         rows = sample_rows(block, inputs, [group.name for group in groups])
     ready = []
     for group in groups:
-        plan, reason = _plan(group, group.matrices(model), config)
+        plan, reason = channel_plan(group, group.matrices(model), config)
         resolved = config
         if config.searches:
             x, weight = rows.pop(group.name, None), group.weight(model)
@@ -348,7 +348,7 @@ def _missing(names: tuple[str, ...], stats: Mapping[str, Any]) -> ValueError:
     )
 
 
-def _plan(
+def channel_plan(
     group: Group, matrices: Sequence[tuple[Tensor, Tensor | None]], config: MixedQuantConfig
 ) -> tuple[ChannelPlan, str]:
     """The group's channel plan, on the weights' device, and what it was chosen by."""

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from ..layers.linear import QuantizedLinear
 from ..models.families import LayerInput, known_inputs
 from ..models.kept import kept_modules
+from ..models.tables import find_tables
 
 logger = logging.getLogger("smoothquant")
+EMBEDDING = "embedding"  # the reason of an embedding that stays, or the beginning of it
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def quantization_report(model: nn.Module) -> list[LinearRecord]:
     quantized = [quantized_record(name, layer, "as stored") for name, layer in layers]
     config: Any = getattr(model, "mixedquant_config", None)
     kept = kept_modules(model, config.ignore if config else ())
+    kept |= find_tables(model, config).kept if config else {}
     return quantized + kept_records(model, known_inputs(model), kept)
 
 
@@ -99,7 +102,8 @@ def warn_if_mostly_kept(model: nn.Module, records: Sequence[LinearRecord]) -> No
         return
     sizes: Counter[str] = Counter()
     for record in records:
-        if record.action == "kept" and len(record.shape) in (2, 3) and record.reason != "embedding":
+        is_embedding = record.reason.startswith(EMBEDDING)
+        if record.action == "kept" and len(record.shape) in (2, 3) and not is_embedding:
             sizes[record.reason] += math.prod(record.shape)
     most = "; ".join(f"{size:,} ({reason})" for reason, size in sizes.most_common(3))
     logger.warning("only %s; most of the others: %s", counts, most)
@@ -137,7 +141,7 @@ def kept_records(
         if leaf == "bias":
             reason = "bias"
         elif isinstance(module, nn.Embedding):
-            reason = "embedding"
+            reason = kept.get(block, EMBEDDING)
         elif block in kept:
             reason = kept[block]
         elif isinstance(module, nn.Linear):
@@ -147,7 +151,7 @@ def kept_records(
         elif parameter.dim() == 3:
             reason = "fused parameter, not in the table of families"
         keep(name, parameter, reason)
-    for block, module in modules.items():
+    for block, module in model.named_modules():
         if isinstance(module, QuantizedLinear) and module.bias is not None:
             keep(f"{block}.bias", module.bias, "bias")
     return records

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ..core.tensors import is_finite
+from ..layers.embedding import QuantizedEmbedding
 from ..layers.experts import W4A4Experts
 from ..layers.linear import QuantizedLinear, W4A4Linear
 from ..models.modules import is_transformers_model, module_copy, module_places, replace_module
 from ..models.routing import PARTS
 from .checks import WEIGHT_DTYPES
+
+# Where a model keeps its own `_tied_weights_keys` while tied weights are quantized.
+FLOAT_TIES = "_mixedquant_tied_weights_keys"
 
 
 @torch.no_grad()
@@ -62,21 +66,45 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             weights = [_float_weight(matrix, layers.pop(matrix), dtype) for matrix in names]
             setattr(fused, part, nn.Parameter(torch.stack(weights)))
         replace_module(model, name, fused, places)
+    embeddings = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedEmbedding)}
+    linears = {
+        module: name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QuantizedLinear) and name.rpartition(".")[0] not in embeddings
+    }
     while layers:
         name, layer = layers.popitem()
-        n, k, linear = layer.out_features, layer.in_features, originals.get(name)
-        if not isinstance(linear, nn.Linear) or linear.weight.shape != (n, k):
-            linear = nn.Linear(k, n, bias=layer.bias is not None, device="meta")
-        linear.weight = nn.Parameter(_float_weight(name, layer, dtype))
-        bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype))
-        linear.register_parameter("bias", bias)
-        replace_module(model, name, linear, places)
+        weight = nn.Parameter(_float_weight(name, layer, dtype))
+        readers = [name for name, module in embeddings.items() if module.packed is layer]
+        if layer in linears:
+            name = linears.pop(layer)
+            replace_module(model, name, _restored(layer, originals.get(name), weight), places)
+        for name in readers:
+            embedding = embeddings.pop(name).restored(originals.get(name), weight)
+            replace_module(model, name, embedding, places)
         del layer
-    for name in ("mixedquant_config", "mixedquant_report"):
+    for name in ("mixedquant_config", "mixedquant_report", "resize_token_embeddings"):
         vars(model).pop(name, None)
+    for module in model.modules():
+        keys = vars(module).pop(FLOAT_TIES, None)
+        if keys is not None:
+            vars(module)["_tied_weights_keys"] = keys
+            tied: Any = model
+            tied.all_tied_weights_keys = tied.get_expanded_tied_weights_keys(all_submodels=True)
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
+
+
+def _restored(layer: QuantizedLinear, linear: Any, weight: nn.Parameter) -> nn.Linear:
+    """A float linear with this weight and the layer's bias: `linear`, if it fits."""
+    if not isinstance(linear, nn.Linear) or linear.weight.shape != weight.shape:
+        n, k = weight.shape
+        linear = nn.Linear(k, n, bias=layer.bias is not None, device="meta")
+    linear.weight = weight
+    bias = None if layer.bias is None else nn.Parameter(layer.bias.to(weight.dtype))
+    linear.register_parameter("bias", bias)
+    return linear
 
 
 def _float_weight(name: str, layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:

@@ -235,6 +235,13 @@ static void check_linear(void) {
         lin.qweight = qweight[i].data, lin.scales = scales[i].data, lin.salient = salient[i].data;
         lin.salient_scales = salient_scales[i].data;
         CHECK(mq_unpack_weight(&lin, 0, shape.panels, unpacked[i].data) == MQ_OK);
+        const int64_t chosen[2] = {n - 1, n ? below(n) : 0};
+        guarded rows = guarded_alloc((size_t)(2 * k) * 4, 4);
+        CHECK(mq_unpack_rows(&lin, chosen, 2, rows.data) == (n ? MQ_OK : MQ_INVALID_ROW));
+        for (int64_t r = 0; n && k && r < 2; r++)
+            CHECK(memcmp((float *)rows.data + r * k, (float *)unpacked[i].data + chosen[r] * k,
+                         (size_t)k * 4) == 0);
+        guarded_free(&rows);
         size_t bytes;
         CHECK(mq_linear_workspace_size(&lin, m, &bytes) == MQ_OK);
         CHECK(mq_linear_tile_rows(&lin, m, &tile) == MQ_OK);

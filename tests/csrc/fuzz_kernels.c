@@ -504,6 +504,13 @@ static void fuzz_linear(void) {
             const array unpacked = array_of(F32, (wide)lin.n * lin.k);
             const mq_status status = mq_unpack_weight(&lin, panel0, panel1, unpacked.data);
             check_status(status, is_panels, panel0 == panel1, 1, unpacked.data != NULL);
+            const int64_t chosen[2] = {panel0, lin.n - 1};
+            const array rows = array_of(F32, (wide)2 * lin.k);
+            const mq_status read = mq_unpack_rows(&lin, chosen, 2, rows.data);
+            if (chosen[0] < 0 || chosen[0] >= lin.n)
+                CHECK(read == MQ_INVALID_ROW || !rows.data);
+            else
+                CHECK(read == (rows.data ? MQ_OK : MQ_INVALID_POINTER));
             if (i == 0)
                 first[0] = qweight, first[1] = scales, first[2] = salient, first[3] = unpacked;
             check_same(first[0], qweight), check_same(first[1], scales);

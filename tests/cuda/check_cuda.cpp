@@ -301,8 +301,14 @@ void check_weights(const problem &p) {
     std::vector<bytes> unpacked;
     for (int i = 0; i < 2; i++) unpacked.emplace_back(p.lin.n * p.lin.k * 4);
     CHECK(!mq_unpack_weight(&p.lin, 0, p.shape.panels, unpacked[0].as<float>()));
-    CHECK(!mq_cuda_unpack_weight(&p.lin, unpacked[1].as<float>(), nullptr));
+    CHECK(!mq_cuda_unpack_rows(&p.lin, nullptr, p.lin.n, unpacked[1].as<float>(), nullptr));
     check_values(MQ_F32, unpacked[0], unpacked[1]);
+    const int64_t rows[3] = {below(p.lin.n), below(p.lin.n), below(p.lin.n)};
+    std::vector<bytes> chosen;
+    for (int i = 0; i < 2; i++) chosen.emplace_back(3 * p.lin.k * 4);
+    CHECK(!mq_unpack_rows(&p.lin, rows, 3, chosen[0].as<float>()));
+    CHECK(!mq_cuda_unpack_rows(&p.lin, rows, 3, chosen[1].as<float>(), nullptr));
+    check_values(MQ_F32, chosen[0], chosen[1]);
     // errors that only the device sees
     float *w = p.w.as<float>();
     const int64_t at = below(p.lin.n * p.lin.k);
