@@ -40,7 +40,7 @@ import llamacpp
 import torch
 import transformers
 from linear import chip
-from token_parts import PARTS, parts_of, token_parts, weight_bytes
+from token_parts import LAYERS, PARTS, parts_of, token_parts, weight_bytes
 
 from smoothquant import MixedQuantConfig, collect_stats, quantize
 from smoothquant.bundled import load_model, wikitext
@@ -49,6 +49,7 @@ from smoothquant.channels.statistics import ChannelStats
 from smoothquant.evaluation.perplexity import Evaluator, HeadLogits
 from smoothquant.evaluation.speed import generate_times
 from smoothquant.kernels import ops
+from smoothquant.layers.decoder import use_fused_layers
 from smoothquant.layers.linear import QuantizedLinear
 from smoothquant.models.modules import module_copy, stored_bytes
 
@@ -65,7 +66,7 @@ RANDOM_SHAPE = {
     "max_position_embeddings": 2048,
 }
 # {name: fields of the config}
-QUANTIZED: dict[str, dict[str, Any]] = {"W4A4": {}}
+QUANTIZED: dict[str, dict[str, Any]] = {"W4A4": {}, "W4A8": {"act_bits": 8}}
 LLAMA_CPP = "llama.cpp"
 CONTENDERS = ("fp32", "bf16", *(q + rest for q in QUANTIZED for rest in ("", "-bf16")), LLAMA_CPP)
 # {baseline: {phase: smallest accepted ratio of W4A4's speed to it}}, SmolLM2-135M on one thread
@@ -300,7 +301,8 @@ def quality(
 def profile(
     contenders: Sequence[Contender], args: argparse.Namespace, prompts: torch.Tensor
 ) -> list[dict]:
-    """Measure the parts of a forward pass, and the same pass untimed, in turns."""
+    """Measure the parts of a forward pass, and the same pass untimed, in turns. A model with fused
+    layers is measured step by step, too."""
     print("\n| threads | contender | phase | part | ms | share | GB/s of weights |")
     print("|---|---|---|---|---|---|---|")
     rows = []
@@ -309,28 +311,41 @@ def profile(
         for contender in contenders:
             if isinstance(contender, LlamaCpp):
                 continue
-            sizes = weight_bytes(contender.model, parts_of(contender.model))
-            for phase, prompt, new in (
-                ("prefill", prompts[:1], 2),
-                ("decode", prompts[:1, :SHORT_PROMPT], args.new),
-            ):
-                index = ("prefill", "decode").index(phase)
-                inside, whole = [], []
-                for _ in range(args.turns):
-                    inside.append(token_parts(contender.model, prompt, new)[index])
-                    whole.append(generate_times(contender.model, prompt, new)[index])
-                parts = {part: statistics.median(turn[part] for turn in inside) for part in PARTS}
-                rows.append(
-                    {
-                        "threads": threads,
-                        "contender": contender.name,
-                        "phase": phase,
-                        "parts": parts,
-                        "untimed": statistics.median(whole),
-                        "weight_bytes": sizes,
-                    }
-                )
-                print_parts(rows[-1])
+            rows += profile_model(contender.name, contender.model, threads, args, prompts)
+            if LAYERS in parts_of(contender.model).values():
+                use_fused_layers(False)
+                name = f"{contender.name}, steps"
+                rows += profile_model(name, contender.model, threads, args, prompts)
+                use_fused_layers(True)
+    return rows
+
+
+def profile_model(
+    name: str, model: Any, threads: int, args: argparse.Namespace, prompts: torch.Tensor
+) -> list[dict]:
+    rows = []
+    sizes = weight_bytes(model, parts_of(model))
+    for phase, prompt, new in (
+        ("prefill", prompts[:1], 2),
+        ("decode", prompts[:1, :SHORT_PROMPT], args.new),
+    ):
+        index = ("prefill", "decode").index(phase)
+        inside, whole = [], []
+        for _ in range(args.turns):
+            inside.append(token_parts(model, prompt, new)[index])
+            whole.append(generate_times(model, prompt, new)[index])
+        parts = {part: statistics.median(turn[part] for turn in inside) for part in PARTS}
+        rows.append(
+            {
+                "threads": threads,
+                "contender": name,
+                "phase": phase,
+                "parts": {part: seconds for part, seconds in parts.items() if seconds},
+                "untimed": statistics.median(whole),
+                "weight_bytes": sizes,
+            }
+        )
+        print_parts(rows[-1])
     return rows
 
 

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from smoothquant.evaluation.speed import TokenTimes, greedy
+from smoothquant.layers.decoder import runs_fused
 from smoothquant.layers.linear import QuantizedLinear
 from smoothquant.models.families import decoder_layers
 from smoothquant.models.kept import output_heads
 
 HEAD, LINEARS, ATTENTION = "output head", "linears", "attention"
+LAYERS = "decoder layers, fused"
 SMALL, OTHER = "norms, activation, residuals", "embedding, generate, other Python"
-PARTS = (LINEARS, HEAD, ATTENTION, SMALL, OTHER)
+PARTS = (LAYERS, LINEARS, HEAD, ATTENTION, SMALL, OTHER)
 
 
 class PartTimes(TokenTimes):
@@ -53,7 +55,8 @@ class PartTimes(TokenTimes):
 
 
 def parts_of(model: nn.Module) -> dict[str, str]:
-    """{full name of a module: its part} for the modules of a decoder-only model.
+    """{full name of a module: its part} for the modules of a decoder-only model. A fused decoder
+    layer is one part; timing its modules would make it run step by step.
 
     Raises:
         ValueError: the model's family is not known.
@@ -62,8 +65,13 @@ def parts_of(model: nn.Module) -> dict[str, str]:
     if not layers:
         raise ValueError(f"the decoder layers of a {type(model).__name__} are not known")
     parts = {}
+    fused = {name for name in layers if runs_fused(model.get_submodule(name))}
     for name, module in model.named_modules():
-        if name in heads:
+        if name in fused:
+            parts[name] = LAYERS
+        elif fused & {name[:end] for end, letter in enumerate(name) if letter == "."}:
+            continue
+        elif name in heads:
             parts[name] = HEAD
         elif isinstance(module, QuantizedLinear | nn.Linear):
             parts[name] = LINEARS
@@ -75,10 +83,10 @@ def parts_of(model: nn.Module) -> dict[str, str]:
 
 
 def weight_bytes(model: nn.Module, parts: dict[str, str]) -> dict[str, int]:
-    """Bytes of the tensors in the linears and in the output head."""
+    """Bytes of the tensors in the linears, fused layers and the output head."""
     sizes: dict[str, int] = defaultdict(int)
     for name, part in parts.items():
-        if part in (LINEARS, HEAD):
+        if part in (LAYERS, LINEARS, HEAD):
             module = model.get_submodule(name)
             tensors = [*module.parameters(), *module.buffers()]
             sizes[part] += sum(tensor.nbytes for tensor in tensors)

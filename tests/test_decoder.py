@@ -297,6 +297,15 @@ def test_hooks_see_what_they_always_saw(make_model, token_ids):
         out = seen[name][0] if isinstance(seen[name], tuple) else seen[name]
         assert out.isfinite().all() and out.shape[:2] == token_ids.shape
         assert_close(model(token_ids).logits, expected, 0.1)
+    called = []
+    inner = layers_of(model)[0].mlp.up_proj
+    plain = inner.forward
+    inner.forward = lambda x: called.append(x.shape) or plain(x)
+    model(token_ids)
+    assert called
+    del inner.forward
+    model(token_ids)
+    assert len(called) == 1
     with stepwise():
         steps = model(token_ids, output_attentions=True, output_hidden_states=True)
     fused = model(token_ids, output_attentions=True, output_hidden_states=True)

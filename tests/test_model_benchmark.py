@@ -177,6 +177,20 @@ def test_a_module_is_charged_without_the_modules_inside_it(monkeypatch):
     assert clock.at_token == [seconds]
 
 
+def test_a_fused_layer_is_one_part():
+    model = llama(pad_token_id=0, hidden_size=64, intermediate_size=96, head_dim=16)
+    config = MixedQuantConfig(recipe="rtn", group_size=16, calibration="weights")
+    quantize(model, config, progress=False)
+    parts = token_parts.parts_of(model)
+    assert sorted(parts.values()) == sorted(
+        [token_parts.LAYERS] * 2 + [token_parts.HEAD, token_parts.SMALL]
+    )
+    layers = 4 * 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)
+    assert layers / 8 < token_parts.weight_bytes(model, parts)[token_parts.LAYERS] < layers / 3
+    seconds = token_parts.token_parts(model, torch.ones(1, 8, dtype=torch.long), 3)[1]
+    assert seconds[token_parts.LAYERS] > 0 == seconds[token_parts.LINEARS]
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 def test_the_parts_of_a_token(quantized):
     model = llama(pad_token_id=0)
@@ -194,7 +208,7 @@ def test_the_parts_of_a_token(quantized):
     assert plain / 8 < linears < plain / 3 if quantized else linears == plain
     for seconds in token_parts.token_parts(model, torch.ones(1, 8, dtype=torch.long), 3):
         assert list(seconds) == list(token_parts.PARTS)
-        assert all(value > 0 for value in seconds.values())
+        assert all((value > 0) != (part == token_parts.LAYERS) for part, value in seconds.items())
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 

@@ -110,6 +110,11 @@ def _new_layer(base: type, parts: DecoderParts | None) -> nn.Module:
     return layer
 
 
+def runs_fused(layer: nn.Module) -> bool:
+    """Whether a decoder layer takes its fused forward for plain calls on the CPU."""
+    return _enabled and isinstance(layer, FusedLayer) and _state_of(layer) is not None
+
+
 def _takes(x: Tensor) -> bool:
     """Whether nothing but plain eager arithmetic on the CPU is asked for."""
     return (
@@ -144,6 +149,7 @@ class _Source:
             self.module_places.append((layer.get_submodule(parent)._modules, child))
         self.modules = [places[name] for places, name in self.module_places]
         self.hooks = [h for m in self.modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self.attributes = [m.__dict__ for m in self.modules]
         self.tensor_places: list[tuple[dict[str, Any], str]] = [
             (places, name)
             for m in self.modules
@@ -153,6 +159,10 @@ class _Source:
         ]
         self.tensors = [places[name] for places, name in self.tensor_places]
         self.addresses = [t.data_ptr() for t in self.tensors]
+
+    def is_overridden(self) -> bool:
+        """Whether a module has hooks, or a forward of its own, as some libraries give it."""
+        return any(self.hooks) or any("forward" in own for own in self.attributes)
 
     def is_current(self) -> bool:
         """Whether the layer still consists of the same modules and tensors, at the same addresses:
@@ -171,7 +181,7 @@ class _Source:
 
 def _state_of(layer: nn.Module) -> _Fused | None:
     """The prepared calls of a layer, made anew if a module or tensor was replaced; None if they
-    cannot be made or a module has hooks."""
+    cannot be made or would pass over something."""
     known = _STATES.get(layer)
     if known is None or not known[0].is_current():
         parts = _PARTS.get(layer)
@@ -180,7 +190,7 @@ def _state_of(layer: nn.Module) -> _Fused | None:
         known = _Source(layer, parts.names), _fused(layer, parts)
         _STATES[layer] = known
     source, fused = known
-    return None if any(source.hooks) else fused
+    return None if source.is_overridden() else fused
 
 
 def _child(layer: nn.Module, path: str) -> nn.Module | None:
