@@ -271,7 +271,7 @@ def test_dry_run_by_layer_says_the_same_and_holds_no_weights(tmp_path, monkeypat
 
 def test_statistics_come_from_a_file(folder, tmp_path):
     answer("calibrate", "tiny-opt", tmp_path / "s.safetensors", *TOKENS)
-    assert len(load_stats(tmp_path / "s.safetensors")) == 24
+    assert len(load_stats(tmp_path / "s.safetensors")) == 25  # 24 linears and the head
     assert (
         "already exists"
         in answer("calibrate", "tiny-opt", tmp_path / "s.safetensors", *TOKENS, code=1).stderr

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from bits import assert_same_bits
+from bits import assert_same_bits, forced_isa
 from conftest import build_model
 from length import at_length
 from safetensors.torch import load_file
@@ -130,6 +130,21 @@ def test_an_int8_layer_computes_the_product(dtype, n, k, fields):
     simulated = layer.simulated().float()
     assert_same_bits(simulated.dequantize(), layer.dequantize())
     assert (simulated(x.float()) - computed).norm() < 1e-5 * computed.norm()
+
+
+def test_every_instruction_set_computes_the_same_from_the_largest_codes():
+    weight = torch.tensor([-119.0, 104.0, 119.0, 8.0]).repeat(40, 512)  # planes of -7, 7 and -8
+    x = torch.where(torch.rand(70, 2048) < 0.5, -1.0, 1.0)
+    x[0], x[1] = 1, torch.tensor([-1.0, 1.0]).repeat(1024)
+    layer = int8_layer(weight, group_size=1024)
+    results = []
+    for name in ops.supported_isas():
+        with forced_isa(name):
+            results.append(layer(x))
+    exact = x.double() @ layer.dequantize().double().T
+    assert torch.allclose(results[0].double(), exact, rtol=1e-5, atol=1e-2)
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
 
 
 @pytest.mark.parametrize("make", [

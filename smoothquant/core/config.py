@@ -88,6 +88,8 @@ class MixedQuantConfig:
             in [0, 1]. Default 0.05.
         bits: target size in bits per weight over all quantized layers, including scales and
             permutations. Replaces salient_prop: as many channels are salient as the target allows.
+            An INT4 output head or embeddings meet the target by themselves; it does not apply to
+            INT8 ones.
         salient_metric: score that ranks channels for salience: "mean" (``E|x|``), "max"
             (``max|x|``), "rms", or "output" (sum x^2 times the squared norm of the weight columns
             that read the channel).

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -189,8 +188,3 @@ def embedding_scale(module: nn.Embedding) -> tuple[float | None, bool]:
     if scale is None:
         scale = getattr(module, "embed_scale", 1.0)
     return float(scale), bool(match and match[1])
-
-
-def names_of(tables: Sequence[Table]) -> set[str]:
-    """The names of all modules that read a table."""
-    return {n for table in tables for n in (table.head, *table.embeddings) if n is not None}
