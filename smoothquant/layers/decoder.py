@@ -187,8 +187,11 @@ def _state_of(layer: nn.Module) -> _Fused | None:
         parts = _PARTS.get(layer)
         if parts is None or any(_child(layer, name) is None for name in parts.names):
             return None
-        known = _Source(layer, parts.names), _fused(layer, parts)
-        _STATES[layer] = known
+        source = _Source(layer, parts.names)
+        fused = _fused(layer, parts)
+        if fused is not None:  # a call in another thread may outlast the state
+            fused.kept = (fused.kept, source.tensors)
+        known = _STATES[layer] = source, fused
     source, fused = known
     return None if source.is_overridden() else fused
 
