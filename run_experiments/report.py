@@ -156,7 +156,7 @@ def _results_page(
         f"The 16-bit model is the unquantized model, evaluated in {dtype}; its size "
         "counts 16 bits per element. The size of a quantized model is the size of its tensors in "
         "memory, which equals the payload of the saved file to the byte; embeddings and the "
-        f"language head are not quantized and stay {dtype}. Bits per weight include "
+        f"language head stay {dtype} unless the settings quantize them. Bits per weight include "
         "the codes, scales, salient channels and padding of the quantized layers. KL is the mean "
         "over tokens of KL(16-bit model || quantized model) in nats; top-1 is the share of tokens "
         "for which both models rank the same next token first. Tokens/s counts only the time of "
