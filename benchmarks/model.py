@@ -66,7 +66,8 @@ RANDOM_SHAPE = {
     "max_position_embeddings": 2048,
 }
 # {name: fields of the config}
-QUANTIZED: dict[str, dict[str, Any]] = {"W4A4": {}, "W4A8": {"act_bits": 8}}
+TABLES = {"head": "int8", "embeddings": "int8"}
+QUANTIZED: dict[str, dict[str, Any]] = {"W4A4": TABLES, "W4A8": {"act_bits": 8, **TABLES}}
 LLAMA_CPP = "llama.cpp"
 CONTENDERS = ("fp32", "bf16", *(q + rest for q in QUANTIZED for rest in ("", "-bf16")), LLAMA_CPP)
 # {baseline: {phase: smallest accepted ratio of W4A4's speed to it}}, SmolLM2-135M on one thread

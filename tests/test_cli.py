@@ -242,6 +242,7 @@ def test_quantize_calibrates_and_takes_a_tokenizer_along(folder):
     assert config.calibration == "wikitext2" and config.calibration_tokens == 512
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("calibration", [("--no-calibration",), TOKENS])
 def test_by_layer_gives_the_same_model(calibration, tmp_path):
     words = ("quantize", DATA / "tiny-opt")
@@ -371,6 +372,7 @@ def test_eval(folder):
     assert "MODEL must be" in answer("eval", "no/such/model", code=1).stderr
 
 
+@pytest.mark.long
 def test_eval_writes_the_card(folder, tmp_path):
     own = shutil.copytree(folder, tmp_path / "q")
     before = (own / "README.md").read_text()

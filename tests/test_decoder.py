@@ -13,7 +13,7 @@ from length import at_length
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
 
-from smoothquant import MixedQuantConfig, load_quantized, quantize, save_quantized
+from smoothquant import MixedQuantConfig, dequantize, load_quantized, quantize, save_quantized
 from smoothquant.layers import decoder
 from smoothquant.layers.cache import GrowingLayer
 from smoothquant.layers.decoder import use_fused_layers
@@ -364,6 +364,15 @@ def test_copies_and_pickles(make_model, token_ids, tmp_path):
         assert torch.equal(again(token_ids).logits, expected)
         assert fused_calls(again) == 2
     assert type(layers_of(model)[0]).__name__ == "LlamaDecoderLayer"
+
+
+@torch.no_grad()
+def test_dequantizing_gives_the_classes_back(make_model, token_ids):
+    model = quantized(make_model)
+    model(token_ids)
+    dequantize(model)
+    plain = make_model("llama", **SIZES)
+    assert type(layers_of(model)[0]) is type(layers_of(plain)[0])
 
 
 @torch.no_grad()

@@ -305,6 +305,7 @@ def perplexity_of(argv, capsys):
     return float(printed.rpartition("Perplexity: ")[2]), printed
 
 
+@pytest.mark.long
 def test_command_line(tiny_opt, capsys, tmp_path):
     plain, printed = perplexity_of([], capsys)
     expected = plain_perplexity(*tiny_opt, wikitext("test"), 2, 256)

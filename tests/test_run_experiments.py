@@ -289,6 +289,7 @@ def test_scores_match_the_evaluator(compared):
     assert actual["top1"] == pytest.approx(expected.top1)
 
 
+@pytest.mark.long
 def test_without_stored_head_inputs_the_baseline_runs_again(compared, tmp_path, monkeypatch):
     """A model that scales its logits stores none: the scores are the same, but take longer."""
     monkeypatch.setattr(
@@ -319,6 +320,7 @@ def test_a_damaged_reference_is_computed_again(finished, tmp_path, capsys):
     assert store.artifact(baseline).read_bytes() == before
 
 
+@pytest.mark.long
 def test_layer_errors_are_stored_and_drawn(compared, tmp_path):
     store, plan, _ = compared
     cells = [cell for cell in plan if cell.task == "layers"]
@@ -414,6 +416,7 @@ def test_a_second_run_computes_nothing(finished, tmp_path, capsys, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
 
 
+@pytest.mark.long
 def test_more_cells_reuse_calibration_and_baseline(finished, tmp_path, capsys):
     output, _ = finished
     store = shutil.copytree(output, tmp_path / "results")
@@ -474,6 +477,7 @@ def test_damaged_statistics_are_collected_again(finished, tmp_path, capsys):
     assert all(torch.equal(after[name].sq_sum, before[name].sq_sum) for name in before)
 
 
+@pytest.mark.long
 def test_a_cell_does_not_change_the_float_model(tmp_path):
     store = Store(tmp_path)
     bench = runner.Bench("tiny-opt", "float32", store, progress=False)
@@ -850,6 +854,7 @@ def test_published_plot_results(tmp_path):
         run_experiments.plot_results({"perplexity": {0: [1.0]}}, [4, 8], "m", tmp_path)
 
 
+@pytest.mark.long
 def test_published_calibration_and_evaluator(capsys):
     model, tokenizer = load_bundled("tiny-opt")
     blocks = run_experiments.get_calib_dataset(tokenizer, n_samples=16, block_size=64)

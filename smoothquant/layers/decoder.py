@@ -67,6 +67,15 @@ def place_and_fuse(model: nn.Module) -> None:
     move_to_huge_pages([*runs, *([t] for t in rest)])
 
 
+def unfuse(model: nn.Module) -> None:
+    """Give decoder layers the class that they had before `place_and_fuse`."""
+    for layer in model.modules():
+        if isinstance(layer, FusedLayer):
+            layer.__class__ = type(layer).__mro__[2]
+            _PARTS.pop(layer, None)
+            _STATES.pop(layer, None)
+
+
 def _runs(layer: nn.Module, names: Sequence[str]) -> list[list[Tensor]]:
     """The packed tensors of linears that can be one call if these follow each other in memory."""
     children = [_child(layer, name) for name in names]

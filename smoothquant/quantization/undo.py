@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.tensors import is_finite
+from ..layers.decoder import unfuse
 from ..layers.embedding import QuantizedEmbedding
 from ..layers.experts import W4A4Experts
 from ..layers.linear import QuantizedLinear, W4A4Linear
@@ -83,6 +84,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             embedding = embeddings.pop(name).restored(originals.get(name), weight)
             replace_module(model, name, embedding, places)
         del layer
+    unfuse(model)
     for name in ("mixedquant_config", "mixedquant_report", "resize_token_embeddings"):
         vars(model).pop(name, None)
     for module in model.modules():
