@@ -61,7 +61,9 @@ def parts_of(model: nn.Module) -> dict[str, str]:
     Raises:
         ValueError: the model's family is not known.
     """
-    layers, heads = set(decoder_layers(model)), output_heads(model)
+    layers = set(decoder_layers(model))
+    # A tied quantized head is found under the embedding's name.
+    heads = {model.get_submodule(name) for name in output_heads(model)}
     if not layers:
         raise ValueError(f"the decoder layers of a {type(model).__name__} are not known")
     parts = {}
@@ -71,7 +73,7 @@ def parts_of(model: nn.Module) -> dict[str, str]:
             parts[name] = LAYERS
         elif fused & {name[:end] for end, letter in enumerate(name) if letter == "."}:
             continue
-        elif name in heads:
+        elif module in heads:
             parts[name] = HEAD
         elif isinstance(module, QuantizedLinear | nn.Linear):
             parts[name] = LINEARS

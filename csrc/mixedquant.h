@@ -289,7 +289,7 @@ mq_status mq_linear_multiply(const mq_linear *lin, int64_t m, int64_t row0, int6
 
 /* ---- Between the linears of a decoder layer ---------------------------------------------------
  *
- * All in dtype fp32, fp16 or bf16, computed in fp32 and rounded where transformers rounds. Every
+ * All in dtype fp32, fp16 or bf16, computed in fp32 and rounded as each function states. Every
  * instruction set gives the same bits. Rows are independent. */
 
 /* RMSNorm (Zhang and Sennrich, 2019) with gains offset + weight. */
@@ -311,8 +311,8 @@ typedef enum mq_activation {
 } mq_activation;
 
 /* out [rows][n] = activation(gate) * up, for gate_up [rows][2 n]: a row holds gate [n], then up
- * [n]. The activation is within 4 units in the last place of fp32, then rounded to dtype. out must
- * not overlap gate_up. */
+ * [n]. The activation is within 2^-20 |x| of the exact one, then rounded to dtype. out must not
+ * overlap gate_up. */
 mq_status mq_gated(mq_activation activation, mq_dtype dtype, const void *gate_up, int64_t rows,
                    int64_t n, void *out);
 
@@ -338,8 +338,7 @@ typedef struct mq_attention {
 } mq_attention;
 
 /* out [heads][head_dim] = softmax(scale * q keys^T) values, for the heads of q that read kv heads
- * [kv0, kv1), in fp32, rounded once. scores: heads * tokens floats of scratch, of which each kv
- * head uses its own part. */
+ * [kv0, kv1), in fp32, rounded once. scores: heads / kv_heads * tokens floats of scratch. */
 mq_status mq_attend(const mq_attention *attention, mq_dtype dtype, const void *q, int64_t kv0,
                     int64_t kv1, float *scores, void *out);
 

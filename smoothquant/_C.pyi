@@ -62,7 +62,7 @@ def decode(
     one_position: bool,
     keys: int,
     values: int,
-    room: int,
+    capacity: int,
     tokens: int,
     mask: int,
     out: int,

@@ -5,13 +5,18 @@ import inspect
 import pickle
 import threading
 import warnings
-from contextlib import contextmanager
+from collections import OrderedDict
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from length import at_length
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from smoothquant import MixedQuantConfig, dequantize, load_quantized, quantize, save_quantized
 from smoothquant.layers import decoder
@@ -346,6 +351,148 @@ def test_replaced_modules_and_tensors_are_noticed(make_model, token_ids):
     actual = model(token_ids).logits
     assert actual.dtype == torch.bfloat16
     assert_close(actual, expected, 0.1)
+
+
+def hooked_anew(layer):
+    layer.mlp._forward_hooks = OrderedDict()
+    layer.mlp.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+CHANGES = {
+    "bias in place": lambda layer: layer.self_attn.q_proj.bias.add_(1),
+    "bias of o in place": lambda layer: layer.self_attn.o_proj.bias.add_(1),
+    "a bias where there was none": lambda layer: setattr(
+        layer.mlp.down_proj, "bias", torch.ones(64)
+    ),
+    "weights in place": lambda layer: layer.mlp.down_proj.scales.mul_(2),
+    "norm in place": lambda layer: layer.input_layernorm.weight.data.mul_(3),
+    "perm of k in place": lambda layer: layer.self_attn.k_proj.perm.copy_(
+        layer.self_attn.k_proj.perm.flip(0)
+    ),
+    "activation": lambda layer: setattr(layer.mlp, "act_fn", nn.Tanh()),
+    "hook on the activation": lambda layer: layer.mlp.act_fn.register_forward_hook(
+        lambda module, args, out: 2 * out
+    ),
+    "hooks replaced": hooked_anew,
+    "epsilon": lambda layer: setattr(
+        layer, "input_layernorm", type(layer.input_layernorm)(64, eps=10.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@torch.no_grad()
+def test_changes_after_a_call_count(make_model, token_ids, change):
+    one = {"num_hidden_layers": 1}
+    model = quantized(make_model, "llama-bias", changes=one | {"mlp_bias": False}, act_bits=8)
+    before = model(token_ids).logits
+    change(layers_of(model)[0])
+    with stepwise():
+        expected = model(token_ids).logits
+    assert not torch.allclose(before, expected, rtol=1e-3)
+    assert_same(model(token_ids).logits, expected)
+
+
+@torch.no_grad()
+def test_only_the_classes_of_transformers_are_fused(make_model, token_ids, monkeypatch):
+    model = quantized(make_model, act_bits=8)
+    layer = layers_of(model)[0]
+
+    class Other(layer.float_class):
+        def forward(self, *args, **kwargs):
+            return 2 * super().forward(*args, **kwargs)
+
+    dequantize(model)
+    for layer in layers_of(model):
+        layer.__class__ = Other
+    quantize(model, MixedQuantConfig(**CONFIG), progress=False)
+    with stepwise():
+        expected = model(token_ids).logits
+    assert torch.equal(model(token_ids).logits, expected)
+    assert fused_calls(model) == 0
+
+    model = quantized(make_model, act_bits=8)
+    model(token_ids)
+    plain = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: 2 * plain(self, x))
+    with stepwise():
+        expected = model(token_ids).logits
+    assert torch.equal(model(token_ids).logits, expected)
+
+
+@torch.no_grad()
+def test_attention_functions_of_another_dtype(make_model, token_ids):
+    def in_fp32(module, query, key, value, mask, **kwargs):
+        out, weights = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        return out.float(), weights
+
+    ALL_ATTENTION_FUNCTIONS.register("in_fp32", in_fp32)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("in_fp32", sdpa_mask)
+    model = quantized(make_model, dtype=torch.bfloat16, changes={"num_hidden_layers": 1})
+    model.set_attn_implementation("in_fp32")
+    outputs = []
+    for context in (stepwise(), nullcontext()):
+        with context:
+            try:
+                outputs.append(model(token_ids).logits.float())
+            except RuntimeError as error:
+                outputs.append(str(error))
+    assert type(outputs[0]) is type(outputs[1])
+    if isinstance(outputs[0], str):
+        assert outputs[0] == outputs[1]
+    else:
+        assert_close(outputs[1], outputs[0], 0.05)
+
+
+@torch.no_grad()
+def test_caches_that_do_more_are_asked(make_model, token_ids):
+    seen = []
+
+    class Recording(DynamicCache):
+        def update(self, keys, *args, **kwargs):
+            seen.append(keys.shape[-2])
+            return super().update(keys, *args, **kwargs)
+
+    model = quantized(make_model, act_bits=8)
+    cache = with_cache(Recording(config=model.config))
+    for part in (token_ids[:, :5], token_ids[:, 5:6], token_ids[:, 6:7]):
+        model(part, **cache)
+    assert seen == [5, 5, 1, 1, 1, 1]
+
+
+@torch.no_grad()
+def test_forked_caches_do_not_write_to_each_other(make_model, token_ids):
+    model = quantized(make_model, act_bits=8)
+    base = DynamicCache(config=model.config)
+    model(token_ids[:, :10], **with_cache(base))
+    forks = []
+    for _ in range(2):
+        fork = DynamicCache(config=model.config)
+        fork.layers = [copy.copy(layer) for layer in base.layers]
+        forks.append(fork)
+    ids = [torch.full((2, 1), 5), torch.full((2, 1), 50)]
+    first = model(ids[0], **with_cache(forks[0])).logits
+    model(ids[1], **with_cache(forks[1]))
+    model(ids[0], **with_cache(forks[0]))
+    again = DynamicCache(config=model.config)
+    model(torch.cat((token_ids[:, :10], ids[0]), 1), **with_cache(again))
+    for mine, other in zip(forks[0].layers, again.layers, strict=True):
+        assert_close(mine.keys[..., :11, :], other.keys, 0.02)
+    assert first.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_cache_of_another_model_is_refused(make_model, token_ids):
+    small = quantized(make_model, changes={"num_key_value_heads": 1, "head_dim": 16})
+    model = quantized(make_model)
+    cache = DynamicCache(config=small.config)
+    small(token_ids[:, :5], **with_cache(cache))
+    with pytest.raises(RuntimeError):
+        model(token_ids[:, 5:6], **with_cache(cache))
+    layer = layers_of(model)[0]
+    rotary = model.get_decoder().rotary_emb(torch.randn(1, 2, 64), torch.arange(2)[None])
+    with pytest.raises((RuntimeError, ValueError)):
+        layer(torch.randn(1, 2, 60), position_embeddings=rotary)
 
 
 @torch.no_grad()

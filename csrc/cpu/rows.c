@@ -126,17 +126,16 @@ void mq_run_attend(const mq_kernels *kernels, const mq_attention *of, mq_dtype d
     const int64_t d = of->head_dim, group = of->heads / of->kv_heads, step = MQ_BUFFER / d;
     float buffer[MQ_BUFFER], query[MQ_BUFFER], sums[MQ_BUFFER];
     for (int64_t kv = kv0; kv < kv1; kv++) {
-        float *own = scores + kv * group * of->tokens;
         for (int64_t t = 0, n; t < of->tokens; t += n) {
             n = mq_min(step, of->tokens - t);
             const float *rows =
                 widened(kernels, dtype, of->keys, kv * of->head_stride + t * d, n * d, buffer);
             for (int64_t h = 0; h < group; h++)
                 kernels->dot_rows(widened(kernels, dtype, q, (kv * group + h) * d, d, query), rows,
-                                  n, d, of->scale, own + h * of->tokens + t);
+                                  n, d, of->scale, scores + h * of->tokens + t);
         }
         for (int64_t h = 0; h < group; h++) {
-            float *weights = own + h * of->tokens;
+            float *weights = scores + h * of->tokens;
             softmax(kernels, of, weights);
             memset(sums, 0, (size_t)d * sizeof *sums);
             for (int64_t t = 0, n; t < of->tokens; t += n) {

@@ -8,8 +8,8 @@
 
 #include "kernels.h"
 
-/* e^x for x <= 0 and up to about 88, within 2 units in the last place; NaN stays NaN. x = n ln 2 +
- * r, |r| <= ln 2 / 2; e^r by its Taylor polynomial of degree 7. */
+/* e^x within 2 units in the last place for -87 <= x <= 88; x beyond is taken for the nearer end. NaN
+ * stays NaN. x = n ln 2 + r, |r| <= ln 2 / 2; e^r by its Taylor polynomial of degree 7. */
 static MQ_INLINE float mq_exp(float x) {
     const float magic = 12582912.0f; /* adding it rounds to an integer, in the lowest bits */
     x = x < -87.0f ? -87.0f : x;

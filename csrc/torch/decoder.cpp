@@ -8,6 +8,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "linear.h"
 
@@ -18,19 +19,21 @@ namespace {
 
 constexpr Op kOp{"decoder_layer"};
 constexpr size_t kMostKept = 16 << 20;  // bytes of scratch that a thread keeps between calls
+constexpr int64_t kRowsAtOnce = 2048;   // so that scratch does not grow with the prompt
 
 struct Free {
     void operator()(void *p) const { std::free(p); }
 };
 
-// Memory for the values between two linears, reused by all calls of a thread.
+// Memory for the values between two linears, reused by all calls of a thread. A thread has one at a
+// time.
 class Scratch {
    public:
     explicit Scratch(size_t bytes) {
         thread_local std::unique_ptr<void, Free> kept;
         thread_local size_t kept_bytes = 0;
         if (bytes > kMostKept) {
-            own_.reset(allocate(bytes));
+            own_ = std::shared_ptr<void>(allocate(bytes), Free());
             at_ = static_cast<char *>(own_.get());
             return;
         }
@@ -55,7 +58,7 @@ class Scratch {
         if (!p) throw std::bad_alloc();
         return p;
     }
-    std::unique_ptr<void, Free> own_;
+    std::shared_ptr<void> own_;  // copies share the memory
     char *at_;
 };
 
@@ -75,18 +78,21 @@ struct Linear {
     mq_linear lin{};
     mq_shape shape{};
 
+    // The same with the instruction set of this call. Another thread may force another one at any
+    // time, and the workspace depends on it.
+    Linear now(mq_isa isa) const {
+        Linear copy = *this;
+        copy.lin.isa = isa;
+        return copy;
+    }
     int64_t workspace(int64_t rows) const {
-        mq_linear now = lin;
-        now.isa = mq_isa_active();
         size_t bytes;
-        check(kOp, mq_linear_workspace_size(&now, rows, &bytes));
+        check(kOp, mq_linear_workspace_size(&lin, rows, &bytes));
         return static_cast<int64_t>(bytes);
     }
     void run(mq_dtype dtype, const void *x, int64_t rows, void *space, void *out) const {
-        mq_linear now = lin;
-        now.isa = mq_isa_active();
-        quantize_tokens(kOp, now, dtype, x, rows, space);
-        multiply_tokens(kOp, now, shape, dtype, rows, space, out);
+        quantize_tokens(kOp, lin, dtype, x, rows, space);
+        multiply_tokens(kOp, lin, shape, dtype, rows, space, out);
     }
 };
 
@@ -138,30 +144,37 @@ void gated(mq_activation activation, mq_dtype dtype, const void *gate_up, int64_
     });
 }
 
+int64_t norm_linear_bytes(const Linear &linear, mq_dtype dtype, int64_t rows) {
+    return Scratch::aligned(rows * linear.lin.k * size_of(dtype)) + linear.workspace(rows);
+}
+
 // out [rows][linear.n] = linear(norm(x)).
 void compute_norm_linear(const Norm &norm, const Linear &linear, mq_dtype dtype, const void *x,
-                         int64_t rows, void *out) {
-    require(norm.norm.k == linear.lin.k, kOp, "norm and linear must have the same channels");
-    if (rows == 0) return;
-    const int64_t normed = rows * linear.lin.k * size_of(dtype), space = linear.workspace(rows);
-    Scratch scratch(static_cast<size_t>(Scratch::aligned(normed) + space));
-    char *y = scratch.take(normed);
+                         int64_t rows, Scratch scratch, void *out) {
+    char *y = scratch.take(rows * linear.lin.k * size_of(dtype));
     norm.run(dtype, x, rows, y);
-    linear.run(dtype, y, rows, scratch.take(space), out);
+    linear.run(dtype, y, rows, scratch.take(linear.workspace(rows)), out);
 }
 
-void norm_linear(const Norm &norm, const Linear &linear, int dtype, uintptr_t x, int64_t rows,
+void norm_linear(const Norm &norm, const Linear &given, int dtype_number, uintptr_t x, int64_t rows,
                  uintptr_t out) {
     const py::gil_scoped_release released;
-    compute_norm_linear(norm, linear, dtype_at(dtype), at<void>(x), rows,
-                        reinterpret_cast<void *>(out));
+    const mq_dtype dtype = dtype_at(dtype_number);
+    const Linear linear = given.now(mq_isa_active());
+    require(norm.norm.k == linear.lin.k, kOp, "norm and linear must have the same channels");
+    for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
+        const int64_t n = std::min(kRowsAtOnce, rows - first), size = size_of(dtype);
+        const Scratch scratch(static_cast<size_t>(norm_linear_bytes(linear, dtype, n)));
+        compute_norm_linear(norm, linear, dtype, at<char>(x) + first * linear.lin.k * size, n,
+                            scratch, reinterpret_cast<char *>(out) + first * linear.lin.n * size);
+    }
 }
 
-// A cache of keys and values [sequences][kv_heads][room][head_dim] that has room for one token more.
+// A cache of keys and values [sequences][kv_heads][capacity][head_dim] with room for a token more.
 struct Past {
     char *keys, *values;
-    int64_t room, tokens;  // tokens: in it already
-    const uint8_t *mask;   // [sequences][tokens + 1] or nullptr
+    int64_t capacity, tokens;  // tokens: in it already
+    const uint8_t *mask;       // [sequences][tokens + 1] or nullptr
 };
 
 // Attention with rotary position embeddings, for one token per sequence.
@@ -174,9 +187,9 @@ struct Attention {
     // qkv [sequences][width]: rotates q and k in place, appends k and v to the cache. attended
     // [sequences][heads * head_dim]. cos, sin [sequences][head_dim], or one row for all of them.
     void run(mq_dtype dtype, char *qkv, int64_t sequences, const char *cos, const char *sin,
-             bool one_position, const Past &past, float *scores, char *attended) const {
+             bool one_position, const Past &past, char *attended) const {
         const int64_t row = head_dim * size_of(dtype), tokens = past.tokens + 1;
-        const int64_t head_bytes = past.room * row;
+        const int64_t head_bytes = past.capacity * row;
         // a few microseconds of work are worth a thread
         const int64_t grain = grain_of(kGrainValues, tokens * head_dim * 2 * heads / kv_heads);
         for (int64_t i = 0; i < sequences; i++) {
@@ -197,14 +210,15 @@ struct Attention {
                                          kv_heads,
                                          head_dim,
                                          tokens,
-                                         past.room * head_dim,
+                                         past.capacity * head_dim,
                                          keys,
                                          values,
                                          past.mask ? past.mask + sequence * tokens : nullptr,
                                          scale};
-                const mq_status status =
-                    mq_attend(&of, dtype, q, kv, kv + 1, scores + sequence * heads * tokens,
-                              attended + sequence * heads * row);
+                thread_local std::vector<float> scores;
+                scores.resize(static_cast<size_t>(heads / kv_heads * tokens));
+                const mq_status status = mq_attend(&of, dtype, q, kv, kv + 1, scores.data(),
+                                                   attended + sequence * heads * row);
                 if (status != MQ_OK) return status;
             }
             return MQ_OK;
@@ -219,36 +233,55 @@ struct Rest {
     mq_activation activation;
     const Norm *attention_post, *mlp_pre, *mlp_post;
 
+    Rest now(mq_isa isa) const {
+        Rest copy = *this;
+        copy.o = o.now(isa), copy.gate_up = gate_up.now(isa), copy.down = down.now(isa);
+        return copy;
+    }
+
+    int64_t workspace(int64_t rows) const {
+        return std::max({o.workspace(rows), gate_up.workspace(rows), down.workspace(rows)});
+    }
+    int64_t bytes(mq_dtype dtype, int64_t rows) const {
+        const int64_t narrow = Scratch::aligned(rows * o.lin.n * size_of(dtype));
+        const int64_t wide = Scratch::aligned(rows * down.lin.k * size_of(dtype));
+        return 3 * narrow + 3 * wide + workspace(rows);
+    }
+
     // out [rows][hidden] = h + mlp_post(down(activation(gate) up)), gate_up(mlp_pre(h)),
     // h = residual + attention_post(o(attended)).
     void compute(mq_dtype dtype, const void *attended, const void *residual, int64_t rows,
-                 void *out) const {
-        if (rows == 0) return;
+                 Scratch scratch, void *out) const {
         const int64_t hidden = o.lin.n, inner = down.lin.k, size = size_of(dtype);
         const int64_t narrow = rows * hidden * size, wide = rows * inner * size;
-        const int64_t space =
-            std::max({o.workspace(rows), gate_up.workspace(rows), down.workspace(rows)});
-        Scratch scratch(
-            static_cast<size_t>(3 * Scratch::aligned(narrow) + 3 * Scratch::aligned(wide) + space));
         char *a = scratch.take(narrow), *b = scratch.take(narrow), *h = scratch.take(narrow);
         char *both = scratch.take(2 * wide), *product = scratch.take(wide);
-        char *workspace = scratch.take(space);
+        char *space = scratch.take(workspace(rows));
 
-        o.run(dtype, attended, rows, workspace, a);
+        o.run(dtype, attended, rows, space, a);
         if (attention_post) attention_post->run(dtype, a, rows, b), std::swap(a, b);
         add(dtype, residual, a, rows * hidden, h);
         mlp_pre->run(dtype, h, rows, b);
-        gate_up.run(dtype, b, rows, workspace, both);
+        gate_up.run(dtype, b, rows, space, both);
         gated(activation, dtype, both, rows, inner, product);
-        down.run(dtype, product, rows, workspace, a);
+        down.run(dtype, product, rows, space, a);
         if (mlp_post) mlp_post->run(dtype, a, rows, b), std::swap(a, b);
         add(dtype, h, a, rows * hidden, out);
     }
 
-    void run(int dtype, uintptr_t attended, uintptr_t residual, int64_t rows, uintptr_t out) const {
+    void run(int dtype_number, uintptr_t attended, uintptr_t residual, int64_t rows,
+             uintptr_t out) const {
         const py::gil_scoped_release released;
-        compute(dtype_at(dtype), at<void>(attended), at<void>(residual), rows,
-                reinterpret_cast<void *>(out));
+        const mq_dtype dtype = dtype_at(dtype_number);
+        const Rest rest = now(mq_isa_active());
+        for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
+            const int64_t n = std::min(kRowsAtOnce, rows - first), size = size_of(dtype);
+            const int64_t at_hidden = first * o.lin.n * size;
+            const Scratch scratch(static_cast<size_t>(rest.bytes(dtype, n)));
+            rest.compute(dtype, at<char>(attended) + first * o.lin.k * size,
+                         at<char>(residual) + at_hidden, n, scratch,
+                         reinterpret_cast<char *>(out) + at_hidden);
+        }
     }
 };
 
@@ -273,31 +306,32 @@ Rest rest(const Linear &o, const Norm *attention_post, const Norm *mlp_pre, cons
 }
 
 // A whole decoder layer for one token per sequence: x, out [sequences][hidden].
-void decode(const Norm &norm, const Linear &qkv, const Attention &attention, const Rest &rest,
-            int dtype_number, uintptr_t x, int64_t sequences, uintptr_t cos, uintptr_t sin,
-            bool one_position, uintptr_t keys, uintptr_t values, int64_t room, int64_t tokens,
-            uintptr_t mask, uintptr_t out) {
+void decode(const Norm &norm, const Linear &given_qkv, const Attention &attention,
+            const Rest &given_rest, int dtype_number, uintptr_t x, int64_t sequences, uintptr_t cos,
+            uintptr_t sin, bool one_position, uintptr_t keys, uintptr_t values, int64_t capacity,
+            int64_t tokens, uintptr_t mask, uintptr_t out) {
     const mq_dtype dtype = dtype_at(dtype_number);
-    require(qkv.lin.n == attention.width() && tokens >= 0 && tokens < room &&
-                rest.o.lin.k == attention.heads * attention.head_dim,
+    const mq_isa isa = mq_isa_active();
+    const Linear qkv = given_qkv.now(isa);
+    const Rest rest = given_rest.now(isa);
+    require(qkv.lin.n == attention.width() && qkv.lin.k == norm.norm.k && tokens >= 0 &&
+                tokens < capacity && rest.o.lin.k == attention.heads * attention.head_dim &&
+                rest.o.lin.n == qkv.lin.k,
             kOp, "the attention does not fit its linears or its cache");
     if (sequences == 0) return;
+    const py::gil_scoped_release released;
     const int64_t wide = sequences * attention.width() * size_of(dtype);
     const int64_t narrow = sequences * rest.o.lin.k * size_of(dtype);
-    const int64_t scores = sequences * attention.heads * (tokens + 1) * 4;
-    const py::gil_scoped_release released;
-    const std::unique_ptr<char, Free> memory(static_cast<char *>(std::aligned_alloc(
-        64, static_cast<size_t>(Scratch::aligned(wide) + Scratch::aligned(narrow) +
-                                Scratch::aligned(scores)))));
-    if (!memory) throw std::bad_alloc();
-    char *both = memory.get(), *attended = both + Scratch::aligned(wide);
-    char *weights = attended + Scratch::aligned(narrow);
-    compute_norm_linear(norm, qkv, dtype, at<void>(x), sequences, both);
-    const Past past = {reinterpret_cast<char *>(keys), reinterpret_cast<char *>(values), room,
+    const int64_t after =
+        std::max(norm_linear_bytes(qkv, dtype, sequences), rest.bytes(dtype, sequences));
+    Scratch scratch(static_cast<size_t>(Scratch::aligned(wide) + Scratch::aligned(narrow) + after));
+    char *both = scratch.take(wide), *attended = scratch.take(narrow);
+    compute_norm_linear(norm, qkv, dtype, at<void>(x), sequences, scratch, both);
+    const Past past = {reinterpret_cast<char *>(keys), reinterpret_cast<char *>(values), capacity,
                        tokens, at<uint8_t>(mask)};
     attention.run(dtype, both, sequences, at<char>(cos), at<char>(sin), one_position, past,
-                  reinterpret_cast<float *>(weights), attended);
-    rest.compute(dtype, attended, at<void>(x), sequences, reinterpret_cast<void *>(out));
+                  attended);
+    rest.compute(dtype, attended, at<void>(x), sequences, scratch, reinterpret_cast<void *>(out));
 }
 
 }  // namespace

@@ -293,9 +293,7 @@ class MixedQuantConfig:
         with the given ones."""
         values: dict[str, Any] = {}
         if isinstance(self.activation_bits, int) and self.activation_bits > 7:
-            values |= {"act_format": "symmetric"} | (
-                {"act_clip": 1.0} if self.recipe == "fast" else {}
-            )
+            values |= {"act_format": "symmetric", "act_clip": 1.0}
         if self.act_format == "unsigned":
             values["rotation"] = 0
         return values

@@ -19,8 +19,8 @@ def move_to_huge_pages(runs: Iterable[Sequence[Tensor]]) -> None:
 
     The tensors of a run follow each other without gaps. The tensor objects stay the same; views of
     them keep the old memory. The block lives as long as one of the tensors. A run with a tensor
-    that cannot be moved stays where it is. Where the system has no huge pages, the block has usual
-    ones.
+    that cannot be moved stays where it is, and so do all if the system grants no block. Where it
+    has no huge pages, the block has usual ones.
     """
     seen: set[int] = set()
     movable = []
@@ -36,7 +36,10 @@ def move_to_huge_pages(runs: Iterable[Sequence[Tensor]]) -> None:
     if hasattr(mmap, "MAP_PRIVATE"):  # shared memory would not get huge pages
         private["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     # The last page is whole, too, and there is room to start at the start of a page.
-    block = mmap.mmap(-1, (total // PAGE + 2) * PAGE, **private)
+    try:
+        block = mmap.mmap(-1, (total // PAGE + 2) * PAGE, **private)
+    except (OSError, ValueError):  # no address space left: it works without, too
+        return
     if total >= PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without huge pages
             block.madvise(mmap.MADV_HUGEPAGE)

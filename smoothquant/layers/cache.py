@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 LEAST_ROOM = 64  # tokens
 
@@ -20,6 +20,7 @@ class GrowingLayer(DynamicLayer):
     values: Any
     _room: tuple[Tensor, Tensor] | None = None
     _used = 0  # tokens in it
+    _owner = 0  # the id of the layer that writes to it; a shallow copy shares it but may not
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -27,24 +28,24 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         old, new = self.get_seq_length(), key_states.shape[-2]
+        if old and self.keys.shape[:-2] != key_states.shape[:-2]:
+            return super().update(key_states, value_states, *args, **kwargs)  # which refuses them
         if not self._has_room(old, new, key_states):
-            self._room = (
-                _with_room(self.keys, old, new, key_states),
-                _with_room(self.values, old, new, value_states),
-            )
+            self._make_room(old, new, key_states, value_states)
         assert self._room is not None
         for room, states in zip(self._room, (key_states, value_states), strict=True):
             room[..., old : old + new, :] = states
         self._take(old + new)
         return self.keys, self.values
 
-    def room_for_one_more(self, sequences: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Keys and values [sequences, kv heads, room, head size] with room for a token after the
-        present ones; None if these are of other sequences, or not alike."""
+    def room_for_one_more(
+        self, sequences: int, heads: int, size: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [sequences, heads, capacity, size] with room for a token after the
+        present ones; None if the present ones are of other shapes."""
         keys, values = self.keys, self.values
         if (
-            keys.dim() != 4
-            or len(keys) != sequences
+            keys.shape != (sequences, heads, self.get_seq_length(), size)
             or keys.shape != values.shape
             or {keys.dtype, values.dtype} != {dtype}
             or {keys.device.type, values.device.type} != {"cpu"}
@@ -52,7 +53,7 @@ class GrowingLayer(DynamicLayer):
             return None
         length = self.get_seq_length()
         if not self._has_room(length, 1, keys):
-            self._room = _with_room(keys, length, 1, keys), _with_room(values, length, 1, values)
+            self._make_room(length, 1, keys, values)
             self._take(length)
         return self._room
 
@@ -65,12 +66,22 @@ class GrowingLayer(DynamicLayer):
         self._used = length
         self.keys, self.values = (room[..., :length, :] for room in self._room)
 
+    def _make_room(self, old: int, new: int, keys: Tensor, values: Tensor) -> None:
+        """Room for the present tokens and new ones of the shape of keys and values."""
+        self._room = (
+            _with_room(self.keys, old, new, keys),
+            _with_room(self.values, old, new, values),
+        )
+        self._owner = id(self)
+
     def _has_room(self, old: int, new: int, states: Tensor) -> bool:
         """Whether keys and values are still the views that the last update made: all that was
         written, of the same sequences."""
-        if self._room is None or old != self._used or torch.is_grad_enabled():
+        if self._room is None or self._owner != id(self) or old != self._used:
             return False
         keys, values = self._room
+        if torch.is_grad_enabled() or keys.requires_grad or values.requires_grad:
+            return False  # a backward pass may need what was written
         if keys.is_inference() and not torch.is_inference_mode_enabled():
             return False  # torch refuses to write to it
         return (
@@ -96,8 +107,8 @@ def growing_layer(cache: Any, index: int) -> GrowingLayer | None:
     """A layer of a transformers cache, which becomes a GrowingLayer if it is a plain DynamicLayer;
     None if it is neither."""
     layers = getattr(cache, "layers", ())
-    if index >= len(layers):
-        return None
+    if index >= len(layers) or type(cache).update is not Cache.update or "update" in vars(cache):
+        return None  # none, or a cache that does more
     if type(layers[index]) is DynamicLayer:
         layers[index].__class__ = GrowingLayer
     return layers[index] if type(layers[index]) is GrowingLayer else None

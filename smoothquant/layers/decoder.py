@@ -10,9 +10,11 @@ through Python and torch's dispatcher. `place_and_fuse` gives decoder layers of 
 3. the rest in one call: o, the residual sum, the norm, the MLP, the residual sum.
 
 For one token per sequence and plain attention, all of it is one call. Results differ from those of
-the separate steps only by the order of sums. The separate
-steps are used for everything else: gradients, training, GPUs, tracing and compiling, autocast,
-hooks on inner modules, and linears that were replaced, for example by adapters.
+the separate steps in the last bits, by the order of sums and the approximation of e^x.
+
+The separate steps are used for everything else: gradients, training, GPUs, tracing and compiling,
+autocast, classes other than transformers' own, hooks on inner modules (transformers leaves some
+after ``output_attentions=True``), and modules that were replaced, for example by adapters.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import operator
 import os
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -35,6 +38,7 @@ from ..models.families import DecoderParts, decoder_layers, decoder_parts
 from .linear import PASS, QuantizedLinear, W4A4Linear, handed, kernel_choices
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}  # mq_dtype
+ACTIVATION_NAMES = ("act_fn", "activation_fn")
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "ReLU": "relu"}
 
 _enabled = os.environ.get("MIXEDQUANT_FUSED_LAYERS", "1") != "0"
@@ -48,7 +52,7 @@ def use_fused_layers(enabled: bool) -> None:
 
 
 def place_and_fuse(model: nn.Module) -> None:
-    """Prepare a quantized model for speed on the CPU; results change only in the norms' last bits.
+    """Prepare a quantized model for speed on the CPU; results change only in the last bits.
 
     Moves the quantized layers' tensors to huge pages, and gives the decoder layers of known
     families their fused forward.
@@ -71,7 +75,7 @@ def unfuse(model: nn.Module) -> None:
     """Give decoder layers the class that they had before `place_and_fuse`."""
     for layer in model.modules():
         if isinstance(layer, FusedLayer):
-            layer.__class__ = type(layer).__mro__[2]
+            layer.__class__ = layer.float_class
             _PARTS.pop(layer, None)
             _STATES.pop(layer, None)
 
@@ -82,30 +86,42 @@ def _runs(layer: nn.Module, names: Sequence[str]) -> list[list[Tensor]]:
     linears = [m for m in children if type(m) is W4A4Linear]
     if len(linears) < len(children):
         return []
-    buffers = [[linear._buffers[part] for linear in linears] for part in ops.PACKED]
+    parts = (*ops.PACKED, "bias")
+    buffers = [[linear._buffers[part] for linear in linears] for part in parts]
     return [[t for t in run if t is not None] for run in buffers]
 
 
 class FusedLayer(nn.Module):
     """Mixed into the class of a decoder layer by `place_and_fuse`."""
 
+    float_class: type  # the class before
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or not _takes(hidden_states) or self.training:
             return super().forward(hidden_states, *args, **kwargs)
         fused = _state_of(self)
-        if fused is None or fused.dtype != hidden_states.dtype:
+        if (
+            fused is None
+            or fused.dtype != hidden_states.dtype
+            or hidden_states.shape[-1] != fused.children[fused.parts.o].out_features
+        ):
             return super().forward(hidden_states, *args, **kwargs)
         return fused.run(hidden_states, kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        _STATES.pop(self, None)  # its tensors' memory would outlast a move
+        return super()._apply(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time; its base can be found by name.
         reduced: Any = super().__reduce_ex__(protocol)
-        return (_new_layer, (type(self).__mro__[2], _PARTS.get(self)), *reduced[2:])
+        return (_new_layer, (self.float_class, _PARTS.get(self)), *reduced[2:])
 
 
 def _fused_class(base: type) -> Any:
     if base not in _CLASSES:
-        _CLASSES[base] = type(base.__name__, (FusedLayer, base), {"__module__": base.__module__})
+        members = {"__module__": base.__module__, "float_class": base}
+        _CLASSES[base] = type(base.__name__, (FusedLayer, base), members)
     return _CLASSES[base]
 
 
@@ -137,6 +153,7 @@ def _takes(x: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
         and not nn.modules.module._has_any_global_hook()
     )
 
@@ -151,27 +168,36 @@ _STATES: weakref.WeakKeyDictionary[nn.Module, tuple[_Source, _Fused | None]] = (
 class _Source:
     """The modules and tensors of a layer at one time, with what finds them again quickly."""
 
-    def __init__(self, layer: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, layer: Any, names: Sequence[str]) -> None:
         self.module_places: list[tuple[dict[str, Any], str]] = []
         for name in names:
             parent, _, child = name.rpartition(".")
             self.module_places.append((layer.get_submodule(parent)._modules, child))
         self.modules = [places[name] for places, name in self.module_places]
-        self.hooks = [h for m in self.modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self.attributes = [m.__dict__ for m in self.modules]
+        classes = {layer.float_class, *map(type, self.modules)}
+        self.forwards = [(c, c.forward) for c in classes]
         self.tensor_places: list[tuple[dict[str, Any], str]] = [
             (places, name)
             for m in self.modules
             for places in (m._parameters, m._buffers)
-            for name, tensor in places.items()
-            if tensor is not None
+            for name in places
         ]
         self.tensors = [places[name] for places, name in self.tensor_places]
-        self.addresses = [t.data_ptr() for t in self.tensors]
+        self.addresses = list(map(_address, self.tensors))
+        # Which are compared with each other, once
+        perms = (m._buffers.get("perm") for m in self.modules)
+        self.perms = [t for t in perms if t is not None and not t.is_inference()]
+        self.versions = [t._version for t in self.perms]
+        # A tensor may get other memory while a call in another thread reads this.
+        self.memory = [t.untyped_storage() for t in self.tensors if t is not None]
 
     def is_overridden(self) -> bool:
         """Whether a module has hooks, or a forward of its own, as some libraries give it."""
-        return any(self.hooks) or any("forward" in own for own in self.attributes)
+        return any(
+            "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]
+            for own in self.attributes
+        )
 
     def is_current(self) -> bool:
         """Whether the layer still consists of the same modules and tensors, at the same addresses:
@@ -184,8 +210,14 @@ class _Source:
         return (
             all(map(operator.is_, modules, self.modules))
             and all(map(operator.is_, tensors, self.tensors))
-            and [t.data_ptr() for t in tensors] == self.addresses
+            and list(map(_address, tensors)) == self.addresses
+            and [t._version for t in self.perms] == self.versions
+            and all(c.forward is forward for c, forward in self.forwards)
         )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _state_of(layer: nn.Module) -> _Fused | None:
@@ -196,10 +228,14 @@ def _state_of(layer: nn.Module) -> _Fused | None:
         parts = _PARTS.get(layer)
         if parts is None or any(_child(layer, name) is None for name in parts.names):
             return None
-        source = _Source(layer, parts.names)
+        names = [*parts.names]
+        for activation in ACTIVATION_NAMES:
+            if _child(layer, f"{parts.mlp}.{activation}") is not None:
+                names.append(f"{parts.mlp}.{activation}")
+        source = _Source(layer, names)
         fused = _fused(layer, parts)
-        if fused is not None:  # a call in another thread may outlast the state
-            fused.kept = (fused.kept, source.tensors)
+        if fused is not None:
+            fused.memory = source.memory
         known = _STATES[layer] = source, fused
     source, fused = known
     return None if source.is_overridden() else fused
@@ -222,15 +258,19 @@ def _fused(layer: nn.Module, parts: DecoderParts) -> _Fused | None:
         _linear([children[name] for name in names])
         for names in (parts.qkv, (parts.o,), parts.gate_up, (parts.down,))
     ]
-    mlp = children[parts.mlp]
-    function = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
+    functions = [_child(layer, f"{parts.mlp}.{name}") for name in ACTIVATION_NAMES]
+    function = next((f for f in functions if f is not None), None)
     activation = ACTIVATIONS.get(type(function).__name__)
     if activation is None or None in norms.values() or None in linears:
+        return None
+    own_code = [layer.float_class, type(function)]  # type: ignore[list-item]
+    own_code += [type(children[name]) for name in (parts.attention, parts.mlp, *parts.norms)]
+    if not all(map(_is_original, own_code)):
         return None
     dtypes = {norm.dtype for norm in norms.values()}
     if len(dtypes) > 1:
         return None
-    qkv, o, gate_up, down = (linear.call for linear in linears if linear is not None)
+    qkv, o, gate_up, down = (linear for linear in linears if linear is not None)
     calls = {name: norm.call for name, norm in norms.items()}
     rest = _C.Rest(
         o,
@@ -242,15 +282,13 @@ def _fused(layer: nn.Module, parts: DecoderParts) -> _Fused | None:
         calls.get(parts.mlp_post),
     )
     return _Fused(
-        children[parts.attention],
-        [children[name] for name in parts.qkv],
-        children[parts.o],
-        calls[parts.attention_norm],
-        qkv,
-        rest,
-        dtypes.pop(),
-        (norms, linears),
-        _attention(parts, children),
+        parts=parts,
+        children=children,
+        norm=calls[parts.attention_norm],
+        qkv=qkv,
+        attention=_attention(parts, children),
+        rest=rest,
+        dtype=dtypes.pop(),
     )
 
 
@@ -267,10 +305,17 @@ def _attention(parts: DecoderParts, children: Mapping[str | None, Any]) -> Any:
     return _C.Attention(q, k, size, scale) if k == v and q % k == 0 else None
 
 
+def _is_original(cls: Any) -> bool:
+    """Whether a class and its forward are transformers' or torch's own."""
+    return (
+        cls.__module__.startswith(("transformers.models.", "transformers.activations", "torch.nn."))
+        and cls.forward.__module__ == cls.__module__
+    )
+
+
 class _Norm(NamedTuple):
-    call: Any
+    call: _C.Norm
     dtype: torch.dtype
-    weight: Tensor
 
 
 def _norm(module: nn.Module | None, offset: float) -> _Norm | None:
@@ -280,15 +325,10 @@ def _norm(module: nn.Module | None, offset: float) -> _Norm | None:
         return None
     if weight.dtype not in FLOATS or weight.device.type != "cpu" or not weight.is_contiguous():
         return None
-    return _Norm(_C.Norm(weight.numel(), weight.data_ptr(), eps, offset), weight.dtype, weight)
+    return _Norm(_C.Norm(weight.numel(), weight.data_ptr(), eps, offset), weight.dtype)
 
 
-class _Linear(NamedTuple):
-    call: Any
-    bias: Tensor | None
-
-
-def _linear(modules: Sequence[nn.Module | None]) -> _Linear | None:
+def _linear(modules: Sequence[nn.Module | None]) -> _C.Linear | None:
     """One call for linears that read the same input and whose packed tensors follow each other in
     memory."""
     layers = [m for m in modules if type(m) is W4A4Linear]
@@ -310,18 +350,15 @@ def _linear(modules: Sequence[nn.Module | None]) -> _Linear | None:
         if not alike or (layer is not layers[-1] and layer.out_features % ops.PANEL):
             return None
     for one, other in pairwise(layers):
-        for a, b in zip(one._packed(), other._packed(), strict=True):
+        for a, b in zip((*one._packed(), one.bias), (*other._packed(), other.bias), strict=True):
             if a is None or b is None:
                 if a is not b:
                     return None
             elif a.dtype != b.dtype or a.data_ptr() + a.nbytes != b.data_ptr():
                 return None
-    bias = None
-    if first.bias is not None:
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        if len({b.dtype for b in biases}) > 1 or biases[0].dtype not in FLOATS:
-            return None
-        bias = torch.cat(biases)
+    bias = first.bias
+    if bias is not None and bias.dtype not in FLOATS:
+        return None
     salient_scales = first.salient_scales
     call = _C.Linear(
         sum(layer.out_features for layer in layers),
@@ -342,51 +379,63 @@ def _linear(modules: Sequence[nn.Module | None]) -> _Linear | None:
         choices.per_token,
         choices.clip,
     )
-    return _Linear(call, bias)
+    return call
 
 
+@dataclass
 class _Fused:
-    """The prepared calls of one layer. `kept` keeps memory alive that they point to."""
+    """The prepared calls of one layer.
 
-    def __init__(
-        self,
-        attention: nn.Module,
-        qkv: Sequence[W4A4Linear],
-        o: W4A4Linear,
-        norm: Any,
-        qkv_call: Any,
-        rest: Any,
-        dtype: torch.dtype,
-        kept: Any,
-        plain_attention: Any,
-    ) -> None:
-        self.attention, self.qkv, self.o = attention, qkv, o
-        self.norm, self.qkv_call, self.rest = norm, qkv_call, rest
-        self.dtype, self.kept = dtype, kept
-        self.sizes = [linear.out_features for linear in qkv]
-        self.plain_attention = plain_attention
+    memory: what they point to, kept alive.
+    """
+
+    parts: DecoderParts
+    children: dict[str | None, Any]
+    norm: _C.Norm
+    qkv: _C.Linear
+    attention: _C.Attention | None
+    rest: _C.Rest
+    dtype: torch.dtype
+    memory: list[Any] = field(default_factory=list)
 
     def run(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         from .cache import growing_layer  # it imports transformers
 
+        module, o = self.children[self.parts.attention], self.children[self.parts.o]
         past = kwargs.get("cache", kwargs.get("past_key_values"))
-        layer = growing_layer(past, getattr(self.attention, "layer_idx", 0))
+        layer = growing_layer(past, getattr(module, "layer_idx", 0))
         x = x.contiguous()
-        if layer is not None and self.plain_attention and x.dim() == 3 and x.shape[1] == 1:
+        if layer is not None and self.attention and x.dim() == 3 and x.shape[1] == 1:
             out = self._decode(x, layer, **kwargs)
             if out is not None:
                 return out
+        linears = [self.children[name] for name in self.parts.qkv]
+        sizes = [linear.out_features for linear in linears]
         dtype, rows = DTYPES[x.dtype], x.numel() // x.shape[-1]
-        y = x.new_empty((*x.shape[:-1], sum(self.sizes)))
-        _C.norm_linear(self.norm, self.qkv_call, dtype, x.data_ptr(), rows, y.data_ptr())
-        values = zip(self.qkv, y.split(self.sizes, -1), strict=True)
+        y = x.new_empty((*x.shape[:-1], sum(sizes)))
+        _C.norm_linear(self.norm, self.qkv, dtype, x.data_ptr(), rows, y.data_ptr())
         # The attention module calls its linears with whatever it is given: here with x, only for
         # its shape. They answer with what is computed already; o hands its input through.
-        with handed({**dict(values), self.o: PASS}):
-            attended = self.attention(hidden_states=x, **kwargs)[0].contiguous()
+        values = dict(zip(linears, y.split(sizes, -1), strict=True))
+        with handed({**values, o: PASS}):
+            attended = module(hidden_states=x, **kwargs)[0].contiguous()
+        if attended.dtype != x.dtype or attended.shape != (*x.shape[:-1], o.in_features):
+            return self._rest_by_steps(x, attended)
         out = torch.empty_like(x)
         self.rest.run(dtype, attended.data_ptr(), x.data_ptr(), rows, out.data_ptr())
         return out
+
+    def _rest_by_steps(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What follows the attention product, for an attention function of another dtype or
+        shape."""
+
+        def norm(name: str | None, y: Tensor) -> Tensor:
+            return y if name is None else self.children[name](y)
+
+        parts = self.parts
+        h = x + norm(parts.attention_post, self.children[parts.o](attended))
+        y = self.children[parts.mlp](norm(parts.mlp_norm, h))
+        return h + norm(parts.mlp_post, y)
 
     def _decode(
         self,
@@ -402,7 +451,7 @@ class _Fused:
     ) -> Tensor | None:
         """The layer's output for one token per sequence, in one call; None if an argument asks for
         anything but usual attention."""
-        module: Any = self.attention
+        module: Any = self.children[self.parts.attention]
         sequences = len(x)
         if (
             any(value is not None for value in unknown.values())
@@ -427,7 +476,9 @@ class _Fused:
             or cos.shape not in ((1, 1, module.head_dim), (sequences, 1, module.head_dim))
         ):
             return None
-        places = layer.room_for_one_more(sequences, x.dtype)
+        heads = self.children[self.parts.qkv[1]].out_features // module.head_dim
+        assert self.attention is not None
+        places = layer.room_for_one_more(sequences, heads, module.head_dim, x.dtype)
         if places is None:
             return None
         keys, values = places
@@ -435,8 +486,8 @@ class _Fused:
         out = torch.empty_like(x)
         _C.decode(
             self.norm,
-            self.qkv_call,
-            self.plain_attention,
+            self.qkv,
+            self.attention,
             self.rest,
             DTYPES[x.dtype],
             x.data_ptr(),
