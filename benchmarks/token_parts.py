@@ -64,6 +64,7 @@ def parts_of(model: nn.Module) -> dict[str, str]:
     layers = set(decoder_layers(model))
     # A tied quantized head is found under the embedding's name.
     heads = {model.get_submodule(name) for name in output_heads(model)}
+    heads.add(model.get_output_embeddings())
     if not layers:
         raise ValueError(f"the decoder layers of a {type(model).__name__} are not known")
     parts = {}
