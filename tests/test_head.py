@@ -8,10 +8,16 @@ import torch
 from bits import assert_same_bits, forced_isa
 from conftest import build_model
 from length import at_length
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_models import small_model
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+)
 
 from smoothquant import MixedQuantConfig, quantize
 from smoothquant.calibration.collect import collect_stats
@@ -98,8 +104,15 @@ def test_given_codes_are_packed_like_rounded_ones(n, groups, g):
 
 
 def test_group_sizes_divide_the_channels():
-    sizes = {(128, 576): 96, (128, 48): 48, (16, 40): 20, (32, 88): 22, (128, 101): 101}
-    sizes |= {(16, 40): 40, (128, 2048): 128, (8, 64): 64, (1, 1): 1}
+    sizes = {
+        (128, 576): 96,
+        (128, 48): 48,
+        (16, 40): 20,
+        (128, 202): 101,
+        (32, 88): 22,
+        (128, 101): 101,
+    }
+    sizes |= {(128, 2048): 128, (8, 64): 16, (15, 2048): 16, (16, 62): 31, (1, 1): 1, (128, 0): 1}
     assert {case: int8_group_size(*case) for case in sizes} == sizes
 
 
@@ -610,3 +623,72 @@ def test_commands(tmp_path, capsys):
     assert run.exit_code == 0, run.output
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "m")]).output
     assert "model.embed_tokens.packed" in shown and "head=int8" in shown
+
+
+@pytest.fixture
+def untied_folder(make_model, tmp_path):
+    """A folder whose config ties the head, and whose file has another weight for it."""
+    model = make_model("llama")
+    weight = torch.randn_like(model.lm_head.weight)
+    model.lm_head.weight = torch.nn.Parameter(weight)
+    model.save_pretrained(tmp_path / "float")
+    path = tmp_path / "float" / "model.safetensors"
+    tensors = load_file(path) | {"lm_head.weight": weight}
+    save_file(tensors, path, {"format": "pt"})
+    return tmp_path / "float"
+
+
+def test_a_stored_head_is_not_replaced_by_the_embeddings(untied_folder, tmp_path):
+    plain = AutoModelForCausalLM.from_pretrained(untied_folder)
+    assert plain.config.tie_word_embeddings
+    assert not torch.equal(plain.lm_head.weight, plain.model.embed_tokens.weight)
+    fields = {"group_size": 16, "head": "int8", "embeddings": "int8", "calibration": "weights"}
+    cfg = MixedQuantConfig(recipe="rtn", **fields)
+    loaded = AutoModelForCausalLM.from_pretrained(untied_folder, quantization_config=cfg)
+    convert(untied_folder, tmp_path / "converted", cfg, progress=False)
+    save_quantized(loaded, tmp_path / "q")
+    folders = [load_quantized(tmp_path / name) for name in ("q", "converted")]
+
+    class Own(LlamaForCausalLM):
+        pass
+
+    for model in (loaded, *folders, Own.from_pretrained(tmp_path / "q")):
+        for module, original in (
+            (model.lm_head, plain.lm_head),
+            (model.model.embed_tokens, plain.model.embed_tokens),
+        ):
+            error = (module.weight - original.weight).norm() / original.weight.norm()
+            assert error < 0.02
+
+
+def test_a_reloaded_model_can_be_moved(make_model, tmp_path, token_ids):
+    model = make_model("llama")
+    quantize(model, by_weights(recipe="rtn"), progress=False)
+    save_quantized(model, tmp_path / "q")
+    again = load_quantized(tmp_path / "q")
+    assert not any(tensor.is_meta for tensor in again.buffers())
+    assert torch.equal(again.to("cpu")(token_ids).logits, model(token_ids).logits)
+
+
+def test_ids_are_integers(make_model):
+    model = make_model("llama")
+    quantize(model, by_weights(recipe="rtn"), progress=False)
+    for ids in (torch.tensor([1.7]), torch.tensor([True])):
+        with pytest.raises(TypeError, match="token ids must be int32 or int64; got torch"):
+            model.model.embed_tokens(ids)
+
+
+def test_layers_that_differ_by_a_default_are_not_saved(make_model, tmp_path):
+    model = make_model("llama")
+    cfg = MixedQuantConfig(recipe="rtn", group_size=16, act_bits=8, calibration="weights")
+    quantize(model, cfg, progress=False)
+    layer = model.model.layers[0].mlp.down_proj
+    layer.config = dataclasses.replace(layer.config, act_bits=None)
+    with pytest.raises(
+        ValueError, match="must have the same MixedQuantConfig; .*down_proj differs"
+    ):
+        save_quantized(model, tmp_path / "q")
+    model.mixedquant_config = dataclasses.replace(cfg, act_bits=None)
+    layer.config = cfg
+    with pytest.raises(ValueError, match="must have the same MixedQuantConfig"):
+        save_quantized(model, tmp_path / "r")

@@ -245,6 +245,7 @@ Tensor unpack_rows(Tensor qweight, Tensor scales, Tensor salient,
     const mq_linear lin = packed_layer(op, qweight, scales, salient, salient_scales, perm,
                                        out_features, group_size, rotation, &shape);
     rows = expect(op, "rows", rows, ScalarType::Long, {-1});
+    require(out_features > 0 || rows.size(0) == 0, op, "rows must be in [0, 0)");
     // as in unpack_weight
     Tensor w = stable::new_zeros(qweight, {rows.size(0), lin.k}, ScalarType::Float);
     check_launch(op, mq_cuda_unpack_rows(&lin, rows.const_data_ptr<int64_t>(), rows.size(0),

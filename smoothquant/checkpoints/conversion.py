@@ -385,8 +385,8 @@ def _map_weights(
             mapped.release()
         names = read_headers([path])
         loaded |= {key: (source, t) for key, t in mapped.read(path, names).items()}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    check_complete(source, model, set(expected) - set(loaded) - tied, ())
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    check_complete(source, model, set(expected) - set(loaded) - set(tied), ())
     for name, (path, tensor) in loaded.items():
         if tensor.shape != expected[name].shape:
             raise CheckpointError(
@@ -396,7 +396,19 @@ def _map_weights(
         if not may_hold(expected[name], tensor.dtype):
             raise _unusable(Header(path, tuple(tensor.shape), dtype_name(tensor.dtype)), name)
         assign(model, name, tensor)
+    # As when transformers loads a model: of two stored weights that differ, none is given up.
+    apart = [
+        name
+        for name, owner in tied.items()
+        if name in loaded and owner in loaded and not _same(loaded[name][1], loaded[owner][1])
+    ]
     model.tie_weights()
+    for name in apart:
+        assign(model, name, loaded[name][1])
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _unusable(header: Header, name: str) -> CheckpointError:

@@ -196,6 +196,8 @@ def load_quantized(folder: str | os.PathLike) -> nn.Module:
             path = headers[manifest.shared.get(perm, perm)].path
             check_linear(path, name, module, layer_tensors)
     for name, buffer in unsaved_buffers(model).items():
+        if buffer.is_meta and not buffer.numel():  # only its dtype counts
+            buffer = torch.empty(buffer.shape)
         assign(model, name, buffer.to(dtypes[name]))
     model.load_state_dict(tensors, assign=True)
     check_kept(model, headers)

@@ -21,7 +21,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +275,9 @@ class MixedQuantQuantizer(HfQuantizer):
             return
         whole = type(model).__name__ in (model.config.architectures or [])
         rename = (lambda name: name) if whole else _renaming(model)
-        manifest = manifest if whole else _with_tied_heads(model, manifest.renamed(rename))
+        if not whole:
+            stored = {rename(name) for name in read_headers(checkpoint_files or ())}
+            manifest = _with_tied_heads(model, manifest.renamed(rename), stored)
         if not manifest.linears:
             raise CheckpointError(
                 f"{model.name_or_path}: no quantized layer is part of a {type(model).__name__}"
@@ -441,13 +443,19 @@ def set_quantizer(model: Any) -> None:
     model._keys_to_ignore_on_save = None  # and all of them
 
 
-def _with_tied_heads(model: Any, manifest: Manifest) -> Manifest:
+def _with_tied_heads(model: Any, manifest: Manifest, stored: Collection[str | None]) -> Manifest:
     """The manifest with the heads that the model ties to quantized embeddings, if it has none, as
-    in the folder of a base model."""
+    in the folder of a base model.
+
+    Args:
+        stored: names of the stored tensors. A head among them was not tied when it was saved.
+    """
     shared = dict(manifest.shared)
     for name, owner in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         head, packed = name.removesuffix(".weight"), owner.removesuffix(".weight") + ".packed"
         module: Any = model.get_submodule(head) if head != name else None
+        if name in stored or head in manifest.linears:
+            continue
         if packed in manifest.linears and isinstance(module, nn.Linear) and module.bias is None:
             n, k = module.weight.shape
             for key in manifest.blank(packed, k, n).state_dict():

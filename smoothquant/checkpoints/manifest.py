@@ -33,7 +33,7 @@ from ..core.tensor_files import CONFIG, Header
 from ..core.tensors import DTYPES, FLOATS, dtype_name, is_finite
 from ..layers.embedding import QuantizedEmbedding
 from ..layers.experts import W4A4Experts
-from ..layers.int8 import blank_table
+from ..layers.int8 import Int8Linear, blank_table
 from ..layers.linear import QuantizedLinear, linear_class
 from ..models.families import decoder_layers
 from ..models.kept import unlike_linear
@@ -241,6 +241,10 @@ class Manifest:
             "device": "meta",
         }
         if entry["table"]:
+            if entry["quantize_output"]:
+                raise ValueError("quantize_output must be false for a head or embeddings")
+            if entry["table"] == "int8" and entry["num_salient"]:
+                raise ValueError(f"num_salient must be 0 for int8; got {entry['num_salient']}")
             return blank_table(entry["table"], k, n, self.config, **layer)
         return linear_class(self.config)(
             k,
@@ -257,8 +261,13 @@ def _choices(name: str, module: QuantizedLinear, model_config: MixedQuantConfig)
         if module.config != table_config(model_config, module.table, module.in_features):
             raise ValueError(f"{name} must have the model's MixedQuantConfig; it differs")
         return {}
-    fields, common = module.config.to_dict(), model_config.to_dict()
-    differing = {field: value for field, value in fields.items() if value != common[field]}
+    # Not of to_dict, which leaves out fields at their default.
+    names = [field.name for field in dataclasses.fields(MixedQuantConfig)]
+    differing = {
+        field: getattr(module.config, field)
+        for field in names
+        if getattr(module.config, field) != getattr(model_config, field)
+    }
     if not set(differing) <= set(LAYER_CHOICES):
         raise ValueError(f"all linears must have the same MixedQuantConfig; {name} differs")
     return differing
@@ -462,6 +471,8 @@ def check_linear(
         natural = torch.arange(len(module.perm)).int()
         if not torch.equal(tensors["perm"].cpu().sort().values, natural):
             yield "perm", "is not a permutation of the channels"
+        elif isinstance(module, Int8Linear) and not torch.equal(tensors["perm"].cpu(), natural):
+            yield "perm", "must leave INT8 channels in their order"
         for key, tensor in tensors.items():
             if tensor.is_floating_point() and not is_finite(tensor):
                 yield key, "holds NaN or Inf"

@@ -386,9 +386,11 @@ SMALLEST_INT8_GROUP = 16
 
 
 def int8_group_size(most: int, k: int) -> int:
-    """The largest group size in [16, most] that divides k channels; k if there is none."""
-    divisors = (size for size in range(min(most, k), SMALLEST_INT8_GROUP - 1, -1) if k % size == 0)
-    return next(divisors, max(1, k))
+    """The largest group size in [16, most] that divides k channels; if there is none, the smallest
+    one above."""
+    smaller = range(min(most, k), SMALLEST_INT8_GROUP - 1, -1)
+    larger = range(max(most, SMALLEST_INT8_GROUP), k)
+    return next((size for size in (*smaller, *larger) if k % size == 0), max(1, k))
 
 
 def parse_field(text: str) -> tuple[str, Any]:

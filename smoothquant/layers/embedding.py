@@ -52,7 +52,10 @@ class QuantizedEmbedding(nn.Module):
 
         Raises:
             ValueError: an id is outside [0, num_embeddings); on CUDA, its row is NaN.
+            TypeError: ids are neither int32 nor int64.
         """
+        if input.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"token ids must be int32 or int64; got {input.dtype}")
         ids = input.to(self.packed.perm.device, torch.int64)
         rows = self.packed.rows(ids).to(input.device, self.like.dtype)
         if self.embed_scale is None:

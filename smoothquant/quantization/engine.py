@@ -170,6 +170,9 @@ class Plan:
         """
         if self._weights_to_come:
             check_kept_weights(self.model, self.items)
+            # Loading may have untied a head that the config ties: its file has two weights.
+            tables = find_tables(self.model, self.config)
+            self.tables, self.kept = tables.quantized, self.kept | tables.kept
             for table in self.tables:
                 check_table(self.model, table, None)
         for table in self.tables:

@@ -70,10 +70,10 @@ def planned_memory(
         inputs.append(_Input(k, sum(rows), max(rows), layer))
         if config.smooth_alpha is not None and group.reads_norm:
             smoothed[layer] += sum(weight.nbytes for weight in weights)
-    for table in find_tables(model, config).quantized:
-        group = table_group(model, table, config, stats)
-        n, k = group.matrix(model, group.name)[0].shape
-        inputs.append(_Input(k, n, n, ""))
+    tables = [
+        table_group(model, table, config, stats).matrix(model, table.head or table.embeddings[0])[0]
+        for table in find_tables(model, config).quantized
+    ]
     dtype = next(model.parameters()).dtype
     waiting = (by_layer or config.needs_tokens) and not spill
     batch = min(tokens, CALIBRATION_BLOCK) * max(x.n_largest for x in inputs)
@@ -81,7 +81,11 @@ def planned_memory(
         "float model": 0 if by_layer else sum(p.nbytes for p in model.parameters()),
         "a packed layer": quantized_bytes // len(layers) if by_layer else 0,
         "smoothed weights": max(smoothed.values(), default=0) if by_layer else 0,
-        "weights being packed": _weight_bytes(inputs, config, dtype, spill),
+        "weights being packed": max(
+            _weight_bytes(inputs, config, dtype, spill),
+            *(8 * weight.numel() for weight in tables),  # two fp32 copies
+            0,
+        ),
         "Hessians": _hessian_bytes(inputs) if config.weight_rounding == "gptq" and not spill else 0,
         "hidden states": tokens * inputs[0].k * dtype.itemsize if waiting else 0,
         "activations of a batch": BATCH_COPIES * batch * dtype.itemsize,

@@ -14,6 +14,7 @@ from ..layers.experts import W4A4Experts
 from ..layers.linear import QuantizedLinear, W4A4Linear
 from ..models.modules import is_transformers_model, module_copy, module_places, replace_module
 from ..models.routing import PARTS
+from ..models.tables import embedding_scale
 from .checks import WEIGHT_DTYPES
 
 # Where a model keeps its own `_tied_weights_keys` while tied weights are quantized.
@@ -57,6 +58,14 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         raise ValueError(
             f"cannot restore {unknown[0]} of {type(model).__name__}: its float class is unknown"
         )
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedEmbedding) and module.embed_scale is not None:
+            original = originals.get(name)
+            if original is None or embedding_scale(original)[0] != module.embed_scale:
+                raise ValueError(
+                    f"cannot restore {name} of {type(model).__name__}, which multiplies rows by "
+                    f"{module.embed_scale:g}: its float class is unknown"
+                )
     if dtype == torch.float16:  # find weights beyond its range before anything changes
         for name, layer in layers.items():
             _float_weight(name, layer, dtype)
