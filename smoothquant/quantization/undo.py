@@ -60,7 +60,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         )
     for name, module in model.named_modules():
         if isinstance(module, QuantizedEmbedding) and module.embed_scale is not None:
-            original = originals.get(name)
+            original: Any = originals.get(name)
             if original is None or embedding_scale(original)[0] != module.embed_scale:
                 raise ValueError(
                     f"cannot restore {name} of {type(model).__name__}, which multiplies rows by "
