@@ -540,7 +540,9 @@ static void fuzz_linear(void) {
         }
         const int has_activations = (unsigned)lin.act_format <= MQ_ACT_ZERO_POINT &&
                                     lin.act_bits >= 2 &&
-                                    lin.act_bits <= (lin.act_format == MQ_ACT_SYMMETRIC ? 8 : 7);
+                                    lin.act_bits <= (lin.act_format == MQ_ACT_SYMMETRIC ? 8 : 7) &&
+                                    (lin.group_size <= INT32_MAX / (8 << lin.act_bits) ||
+                                     lin.k - lin.k_salient <= INT32_MAX / (8 << lin.act_bits));
         const int to_quantize =
             has_activations && is_dtype && is_clip(lin.clip) && x_stride >= lin.k && is_rows;
         mq_status status =

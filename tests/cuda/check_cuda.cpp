@@ -231,8 +231,8 @@ sizes random_sizes() {
     return {one_of(ms), one_of(ns), k, one_of(gs), std::min(one_of(saliences), k), format};
 }
 
-// The other fields are random.
-problem problem_of(const sizes &of) {
+// The other fields are random. is_wide: more than 4 bits per activation.
+problem problem_of(const sizes &of, bool is_wide = false) {
     mq_linear lin = {};
     lin.n = of.n;
     lin.k = of.k;
@@ -242,7 +242,7 @@ problem problem_of(const sizes &of) {
     lin.rotation = below(3) ? 0 : 1 << below(10);
     lin.act_format = of.format;
     const int most_bits = lin.act_format == MQ_ACT_SYMMETRIC ? 8 : 7;
-    lin.act_bits = static_cast<int>(below(2) ? 4 : 2 + below(most_bits - 1));
+    lin.act_bits = static_cast<int>(is_wide ? 5 + below(most_bits - 4) : 2 + below(3));
     lin.per_token = below(4) == 0;
     if (of.rotation >= 0) lin.rotation = of.rotation, lin.per_token = 0;
     lin.clip = below(2) ? 1.0f : 0.7f;
@@ -519,8 +519,8 @@ const sizes kQuantized[] = {
 };
 
 // Runs every kernel that serves the linear, or only those for many tokens.
-void check_by_all(const sizes &of, bool decode) {
-    const problem p = problem_of(of);
+void check_by_all(const sizes &of, bool decode, bool is_wide = false) {
+    const problem p = problem_of(of, is_wide);
     const std::vector<float> want = reference(p);
     const std::vector<double> terms = magnitudes(p);
     std::vector<bytes> of_few, of_many;  // outputs of the kernels for few tokens, and of those for
@@ -554,7 +554,7 @@ void check_quantized(const sizes &of) {
 }
 
 void check_linear() {
-    const problem p = problem_of(random_sizes());
+    const problem p = problem_of(random_sizes(), below(2) == 0);
     check_weights(p);
     const std::vector<float> want = reference(p);
     const std::vector<double> sizes = magnitudes(p);
@@ -586,6 +586,7 @@ int main(int argc, char **argv) {
     srand(static_cast<unsigned>(atoi(argv[1])));
     const int cases = atoi(argv[2]);
     for (const sizes &of : kClasses) check_by_all(of, true);
+    for (size_t i = 0; i < std::size(kClasses); i += 5) check_by_all(kClasses[i], true, true);
     for (const sizes &of : kRings) check_by_all(of, false);
     for (const sizes &of : kQuantized) check_quantized(of);
     for (const auto &run : wraps) CHECK(run.second > 1);
