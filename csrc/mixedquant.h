@@ -319,9 +319,9 @@ mq_status mq_gated(mq_activation activation, mq_dtype dtype, const void *gate_up
 /* out [count] = a + b. out may be a or b. */
 mq_status mq_add(mq_dtype dtype, const void *a, const void *b, int64_t count, void *out);
 
-/* x [heads][head_dim] = x * cos + h * sin, in place, with h = (-x[half:], x[:half]): rotary position
- * embedding (Su et al., 2021) as transformers computes it, every product rounded to dtype. cos, sin
- * [head_dim]. head_dim is even. */
+/* x [heads][head_dim] = x * cos + h * sin, in place, with h = (-x[half:], x[:half]): rotary
+ * position embedding (Su et al., 2021) as transformers computes it, every product rounded to
+ * dtype. cos, sin [head_dim]. head_dim is even, at most 512. */
 mq_status mq_rotary(mq_dtype dtype, const void *cos, const void *sin, int64_t heads,
                     int64_t head_dim, void *x);
 

@@ -22,7 +22,7 @@ from smoothquant import MixedQuantConfig, dequantize, load_quantized, quantize, 
 from smoothquant.layers import decoder
 from smoothquant.layers.cache import GrowingLayer
 from smoothquant.layers.decoder import use_fused_layers
-from smoothquant.layers.linear import W4A4Linear, handed
+from smoothquant.layers.linear import W4A4Linear, precomputed
 
 # Output channels of every linear are whole panels, so that q, k and v can be one call.
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
@@ -564,10 +564,10 @@ def test_what_cannot_be_fused_takes_the_steps(make_model, token_ids):
 def test_a_result_is_handed_over_once_or_it_is_an_error():
     layer = W4A4Linear(32, 16, config=MixedQuantConfig(recipe="rtn", group_size=16))
     x, ready = torch.randn(2, 32), torch.randn(2, 16)
-    with handed({layer: ready}):
+    with precomputed({layer: ready}):
         assert layer(x) is ready
         assert torch.equal(layer(x), torch.zeros(2, 16))
-    with pytest.raises(RuntimeError, match="was not called"), handed({layer: ready}):
+    with pytest.raises(RuntimeError, match="was not called"), precomputed({layer: ready}):
         pass
     assert torch.equal(layer(x), torch.zeros(2, 16))
 

@@ -23,15 +23,6 @@ static const void *row_at(mq_dtype dtype, const void *x, int64_t offset) {
     return (const char *)x + (size_t)offset * mq_dtype_size(dtype);
 }
 
-/* Converts n values to dtype and stores them at out[i ...]. */
-static void store(const mq_kernels *kernels, mq_dtype dtype, const float *x, int64_t n, void *out,
-                  int64_t i) {
-    if (dtype == MQ_F32)
-        memcpy((float *)out + i, x, (size_t)n * sizeof *x);
-    else
-        kernels->narrow(dtype, x, n, (uint16_t *)out + i);
-}
-
 void mq_run_group_quantize(const mq_kernels *kernels, const mq_group_format *format, mq_dtype dtype,
                            const void *x, int64_t rows, int64_t cols, int64_t stride, int8_t *q,
                            float *scales) {
@@ -60,7 +51,7 @@ void mq_run_group_dequantize(const mq_kernels *kernels, const mq_group_format *f
                 int64_t at = r * cols + k0 + i;
                 kernels->dequantize(q + at, part, format->act_format == MQ_ACT_UNSIGNED, scale,
                                     buffer);
-                store(kernels, dtype, buffer, part, out, at);
+                mq_store(kernels, dtype, buffer, part, out, at);
             }
         }
     }
@@ -81,7 +72,7 @@ void mq_run_group_fake_quantize(const mq_kernels *kernels, const mq_group_format
                 part = mq_min(MQ_BUFFER, n - i);
                 quantize(&row, to, k0 + i, part, codes);
                 kernels->dequantize(codes, part, is_unsigned, to.scale, buffer);
-                store(kernels, dtype, buffer, part, out, r * cols + k0 + i);
+                mq_store(kernels, dtype, buffer, part, out, r * cols + k0 + i);
             }
         }
     }
@@ -97,8 +88,8 @@ void mq_run_group_hadamard(const mq_kernels *kernels, int64_t group_size, int64_
             n = mq_min(group_size, cols - k0);
             for (int64_t i = 0, part; i < n; i += part) {
                 part = mq_min(MQ_BUFFER, n - i);
-                store(kernels, dtype, mq_load_channels(&row, k0 + i, part, buffer), part, out,
-                      r * cols + k0 + i);
+                mq_store(kernels, dtype, mq_load_channels(&row, k0 + i, part, buffer), part, out,
+                         r * cols + k0 + i);
             }
         }
     }

@@ -11,19 +11,7 @@
 #define SPAN_QUADS 8
 enum { PANELS = 1, FEW_ROWS = 6, HOLD_SUMS = 0 };
 
-#include "vectors_x86.h"
-
-TARGET static MQ_INLINE ints accumulate(ints sums, ints weights, ints codes) {
-    return _mm256_add_epi16(sums, _mm256_maddubs_epi16(weights, codes));
-}
-
-TARGET static MQ_INLINE ints dots_of(ints sums) {
-    static const int16_t ones[16]
-        __attribute__((aligned(32))) = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-    return mq_madd_in_memory(sums, ones);
-}
-
-#include "multiply_x86.h"
+#include "multiply_int16.h"
 
 #include "multiply.h"
 #endif

@@ -2,6 +2,8 @@
 #ifndef MQ_CPU_OPS_H
 #define MQ_CPU_OPS_H
 
+#include <string.h>
+
 #include "kernels.h"
 
 void mq_run_argsort(const double *keys, int64_t k, int descending, int64_t *indices,
@@ -56,6 +58,15 @@ void mq_run_attend(const mq_kernels *kernels, const mq_attention *attention, mq_
                    const void *q, int64_t kv0, int64_t kv1, float *scores, void *out);
 void mq_run_add(const mq_kernels *kernels, mq_dtype dtype, const void *a, const void *b,
                 int64_t count, void *out);
+
+/* Converts x [n] to dtype and stores it at out[i ...]. */
+static inline void mq_store(const mq_kernels *kernels, mq_dtype dtype, const float *x, int64_t n,
+                            void *out, int64_t i) {
+    if (dtype == MQ_F32)
+        memcpy((float *)out + i, x, (size_t)n * sizeof *x);
+    else
+        kernels->narrow(dtype, x, n, (uint16_t *)out + i);
+}
 
 /* A row and how to read it: channels perm[0 .. k), or in order if perm is NULL; rotated in
  * blocks if rotation > 1. to_next: byte offset of the row to prefetch, usually the next one; 0

@@ -63,8 +63,8 @@ MQ_AVX2 static MQ_INLINE __m256i rounded(__m256 x, __m256 factor) {
 
 /* Quantizes x [n] with the group's own scale. x * inverse is then at most 127 / 2^-10, which int32
  * holds, so codes may be narrowed with saturation before they are clamped. (Unsigned codes have no
- * lower limit: values below int32 convert to INT32_MIN.) Returns 16 sums of two codes, alternating between positions
- * 0, 1 and positions 2, 3 of quads. */
+ * lower limit: values below int32 convert to INT32_MIN.) Returns 16 sums of two codes, alternating
+ * between positions 0, 1 and positions 2, 3 of quads. */
 MQ_AVX2 static MQ_INLINE __m256i codes_of_group(const float *x, int64_t n, float inverse, int low,
                                                 int high, int8_t *q) {
     const __m256 factor = _mm256_set1_ps(inverse);

@@ -95,8 +95,8 @@ int mq_cuda_kernel_for(const mq_linear *lin, int arch, int64_t m);
 size_t mq_cuda_linear_workspace(const mq_linear *lin, int kernel, mq_dtype dtype, int64_t m);
 
 /* x [m][k] -> out [m][n]. lin's arrays, x and workspace are aligned to 16 bytes. At most
- * 2^(24 - act_bits) channels per group and 65535 * 32 output channels. An index outside [0, k) in perm counts as a
- * NaN.
+ * 2^(24 - act_bits) channels per group and 65535 * 32 output channels. An index outside [0, k) in
+ * perm counts as a NaN.
  *
  * Results differ from mq_linear_quantize and mq_linear_multiply only in the order of fp32 sums:
  * of products with salient channels, and of groups in the kernels that split them over warps

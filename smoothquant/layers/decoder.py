@@ -35,10 +35,10 @@ from ..core.tensors import FLOATS
 from ..kernels import ops
 from ..kernels.control import _C
 from ..models.families import DecoderParts, decoder_layers, decoder_parts
-from .linear import PASS, QuantizedLinear, W4A4Linear, handed, kernel_choices
+from .linear import RETURN_INPUT, QuantizedLinear, W4A4Linear, kernel_choices, precomputed
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}  # mq_dtype
-ACTIVATION_NAMES = ("act_fn", "activation_fn")
+MOST_HEAD_DIM = 512  # of mq_attend and mq_rotary
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "ReLU": "relu"}
 
 _enabled = os.environ.get("MIXEDQUANT_FUSED_LAYERS", "1") != "0"
@@ -228,11 +228,8 @@ def _state_of(layer: nn.Module) -> _Fused | None:
         parts = _PARTS.get(layer)
         if parts is None or any(_child(layer, name) is None for name in parts.names):
             return None
-        names = [*parts.names]
-        for activation in ACTIVATION_NAMES:
-            if _child(layer, f"{parts.mlp}.{activation}") is not None:
-                names.append(f"{parts.mlp}.{activation}")
-        source = _Source(layer, names)
+        activation = _activation(layer, parts)
+        source = _Source(layer, parts.names + ((activation,) if activation else ()))
         fused = _fused(layer, parts)
         if fused is not None:
             fused.memory = source.memory
@@ -248,6 +245,12 @@ def _child(layer: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
+def _activation(layer: nn.Module, parts: DecoderParts) -> str | None:
+    """The path of the MLP's activation, if that is a module."""
+    paths = (f"{parts.mlp}.{name}" for name in ("act_fn", "activation_fn"))
+    return next((path for path in paths if _child(layer, path) is not None), None)
+
+
 def _fused(layer: nn.Module, parts: DecoderParts) -> _Fused | None:
     """The prepared calls; None if a part is not what they can compute."""
     children: dict[str | None, Any] = {name: _child(layer, name) for name in parts.names}
@@ -258,8 +261,7 @@ def _fused(layer: nn.Module, parts: DecoderParts) -> _Fused | None:
         _linear([children[name] for name in names])
         for names in (parts.qkv, (parts.o,), parts.gate_up, (parts.down,))
     ]
-    functions = [_child(layer, f"{parts.mlp}.{name}") for name in ACTIVATION_NAMES]
-    function = next((f for f in functions if f is not None), None)
+    function = _child(layer, _activation(layer, parts) or "")
     activation = ACTIVATIONS.get(type(function).__name__)
     if activation is None or None in norms.values() or None in linears:
         return None
@@ -299,7 +301,7 @@ def _attention(parts: DecoderParts, children: Mapping[str | None, Any]) -> Any:
     if not parts.plain_attention or len(parts.qkv) != 3 or not isinstance(scale, float):
         return None
     widths = [children[name].out_features for name in parts.qkv]
-    if size < 2 or size % 2 or size > 512 or any(n % size for n in widths):
+    if size < 2 or size % 2 or size > MOST_HEAD_DIM or any(n % size for n in widths):
         return None
     q, k, v = (n // size for n in widths)
     return _C.Attention(q, k, size, scale) if k == v and q % k == 0 else None
@@ -360,7 +362,7 @@ def _linear(modules: Sequence[nn.Module | None]) -> _C.Linear | None:
     if bias is not None and bias.dtype not in FLOATS:
         return None
     salient_scales = first.salient_scales
-    call = _C.Linear(
+    return _C.Linear(
         sum(layer.out_features for layer in layers),
         first.in_features,
         first.num_salient,
@@ -379,7 +381,6 @@ def _linear(modules: Sequence[nn.Module | None]) -> _C.Linear | None:
         choices.per_token,
         choices.clip,
     )
-    return call
 
 
 @dataclass
@@ -417,7 +418,7 @@ class _Fused:
         # The attention module calls its linears with whatever it is given: here with x, only for
         # its shape. They answer with what is computed already; o hands its input through.
         values = dict(zip(linears, y.split(sizes, -1), strict=True))
-        with handed({**values, o: PASS}):
+        with precomputed({**values, o: RETURN_INPUT}):
             attended = module(hidden_states=x, **kwargs)[0].contiguous()
         if attended.dtype != x.dtype or attended.shape != (*x.shape[:-1], o.in_features):
             return self._rest_by_steps(x, attended)

@@ -159,28 +159,28 @@ class _StraightThrough(torch.autograd.Function):
         return grad @ ctx.weight().to(grad.dtype), None, None
 
 
-PASS = object()  # handed to a layer that shall return its input
-_handed: dict[tuple[int, nn.Module], Any] = {}
+RETURN_INPUT = object()  # for `precomputed`: the layer returns its input
+_precomputed: dict[tuple[int, nn.Module], Any] = {}
 
 
 @contextmanager
-def handed(values: Mapping[nn.Module, Any]) -> Iterator[None]:
+def precomputed(values: Mapping[nn.Module, Any]) -> Iterator[None]:
     """Within the context, in this thread, each layer returns its value at its next call, or its
-    input for PASS, instead of computing.
+    input for RETURN_INPUT, instead of computing.
 
     Raises:
         RuntimeError: a layer was not called.
     """
     thread = get_ident()
     keys = [(thread, layer) for layer in values]
-    _handed.update(zip(keys, values.values(), strict=True))
+    _precomputed.update(zip(keys, values.values(), strict=True))
     try:
         yield
-        if any(key in _handed for key in keys):
+        if any(key in _precomputed for key in keys):
             raise RuntimeError("a layer was not called, so its result would have been lost")
     finally:
         for key in keys:
-            _handed.pop(key, None)
+            _precomputed.pop(key, None)
 
 
 class QuantizedLinear(nn.Module):
@@ -326,10 +326,10 @@ class QuantizedLinear(nn.Module):
         Gradients use the straight-through estimator: the gradient with respect to x is the gradient
         of y times `weight`. Weight and bias get no gradient.
         """
-        if _handed:
-            value = _handed.pop((get_ident(), self), None)
+        if _precomputed:
+            value = _precomputed.pop((get_ident(), self), None)
             if value is not None:
-                return x if value is PASS else value
+                return x if value is RETURN_INPUT else value
         self._check_input(x)
         if torch.is_grad_enabled() and x.requires_grad:
             return _StraightThrough.apply(x, self._forward, self.dequantize)

@@ -1,15 +1,15 @@
-/* Kernels for what lies between the linears, written once in plain C. rows_<isa>.c compiles them
+/* Kernels for what lies between the linears, written once in plain C. decoder_<isa>.c compiles them
  * for an instruction set, so results are equal bit for bit: no product is fused with a sum, and
  * sums have a fixed order. */
-#ifndef MQ_CPU_ROWS_H
-#define MQ_CPU_ROWS_H
+#ifndef MQ_CPU_DECODER_H
+#define MQ_CPU_DECODER_H
 
 #include <string.h>
 
 #include "kernels.h"
 
-/* e^x within 2 units in the last place for -87 <= x <= 88; x beyond is taken for the nearer end. NaN
- * stays NaN. x = n ln 2 + r, |r| <= ln 2 / 2; e^r by its Taylor polynomial of degree 7. */
+/* e^x within 2 units in the last place for -87 <= x <= 88; x beyond is taken for the nearer end.
+ * NaN stays NaN. x = n ln 2 + r, |r| <= ln 2 / 2; e^r by its Taylor polynomial of degree 7. */
 static MQ_INLINE float mq_exp(float x) {
     const float magic = 12582912.0f; /* adding it rounds to an integer, in the lowest bits */
     x = x < -87.0f ? -87.0f : x;

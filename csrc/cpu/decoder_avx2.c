@@ -1,4 +1,4 @@
-#include "rows.h"
+#include "decoder.h"
 
 #if defined(MQ_X86)
 #include "x86.h"

@@ -1,4 +1,4 @@
-#include "rows.h"
+#include "decoder.h"
 
 void mq_add_squares_scalar(const float *x, int64_t n, float *sums) {
     mq_assume_add_squares(n);

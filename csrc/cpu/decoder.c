@@ -3,7 +3,7 @@
 #include <string.h>
 
 #include "ops.h"
-#include "rows.h"
+#include "decoder.h"
 
 /* x [n] of any dtype as fp32: in place, or in buffer. */
 static const float *widened(const mq_kernels *kernels, mq_dtype dtype, const void *x, int64_t i,
@@ -19,14 +19,6 @@ static void round_to(const mq_kernels *kernels, mq_dtype dtype, float *x, int64_
     if (dtype == MQ_F32) return;
     kernels->narrow(dtype, x, n, halves);
     kernels->widen(dtype, halves, n, x);
-}
-
-static void store(const mq_kernels *kernels, mq_dtype dtype, const float *x, int64_t n, void *out,
-                  int64_t i) {
-    if (dtype == MQ_F32)
-        memcpy((float *)out + i, x, (size_t)n * sizeof *x);
-    else
-        kernels->narrow(dtype, x, n, (uint16_t *)out + i);
 }
 
 static float mean_of_squares(const mq_kernels *kernels, mq_dtype dtype, const void *x, int64_t at,
@@ -57,7 +49,7 @@ void mq_run_rms_norm(const mq_kernels *kernels, const mq_norm *norm, mq_dtype dt
             } else {
                 for (int64_t e = 0; e < n; e++) y[e] = y[e] * (norm->offset + weight[e]);
             }
-            store(kernels, dtype, y, n, out, r * k + i);
+            mq_store(kernels, dtype, y, n, out, r * k + i);
         }
     }
 }
@@ -74,7 +66,7 @@ void mq_run_gated(const mq_kernels *kernels, mq_activation activation, mq_dtype 
             round_to(kernels, dtype, gate, part);
             const float *up = widened(kernels, dtype, gate_up, at + n, part, buffer);
             for (int64_t e = 0; e < part; e++) gate[e] *= up[e];
-            store(kernels, dtype, gate, part, out, r * n + i);
+            mq_store(kernels, dtype, gate, part, out, r * n + i);
         }
     }
 }
@@ -87,7 +79,7 @@ void mq_run_add(const mq_kernels *kernels, mq_dtype dtype, const void *a, const 
         const float *x = widened(kernels, dtype, a, i, n, left);
         const float *y = widened(kernels, dtype, b, i, n, right);
         for (int64_t e = 0; e < n; e++) sums[e] = x[e] + y[e];
-        store(kernels, dtype, sums, n, out, i);
+        mq_store(kernels, dtype, sums, n, out, i);
     }
 }
 
@@ -105,7 +97,7 @@ void mq_run_rotary(const mq_kernels *kernels, mq_dtype dtype, const void *cos, c
         round_to(kernels, dtype, y, head_dim);
         round_to(kernels, dtype, z, head_dim);
         for (int64_t i = 0; i < head_dim; i++) y[i] += z[i];
-        store(kernels, dtype, y, head_dim, x, at);
+        mq_store(kernels, dtype, y, head_dim, x, at);
     }
 }
 
@@ -144,7 +136,7 @@ void mq_run_attend(const mq_kernels *kernels, const mq_attention *of, mq_dtype d
                                             kv * of->head_stride + t * d, n * d, buffer);
                 kernels->add_rows(weights + t, rows, n, d, sums);
             }
-            store(kernels, dtype, sums, d, out, (kv * group + h) * d);
+            mq_store(kernels, dtype, sums, d, out, (kv * group + h) * d);
         }
     }
 }
