@@ -5,9 +5,10 @@
     python benchmarks/model.py --model llama-1.1b --contenders W4A4 llama.cpp --new 32 --turns 2
     python benchmarks/model.py --gate                                # after changing a kernel
 
-The contenders are the model in fp32 and bf16 and quantized, with the rest in fp32 or bf16, all in
-transformers' `generate`, and llama.cpp's Q4_0 in llama-bench and llama-batched-bench. All start
-from the same weights, rounded to 16 bits. They take turns, and the script reports medians of
+The contenders are the model in fp32 and bf16 and quantized, with the rest in fp32 or bf16 and with
+the output head and the embeddings in INT8, 16 bits or INT4, all in transformers' `generate`, and
+llama.cpp's Q4_0 in llama-bench and llama-batched-bench. All start from the same weights, rounded to
+16 bits. They take turns, and the script reports medians of
 
 - prefill: the tokens of a prompt, until the first new token;
 - decode: one token after another, after a prompt of SHORT_PROMPT tokens (llama-bench: none);
@@ -52,6 +53,7 @@ from smoothquant.kernels import ops
 from smoothquant.layers.decoder import use_fused_layers
 from smoothquant.layers.linear import QuantizedLinear
 from smoothquant.models.modules import module_copy, stored_bytes
+from smoothquant.models.tables import head_name
 
 PHASES = ("prefill", "decode", "batch")
 SHORT_PROMPT = 16
@@ -65,9 +67,14 @@ RANDOM_SHAPE = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 2048,
 }
+# {suffix of a contender: format of the output head and the embeddings}
+TABLES = {"": None, "-head16": "16bit", "-head4": "int4"}
 # {name: fields of the config}
-TABLES = {"head": "int8", "embeddings": "int8"}
-QUANTIZED: dict[str, dict[str, Any]] = {"W4A4": TABLES, "W4A8": {"act_bits": 8, **TABLES}}
+QUANTIZED: dict[str, dict[str, Any]] = {
+    f"W4A{bits}{suffix}": {"act_bits": bits, "head": kind, "embeddings": kind}
+    for bits in (4, 8)
+    for suffix, kind in TABLES.items()
+}
 LLAMA_CPP = "llama.cpp"
 CONTENDERS = ("fp32", "bf16", *(q + rest for q in QUANTIZED for rest in ("", "-bf16")), LLAMA_CPP)
 # {baseline: {phase: smallest accepted ratio of W4A4's speed to it}}, SmolLM2-135M on one thread
@@ -196,9 +203,8 @@ def make_contenders(
         if name == LLAMA_CPP:
             result.append(LlamaCpp("llama.cpp Q4_0", *gguf_files(args, model), args.llama_cpp))
             continue
-        base, _, rest = name.partition("-")
-        contender = packed.get(base, model)
-        if "bf16" in (base, rest):
+        contender = packed.get(name.removesuffix("-bf16"), model)
+        if name.endswith("bf16"):
             contender = copy.deepcopy(contender).to(torch.bfloat16)
         result.append(TorchContender(name, contender))
     if args.compile:
@@ -398,7 +404,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model", default="smollm2-135m", help=f"bundled name, folder or id, or {RANDOM}"
     )
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS[:-1]])
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, default=["fp32", "bf16", "W4A4", "W4A8"]
+    )
     parser.add_argument("--threads", nargs="+", type=int, default=[1, os.cpu_count()])
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens to generate")
@@ -452,7 +460,7 @@ def main() -> None:
         ids = torch.cat(token_blocks(wikitext("test"), tokenizer, args.batch, args.prompt))
         calibration = token_blocks(wikitext("validation"), tokenizer, 4, 512)
     round_to_16_bits(model)
-    stats = collect_stats(model, calibration, progress=False)
+    stats = collect_stats(model, calibration, head=head_name(model), progress=False)
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     if LLAMA_CPP in args.contenders:

@@ -149,6 +149,8 @@ def _command(
             salient_prop=salient_prop,
             sort=sort,
             backend=backend,
+            head="16bit",
+            embeddings="16bit",
         )
         act_scales = load_act_scales(act_scales_path) if smooth and act_scales_path else {}
         with naming(source="calibration_path"):

@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from smoothquant.models import tables
+
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="every test, and each in full")
@@ -28,6 +30,13 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+@pytest.fixture
+def linears_alone(monkeypatch):
+    """The output head and the embeddings stay as they are, unless a config names a format: for
+    tests whose records, bytes or sizes are those of the linears."""
+    monkeypatch.setattr(tables, "DEFAULT_FORMAT", "16bit")
 
 
 # Hidden and intermediate sizes are no multiples of the group sizes used, nor powers of two.

@@ -10,6 +10,8 @@ from smoothquant.channels.budget import Demand, bits_per_weight, share_out
 from smoothquant.channels.sorting import num_salient_channels
 from smoothquant.core.config import MixedQuantConfig
 
+pytestmark = pytest.mark.usefixtures("linears_alone")
+
 
 def demands():
     peaked, flat = torch.ones(100).double(), torch.ones(200).double()

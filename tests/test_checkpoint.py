@@ -21,6 +21,8 @@ from smoothquant.core.config import MixedQuantConfig
 from smoothquant.core.tensor_files import CONFIG, TENSORS
 from smoothquant.model_size import get_model_size
 
+pytestmark = pytest.mark.usefixtures("linears_alone")
+
 
 def logits(model, token_ids):
     with torch.no_grad():

@@ -16,6 +16,8 @@ from smoothquant import save_quantized as save
 from smoothquant.checkpoints.inspection import verify_folder
 from smoothquant.core.tensor_files import CONFIG, TENSORS
 
+pytestmark = pytest.mark.usefixtures("linears_alone")
+
 OTHER = LAYER.replace("layers.1", "layers.0")
 SETTINGS = MixedQuantConfig(group_size=16, salient_prop=0.1, act_format="symmetric")
 READERS = [load_quantized, AutoModelForCausalLM.from_pretrained, verify_folder]

@@ -26,6 +26,8 @@ from smoothquant.checkpoints.hf import MixedQuantManifest, MixedQuantQuantizer
 from smoothquant.core.tensor_files import INDEX
 from smoothquant.layers.linear import QuantizedLinear
 
+pytestmark = pytest.mark.usefixtures("linears_alone")
+
 CONFIG = MixedQuantConfig(group_size=20, salient_prop=0.1, calibration="weights")
 
 

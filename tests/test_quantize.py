@@ -22,6 +22,8 @@ from smoothquant.models.modules import module_places, replace_module
 from smoothquant.models.routing import PARTS, routed_inputs
 from smoothquant.quantization.engine import Plan
 
+pytestmark = pytest.mark.usefixtures("linears_alone")
+
 CONFIG = MixedQuantConfig(group_size=20, salient_prop=0.1)
 
 

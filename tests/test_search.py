@@ -17,6 +17,8 @@ from smoothquant.layers.linear import FakeW4A4Linear, QuantizedLinear, W4A4Linea
 from smoothquant.models.families import layer_inputs
 from smoothquant.quantization.search import ACT_CLIPS, Trial, resolve
 
+pytestmark = pytest.mark.usefixtures("linears_alone")
+
 PLAN = ChannelPlan(torch.arange(64, dtype=torch.int32), 4)
 
 

@@ -16,6 +16,8 @@ from smoothquant.channels.statistics import ChannelStats
 from smoothquant.core.config import MixedQuantConfig
 from smoothquant.layers.linear import W4A4Linear
 
+pytestmark = pytest.mark.usefixtures("linears_alone")
+
 
 def stats_of(x: torch.Tensor) -> ChannelStats:
     stats = ChannelStats.empty(x.shape[-1])

@@ -18,6 +18,7 @@ from ..kernels import ops
 from ..layers.experts import W4A4Experts
 from ..layers.linear import QuantizedLinear, W4A4Linear
 from ..models.modules import is_transformers_model, module_copy, module_places, replace_module
+from ..quantization.undo import dequantize_tables
 from .folder import check_target, write_folder
 from .manifest import Manifest
 
@@ -41,6 +42,9 @@ def export_compressed_tensors(
 ) -> None:
     """Write a quantized transformers model in the compressed-tensors format, atomically.
 
+    The format packs linears only: a quantized output head and embeddings are written in the model's
+    dtype, with the values that their codes represent.
+
     Args:
         model: a model quantized with ``backend="int4"``; it is not changed.
         folder: must not exist or be empty; with `overwrite`, it may also hold a model.
@@ -60,18 +64,14 @@ def export_compressed_tensors(
         if isinstance(module, W4A4Experts):
             raise _not_expressible(name, "the format has no fused experts")
     exported: Any = module_copy(model)
+    dequantize_tables(exported, dtype)
     places = module_places(exported)
     schemes: list[tuple[dict[str, Any], list[str]]] = []
-    for name, module in model.named_modules():
+    for name, module in list(exported.named_modules()):
         if not isinstance(module, QuantizedLinear):
             continue
         if not isinstance(module, W4A4Linear):
             raise _not_expressible(name, "it is a simulation (backend='fake')")
-        if module.table:
-            part = "embeddings" if name.endswith(".packed") else "head"
-            raise _not_expressible(
-                name, f"it is a quantized output head or embedding; quantize with {part}='16bit'"
-            )
         scheme = _scheme(name, module)
         packed = _Packed(*_natural_weight(name, module, dtype), module.bias)
         replace_module(exported, name, packed, places)

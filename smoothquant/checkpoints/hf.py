@@ -107,7 +107,7 @@ MixedQuantManifest.__name__ = MixedQuantConfig.__name__
 
 def _users_config(fields: dict[str, Any]) -> MixedQuantConfig:
     try:
-        return MixedQuantConfig.from_dict(fields)
+        return MixedQuantConfig.from_fields(fields)
     except (ValueError, TypeError) as error:
         raise type(error)(f"quantization_config: {error}") from error
 

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
-from ..core.config import MixedQuantConfig
+from ..core.config import NEWER, MixedQuantConfig
 from ..core.files import atomic_file
 from ..core.tensors import dtype_name
 from ..core.version import __version__
@@ -151,10 +151,10 @@ def _source(model: nn.Module) -> str | None:
 
 def _shown_fields(config: MixedQuantConfig) -> dict[str, Any]:
     """The main settings and all that are not at their default; a calibration file by its name."""
-    fields = config.to_dict()
+    fields = NEWER | config.to_dict()
     if isinstance(config.calibration, str):
         fields["calibration"] = Path(config.calibration).name
-    defaults = DEFAULTS.to_dict()
+    defaults = NEWER | DEFAULTS.to_dict()
     always = {"recipe", "group_size", "salient_prop"}
     return {
         name: value

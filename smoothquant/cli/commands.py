@@ -235,7 +235,7 @@ def quantize(
         raise typer.BadParameter("--by-layer cannot be combined with --fold")
     if spill and not by_layer:
         raise typer.BadParameter("--spill requires --by-layer")
-    config = MixedQuantConfig.from_dict(
+    config = MixedQuantConfig.from_fields(
         {
             "recipe": recipe.value,
             "group_size": group_size,
@@ -503,6 +503,7 @@ def generate(
     from transformers import TextStreamer
 
     from ..bundled import load_model
+    from ..models.generation import generate as generate_text
     from ..models.running import check_positions, check_token_ids
 
     if temperature and not LEAST_TEMPERATURE <= temperature < math.inf:
@@ -527,7 +528,8 @@ def generate(
     else:
         check_positions(loaded, **tokens)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
-    loaded.generate(
+    generate_text(
+        loaded,
         **inputs,
         **({"do_sample": False} | sampling),
         max_new_tokens=max_new_tokens,

@@ -31,10 +31,12 @@ CHOICES = {
     "act_format": ("symmetric", "unsigned", "zero_point", "auto"),
     "act_quant": ("per_group", "per_token", "per_tensor"),
     "backend": ("int4", "fake"),
-    "head": ("16bit", "int8", "int4"),
-    "embeddings": ("16bit", "int8", "int4"),
     "non_finite": ("propagate", "raise"),
 }
+TABLE_FORMATS = ("16bit", "int8", "int4")  # of output heads and embeddings
+
+# Fields that folders and sweeps did not always have, and what they mean where they are missing.
+NEWER: dict[str, Any] = {"act_bits": None, "head": "16bit", "embeddings": "16bit", "ignore": []}
 
 # The values that each recipe gives to fields left at None. rotation="group" is the largest rotation
 # that fits a group.
@@ -146,8 +148,8 @@ class MixedQuantConfig:
         seed: random seed of that draw.
         head: format of the output head: "16bit" keeps it as it is; "int8" has INT8 weights with a
             scale per group; "int4" has packed INT4 weights like the other linears. Both quantize
-            the head's inputs to 8 bits, and round to nearest. What cannot be quantized stays; the
-            report says why.
+            the head's inputs to 8 bits, and round to nearest. None is "int8". What cannot be
+            quantized stays; the report says why.
         embeddings: the same for the input embeddings, which dequantize the rows they look up. A
             tied head and embeddings are one weight: set either of the two, or both alike.
         ignore: patterns of modules that stay as they are, with everything inside them. A pattern
@@ -188,8 +190,8 @@ class MixedQuantConfig:
     calibration: str | os.PathLike | Sequence[str] | None = None
     calibration_tokens: int = 32768
     seed: int = 42
-    head: str = "16bit"
-    embeddings: str = "16bit"
+    head: str | None = None
+    embeddings: str | None = None
     ignore: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -206,6 +208,11 @@ class MixedQuantConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+        for name in ("head", "embeddings"):
+            if (value := getattr(self, name)) is not None and value not in list(TABLE_FORMATS):
+                raise ValueError(
+                    f"{name} must be one of {', '.join(TABLE_FORMATS)}, or None; got {value!r}"
+                )
         self._set("num_bits", check_integer, 2, 4 if self.backend == "int4" else 8)
         most_bits = 8 if self.act_format == "symmetric" else 7  # codes are signed bytes
         if self.act_bits is not None:
@@ -304,25 +311,25 @@ class MixedQuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values; calibration texts are replaced by their sha256. Fields
-        that are newer than others are left out at their default: ``act_bits``, ``head``,
-        ``embeddings`` and ``ignore``."""
+        that are newer than others are left out at the value that stands for the time before:
+        ``act_bits`` None, ``head`` and ``embeddings`` "16bit", ``ignore`` empty."""
         fields = dataclasses.asdict(self)
         if isinstance(self.calibration, tuple):
             digest = hashlib.sha256("\0".join(self.calibration).encode()).hexdigest()
             fields["calibration"] = f"sha256:{digest}"
         fields["ignore"] = list(self.ignore)
-        # as in folders and sweeps from before there were these fields
-        newer: dict[str, Any] = {
-            "act_bits": None,
-            "head": "16bit",
-            "embeddings": "16bit",
-            "ignore": [],
-        }
-        return {n: v for n, v in fields.items() if n not in newer or v != newer[n]}
+        return {n: v for n, v in fields.items() if n not in NEWER or v != NEWER[n]}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> MixedQuantConfig:
-        """The inverse of :meth:`to_dict`; an unknown field raises ValueError.
+        """The inverse of :meth:`to_dict`: without ``head`` and ``embeddings``, both are "16bit". An
+        unknown field raises ValueError."""
+        return cls.from_fields(NEWER | fields)
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> MixedQuantConfig:
+        """A config with these fields and the defaults of all others; an unknown field raises
+        ValueError.
 
         ``modules_to_not_convert``, transformers' name for ``ignore``, is accepted too.
         """
@@ -374,6 +381,7 @@ def table_config(config: MixedQuantConfig, kind: str, k: int) -> MixedQuantConfi
             "group_size": int8_group_size(layer_group_size(config, k), k),
             "bits": None,
             "salient_prop": 0.0,
+            "salient_format": "16bit",
             "sort": "none",
             "rotation": 0,
             "weight_quant": "per_group",

@@ -17,6 +17,9 @@ from torch.nn.utils import parametrize
 from ..core.config import MixedQuantConfig
 from .kept import reasons_to_keep, unlike_linear
 
+# KL divergence and speed chose it: docs/results.md
+DEFAULT_FORMAT = "int8"
+
 # What an embedding of transformers may compute besides the lookup.
 _SCALED = re.compile(
     r"return super\(\)\.forward\(\w+\) \* self\.embed_scale(\.to\(self\.weight\.dtype\))?\s*$"
@@ -76,18 +79,18 @@ def find_tables(model: nn.Module, config: MixedQuantConfig) -> Tables:
     found = {"head": output_head(model), "embeddings": _embeddings(model)}
     weights = {part: module.weight for part, module in found.items() if module is not None}
     if len(weights) == 2 and weights["head"] is weights["embeddings"]:
-        kinds = set(wanted.values()) - {"16bit"}
+        kinds = set(wanted.values()) - {None}
         if len(kinds) > 1:
             raise ValueError(
                 f"head and embeddings must not differ for {type(model).__name__}, which uses one "
                 f"weight for both; got head={config.head!r} and embeddings={config.embeddings!r}"
             )
-        wanted = dict.fromkeys(wanted, kinds.pop())
+        wanted = dict.fromkeys(wanted, kinds.pop() if kinds else None)
         del weights["embeddings"]
     why = reasons_to_keep(model, config.ignore, heads=False)
     quantized, kept = [], {}
     for part, weight in weights.items():
-        kind = wanted[part]
+        kind = wanted[part] or DEFAULT_FORMAT
         if kind == "16bit":
             continue
         readers = {

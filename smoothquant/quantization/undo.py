@@ -52,6 +52,35 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     elif dtype not in WEIGHT_DTYPES:
         raise TypeError(f"dtype must be float32, float16 or bfloat16; got {dtype}")
     blocks = {n: m for n, m in model.named_modules() if isinstance(m, W4A4Experts)}
+    _restore(model, layers, blocks, dtype)
+    unfuse(model)
+    for name in ("mixedquant_config", "mixedquant_report"):
+        vars(model).pop(name, None)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+
+
+@torch.no_grad()
+def dequantize_tables(model: nn.Module, dtype: torch.dtype) -> None:
+    """As `dequantize`, but only the output head and the embeddings."""
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear) and module.table
+    }
+    if layers:
+        _restore(model, layers, {}, dtype)
+
+
+def _restore(
+    model: nn.Module,
+    layers: dict[str, QuantizedLinear],
+    blocks: dict[str, W4A4Experts],
+    dtype: torch.dtype,
+) -> None:
+    """Replace quantized layers and blocks of experts by float ones, and tie float tables as the
+    model does. layers: by name, with those in the blocks; emptied."""
     originals, places = _float_modules(model), module_places(model)
     unknown = [name for name in blocks if name not in originals]
     if unknown:
@@ -93,18 +122,13 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             embedding = embeddings.pop(name).restored(originals.get(name), weight)
             replace_module(model, name, embedding, places)
         del layer
-    unfuse(model)
-    for name in ("mixedquant_config", "mixedquant_report", "resize_token_embeddings"):
-        vars(model).pop(name, None)
+    vars(model).pop("resize_token_embeddings", None)
     for module in model.modules():
         keys = vars(module).pop(FLOAT_TIES, None)
         if keys is not None:
             vars(module)["_tied_weights_keys"] = keys
             tied: Any = model
             tied.all_tied_weights_keys = tied.get_expanded_tied_weights_keys(all_submodels=True)
-    quantizer: Any = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
 
 
 def _restored(layer: QuantizedLinear, linear: Any, weight: nn.Parameter) -> nn.Linear:
