@@ -47,24 +47,17 @@ class Rest:
     def run(self, dtype: int, attended: int, residual: int, rows: int, out: int) -> None: ...
 
 class Attention:
+    kv_heads: int
     def __init__(self, heads: int, kv_heads: int, head_dim: int, scale: float) -> None: ...
 
+class Layer:
+    def __init__(self, norm: Norm, qkv: Linear, attention: Attention, rest: Rest) -> None: ...
+
 def decode(
-    norm: Norm,
-    qkv: Linear,
-    attention: Attention,
-    rest: Rest,
+    steps: list[tuple[Layer, int, int, bool, int, int, int, int, int]],
     dtype: int,
     x: int,
     sequences: int,
-    cos: int,
-    sin: int,
-    one_position: bool,
-    keys: int,
-    values: int,
-    capacity: int,
-    tokens: int,
-    mask: int,
     out: int,
 ) -> None: ...
 def norm_linear(norm: Norm, linear: Linear, dtype: int, x: int, rows: int, out: int) -> None: ...

@@ -156,12 +156,12 @@ def test_static_caches(make_model, token_ids):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The numbers of sequences in the calls that decoded one token per sequence."""
+    """The numbers of sequences and layers in the calls that decoded one token per sequence."""
     calls, original = [], decoder._C.decode
 
-    def counted(*args):
-        calls.append(args[6])
-        original(*args)
+    def counted(steps, dtype, x, sequences, out):
+        calls.append((sequences, len(steps)))
+        original(steps, dtype, x, sequences, out)
 
     monkeypatch.setattr(decoder._C, "decode", counted)
     return calls
@@ -194,7 +194,90 @@ def test_one_token_at_a_time(make_model, token_ids, decoded, architecture, dtype
                 assert_close(mine.keys, theirs.keys, near)
             errors = (actual - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
             assert errors.max() < 0.05
-    assert decoded == [2] * 28
+    assert decoded == [(2, 1)] * 28
+
+
+@torch.no_grad()
+def test_all_layers_of_a_token_are_one_call(make_model, token_ids, decoded):
+    """Unless something looks at what lies between two layers."""
+    model = quantized(make_model, changes={"num_hidden_layers": 4}, act_bits=8)
+    layers = layers_of(model)
+    seen = []
+
+    def look(layer, args, output):
+        seen.append(output)
+
+    def hooked():
+        return layers[2].register_forward_hook(look)
+
+    def wrapped():
+        forward = layers[1].forward
+        layers[1].forward = lambda x, **kwargs: seen.append(x) or forward(x, **kwargs)
+        return type("Handle", (), {"remove": lambda _: layers[1].__dict__.pop("forward")})()
+
+    def inner_hook():
+        return layers[1].mlp.register_forward_hook(lambda *_: None)
+
+    # {what is done to the model: the numbers of layers in the calls of a token}
+    for change, calls in ((None, [4]), (hooked, [1] * 4), (wrapped, [1] * 4), (inner_hook, [1, 2])):
+        caches = [DynamicCache(config=model.config) for _ in range(2)]
+        for cache in caches:
+            model(token_ids[:, :5], **with_cache(cache))
+        handle = change() if change else None
+        decoded.clear(), seen.clear()
+        actual = model(token_ids[:, 5:6], **with_cache(caches[0])).logits
+        assert [layers for _, layers in decoded] == calls
+        mine = seen[:]
+        seen.clear()
+        with stepwise():
+            expected = model(token_ids[:, 5:6], **with_cache(caches[1])).logits
+        assert_same(actual, expected)
+        for a, b in zip(mine, seen, strict=True):
+            assert_same(a, b)
+        if handle:
+            handle.remove()
+
+
+@torch.no_grad()
+def test_a_stack_that_stops_early_still_runs_all_of_its_layers(make_model, token_ids, decoded):
+    model = quantized(make_model, changes={"num_hidden_layers": 4}, act_bits=8)
+    model.config.num_hidden_layers = 3
+    caches = [DynamicCache() for _ in range(2)]
+    for cache in caches:
+        model(token_ids[:, :5], **with_cache(cache))
+    actual = model(token_ids[:, 5:6], **with_cache(caches[0])).logits
+    assert decoded == [(2, 3)]
+    with stepwise():
+        assert_same(actual, model(token_ids[:, 5:6], **with_cache(caches[1])).logits)
+
+
+@torch.no_grad()
+def test_a_layer_by_itself_is_computed_at_once(make_model, token_ids, decoded):
+    model = quantized(make_model, act_bits=8)
+    layer, cache = layers_of(model)[0], DynamicCache(config=model.config)
+    model(token_ids[:, :5], **with_cache(cache))
+    position = model.get_decoder().rotary_emb(torch.zeros(1), torch.tensor([[5]]))
+    x = torch.randn(2, 1, 64)
+    assert not torch.equal(layer(x, position_embeddings=position, **with_cache(cache)), x)
+    assert decoded == [(2, 1)]
+
+
+@torch.no_grad()
+def test_a_failed_forward_leaves_nothing_behind(make_model, token_ids, monkeypatch):
+    model = quantized(make_model, act_bits=8)
+    cache = DynamicCache(config=model.config)
+    model(token_ids[:, :5], **with_cache(cache))
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layers_of(model)[1].float_class, "__call__", fail)
+        with pytest.raises(KeyboardInterrupt):
+            model(token_ids[:, 5:6], **with_cache(cache))
+    with stepwise():
+        expected = model(token_ids).logits
+    assert_same(model(token_ids).logits, expected)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <tuple>
 #include <vector>
 
 #include "linear.h"
@@ -305,33 +306,60 @@ Rest rest(const Linear &o, const Norm *attention_post, const Norm *mlp_pre, cons
             mlp_post};
 }
 
-// A whole decoder layer for one token per sequence: x, out [sequences][hidden].
-void decode(const Norm &norm, const Linear &given_qkv, const Attention &attention,
-            const Rest &given_rest, int dtype_number, uintptr_t x, int64_t sequences, uintptr_t cos,
-            uintptr_t sin, bool one_position, uintptr_t keys, uintptr_t values, int64_t capacity,
-            int64_t tokens, uintptr_t mask, uintptr_t out) {
-    const mq_dtype dtype = dtype_at(dtype_number);
-    const mq_isa isa = mq_isa_active();
-    const Linear qkv = given_qkv.now(isa);
-    const Rest rest = given_rest.now(isa);
-    require(qkv.lin.n == attention.width() && qkv.lin.k == norm.norm.k && tokens >= 0 &&
-                tokens < capacity && rest.o.lin.k == attention.heads * attention.head_dim &&
-                rest.o.lin.n == qkv.lin.k,
-            kOp, "the attention does not fit its linears or its cache");
-    if (sequences == 0) return;
-    const py::gil_scoped_release released;
+// A decoder layer whose attention is `Attention`.
+struct Layer {
+    const Norm *norm;
+    const Linear *qkv;
+    const Attention *attention;
+    const Rest *rest;
+};
+
+// What a layer needs for one token: cos, sin, whether they are one row for all sequences, mask,
+// keys, values, capacity, tokens.
+using Step = std::tuple<const Layer *, uintptr_t, uintptr_t, bool, uintptr_t, uintptr_t, uintptr_t,
+                        int64_t, int64_t>;
+
+void run_step(const Step &step, mq_isa isa, mq_dtype dtype, const void *x, int64_t sequences,
+              void *out) {
+    const auto &[layer, cos, sin, one_position, mask, keys, values, capacity, tokens] = step;
+    const Attention &attention = *layer->attention;
+    const Linear qkv = layer->qkv->now(isa);
+    const Rest rest = layer->rest->now(isa);
     const int64_t wide = sequences * attention.width() * size_of(dtype);
     const int64_t narrow = sequences * rest.o.lin.k * size_of(dtype);
     const int64_t after =
         std::max(norm_linear_bytes(qkv, dtype, sequences), rest.bytes(dtype, sequences));
     Scratch scratch(static_cast<size_t>(Scratch::aligned(wide) + Scratch::aligned(narrow) + after));
     char *both = scratch.take(wide), *attended = scratch.take(narrow);
-    compute_norm_linear(norm, qkv, dtype, at<void>(x), sequences, scratch, both);
+    compute_norm_linear(*layer->norm, qkv, dtype, x, sequences, scratch, both);
     const Past past = {reinterpret_cast<char *>(keys), reinterpret_cast<char *>(values), capacity,
                        tokens, at<uint8_t>(mask)};
     attention.run(dtype, both, sequences, at<char>(cos), at<char>(sin), one_position, past,
                   attended);
-    rest.compute(dtype, attended, at<void>(x), sequences, scratch, reinterpret_cast<void *>(out));
+    rest.compute(dtype, attended, x, sequences, scratch, out);
+}
+
+// Whole decoder layers, one after another, for one token per sequence: x, out
+// [sequences][hidden].
+void decode(const std::vector<Step> &steps, int dtype_number, uintptr_t x, int64_t sequences,
+            uintptr_t out) {
+    const mq_dtype dtype = dtype_at(dtype_number);
+    for (const Step &step : steps) {
+        const Layer *layer = std::get<0>(step);
+        const int64_t capacity = std::get<7>(step), tokens = std::get<8>(step);
+        require(layer && tokens >= 0 && tokens < capacity &&
+                    layer->rest->o.lin.n == std::get<0>(steps[0])->rest->o.lin.n,
+                kOp, "a step does not fit its cache or the layer before it");
+    }
+    if (sequences == 0) return;
+    const py::gil_scoped_release released;
+    const mq_isa isa = mq_isa_active();
+    const void *from = at<void>(x);
+    for (const Step &step : steps) {
+        void *to = reinterpret_cast<void *>(out);
+        run_step(step, isa, dtype, from, sequences, to);
+        from = to;
+    }
 }
 
 }  // namespace
@@ -351,7 +379,19 @@ void bind_decoder(py::module_ &m) {
             require(kv_heads >= 1 && heads >= 1 && heads % kv_heads == 0 && head_dim >= 1, kOp,
                     "heads must be a multiple of kv_heads; got ", heads, " and ", kv_heads);
             return Attention{heads, kv_heads, head_dim, static_cast<float>(scale)};
-        }));
+        }))
+        .def_readonly("kv_heads", &Attention::kv_heads);
+    py::class_<Layer>(m, "Layer")
+        .def(py::init([](const Norm &norm, const Linear &qkv, const Attention &attention,
+                         const Rest &rest) {
+                 require(qkv.lin.n == attention.width() && qkv.lin.k == norm.norm.k &&
+                             rest.o.lin.k == attention.heads * attention.head_dim &&
+                             rest.o.lin.n == qkv.lin.k,
+                         kOp, "the attention does not fit its linears");
+                 return Layer{&norm, &qkv, &attention, &rest};
+             }),
+             py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>(),
+             py::keep_alive<1, 5>());
     m.def("norm_linear", &norm_linear);
     m.def("decode", &decode);
 }

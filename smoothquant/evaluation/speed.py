@@ -15,6 +15,7 @@ from torch.utils.benchmark import Timer
 from ..channels.sorting import ChannelPlan
 from ..core.config import MixedQuantConfig
 from ..layers.linear import W4A4Linear
+from ..models.generation import generate
 from ..models.modules import module_copy
 from ..quantization.undo import dequantize
 
@@ -36,13 +37,14 @@ class TokenTimes:
 
 
 def greedy(model: Any, prompt: Tensor, new: int, streamer: Any) -> None:
-    """Let `model.generate` choose exactly `new` tokens, the most likely ones.
+    """Let `models.generation.generate` choose exactly `new` tokens, the most likely ones.
 
     Args:
         prompt: int64 [B, T].
         streamer: its `put` gets the prompt, then the B tokens of each step.
     """
-    model.generate(
+    generate(
+        model,
         prompt,
         attention_mask=torch.ones_like(prompt),
         min_new_tokens=new,

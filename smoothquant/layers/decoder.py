@@ -9,7 +9,8 @@ through Python and torch's dispatcher. `place_and_fuse` gives decoder layers of 
 2. the attention by transformers' own module, with its caches, masks and kernels,
 3. the rest in one call: o, the residual sum, the norm, the MLP, the residual sum.
 
-For one token per sequence and plain attention, all of it is one call. Results differ from those of
+For one token per sequence and plain attention, all of it is one call, and so are all layers of a
+model: each but the last notes what it has to do and returns its input. Results differ from those of
 the separate steps in the last bits, by the order of sums and the approximation of e^x.
 
 The separate steps are used for everything else: gradients, training, GPUs, tracing and compiling,
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import operator
 import os
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,8 +65,11 @@ def place_and_fuse(model: nn.Module) -> None:
             layer = model.get_submodule(name)
             runs += [*_runs(layer, parts.qkv), *_runs(layer, parts.gate_up)]
             if not isinstance(layer, FusedLayer):
-                layer.__class__ = _fused_class(type(layer))
+                layer.__class__ = _fused_class(FusedLayer, type(layer))
             _PARTS[layer] = parts
+            stack = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+            if not isinstance(stack, FusedStack) and _is_original(type(stack)):
+                stack.__class__ = _fused_class(FusedStack, type(stack))
     placed = {id(t) for run in runs for t in run}
     packed = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     rest = [t for m in packed for t in m.buffers(recurse=False) if id(t) not in placed]
@@ -74,7 +79,7 @@ def place_and_fuse(model: nn.Module) -> None:
 def unfuse(model: nn.Module) -> None:
     """Give decoder layers the class that they had before `place_and_fuse`."""
     for layer in model.modules():
-        if isinstance(layer, FusedLayer):
+        if isinstance(layer, (FusedLayer, FusedStack)):
             layer.__class__ = layer.float_class
             _PARTS.pop(layer, None)
             _STATES.pop(layer, None)
@@ -91,48 +96,135 @@ def _runs(layer: nn.Module, names: Sequence[str]) -> list[list[Tensor]]:
     return [[t for t in run if t is not None] for run in buffers]
 
 
-class FusedLayer(nn.Module):
-    """Mixed into the class of a decoder layer by `place_and_fuse`."""
+class _Fused:
+    """Mixed into the classes of modules by `place_and_fuse`."""
 
     float_class: type  # the class before
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time; its base can be found by name.
+        reduced: Any = super().__reduce_ex__(protocol)
+        mixin = FusedLayer if isinstance(self, FusedLayer) else FusedStack
+        return (_new_module, (mixin, self.float_class, _PARTS.get(self)), *reduced[2:])
+
+
+class FusedLayer(_Fused, nn.Module):
+    """Mixed into the class of a decoder layer."""
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or not _takes(hidden_states) or self.training:
-            return super().forward(hidden_states, *args, **kwargs)
-        fused = _state_of(self)
+        calls = _layer_calls(self)
+        waiting = calls is not None and bool(calls.steps)
+        if waiting and hidden_states is not calls.x:
+            raise RuntimeError(
+                f"{type(self).__name__} got other hidden states than the layer before it returned; "
+                "call smoothquant.layers.decoder.use_fused_layers(False)"
+            )
+        fused = None
+        if not args and not self.training and (waiting or _takes(hidden_states)):
+            fused = _state_of(self)
         if (
             fused is None
             or fused.dtype != hidden_states.dtype
             or hidden_states.shape[-1] != fused.children[fused.parts.o].out_features
         ):
+            if calls is not None:
+                hidden_states = calls.finish(hidden_states)
             return super().forward(hidden_states, *args, **kwargs)
-        return fused.run(hidden_states, kwargs)
+        if calls is None:
+            return fused.run(hidden_states, kwargs, _Calls([self]))
+        return fused.run(hidden_states, kwargs, calls, calls.layers[-1] is self)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         _STATES.pop(self, None)  # its tensors' memory would outlast a move
         return super()._apply(*args, **kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time; its base can be found by name.
-        reduced: Any = super().__reduce_ex__(protocol)
-        return (_new_layer, (self.float_class, _PARTS.get(self)), *reduced[2:])
+
+class FusedStack(_Fused, nn.Module):
+    """Mixed into the class of the module whose ``layers`` are decoder layers: it runs them one
+    after another, and does nothing with what one hands to the next."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not _enabled:
+            return super().forward(*args, **kwargs)
+        config: Any = self.config
+        layers: Any = list(self.layers)[: getattr(config, "num_hidden_layers", None)]
+        outer = getattr(_running, "calls", None)
+        calls = _running.calls = _Calls(layers)
+        try:
+            result = super().forward(*args, **kwargs)
+        finally:
+            _running.calls = outer
+        if calls.steps:
+            raise RuntimeError(f"{type(self).__name__} did not run its last decoder layer")
+        return result
 
 
-def _fused_class(base: type) -> Any:
+_running = threading.local()  # calls: those of the FusedStack that runs in a thread, or None
+
+
+class _Calls:
+    """The calls of a stack's layers that wait for the last one, to become a single call.
+
+    steps: arguments of `_C.decode`.
+    x: hidden states [B, 1, K] before the first of them; each of these layers returned x.
+    tokens, given, addresses: what the last layer had in its cache, its mask and position
+        embeddings, and where these are. Others of the same stack mostly have the same.
+    memory: what the steps point to.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layers = layers
+        self.steps: list[tuple[Any, ...]] = []
+        self.x: Tensor | None = None
+        self.tokens = -1
+        self.given: tuple[Any, Any] = (None, None)
+        self.addresses: tuple[Any, ...] = ()
+        self.memory: list[Any] = []
+
+    def may_wait(self) -> bool:
+        """Whether nobody looks at what a layer returns but the next layer."""
+        return all(
+            isinstance(layer, FusedLayer)
+            and not layer._forward_hooks
+            and not layer._forward_pre_hooks
+            and "forward" not in layer.__dict__
+            for layer in self.layers
+        )
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The hidden states after all layers that wait; x if none does."""
+        if not self.steps:
+            return x
+        out = torch.empty_like(x)
+        steps, self.steps = self.steps, []
+        _C.decode(steps, DTYPES[x.dtype], x.data_ptr(), len(x), out.data_ptr())
+        self.memory, self.tokens = [], -1
+        return out
+
+
+def _layer_calls(layer: nn.Module) -> _Calls | None:
+    """What the calls of a layer belong to, if its stack runs and lets them wait."""
+    calls: _Calls | None = getattr(_running, "calls", None)
+    if calls is None or calls.steps:
+        return calls
+    return calls if layer in calls.layers and calls.may_wait() else None
+
+
+def _fused_class(mixin: type, base: type) -> Any:
     if base not in _CLASSES:
         members = {"__module__": base.__module__, "float_class": base}
-        _CLASSES[base] = type(base.__name__, (FusedLayer, base), members)
+        _CLASSES[base] = type(base.__name__, (mixin, base), members)
     return _CLASSES[base]
 
 
 _CLASSES: dict[type, type] = {}
 
 
-def _new_layer(base: type, parts: DecoderParts | None) -> nn.Module:
-    layer: nn.Module = nn.Module.__new__(_fused_class(base))
+def _new_module(mixin: type, base: type, parts: DecoderParts | None) -> nn.Module:
+    module: nn.Module = nn.Module.__new__(_fused_class(mixin, base))
     if parts is not None:
-        _PARTS[layer] = parts
-    return layer
+        _PARTS[module] = parts
+    return module
 
 
 def runs_fused(layer: nn.Module) -> bool:
@@ -160,7 +252,7 @@ def _takes(x: Tensor) -> bool:
 
 # By layer, not in it, because copies and pickles of a layer must not hold addresses.
 _PARTS: weakref.WeakKeyDictionary[nn.Module, DecoderParts] = weakref.WeakKeyDictionary()
-_STATES: weakref.WeakKeyDictionary[nn.Module, tuple[_Source, _Fused | None]] = (
+_STATES: weakref.WeakKeyDictionary[nn.Module, tuple[_Source, _Prepared | None]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -169,58 +261,53 @@ class _Source:
     """The modules and tensors of a layer at one time, with what finds them again quickly."""
 
     def __init__(self, layer: Any, names: Sequence[str]) -> None:
-        self.module_places: list[tuple[dict[str, Any], str]] = []
+        # where a module or tensor is registered, and under which name
+        self.places: list[tuple[dict[str, Any], str]] = []
         for name in names:
             parent, _, child = name.rpartition(".")
-            self.module_places.append((layer.get_submodule(parent)._modules, child))
-        self.modules = [places[name] for places, name in self.module_places]
-        self.attributes = [m.__dict__ for m in self.modules]
-        classes = {layer.float_class, *map(type, self.modules)}
-        self.forwards = [(c, c.forward) for c in classes]
-        self.tensor_places: list[tuple[dict[str, Any], str]] = [
+            self.places.append((layer.get_submodule(parent)._modules, child))
+        modules = [places[name] for places, name in self.places]
+        self.attributes = [m.__dict__ for m in modules]
+        self.forwards = [(c, c.forward) for c in {layer.float_class, *map(type, modules)}]
+        self.places += [
             (places, name)
-            for m in self.modules
+            for m in modules
             for places in (m._parameters, m._buffers)
             for name in places
         ]
-        self.tensors = [places[name] for places, name in self.tensor_places]
-        self.addresses = list(map(_address, self.tensors))
+        self.objects = [places[name] for places, name in self.places]
+        self.tensors = [t for t in self.objects if isinstance(t, Tensor)]
+        self.addresses = [t.data_ptr() for t in self.tensors]
         # Which are compared with each other, once
-        perms = (m._buffers.get("perm") for m in self.modules)
+        perms = (m._buffers.get("perm") for m in modules)
         self.perms = [t for t in perms if t is not None and not t.is_inference()]
         self.versions = [t._version for t in self.perms]
         # A tensor may get other memory while a call in another thread reads this.
-        self.memory = [t.untyped_storage() for t in self.tensors if t is not None]
+        self.memory = [t.untyped_storage() for t in self.tensors]
 
     def is_overridden(self) -> bool:
         """Whether a module has hooks, or a forward of its own, as some libraries give it."""
-        return any(
-            "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]
-            for own in self.attributes
-        )
+        for own in self.attributes:
+            if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                return True
+        return False
 
     def is_current(self) -> bool:
         """Whether the layer still consists of the same modules and tensors, at the same addresses:
         moving a module sets ``.data``."""
         try:
-            modules = [places[name] for places, name in self.module_places]
-            tensors = [places[name] for places, name in self.tensor_places]
+            objects = [places[name] for places, name in self.places]
         except KeyError:
             return False
         return (
-            all(map(operator.is_, modules, self.modules))
-            and all(map(operator.is_, tensors, self.tensors))
-            and list(map(_address, tensors)) == self.addresses
+            all(map(operator.is_, objects, self.objects))
+            and [t.data_ptr() for t in self.tensors] == self.addresses
             and [t._version for t in self.perms] == self.versions
             and all(c.forward is forward for c, forward in self.forwards)
         )
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _state_of(layer: nn.Module) -> _Fused | None:
+def _state_of(layer: nn.Module) -> _Prepared | None:
     """The prepared calls of a layer, made anew if a module or tensor was replaced; None if they
     cannot be made or would pass over something."""
     known = _STATES.get(layer)
@@ -230,7 +317,7 @@ def _state_of(layer: nn.Module) -> _Fused | None:
             return None
         activation = _activation(layer, parts)
         source = _Source(layer, parts.names + ((activation,) if activation else ()))
-        fused = _fused(layer, parts)
+        fused = _prepared(layer, parts)
         if fused is not None:
             fused.memory = source.memory
         known = _STATES[layer] = source, fused
@@ -251,7 +338,7 @@ def _activation(layer: nn.Module, parts: DecoderParts) -> str | None:
     return next((path for path in paths if _child(layer, path) is not None), None)
 
 
-def _fused(layer: nn.Module, parts: DecoderParts) -> _Fused | None:
+def _prepared(layer: nn.Module, parts: DecoderParts) -> _Prepared | None:
     """The prepared calls; None if a part is not what they can compute."""
     children: dict[str | None, Any] = {name: _child(layer, name) for name in parts.names}
     norms: dict[str | None, Any] = {}
@@ -274,6 +361,7 @@ def _fused(layer: nn.Module, parts: DecoderParts) -> _Fused | None:
         return None
     qkv, o, gate_up, down = (linear for linear in linears if linear is not None)
     calls = {name: norm.call for name, norm in norms.items()}
+    norm = calls[parts.attention_norm]
     rest = _C.Rest(
         o,
         calls.get(parts.attention_post),
@@ -283,13 +371,15 @@ def _fused(layer: nn.Module, parts: DecoderParts) -> _Fused | None:
         down,
         calls.get(parts.mlp_post),
     )
-    return _Fused(
+    attention = _attention(parts, children)
+    return _Prepared(
         parts=parts,
         children=children,
-        norm=calls[parts.attention_norm],
+        norm=norm,
         qkv=qkv,
-        attention=_attention(parts, children),
         rest=rest,
+        layer=None if attention is None else _C.Layer(norm, qkv, attention, rest),
+        kv_heads=0 if attention is None else attention.kv_heads,
         dtype=dtypes.pop(),
     )
 
@@ -384,9 +474,10 @@ def _linear(modules: Sequence[nn.Module | None]) -> _C.Linear | None:
 
 
 @dataclass
-class _Fused:
+class _Prepared:
     """The prepared calls of one layer.
 
+    layer: all of it for one token per sequence; None if its attention is not a plain one.
     memory: what they point to, kept alive.
     """
 
@@ -394,22 +485,27 @@ class _Fused:
     children: dict[str | None, Any]
     norm: _C.Norm
     qkv: _C.Linear
-    attention: _C.Attention | None
     rest: _C.Rest
+    layer: _C.Layer | None
+    kv_heads: int
     dtype: torch.dtype
     memory: list[Any] = field(default_factory=list)
 
-    def run(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def run(self, x: Tensor, kwargs: dict[str, Any], calls: _Calls, is_last: bool = True) -> Tensor:
+        """The hidden states after the layer, or x if it waits for the next one."""
         from .cache import growing_layer  # it imports transformers
 
         module, o = self.children[self.parts.attention], self.children[self.parts.o]
         past = kwargs.get("cache", kwargs.get("past_key_values"))
         layer = growing_layer(past, getattr(module, "layer_idx", 0))
         x = x.contiguous()
-        if layer is not None and self.attention and x.dim() == 3 and x.shape[1] == 1:
-            out = self._decode(x, layer, **kwargs)
-            if out is not None:
-                return out
+        if layer is not None and self.layer and x.dim() == 3 and x.shape[1] == 1:
+            step = self._step(x, layer, calls, **kwargs)
+            if step is not None:
+                calls.x = x
+                calls.steps.append(step)
+                return calls.finish(x) if is_last else x
+        x = calls.finish(x)
         linears = [self.children[name] for name in self.parts.qkv]
         sizes = [linear.out_features for linear in linears]
         dtype, rows = DTYPES[x.dtype], x.numel() // x.shape[-1]
@@ -438,10 +534,11 @@ class _Fused:
         y = self.children[parts.mlp](norm(parts.mlp_norm, h))
         return h + norm(parts.mlp_post, y)
 
-    def _decode(
+    def _step(
         self,
         x: Tensor,
         layer: Any,
+        calls: _Calls,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         position_ids: Any = None,
@@ -449,11 +546,10 @@ class _Fused:
         cache: Any = None,
         past_key_values: Any = None,
         **unknown: Any,
-    ) -> Tensor | None:
-        """The layer's output for one token per sequence, in one call; None if an argument asks for
+    ) -> tuple[Any, ...] | None:
+        """The layer's step of `_C.decode` for one token per sequence; None if an argument asks for
         anything but usual attention."""
         module: Any = self.children[self.parts.attention]
-        sequences = len(x)
         if (
             any(value is not None for value in unknown.values())
             or position_embeddings is None
@@ -463,45 +559,39 @@ class _Fused:
             or getattr(cache or past_key_values, "offloading", False)
         ):
             return None
-        cos, sin = position_embeddings
-        tokens = layer.get_seq_length()
-        if attention_mask is not None and (
-            attention_mask.dtype != torch.bool
-            or attention_mask.shape != (sequences, 1, 1, tokens + 1)
-            or not attention_mask.any(-1).all()
-        ):
-            return None
-        if (
-            any(t.dtype != x.dtype or not t.is_contiguous() for t in (cos, sin))
-            or cos.shape != sin.shape
-            or cos.shape not in ((1, 1, module.head_dim), (sequences, 1, module.head_dim))
-        ):
-            return None
-        heads = self.children[self.parts.qkv[1]].out_features // module.head_dim
-        assert self.attention is not None
-        places = layer.room_for_one_more(sequences, heads, module.head_dim, x.dtype)
+        sequences, tokens, given = (
+            len(x),
+            layer.get_seq_length(),
+            (attention_mask, position_embeddings),
+        )
+        if tokens != calls.tokens or not all(map(operator.is_, given, calls.given)):
+            mask, (cos, sin) = attention_mask, position_embeddings
+            if mask is not None and (
+                mask.dtype != torch.bool
+                or mask.shape != (sequences, 1, 1, tokens + 1)
+                or not mask.any(-1).all()
+            ):
+                return None
+            if (
+                any(t.dtype != x.dtype or not t.is_contiguous() for t in (cos, sin))
+                or cos.shape != sin.shape
+                or cos.shape not in ((1, 1, module.head_dim), (sequences, 1, module.head_dim))
+            ):
+                return None
+            mask = None if mask is None else mask.contiguous()
+            calls.memory.append((mask, given))
+            calls.tokens, calls.given = tokens, given
+            calls.addresses = (
+                cos.data_ptr(),
+                sin.data_ptr(),
+                len(cos) == 1,
+                0 if mask is None else mask.data_ptr(),
+            )
+        places = layer.room_for_one_more(sequences, self.kv_heads, module.head_dim, x.dtype)
         if places is None:
             return None
         keys, values = places
-        mask = None if attention_mask is None else attention_mask.contiguous()
-        out = torch.empty_like(x)
-        _C.decode(
-            self.norm,
-            self.qkv,
-            self.attention,
-            self.rest,
-            DTYPES[x.dtype],
-            x.data_ptr(),
-            sequences,
-            cos.data_ptr(),
-            sin.data_ptr(),
-            len(cos) == 1,
-            keys.data_ptr(),
-            values.data_ptr(),
-            keys.shape[-2],
-            tokens,
-            0 if mask is None else mask.data_ptr(),
-            out.data_ptr(),
-        )
+        calls.memory.append((self, places))
         layer.take_one_more()
-        return out
+        pointers = keys.data_ptr(), values.data_ptr()
+        return (self.layer, *calls.addresses, *pointers, keys.shape[-2], tokens)
