@@ -56,7 +56,7 @@ from ..models.loading import (
     tokenizer_folder,
 )
 from ..models.modules import assign, distinct_tensors, unsaved_buffers
-from ..models.routing import PARTS
+from ..models.routing import is_fused_experts
 from ..quantization.checks import check_batches
 from ..quantization.engine import Plan
 from ..quantization.undo import FLOAT_TIES, dequantize
@@ -124,11 +124,9 @@ class QuantizeLoadedWeights(ConversionOps):
         self.error: Exception | None = None
         self.item_of: dict[str, LayerInput] = {}
         for item in self.plan.items:
-            for name in item.linears:
+            for name in (*item.linears, *([item.experts] if item.experts else [])):
                 for leaf, _ in model.get_submodule(name).named_parameters():
                     self.item_of[f"{name}.{leaf}"] = item
-            if item.experts:
-                self.item_of |= {f"{item.experts}.{part}": item for part in PARTS}
         self.awaited = dict.fromkeys(self.item_of)  # in forward order
         self.tied = {n: owner for n, owner in tied.items() if self.item_of.keys() & {n, owner}}
 
@@ -483,7 +481,7 @@ def _has_place(model: nn.Module, name: str) -> bool:
     module: Any = model
     path = name.split(".")
     for depth, part in enumerate(path):
-        if all(hasattr(module, matrices) for matrices in PARTS):
+        if is_fused_experts(module):
             return True
         child = module._modules.get(part)
         if child is None:

@@ -17,7 +17,6 @@ from ..core.tensors import is_finite, largest_magnitude
 from ..layers.linear import refuse_quantized, salient_dtype_for
 from ..models.families import LayerInput, layer_inputs, without
 from ..models.modules import check_no_adapter
-from ..models.routing import PARTS
 from ..models.tables import Table
 from .pipeline import Group, model_groups, with_shares
 
@@ -227,14 +226,10 @@ def check_kept_weights(model: nn.Module, items: Iterable[LayerInput]) -> None:
 
     A checkpoint with one could be saved, but not loaded.
     """
-    linears: set[str] = set()
-    fused: set[str] = set()
-    for item in items:
-        linears.update(item.linears)
-        fused.update(f"{item.experts}.{part}" for part in PARTS if item.experts)
+    quantized = {name for item in items for name in (*item.linears, item.experts)}
 
     def kept(name: str) -> bool:
-        return name not in fused and name.rpartition(".")[0] not in linears
+        return name.rpartition(".")[0] not in quantized
 
     for name, _ in non_finite_parameters(model, kept):
         raise ValueError(f"parameter {name} holds NaN or Inf")

@@ -24,7 +24,7 @@ from ..layers.linear import linear_class
 from ..models.families import ATTENTION_INPUTS, layer_inputs
 from ..models.kept import kept_modules
 from ..models.modules import module_places, replace_module
-from ..models.routing import PARTS
+from ..models.routing import num_experts
 from ..models.tables import find_tables
 from .checks import (
     check_arguments,
@@ -212,9 +212,9 @@ def _pack(
             else:
                 block, index, part = group.expert
                 experts[index, part] = layer
-                fused: Any = model.get_submodule(block)
-                if len(experts) == len(fused.gate_up_proj) * len(PARTS):
-                    replace_module(model, block, W4A4Experts(experts, fused.act_fn), places)
+                fused = model.get_submodule(block)
+                if len(experts) == 2 * num_experts(fused):
+                    replace_module(model, block, W4A4Experts(experts, fused), places)
                     experts = {}
                 del fused
             records.append(quantized_record(name, layer, reason))

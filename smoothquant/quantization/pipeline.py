@@ -24,7 +24,7 @@ from ..channels.statistics import ChannelStats
 from ..core.config import MixedQuantConfig
 from ..layers import gptq
 from ..models.families import LayerInput, value_rows
-from ..models.routing import PARTS, expert_names
+from ..models.routing import DOWN, expert_matrix, expert_names
 from .search import ALPHAS, Trial, resolve
 from .smoothing import apply_fold, fold_of_input, unshare
 
@@ -59,7 +59,7 @@ class Group(NamedTuple):
     @property
     def reads_norm(self) -> bool:
         """Whether the group reads the output of item.norm; second matrices of experts do not."""
-        return self.item.norm is not None and (not self.expert or self.expert[2] == PARTS[0])
+        return self.item.norm is not None and (not self.expert or self.expert[2] != DOWN)
 
     def matrices(self, model: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
         """(weight [N, K], bias [N] or None) of every matrix."""
@@ -72,7 +72,7 @@ class Group(NamedTuple):
         """
         if self.expert:
             experts, index, part = self.expert
-            return getattr(model.get_submodule(experts), part)[index], None
+            return expert_matrix(model.get_submodule(experts), index, part)
         module: Any = model.get_submodule(name)
         return module.weight, getattr(module, "bias", None)  # embeddings have none
 
