@@ -31,6 +31,7 @@ CHOICES = {
     "act_format": ("symmetric", "unsigned", "zero_point", "auto"),
     "act_quant": ("per_group", "per_token", "per_tensor"),
     "backend": ("int4", "fake"),
+    "unreached": ("keep", "weights"),
     "head": ("16bit", "int8", "int4"),
     "embeddings": ("16bit", "int8", "int4"),
     "non_finite": ("propagate", "raise"),
@@ -144,6 +145,11 @@ class MixedQuantConfig:
         calibration_tokens: number of tokens drawn from the calibration data, in blocks of 1,024 or
             the model's maximum length if that is shorter.
         seed: random seed of that draw.
+        unreached: what becomes of a layer that calibration ran past, such as a vision tower when
+            the calibration data is text: "keep" leaves it in 16 bits; "weights" quantizes it with
+            salient channels and order chosen from its weights alone. Both warn. Without
+            calibration, every layer is quantized by its weights. Experts that no token is routed
+            to are, too, if their layer's others are reached.
         head: format of the output head: "16bit" keeps it as it is; "int8" has INT8 weights with a
             scale per group; "int4" has packed INT4 weights like the other linears. Both quantize
             the head's inputs to 8 bits, and round to nearest. What cannot be quantized stays; the
@@ -188,6 +194,7 @@ class MixedQuantConfig:
     calibration: str | os.PathLike | Sequence[str] | None = None
     calibration_tokens: int = 32768
     seed: int = 42
+    unreached: str = "keep"
     head: str = "16bit"
     embeddings: str = "16bit"
     ignore: Sequence[str] = ()
@@ -304,8 +311,8 @@ class MixedQuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values; calibration texts are replaced by their sha256. Fields
-        that are newer than others are left out at their default: ``act_bits``, ``head``,
-        ``embeddings`` and ``ignore``."""
+        that are newer than others are left out at their default: ``act_bits``, ``unreached``,
+        ``head``, ``embeddings`` and ``ignore``."""
         fields = dataclasses.asdict(self)
         if isinstance(self.calibration, tuple):
             digest = hashlib.sha256("\0".join(self.calibration).encode()).hexdigest()
@@ -314,6 +321,7 @@ class MixedQuantConfig:
         # as in folders and sweeps from before there were these fields
         newer: dict[str, Any] = {
             "act_bits": None,
+            "unreached": "keep",
             "head": "16bit",
             "embeddings": "16bit",
             "ignore": [],

@@ -35,9 +35,13 @@ def warn_of_missing_stats(
     statistics."""
     if unreached:
         more = ", ..." if len(unreached) > 8 else ""
+        outcome = "which stay as they are"
+        if config.unreached == "weights":
+            outcome = "whose salience and order come from the weights"
         logger.warning(
-            "no calibration token reached %d layers, which stay as they are: %s%s",
+            "no calibration token reached %d layers, %s: %s%s",
             len(unreached),
+            outcome,
             ", ".join(unreached[:8]),
             more,
         )
@@ -48,7 +52,11 @@ def warn_of_missing_stats(
             "statistics have only a mean per channel: sort=%r is computed from the weights",
             config.sort,
         )
-    without = [g.name for g in groups if g.expert and g.stats is None and stats is not None]
+    without = [
+        g.name
+        for g in groups
+        if g.expert and g.stats is None and stats is not None and g.expert[0] not in unreached
+    ]
     if without:
         logger.warning(
             "no statistics for %d expert matrices (first: %s): their salience and order come from "
@@ -136,7 +144,7 @@ def checked_groups(
             raise ValueError(f"{name} needs statistics with more than a mean per channel")
     if items is None:
         stats = current_stats(model, stats)
-        items, _ = reached_inputs(layer_inputs(model, config.ignore), stats)
+        items, _ = reached_inputs(layer_inputs(model, config.ignore), stats, config)
         check_modules(model, items)
     if config.smooth_alpha is not None and not any(item.norm for item in items):
         raise ValueError(
@@ -164,9 +172,10 @@ def current_stats(
 
 
 def reached_inputs(
-    items: Sequence[LayerInput], stats: Mapping[str, ChannelStats] | None
+    items: Sequence[LayerInput], stats: Mapping[str, ChannelStats] | None, config: MixedQuantConfig
 ) -> tuple[list[LayerInput], list[str]]:
-    """The inputs that calibration reached, and the names of the modules that it did not.
+    """The inputs to quantize, and the names of the modules that calibration did not reach, which
+    are not among them unless the config's ``unreached`` is "weights".
 
     A module was not reached if its statistics cover no row. The matrices of single experts are not
     looked at: without tokens, they are quantized by their weights.
@@ -180,7 +189,7 @@ def reached_inputs(
     for item in items:
         names += item.linears if unreached(item.linears) else ()
         names += [item.experts] if item.experts and unreached([item.experts]) else []
-    return without(items, names), names
+    return list(items) if config.unreached == "weights" else without(items, names), names
 
 
 def check_modules(model: nn.Module, items: Iterable[LayerInput]) -> None:

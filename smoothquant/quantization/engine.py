@@ -39,7 +39,7 @@ from .checks import (
     warn_of_missing_stats,
     warn_of_tables,
 )
-from .pipeline import Group, Ready, model_groups, ready_groups
+from .pipeline import UNREACHED, Group, Ready, model_groups, ready_groups
 from .records import LinearRecord, kept_records, quantized_record, warn_if_mostly_kept
 from .tables import pack_table
 
@@ -116,8 +116,9 @@ class Plan:
                 )
             else:
                 stats = collect(model, batches, head)
-        self.items, unreached = reached_inputs(self.items, stats)
-        self.kept |= dict.fromkeys(unreached, "no calibration token reached it")
+        self.items, unreached = reached_inputs(self.items, stats, config)
+        if config.unreached == "keep":
+            self.kept |= dict.fromkeys(unreached, UNREACHED)
         self.groups = checked_groups(model, config, stats, self.items)
         self.records: dict[str, LinearRecord] = {}
         self._head_stats = {
