@@ -16,6 +16,7 @@ from ..core.config import MixedQuantConfig
 from ..core.tensors import is_finite, largest_magnitude
 from ..layers.linear import refuse_quantized, salient_dtype_for
 from ..models.families import LayerInput, layer_inputs, without
+from ..models.float8 import SCALE
 from ..models.modules import check_no_adapter
 from ..models.tables import Table
 from .pipeline import Group, model_groups, with_shares
@@ -99,6 +100,12 @@ def check_arguments(model: Any, config: Any, stats: Any) -> None:
         )
     check_no_adapter(model)
     refuse_quantized(model)
+    for name, module in model.named_modules():
+        if any(leaf.endswith(SCALE) for leaf in (*module._parameters, *module._buffers)):
+            raise ValueError(
+                f"model must be a float model; {name} has FP8 weights with scales: load it with "
+                "quantization_config=FineGrainedFP8Config(dequantize=True)"
+            )
 
 
 def check_batches(config: MixedQuantConfig, batches: Any) -> None:
