@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_ways_in import by_layer, stored, while_loading
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from smoothquant import CheckpointError, MixedQuantConfig, quantize, save_quantized
@@ -108,6 +109,13 @@ def command(arguments):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.stderr
     return result.stdout
+
+
+def test_the_config_may_be_a_dict(folders):
+    _, packed = folders("llama-bias")
+    fields = {"quant_method": "mixedquant", "group_size": 16, "calibration": "weights"}
+    model = AutoModelForCausalLM.from_pretrained(packed, quantization_config=fields)
+    assert model.mixedquant_config == MixedQuantConfig(group_size=16, calibration="weights")
 
 
 def test_a_float_model_is_saved_as_one(folders, tmp_path):

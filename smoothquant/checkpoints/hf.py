@@ -481,10 +481,13 @@ def _merge_with_files(stored: Any, given: Any) -> Any:
         stored: ``quantization_config`` of the model's files, a dict or a config of transformers.
         given: the argument of `from_pretrained`, or None.
     """
+    ours = MixedQuantConfig.quant_method
     fields = stored if isinstance(stored, dict) else stored.to_dict()
-    if isinstance(given, MixedQuantConfig) and fields.get("quant_method") != given.quant_method:
-        float8_block("the model", fields)
-        return Float8Files(given, **fields)
+    if fields.get("quant_method") != ours:
+        if isinstance(given, dict) and given.get("quant_method") == ours:
+            given = MixedQuantManifest.from_dict(given)
+        if isinstance(given, MixedQuantConfig):
+            return Float8Files(given, **fields)
     return _merge_configs(stored, given)
 
 
