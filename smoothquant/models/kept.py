@@ -202,7 +202,11 @@ def unlike_experts(module: nn.Module) -> str:
     Classes with transformers' decorator do: its fast implementations rely on what it sets.
     """
     kind: Any = type(module)
-    decorated = hasattr(kind, "_apply_gate") and hasattr(kind.forward, "__wrapped__")
+    decorated = (
+        hasattr(module, "is_transposed")  # early versions of the decorator set nothing
+        and hasattr(kind, "_apply_gate")
+        and hasattr(kind.forward, "__wrapped__")
+    )
     replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
     if replaced or not (decorated or kind.__name__ in KNOWN_EXPERTS):
         return f"fused experts of another kind: {kind.__name__} has a forward of its own"
