@@ -26,6 +26,12 @@ DEQUANTIZED = "mixedquant_fp8"  # the method under which transformers dequantize
 SCALE = "_scale_inv"
 ACTIVATION_SCALES = ("activation_scale", "input_scale")  # of no use for a float model
 
+# {method: what to change in quantization_config, so that transformers loads a float model}
+AS_FLOAT: dict[str, dict[str, Any]] = {
+    METHOD: {"quant_method": DEQUANTIZED},
+    "mxfp4": {"dequantize": True},
+}
+
 # {method: the config with which transformers loads it as a float model}
 REMEDIES = {
     "mxfp4": "Mxfp4Config(dequantize=True)",

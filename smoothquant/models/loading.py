@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..core.errors import CheckpointError
-from .float8 import DEQUANTIZED, METHOD
+from .float8 import AS_FLOAT
 
 TOKENIZER_FILES = (
     "tokenizer*", "*vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.tokenizer",
@@ -60,8 +60,8 @@ def load_pretrained(
 ) -> Any:
     """Load a model with all its weights, as the class that its config names.
 
-    A config that names no transformers class is loaded by AutoModelForCausalLM. FP8 weights are
-    dequantized (`float8`).
+    A config that names no transformers class is loaded by AutoModelForCausalLM. FP8 and MXFP4
+    weights are dequantized (`float8.AS_FLOAT`).
 
     Args:
         dtype: dtype of the floating-point tensors; "auto" for the stored one.
@@ -79,8 +79,8 @@ def load_pretrained(
     where.setdefault("local_files_only", os.path.isdir(name_or_folder))
     config = load_config(name_or_folder, **where)
     quantization = getattr(config, "quantization_config", None) or {}
-    if quantization.get("quant_method") == METHOD:
-        config.quantization_config = {**quantization, "quant_method": DEQUANTIZED}
+    if quantization.get("quant_method") in AS_FLOAT:
+        config.quantization_config = {**quantization, **AS_FLOAT[quantization["quant_method"]]}
     cls = transformers_class(config.architectures)
     if cls is None:
         cls = AutoModelForCausalLM
