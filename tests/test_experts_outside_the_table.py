@@ -1,6 +1,8 @@
 """Fused experts: every layout that transformers' decorator describes is quantized, others stay."""
 
+import copy
 import importlib
+import pickle
 
 import pytest
 import torch
@@ -339,3 +341,17 @@ def test_routers_of_other_experts_stay():
     with torch.device("meta"):
         model = build("jetmoe", kv_channels=16)
     assert kept_modules(model)["model.layers.0.mlp.router.layer"] == "router"
+
+
+def test_experts_of_any_model_are_copied_pickled_and_dequantized():
+    model = nn.ModuleDict({"experts": experts_of("gpt_oss", "GptOssExperts")})
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    quantize(model, MixedQuantConfig(group_size=16, calibration="weights"), progress=False)
+    x, index, weights = torch.randn(5, 32), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+    want = model["experts"](x, index, weights)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied["experts"](x, index, weights), want)
+        assert sum(tensor.numel() for tensor in copied["experts"].parameters()) == 0
+    dequantize(model)
+    assert type(model["experts"]) is GptOssExperts
+    assert {name: parameter.shape for name, parameter in model.named_parameters()} == shapes
