@@ -36,8 +36,9 @@ def quantize(
     Linears that share an input (q, k and v, or gate and up) share a permutation and a set of
     salient channels. Output heads and embeddings are quantized only if the config says so. Routers
     and modules that compute more than their weight and bias say are not
-    (`smoothquant.models.kept`), nor are layers that no calibration token reached. An expert without
-    statistics is quantized by its weights' statistics.
+    (`smoothquant.models.kept`), nor are layers that no calibration token reached, unless the config
+    has ``unreached="weights"``. An expert without statistics is quantized by its weights'
+    statistics.
 
     Args:
         model: a float model (float32, float16 or bfloat16); see `smoothquant.models.families`.

@@ -56,6 +56,20 @@ _LLAMA = {
 _HEAD_DIM = dict(_LLAMA, head_dim=12)
 # Of experts in rows of their own: multiples of 32, so that torch treats all columns alike.
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_DEEPSEEK = dict(
+    _LLAMA,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=64,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=8,
+    v_head_dim=16,
+)
 _FALCON = {
     "vocab_size": 96,
     "hidden_size": 48,
@@ -90,6 +104,11 @@ ARCHITECTURES = {
         dict(_LLAMA, **_MOE, shared_expert_intermediate_size=96, mlp_only_layers=[1]),
     ),
     "qwen3_moe": ("qwen3_moe", dict(_HEAD_DIM, **_MOE)),
+    "gpt_oss": (
+        "gpt_oss",
+        dict(_HEAD_DIM, intermediate_size=64, num_local_experts=4, num_experts_per_tok=2),
+    ),
+    "deepseek_v3": ("deepseek_v3", _DEEPSEEK),
     "falcon-parallel": ("falcon", dict(_FALCON, parallel_attn=True)),
     "falcon-sequential": ("falcon", dict(_FALCON, parallel_attn=False, multi_query=False)),
     "falcon-new": ("falcon", dict(_FALCON, new_decoder_architecture=True, num_kv_heads=2)),
@@ -131,7 +150,16 @@ def token_ids():
     return torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(7))
 
 
-@pytest.fixture(params=list(ARCHITECTURES))
+# Of two architectures with experts beside linears, one is enough for the short form.
+LONG = {"deepseek_v3"}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.long] if name in LONG else [])
+        for name in ARCHITECTURES
+    ]
+)
 def architecture(request):
     """The name of each tiny architecture in turn."""
     return request.param

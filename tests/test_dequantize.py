@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from smoothquant import MixedQuantConfig, collect_stats, dequantize, fold_permutations, quantize
 from smoothquant.layers.linear import QuantizedLinear, W4A4Linear
 from smoothquant.models.modules import module_copy
+from smoothquant.models.routing import expert_matrix
 
 CONFIG = MixedQuantConfig(group_size=20, salient_prop=0.1, recipe="fast")
 
@@ -32,7 +33,7 @@ def plain_weight(model, name):
         return model.get_submodule(name).weight
     except AttributeError:
         block, expert, part = name.rsplit(".", 2)
-        return getattr(model.get_submodule(block), part)[int(expert)]
+        return expert_matrix(model.get_submodule(block), int(expert), part)[0]
 
 
 @pytest.mark.parametrize("backend", ["int4", "fake"])

@@ -22,6 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:no token was routed")
 # Last parts of the names of the linears behind elementwise functions, and behind attention.
 ELEMENTWISE = ("down_proj", "fc2", "dense_4h_to_h")
 BEHIND_ATTENTION = ("o_proj", "out_proj", "dense")
+# Architectures whose attention outputs are not made by a linear of the table.
+UNTRACED = {"deepseek_v3"}
 # torch's silu and tanh give the last columns of a strided row other bits if they fill no 2 vectors.
 WHOLE_VECTORS = {"phi3": 96, "mixtral": 96}
 
@@ -75,7 +77,8 @@ def test_logits_keep_their_bits(architecture, backend, within, quantized, token_
 
     elementwise = named_like(before, *ELEMENTWISE)
     behind_attention = named_like(before, *BEHIND_ATTENTION)
-    assert sorted(folded) == sorted(elementwise + (behind_attention if within else []))
+    foldable = within and architecture not in UNTRACED
+    assert sorted(folded) == sorted(elementwise + (behind_attention if foldable else []))
     assert len(behind_attention) == 2 and len(elementwise) >= 2
     for name in before:
         num_salient = model.get_submodule(name).num_salient
@@ -95,7 +98,8 @@ def test_nothing_is_left_to_gather_without_salient_channels(
     model = quantized(architecture, backend=backend, salient_prop=0.0, sort_within_heads=True)
     expected = logits(model, token_ids)
     folded, after = fold_permutations(model), perms(model)
-    assert sorted(folded) == sorted(named_like(after, *ELEMENTWISE, *BEHIND_ATTENTION))
+    behind_attention = () if architecture in UNTRACED else BEHIND_ATTENTION
+    assert sorted(folded) == sorted(named_like(after, *ELEMENTWISE, *behind_attention))
     assert all(is_identity(after[name]) for name in folded)
     assert_same_bits(logits(model, token_ids), expected)
 

@@ -32,7 +32,12 @@ def test_plan_and_folder_and_model_agree(architecture, choices, make_model, tmp_
         layer = layers[record.name]
         assert layer["shape"] == list(record.shape) and layer["action"] == record.action
         assert layer["bits_per_weight"] == pytest.approx(record.bits_per_weight)
-    assert sum(layer["bytes"] for layer in found["layers"]) == found["bytes"]
+    buffers = sum(
+        tensor.nbytes
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if not isinstance(tensor, torch.nn.Parameter) and name.endswith("correction_bias")
+    )
+    assert sum(layer["bytes"] for layer in found["layers"]) + buffers == found["bytes"]
     assert verify_folder(tmp_path / "q")["bytes"] == found["bytes"]
 
 

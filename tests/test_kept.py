@@ -8,10 +8,15 @@ import transformers
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from transformers import AutoConfig
+from typer.testing import CliRunner
 
-from smoothquant import MixedQuantConfig, collect_stats, quantization_report, quantize
+from smoothquant import MixedQuantConfig, collect_stats, convert, quantization_report, quantize
+from smoothquant.bundled import DATA, load_bundled
 from smoothquant.calibration.stats_files import save_stats
+from smoothquant.channels.sorting import choose_channels
+from smoothquant.channels.statistics import ChannelStats
 from smoothquant.checkpoints.folder import load_quantized, save_quantized
+from smoothquant.cli.commands import app
 from smoothquant.models.kept import kept_modules, output_heads
 from smoothquant.quantization.records import weight_counts
 
@@ -279,9 +284,9 @@ VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 VISION |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
 
 
-def llava():
+def llava(**fields):
     vision = {"model_type": "clip_vision_model", **VISION}
-    text = {"model_type": "llama", **SIZES}
+    text = {"model_type": "llama", **SIZES, **fields}
     parts = {"vision_config": vision, "text_config": text, "image_token_index": 63}
     config = AutoConfig.for_model("llava", **parts)
     return transformers.LlavaForConditionalGeneration(config).eval()
@@ -302,6 +307,66 @@ def test_layers_that_no_token_reaches_stay_with_a_warning(recipe, from_file, tmp
     assert next(iter(unreached)) and "no calibration token reached 8 layers" in caplog.text
     text = {r.name for r in records if "language_model.layers" in r.name and len(r.shape) == 2}
     assert all(r.action == "quantized" for r in records if r.name in text)
+
+
+@pytest.mark.parametrize("recipe", ["fast", "best"])
+def test_layers_that_no_token_reaches_can_be_quantized_by_their_weights(recipe, caplog, tmp_path):
+    model, batches = llava(), [torch.randint(1, 60, (1, 16))]
+    linears = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    config = MixedQuantConfig(group_size=16, recipe=recipe, unreached="weights")
+    records = quantize(model, config, None, batches, progress=False)
+    by_weights = {
+        r.name: r
+        for r in records
+        if r.reason.startswith("weights: no calibration token reached it")
+    }
+    assert {name.split(".")[1] for name in by_weights} == {"vision_tower", "multi_modal_projector"}
+    assert all(record.action == "quantized" for record in by_weights.values())
+    assert "reached 8 layers, whose salience and order come from the weights" in caplog.text
+    for name in by_weights:
+        stats = ChannelStats.empty(linears[name].shape[1])
+        stats.update(linears[name])
+        plan = choose_channels(stats, salient_prop=0.05)
+        assert torch.equal(model.get_submodule(name).perm, plan.perm)
+    save_quantized(model, tmp_path / "q")
+    assert load_quantized(tmp_path / "q").mixedquant_config == config
+
+
+@pytest.mark.parametrize("unreached", ["keep", "weights"])
+def test_every_way_in_treats_unreached_layers_alike(unreached, tmp_path):
+    source, name = DATA / "tiny-opt", "model.decoder.layers.1.fc1"
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    stats = collect_stats(model, [torch.randint(3, 90, (1, 64))], progress=False)
+    stats[name] = ChannelStats.empty(stats[name].num_channels)
+    save_stats(stats, tmp_path / "stats.safetensors")
+    config = MixedQuantConfig(group_size=16, unreached=unreached)
+    results = [quantize(model, config, stats, progress=False)]
+    results.append(convert(source, tmp_path / "c", config, stats, progress=False))
+    assert results[0] == results[1]
+    record = next(record for record in results[0] if record.name == name)
+    assert record.action == {"keep": "kept", "weights": "quantized"}[unreached]
+    assert record.reason.endswith("no calibration token reached it")
+    command = ["quantize", str(source), str(tmp_path / "q"), "--set", f"unreached={unreached}"]
+    command += ["--stats", str(tmp_path / "stats.safetensors"), "--set", "group_size=16"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    for folder in ("c", "q"):
+        loaded = load_quantized(tmp_path / folder)
+        assert type(loaded.get_submodule(name)) is type(model.get_submodule(name))
+
+
+def test_a_model_that_calibrates_while_loading_takes_unreached_layers_too(tmp_path):
+    _, tokenizer = load_bundled("tiny-opt")
+    model = llava(vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    fields = {"calibration": ["a few words to calibrate on"], "calibration_tokens": 8}
+    config = MixedQuantConfig(group_size=16, unreached="weights", **fields)
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=config)
+    reasons = {r.name: r.reason for r in quantization_report(loaded)}
+    assert reasons["model.multi_modal_projector.linear_1"].endswith(
+        "no calibration token reached it"
+    )
 
 
 def test_calibration_that_reaches_nothing_is_an_error():

@@ -19,7 +19,7 @@ from smoothquant.model_size import get_model_size
 from smoothquant.models.families import layer_inputs
 from smoothquant.models.kept import output_heads
 from smoothquant.models.modules import module_places, replace_module
-from smoothquant.models.routing import PARTS, routed_inputs
+from smoothquant.models.routing import GATED, routed_inputs
 from smoothquant.quantization.engine import Plan
 
 pytestmark = pytest.mark.usefixtures("linears_alone")
@@ -47,7 +47,7 @@ def matrix_groups(model):
             yield item.linears
         if item.experts:
             for expert in range(model.get_submodule(item.experts).num_experts):
-                yield from ((item.expert_linear(expert, part),) for part in PARTS)
+                yield from ((item.expert_linear(expert, part),) for part in GATED)
 
 
 @pytest.mark.parametrize("backend", ["int4", "fake"])
@@ -184,11 +184,11 @@ def test_experts_keep_the_forward_contract(make_model):
     weights = torch.rand(9, 2)
     linears = {}
     for expert in range(4):
-        for part in PARTS:
+        for part in GATED:
             matrix = getattr(experts, part)[expert]
             linears[expert, part] = nn.Linear(*reversed(matrix.shape), bias=False)
             linears[expert, part].weight.data = matrix.data
-    replacement = W4A4Experts(linears, experts.act_fn)
+    replacement = W4A4Experts(linears, experts)
     with torch.no_grad():
         want = experts(x, index, weights)
         torch.testing.assert_close(replacement(x, index, weights), want)
@@ -382,7 +382,7 @@ def test_what_a_replaced_module_holds_may_stand_elsewhere_too():
 
 def test_fused_weights_are_freed_block_by_block(make_model):
     model = make_model("mixtral")
-    fused = {n: weakref.ref(p) for n, p in model.named_parameters() if n.endswith(PARTS)}
+    fused = {n: weakref.ref(p) for n, p in model.named_parameters() if n.endswith(GATED)}
     assert len(fused) == 4
     for record in Plan(model, CONFIG).pack():
         if record.name == "model.layers.1.self_attn.o_proj":

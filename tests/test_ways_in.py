@@ -63,6 +63,7 @@ GOOD = {
     "biases and post-norms": ("opt-post-norm", {"group_size": 16, "salient_format": "int8"}),
     "fused experts": ("mixtral", {"group_size": 16, "sort": "max"}),
     "experts beside linears": ("qwen2_moe", {"group_size": 16}),
+    "transposed experts with biases": ("gpt_oss", {"group_size": 16, "salient_prop": 0.1}),
     "one input for attention and MLP": ("falcon-parallel", {"group_size": 16, "rotation": 16}),
     "simulated": ("qwen3", {"group_size": 16, "backend": "fake", "num_bits": 8}),
     "output quantized": ("opt", {"group_size": 16, "quantize_output": True}),

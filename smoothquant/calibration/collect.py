@@ -14,7 +14,7 @@ from ..channels.statistics import ChannelStats
 from ..core.progress import progress_bar
 from ..layers.linear import refuse_quantized
 from ..models.families import LayerInput, layer_inputs
-from ..models.routing import PARTS, expert_names
+from ..models.routing import expert_names, expert_parts, expert_weights
 from ..models.running import (
     HeadReached,
     evaluating,
@@ -136,8 +136,9 @@ def collect_stats(
 def _channels(model: nn.Module, name: str) -> int:
     """The input channels of a linear or experts module."""
     module = model.get_submodule(name)
-    weight = "weight" if isinstance(module, nn.Linear) else PARTS[0]
-    return module.get_parameter(weight).shape[-1]
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    return expert_weights(module, expert_parts(module)[0]).shape[-1]
 
 
 def _idle_experts(model: nn.Module, inputs: Sequence[LayerInput]) -> dict[str, ChannelStats]:
@@ -147,5 +148,5 @@ def _idle_experts(model: nn.Module, inputs: Sequence[LayerInput]) -> dict[str, C
         if item.experts:
             module = model.get_submodule(item.experts)
             for name, (_, part) in expert_names(item.experts, module).items():
-                stats[name] = ChannelStats.empty(getattr(module, part).shape[-1])
+                stats[name] = ChannelStats.empty(expert_weights(module, part).shape[-1])
     return stats

@@ -21,7 +21,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,21 @@ from ..core.tensor_files import (
 from ..core.tensors import DTYPES, FLOATS, dtype_name
 from ..core.version import __version__
 from ..models.families import decoder_layers
-from ..models.loading import Companions, StoredNames, check_complete, check_unused
+from ..models.float8 import (
+    SCALE,
+    dequantized,
+    float8_block,
+    told,
+    weight_scales,
+    without_scales,
+)
+from ..models.loading import (
+    Companions,
+    StoredNames,
+    check_complete,
+    check_unused,
+    loaded_in_float32,
+)
 from ..models.modules import assign, distinct_tensors
 from ..quantization.checks import check_batches
 from ..quantization.engine import Plan
@@ -65,12 +80,8 @@ from .model_card import model_card
 
 logger = logging.getLogger("smoothquant")
 
-FLOAT_REMEDY = (
-    "save a float model by save_pretrained of transformers; it loads FP8 models in bfloat16 with "
-    "quantization_config=FineGrainedFP8Config(dequantize=True)"
-)
-
-LAYOUT = 2  # of the files from which a conversion is resumed
+UPCAST = ("bfloat16", "float16")
+LAYOUT = 3  # of the files from which a conversion is resumed
 
 
 def convert(
@@ -93,6 +104,8 @@ def convert(
 
     Args:
         source: a folder with config.json and model.safetensors, or with shards and their index.
+            FP8 weights (`smoothquant.models.float8`) are dequantized one at a time into files
+            beside the target.
         target: as for `save_quantized`.
         config, stats, batches: as for `quantize`. Missing statistics are collected from the
             batches, one decoder layer at a time.
@@ -116,7 +129,7 @@ def convert(
     if not isinstance(config, MixedQuantConfig):
         raise TypeError(f"config must be a MixedQuantConfig; got {type(config).__name__}")
     source, stats = _checked_source(source), given_stats(stats)
-    headers = stored_tensors(source)
+    headers, scales = _stored_weights(source)
     model, layers = float_source(source, headers)
     batches, config = chosen_batches(model, config, stats, batches, tokenizer or source)
     check_batches(config, batches)
@@ -135,7 +148,7 @@ def convert(
                 f"Keeping finished layers in {work} until the conversion is complete.", flush=True
             )
         try:
-            _map_weights(model, source, headers, mapped, work / "fused")
+            _map_weights(model, source, headers, scales, mapped, work / "fused")
 
             def collect(
                 model: nn.Module, batches: Sequence[Tensor], head: str | None
@@ -297,13 +310,8 @@ class _Conversion:
 def float_source(source: Path, headers: Mapping[str, Header]) -> tuple[nn.Module, list[str]]:
     """The float model of a folder, with its parameters on meta, and its decoder layers."""
     fields = read_json(source / CONFIG)
-    if "quantization_config" in fields:
-        method = fields["quantization_config"]
-        raise ValueError(
-            f"source must hold a float model; {source} is quantized: {method!r:.80} "
-            f"({FLOAT_REMEDY})"
-        )
     model = float_model(source, fields.get("architectures"), headers, _main_dtype(fields, headers))
+    vars(model.config).pop("quantization_config", None)  # of FP8 weights
     layers = decoder_layers(model)
     if not layers:
         raise ValueError(
@@ -319,9 +327,25 @@ def float_shapes(source: str | os.PathLike) -> nn.Module:
     Raises:
         ValueError, CheckpointError: as `convert`.
     """
-    headers = stored_tensors(_checked_source(source))
+    headers, scales = _stored_weights(_checked_source(source))
     model, _ = float_source(Path(source), headers)
-    return model.to(_main_dtype({}, headers))
+    return model.to(_main_dtype(read_json(Path(source) / CONFIG) if scales else {}, headers))
+
+
+def _stored_weights(source: Path) -> tuple[dict[str, Header], dict[str, Header]]:
+    """The headers of a folder's tensors, and {name of an FP8 weight: header of its scales}.
+
+    Raises:
+        ValueError: the folder is quantized in another way.
+        CheckpointError: scales are missing, or do not fit.
+    """
+    headers = stored_tensors(source)
+    quantization = read_json(source / CONFIG).get("quantization_config")
+    if quantization is None:
+        return headers, {}
+    block = float8_block(source, quantization if isinstance(quantization, dict) else {})
+    scales = weight_scales(headers, block)
+    return without_scales(headers, scales), scales
 
 
 def _main_dtype(fields: Mapping[str, Any], headers: Mapping[str, Header]) -> torch.dtype:
@@ -346,12 +370,18 @@ def _checked_source(source: str | os.PathLike) -> Path:
 
 
 def _map_weights(
-    model: Any, source: Path, headers: Mapping[str, Header], mapped: Mapped, fused: Path
+    model: Any,
+    source: Path,
+    headers: Mapping[str, Header],
+    scales: Mapping[str, Header],
+    mapped: Mapped,
+    fused: Path,
 ) -> None:
     """Map a model's parameters from the files of `source`.
 
     Parameters that transformers builds from several tensors on loading, such as the experts of a
-    layer, are built one at a time and stored in files of the folder `fused`.
+    layer, are built one at a time and stored in files of the folder `fused`. FP8 weights, which
+    have `scales`, are dequantized there, and routers that transformers loads in float32 upcast.
     """
     from transformers.core_model_loading import WeightConverter, dot_natural_key
 
@@ -360,23 +390,33 @@ def _map_weights(
     check_unused(source, model, headers, named)
     readable = {n: h for n, h in headers.items() if h.dtype in STORED_DTYPES.values()}
     stored = mapped_tensors(readable, mapped)
+    floats = _float8_weights(source, model, stored, scales, mapped)
     loaded: dict[str, tuple[Path, Tensor]] = {}
-    parts: dict[str, WeightConverter] = {}
+    parts: dict[str, WeightConverter | Callable[[], Tensor]] = {}
     for key in sorted(headers, key=dot_natural_key):
         name, pattern = named(key)
         if name in expected and key not in stored:
             raise _unusable(headers[key], key)
-        if name in expected and pattern is None:
+        if name in expected and pattern is None and key in floats:
+            parts[name] = floats[key]
+        elif name in expected and headers[key].dtype in UPCAST and loaded_in_float32(model, name):
+            parts[name] = stored[key].float
+        elif name in expected and pattern is None:
             loaded[name] = headers[key].path, stored[key]
         elif name in expected and pattern is not None:
-            part = parts.setdefault(name, copy.deepcopy(named.converters[pattern]))
-            tensor: Any = stored[key]  # annotated as a Future, but transformers accepts tensors
+            part: Any = parts.setdefault(name, copy.deepcopy(named.converters[pattern]))
+            # annotated as a Future, but transformers accepts tensors, and functions that return one
+            tensor = floats.get(key, partial(stored.__getitem__, key)) if floats else stored[key]
             part.add_tensor(name, key, pattern, tensor)
     for number, (name, part) in enumerate(parts.items()):
         path = fused / f"{number:05}.safetensors"
         if not path.exists():
             try:
-                built: Any = part.convert(name, model=model, config=model.config)
+                built: Any = (
+                    {name: part()}
+                    if callable(part)
+                    else part.convert(name, model=model, config=model.config)
+                )
             except Exception as error:  # wrong shapes may raise anything in transformers
                 raise CheckpointError(f"{source}: cannot build {name}: {error}") from error
             built = {key: t[0] if isinstance(t, list) else t for key, t in built.items()}
@@ -407,6 +447,26 @@ def _map_weights(
         assign(model, name, loaded[name][1])
 
 
+def _float8_weights(
+    source: Path,
+    model: nn.Module,
+    stored: Mapping[str, Tensor],
+    scales: Mapping[str, Header],
+    mapped: Mapped,
+) -> dict[str, Callable[[], Tensor]]:
+    """{name of a stored FP8 weight: function that dequantizes it to the model's dtype}."""
+    if not scales:
+        return {}
+    block = float8_block(source, read_json(source / CONFIG)["quantization_config"])
+    by_name = {name + SCALE: header for name, header in scales.items()}
+    factors, dtype = mapped_tensors(by_name, mapped), next(model.parameters()).dtype
+    told(source, dtype)
+    return {
+        name: partial(dequantized, stored[name], factors[name + SCALE], block, dtype)
+        for name in scales
+    }
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 
@@ -414,7 +474,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def _unusable(header: Header, name: str) -> CheckpointError:
     return CheckpointError(
         f"{header.path}: tensor {name} must be float32, float16 or bfloat16; got {header.dtype} "
-        f"({FLOAT_REMEDY})"
+        "(save a float model by save_pretrained of transformers)"
     )
 
 

@@ -28,9 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AutoHfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+from transformers.utils.quantization_config import FineGrainedFP8Config, QuantizationConfigMixin
 
 from ..calibration.tokens import default_calibration
 from ..core.config import WEIGHTS, MixedQuantConfig
@@ -48,6 +53,14 @@ from ..layers.embedding import QuantizedEmbedding
 from ..layers.experts import W4A4Experts
 from ..layers.linear import QuantizedLinear
 from ..models.families import LayerInput
+from ..models.float8 import (
+    DEQUANTIZED,
+    dequantized,
+    float8_block,
+    told,
+    weight_scales,
+    without_scales,
+)
 from ..models.loading import (
     check_complete,
     check_unused,
@@ -56,7 +69,7 @@ from ..models.loading import (
     tokenizer_folder,
 )
 from ..models.modules import assign, distinct_tensors, unsaved_buffers
-from ..models.routing import PARTS
+from ..models.routing import is_fused_experts
 from ..quantization.checks import check_batches
 from ..quantization.engine import Plan
 from ..quantization.undo import FLOAT_TIES, dequantize
@@ -124,11 +137,9 @@ class QuantizeLoadedWeights(ConversionOps):
         self.error: Exception | None = None
         self.item_of: dict[str, LayerInput] = {}
         for item in self.plan.items:
-            for name in item.linears:
+            for name in (*item.linears, *([item.experts] if item.experts else [])):
                 for leaf, _ in model.get_submodule(name).named_parameters():
                     self.item_of[f"{name}.{leaf}"] = item
-            if item.experts:
-                self.item_of |= {f"{item.experts}.{part}": item for part in PARTS}
         self.awaited = dict.fromkeys(self.item_of)  # in forward order
         self.tied = {n: owner for n, owner in tied.items() if self.item_of.keys() & {n, owner}}
 
@@ -314,11 +325,7 @@ class MixedQuantQuantizer(HfQuantizer):
             self.on_load.finish(model)
             self.on_load = None
         elif not self.pre_quantized:
-            _check_complete(model)
-            config = self.quantization_config.config
-            plan = Plan(model, config, tokenizer=self.tokenizer, progress=True)
-            plan.pack_all()
-            finish_and_attach(plan)
+            _quantize_loaded(model, self.quantization_config.config, self.tokenizer)
         else:
             self._finish_stored(model)
         place_and_fuse(model)
@@ -384,6 +391,107 @@ class MixedQuantQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+@register_quantization_config(DEQUANTIZED)
+class Float8Files(FineGrainedFP8Config):
+    """FP8 weights in a model's files, which become a float model, or are quantized on loading.
+
+    Args:
+        config: how to quantize the float model; None keeps it as it is.
+        fields: ``quantization_config`` in the model's config.json.
+    """
+
+    def __init__(self, config: MixedQuantConfig | None = None, **fields: Any) -> None:
+        self.config = config
+        self.block = float8_block("the model", fields)
+        super().__init__(**{**fields, "quant_method": DEQUANTIZED, "dequantize": True})
+
+
+@register_quantizer(DEQUANTIZED)
+class Float8Reader(FineGrainedFP8HfQuantizer):
+    """Dequantizes FP8 weights as transformers loads them, then quantizes the float model."""
+
+    quantization_config: Float8Files
+    tokenizer = ""
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        config = self.quantization_config.config
+        if config is not None and config.calibration == WEIGHTS:
+            check_batches(config, None)
+
+    def get_load_operations(self) -> dict[str, Callable[[Any], ConversionOps]]:
+        return {"dequantize": _dequantize_operation}
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        headers = read_headers(checkpoint_files or ())
+        scales = weight_scales(headers, self.quantization_config.block)
+        if self.quantization_config.config is not None:
+            check_unused(model.name_or_path, model, without_scales(headers, scales))
+        told(model.name_or_path, next(model.parameters()).dtype)
+        self.tokenizer = tokenizer_folder(model.name_or_path, checkpoint_files)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        model._weight_conversions = None  # of FP8 files
+        config = self.quantization_config.config
+        if config is not None:
+            _quantize_loaded(model, config, self.tokenizer)
+            place_and_fuse(model)
+
+
+def _dequantize_operation(quantizer: Any) -> ConversionOps:
+    """transformers' own operation, with blocks of any size at the edges."""
+    # It imports the module that registers this one.
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    operation: Any = Fp8Dequantize(quantizer)
+    operation._dequantize_one = functools.partial(
+        _float8_values, block=quantizer.quantization_config.block
+    )
+    return operation
+
+
+def _float8_values(
+    weight: Tensor,
+    scales: Tensor,
+    output_dtype: torch.dtype | None = None,
+    *,
+    block: tuple[int, int] | None,
+) -> Tensor:
+    return dequantized(weight, scales, block, output_dtype or torch.bfloat16)
+
+
+def _quantize_loaded(model: Any, config: MixedQuantConfig, tokenizer: str) -> None:
+    """Calibrate and quantize a float model that transformers has loaded."""
+    _check_complete(model)
+    plan = Plan(model, config, tokenizer=tokenizer, progress=True)
+    plan.pack_all()
+    finish_and_attach(plan)
+
+
+_merge_configs = AutoHfQuantizer.merge_quantization_configs
+
+
+def _merge_with_files(stored: Any, given: Any) -> Any:
+    """Let `from_pretrained` quantize files with FP8 weights; refuse other methods by name.
+
+    Args:
+        stored: ``quantization_config`` of the model's files, a dict or a config of transformers.
+        given: the argument of `from_pretrained`, or None.
+    """
+    ours = MixedQuantConfig.quant_method
+    fields = stored if isinstance(stored, dict) else stored.to_dict()
+    if fields.get("quant_method") != ours:
+        if isinstance(given, dict) and given.get("quant_method") == ours:
+            given = MixedQuantManifest.from_dict(given)
+        if isinstance(given, MixedQuantConfig):
+            return Float8Files(given, **fields)
+    return _merge_configs(stored, given)
+
+
+AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge_with_files)  # type: ignore[assignment]
 
 
 def _untie_quantized(model: Any) -> None:
@@ -483,7 +591,7 @@ def _has_place(model: nn.Module, name: str) -> bool:
     module: Any = model
     path = name.split(".")
     for depth, part in enumerate(path):
-        if all(hasattr(module, matrices) for matrices in PARTS):
+        if is_fused_experts(module):
             return True
         child = module._modules.get(part)
         if child is None:

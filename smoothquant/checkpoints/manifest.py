@@ -36,9 +36,9 @@ from ..layers.experts import W4A4Experts
 from ..layers.int8 import Int8Linear, blank_table
 from ..layers.linear import QuantizedLinear, linear_class
 from ..models.families import decoder_layers
-from ..models.kept import unlike_linear
+from ..models.kept import unlike_experts, unlike_linear
 from ..models.modules import distinct_tensors, module_places, replace_module, unsaved_buffers
-from ..models.routing import PARTS, expert_names
+from ..models.routing import expert_names, expert_weights, is_fused_experts, num_experts
 from ..models.tables import unlike_embedding
 from ..quantization.checks import non_finite_parameters
 from .checksums import config_checksum, json_checksum, tensor_checksums
@@ -320,16 +320,21 @@ def insert_linears(model: nn.Module, manifest: Manifest, path: Path | str = CONF
     shapes: dict[str, torch.Size] = {}
     blocks: dict[str, dict[tuple[int, str], str]] = {}
     for name, module in modules.items():
-        fused = [getattr(module, part, None) for part in PARTS]
         if isinstance(module, nn.Linear) and not unlike_linear(module):
             shapes[name] = module.weight.shape
         elif isinstance(module, nn.Embedding) and not unlike_embedding(module):
             shapes[f"{name}.packed"] = module.weight.shape
         # Not more experts than the manifest has entries: a malicious number would exhaust memory.
-        elif all(isinstance(t, Tensor) and 2 * len(t) <= len(manifest.linears) for t in fused):
+        elif (
+            is_fused_experts(module)
+            and 2 * num_experts(module) <= len(manifest.linears)
+            and not unlike_experts(module)
+        ):
             names = expert_names(name, module)
             blocks[name] = {key: full for full, key in names.items()}
-            shapes |= {full: getattr(module, part).shape[1:] for full, (_, part) in names.items()}
+            shapes |= {
+                full: expert_weights(module, part).shape[1:] for full, (_, part) in names.items()
+            }
     layers: dict[str, QuantizedLinear] = {}
     tied = tied_tables(manifest)
     for name in [*manifest.linears, *tied]:
@@ -350,8 +355,7 @@ def insert_linears(model: nn.Module, manifest: Manifest, path: Path | str = CONF
         missing = [name for name in matrices.values() if name not in layers]
         if not missing:
             experts = {key: layers[name] for key, name in matrices.items()}
-            float_experts: Any = modules[block]
-            replace_module(model, block, W4A4Experts(experts, float_experts.act_fn), places)
+            replace_module(model, block, W4A4Experts(experts, modules[block]), places)
         elif len(missing) < len(matrices):
             raise CheckpointError(f"{path}: linear {missing[0]} is missing")
 

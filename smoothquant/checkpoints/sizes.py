@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
@@ -16,6 +15,7 @@ from ..layers.linear import QuantizedLinear, linear_class
 from ..models.families import known_inputs
 from ..models.kept import output_heads
 from ..models.modules import distinct_tensors, module_copy, module_places, replace_module
+from ..models.routing import is_fused_experts
 from ..models.tables import find_tables
 from ..quantization.checks import checked_groups
 from ..quantization.tables import insert_table, table_group
@@ -42,7 +42,6 @@ def bytes_by_kind(model: nn.Module, sizes: Mapping[str, int] | None = None) -> d
         sizes = {name: tensor.nbytes for name, tensor in distinct_tensors(model)[0].items()}
     items = known_inputs(model)
     heads, routers = output_heads(model), {item.router for item in items}
-    fused = {item.experts for item in items}
     modules = dict(model.named_modules(remove_duplicate=False))
     kinds: Counter[str] = Counter()
     for name, size in sizes.items():
@@ -54,11 +53,11 @@ def bytes_by_kind(model: nn.Module, sizes: Mapping[str, int] | None = None) -> d
                 kind = "embeddings" if block.endswith(".packed") else "output head"
         elif isinstance(module, nn.Embedding):
             kind = "embeddings"
-        elif leaf == "bias":
+        elif leaf == "bias" or (leaf.endswith("_bias") and is_fused_experts(module)):
             kind = "biases"
         elif block in heads:
             kind = "output head"
-        elif block in fused or (isinstance(module, nn.Linear) and block not in routers):
+        elif is_fused_experts(module) or (isinstance(module, nn.Linear) and block not in routers):
             kind = "float linears"
         else:
             kind = "norms and others"
@@ -122,6 +121,5 @@ def planned_bytes(
         )
         insert_table(planned, table, blank, places)
     for name, layers in blocks.items():
-        fused: Any = model.get_submodule(name)
-        replace_module(planned, name, W4A4Experts(layers, fused.act_fn), places)
+        replace_module(planned, name, W4A4Experts(layers, model.get_submodule(name)), places)
     return bytes_by_kind(planned)

@@ -31,12 +31,19 @@ CHOICES = {
     "act_format": ("symmetric", "unsigned", "zero_point", "auto"),
     "act_quant": ("per_group", "per_token", "per_tensor"),
     "backend": ("int4", "fake"),
+    "unreached": ("keep", "weights"),
     "non_finite": ("propagate", "raise"),
 }
 TABLE_FORMATS = ("16bit", "int8", "int4")  # of output heads and embeddings
 
 # Fields that folders and sweeps did not always have, and what they mean where they are missing.
-NEWER: dict[str, Any] = {"act_bits": None, "head": "16bit", "embeddings": "16bit", "ignore": []}
+NEWER: dict[str, Any] = {
+    "act_bits": None,
+    "unreached": "keep",
+    "head": "16bit",
+    "embeddings": "16bit",
+    "ignore": [],
+}
 
 # The values that each recipe gives to fields left at None. rotation="group" is the largest rotation
 # that fits a group.
@@ -146,6 +153,11 @@ class MixedQuantConfig:
         calibration_tokens: number of tokens drawn from the calibration data, in blocks of 1,024 or
             the model's maximum length if that is shorter.
         seed: random seed of that draw.
+        unreached: what becomes of a layer that calibration ran past, such as a vision tower when
+            the calibration data is text: "keep" leaves it in 16 bits; "weights" quantizes it with
+            salient channels and order chosen from its weights alone. Both warn. Without
+            calibration, every layer is quantized by its weights. Experts that no token is routed
+            to are, too, if their layer's others are reached.
         head: format of the output head: "16bit" keeps it as it is; "int8" has INT8 weights with a
             scale per group; "int4" has packed INT4 weights like the other linears. Both quantize
             the head's inputs to 8 bits, and round to nearest. None is "int8". What cannot be
@@ -190,6 +202,7 @@ class MixedQuantConfig:
     calibration: str | os.PathLike | Sequence[str] | None = None
     calibration_tokens: int = 32768
     seed: int = 42
+    unreached: str = "keep"
     head: str | None = None
     embeddings: str | None = None
     ignore: Sequence[str] = ()
@@ -312,7 +325,8 @@ class MixedQuantConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values; calibration texts are replaced by their sha256. Fields
         that are newer than others are left out at the value that stands for the time before:
-        ``act_bits`` None, ``head`` and ``embeddings`` "16bit", ``ignore`` empty."""
+        ``act_bits`` None, ``unreached`` "keep", ``head`` and ``embeddings`` "16bit", ``ignore``
+        empty."""
         fields = dataclasses.asdict(self)
         if isinstance(self.calibration, tuple):
             digest = hashlib.sha256("\0".join(self.calibration).encode()).hexdigest()

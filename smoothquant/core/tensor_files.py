@@ -28,6 +28,7 @@ INDEX = "model.safetensors.index.json"
 STORED_DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
     "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
 }  # fmt: skip
 
 

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from ..core.progress import progress_bar
 from ..layers.linear import refuse_quantized
 from ..models.families import layer_inputs
-from ..models.routing import PARTS, expert_arguments, expert_names, routed_inputs
+from ..models.routing import (
+    expert_arguments,
+    expert_matrix,
+    expert_names,
+    expert_parts,
+    num_experts,
+    routed_inputs,
+)
 from ..models.running import evaluating, first_argument, hooked, run_tokens, without_head
 
 HIDDEN = "hidden"
@@ -142,9 +149,10 @@ def _experts_hook(
     name: str, models: Mapping[str, nn.Module], errors: dict[str, LayerError]
 ) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], _: Tensor) -> None:
-        for expert, *xs in routed_inputs(module, *expert_arguments(module, args, kwargs)):
-            for part, x in zip(PARTS, xs, strict=True):
-                y = nn.functional.linear(x, getattr(module, part)[expert])
+        x, top_k_index, _ = expert_arguments(num_experts(module), args, kwargs)
+        for expert, *xs in routed_inputs(module, x, top_k_index):
+            for part, x in zip(expert_parts(module), xs, strict=True):
+                y = nn.functional.linear(x, *expert_matrix(module, expert, part))
                 _measure(f"{name}.{expert}.{part}", x, y, models, errors)
 
     return hook

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .kept import check_ignore, is_fused_experts, kept_modules
+from .kept import check_ignore, kept_modules
+from .routing import is_fused_experts
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,8 @@ class LayerInput:
     norm: the norm that produces it and feeds nothing else, or None. Its gain may be folded into
         the weights that read the activation.
     linears: the nn.Linear modules that read it.
-    experts: the fused experts module that reads it, or None. Such a module has the parameters
-        ``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]`` and is called with hidden states,
-        expert indices and routing weights. Statistics are kept per expert matrix, with keys from
-        `expert_linear`; `smoothquant.models.routing.routed_inputs` computes each matrix's input.
+    experts: the fused experts module that reads it, or None (`smoothquant.models.routing`).
+        Statistics are kept per expert matrix, with keys from `expert_linear`.
     router: a module with a ``weight [E, H]`` that also reads the activation but stays in 16 bits,
         or None.
     norm_offset: the norm multiplies by ``norm_offset + norm.weight``.
@@ -56,7 +55,7 @@ class LayerInput:
         ``model.layers.0.mlp.experts.3.gate_up_proj``.
 
         Args:
-            part: "gate_up_proj" or "down_proj".
+            part: "gate_up_proj", "up_proj" or "down_proj".
         """
         return f"{self.experts}.{expert}.{part}"
 
@@ -210,6 +209,41 @@ FAMILIES = {
         "layers",
         _ATTENTION
         + (Reads((), ("post_attention_layernorm",), experts="mlp.experts", router="mlp.gate"),),
+    ),
+    "gpt_oss": Family(
+        "layers",
+        _ATTENTION
+        + (Reads((), ("post_attention_layernorm",), experts="mlp.experts", router="mlp.router"),),
+    ),
+    # The inputs of o_proj come from some of the rows of kv_b_proj; the others make keys.
+    "deepseek_v3": Family(
+        "layers",
+        (
+            Reads(
+                ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+                ("input_layernorm",),
+            ),
+            Reads(("self_attn.q_b_proj",), ("self_attn.q_a_layernorm",)),
+            Reads(("self_attn.kv_b_proj",), ("self_attn.kv_a_layernorm",)),
+            Reads(("self_attn.o_proj",)),
+            Reads(
+                (
+                    "mlp.gate_proj",
+                    "mlp.up_proj",
+                    "mlp.shared_experts.gate_proj",
+                    "mlp.shared_experts.up_proj",
+                ),
+                ("post_attention_layernorm",),
+                experts="mlp.experts",
+                router="mlp.gate",
+            ),
+            _GATED,
+            _produced(
+                "mlp.shared_experts.down_proj",
+                "mlp.shared_experts.gate_proj",
+                "mlp.shared_experts.up_proj",
+            ),
+        ),
     ),
     # Some layers may be dense. No norm is named: it also feeds the gate of the shared expert, which
     # stays in 16 bits, so its gain cannot be folded.

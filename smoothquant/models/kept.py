@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .routing import PARTS
+from .routing import BATCHED, expert_parameters, expert_parts, expert_weights, is_fused_experts
 
 # Names of top-level linears that compute a model's outputs, for models that are not transformers'.
 HEADS = frozenset({"lm_head", "embed_out", "score", "classifier", "qa_outputs"})
@@ -26,8 +26,8 @@ HEADS = frozenset({"lm_head", "embed_out", "score", "classifier", "qa_outputs"})
 # Subclasses of nn.Linear whose own forward computes what nn.Linear's does.
 PLAIN_LINEARS = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
 
-# Experts of the table of families. Others are known by what transformers' decorator sets.
-PLAIN_EXPERTS = frozenset({"MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts"})
+# Experts known by name. Others are known by what transformers' decorator sets.
+KNOWN_EXPERTS = BATCHED | {"MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts"}
 
 # Branches of a forward under these conditions are not for inference, or are off by default. What
 # they read is the dequantized weight.
@@ -100,7 +100,7 @@ def reasons_to_keep(
             keep(module, unlike_linear(module))
             keep(module, "router" if "router" in name.split(".") else "")
         elif is_fused_experts(module):
-            keep(module, _unlike_experts(module))
+            keep(module, unlike_experts(module))
         if "experts" in module._modules or any(map(is_fused_experts, module.children())):
             for child, router in module.named_modules():
                 if _ROUTER.search(child.partition(".")[0]):
@@ -178,12 +178,6 @@ def _outside_base(model: nn.Module) -> Iterator[nn.Module]:
             yield from (module for module in inner if module not in in_base)
 
 
-def is_fused_experts(module: nn.Module) -> bool:
-    """Whether the module has the parameters ``gate_up_proj`` and ``down_proj``, both 3-D."""
-    parts = [getattr(module, part, None) for part in PARTS]
-    return all(isinstance(part, Tensor) and part.dim() == 3 for part in parts)
-
-
 def unlike_linear(module: nn.Linear) -> str:
     """Why a linear computes more than its weight and bias say; "" if it does not."""
     kind = type(module)
@@ -202,35 +196,43 @@ def unlike_linear(module: nn.Linear) -> str:
     return ""
 
 
-def _unlike_experts(module: nn.Module) -> str:
+def unlike_experts(module: nn.Module) -> str:
     """Why fused experts do not compute what `W4A4Experts` does; "" if they do.
 
-    transformers marks what its experts compute: the decorator `use_experts_implementation` sets
-    these attributes, and its fast implementations rely on them.
+    Classes with transformers' decorator do: its fast implementations rely on what it sets.
     """
-    kind = type(module)
-    if kind.__name__ in PLAIN_EXPERTS:
-        return ""
-    gate = getattr(kind, "_apply_gate", None)
-    usual = {
-        "has_gate": True,
-        "has_bias": False,
-        "is_transposed": False,
-        "is_concatenated": True,
-        "has_post_expert_norm": False,
-    }
-    gate_up, down = (module.get_parameter(part) for part in PARTS)
-    (experts, rows, hidden), fits = gate_up.shape, tuple(down.shape)
-    if (
-        getattr(gate, "__name__", "") != "_default_apply_gate"
-        or any(getattr(module, flag, value) != value for flag, value in usual.items())
-        or fits != (experts, hidden, rows // 2)
-        or rows % 2
-        or set(module._parameters) != set(PARTS)
-        or not callable(getattr(module, "act_fn", None))
-    ):
-        return f"fused experts of another kind: {kind.__name__}"
+    kind: Any = type(module)
+    decorated = (
+        hasattr(module, "is_transposed")  # early versions of the decorator set nothing
+        and hasattr(kind, "_apply_gate")
+        and hasattr(kind.forward, "__wrapped__")
+    )
+    replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    if replaced or not (decorated or kind.__name__ in KNOWN_EXPERTS):
+        return f"fused experts of another kind: {kind.__name__} has a forward of its own"
+    if getattr(module, "has_post_expert_norm", False):
+        return f"fused experts of another kind: {kind.__name__} has a norm after each expert"
+    if not _has_usual_tensors(module):
+        return f"fused experts of another kind: {kind.__name__} has other tensors"
     return ""
+
+
+def _has_usual_tensors(experts: nn.Module) -> bool:
+    """Whether fused experts have the tensors that `routing` describes, and no others."""
+    names = [name for name, _ in (*experts.named_parameters(), *experts.named_buffers())]
+    if sorted(names) != sorted(expert_parameters(experts)):
+        return False
+    first, second = expert_parts(experts)
+    count, outputs, hidden = expert_weights(experts, first).shape
+    inner, rest = divmod(outputs, 2 if getattr(experts, "has_gate", True) else 1)
+    expected: dict[str, tuple[int, ...]] = {
+        first: (count, outputs, hidden),
+        second: (count, hidden, inner),
+    }
+    expected |= {f"{part}_bias": shape[:2] for part, shape in expected.items()}
+    found = {name: tuple(experts.get_parameter(name).shape) for name in names}
+    found |= {part: tuple(expert_weights(experts, part).shape) for part in (first, second)}
+    return not rest and all(expected[name] == shape for name, shape in found.items())
 
 
 @functools.cache

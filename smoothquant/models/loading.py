@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..core.errors import CheckpointError
+from .float8 import AS_FLOAT
 
 TOKENIZER_FILES = (
     "tokenizer*", "*vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.tokenizer",
@@ -59,7 +60,8 @@ def load_pretrained(
 ) -> Any:
     """Load a model with all its weights, as the class that its config names.
 
-    A config that names no transformers class is loaded by AutoModelForCausalLM.
+    A config that names no transformers class is loaded by AutoModelForCausalLM. FP8 and MXFP4
+    weights are dequantized (`float8.AS_FLOAT`).
 
     Args:
         dtype: dtype of the floating-point tensors; "auto" for the stored one.
@@ -76,6 +78,9 @@ def load_pretrained(
 
     where.setdefault("local_files_only", os.path.isdir(name_or_folder))
     config = load_config(name_or_folder, **where)
+    quantization = getattr(config, "quantization_config", None) or {}
+    if quantization.get("quant_method") in AS_FLOAT:
+        config.quantization_config = {**quantization, **AS_FLOAT[quantization["quant_method"]]}
     cls = transformers_class(config.architectures)
     if cls is None:
         cls = AutoModelForCausalLM
@@ -150,6 +155,18 @@ class StoredNames:
         return rename_source_key(
             key, self._renamings, self._converters, self._prefix, self.expected
         )
+
+
+def loaded_in_float32(model: Any, name: str) -> bool:
+    """Whether transformers loads a tensor in float32, whatever dtype the model and its files have,
+    such as DeepSeek-V3's routers.
+
+    Args:
+        model: a transformers model whose first parameter has the model's dtype.
+        name: name of the tensor in the model.
+    """
+    plan = model._get_dtype_plan(next(model.parameters()).dtype)
+    return any(re.search(pattern.replace("*", ".*"), name) for pattern in plan)
 
 
 def check_unused(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .families import LayerInput, decoder_layers
 from .modules import is_transformers_model
-from .routing import PARTS, expert_arguments, routed_inputs
+from .routing import expert_arguments, expert_parts, num_experts, routed_inputs
 
 
 class HeadReached(Exception):
@@ -154,10 +154,10 @@ def input_hooks(
 
     def experts_hook(item: LayerInput, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x, top_k_index = expert_arguments(module, args, kwargs)
+            x, top_k_index, _ = expert_arguments(num_experts(module), args, kwargs)
             visit((name,), x)
             for expert, *matrix_inputs in routed_inputs(module, x, top_k_index):
-                for part, matrix_input in zip(PARTS, matrix_inputs, strict=True):
+                for part, matrix_input in zip(expert_parts(module), matrix_inputs, strict=True):
                     visit((item.expert_linear(expert, part),), matrix_input)
 
         return hook

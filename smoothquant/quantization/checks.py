@@ -16,8 +16,8 @@ from ..core.config import MixedQuantConfig
 from ..core.tensors import is_finite, largest_magnitude
 from ..layers.linear import refuse_quantized, salient_dtype_for
 from ..models.families import LayerInput, layer_inputs, without
+from ..models.float8 import SCALE
 from ..models.modules import check_no_adapter
-from ..models.routing import PARTS
 from ..models.tables import Table
 from .pipeline import Group, model_groups, with_shares
 
@@ -36,9 +36,13 @@ def warn_of_missing_stats(
     statistics."""
     if unreached:
         more = ", ..." if len(unreached) > 8 else ""
+        outcome = "which stay as they are"
+        if config.unreached == "weights":
+            outcome = "whose salience and order come from the weights"
         logger.warning(
-            "no calibration token reached %d layers, which stay as they are: %s%s",
+            "no calibration token reached %d layers, %s: %s%s",
             len(unreached),
+            outcome,
             ", ".join(unreached[:8]),
             more,
         )
@@ -49,7 +53,11 @@ def warn_of_missing_stats(
             "statistics have only a mean per channel: sort=%r is computed from the weights",
             config.sort,
         )
-    without = [g.name for g in groups if g.expert and g.stats is None and stats is not None]
+    without = [
+        g.name
+        for g in groups
+        if g.expert and g.stats is None and stats is not None and g.expert[0] not in unreached
+    ]
     if without:
         logger.warning(
             "no statistics for %d expert matrices (first: %s): their salience and order come from "
@@ -92,6 +100,12 @@ def check_arguments(model: Any, config: Any, stats: Any) -> None:
         )
     check_no_adapter(model)
     refuse_quantized(model)
+    for name, module in model.named_modules():
+        if any(leaf.endswith(SCALE) for leaf in (*module._parameters, *module._buffers)):
+            raise ValueError(
+                f"model must be a float model; {name} has FP8 weights with scales: load it with "
+                "quantization_config=FineGrainedFP8Config(dequantize=True)"
+            )
 
 
 def check_batches(config: MixedQuantConfig, batches: Any) -> None:
@@ -137,7 +151,7 @@ def checked_groups(
             raise ValueError(f"{name} needs statistics with more than a mean per channel")
     if items is None:
         stats = current_stats(model, stats)
-        items, _ = reached_inputs(layer_inputs(model, config.ignore), stats)
+        items, _ = reached_inputs(layer_inputs(model, config.ignore), stats, config)
         check_modules(model, items)
     if config.smooth_alpha is not None and not any(item.norm for item in items):
         raise ValueError(
@@ -165,9 +179,10 @@ def current_stats(
 
 
 def reached_inputs(
-    items: Sequence[LayerInput], stats: Mapping[str, ChannelStats] | None
+    items: Sequence[LayerInput], stats: Mapping[str, ChannelStats] | None, config: MixedQuantConfig
 ) -> tuple[list[LayerInput], list[str]]:
-    """The inputs that calibration reached, and the names of the modules that it did not.
+    """The inputs to quantize, and the names of the modules that calibration did not reach, which
+    are not among them unless the config's ``unreached`` is "weights".
 
     A module was not reached if its statistics cover no row. The matrices of single experts are not
     looked at: without tokens, they are quantized by their weights.
@@ -181,7 +196,7 @@ def reached_inputs(
     for item in items:
         names += item.linears if unreached(item.linears) else ()
         names += [item.experts] if item.experts and unreached([item.experts]) else []
-    return without(items, names), names
+    return list(items) if config.unreached == "weights" else without(items, names), names
 
 
 def check_modules(model: nn.Module, items: Iterable[LayerInput]) -> None:
@@ -227,14 +242,10 @@ def check_kept_weights(model: nn.Module, items: Iterable[LayerInput]) -> None:
 
     A checkpoint with one could be saved, but not loaded.
     """
-    linears: set[str] = set()
-    fused: set[str] = set()
-    for item in items:
-        linears.update(item.linears)
-        fused.update(f"{item.experts}.{part}" for part in PARTS if item.experts)
+    quantized = {name for item in items for name in (*item.linears, item.experts)}
 
     def kept(name: str) -> bool:
-        return name not in fused and name.rpartition(".")[0] not in linears
+        return name.rpartition(".")[0] not in quantized
 
     for name, _ in non_finite_parameters(model, kept):
         raise ValueError(f"parameter {name} holds NaN or Inf")

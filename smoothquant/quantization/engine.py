@@ -24,7 +24,7 @@ from ..layers.linear import linear_class
 from ..models.families import ATTENTION_INPUTS, layer_inputs
 from ..models.kept import kept_modules
 from ..models.modules import module_places, replace_module
-from ..models.routing import PARTS
+from ..models.routing import num_experts
 from ..models.tables import find_tables
 from .checks import (
     check_arguments,
@@ -39,7 +39,7 @@ from .checks import (
     warn_of_missing_stats,
     warn_of_tables,
 )
-from .pipeline import Group, Ready, model_groups, ready_groups
+from .pipeline import UNREACHED, Group, Ready, model_groups, ready_groups
 from .records import LinearRecord, kept_records, quantized_record, warn_if_mostly_kept
 from .tables import pack_table
 
@@ -116,8 +116,9 @@ class Plan:
                 )
             else:
                 stats = collect(model, batches, head)
-        self.items, unreached = reached_inputs(self.items, stats)
-        self.kept |= dict.fromkeys(unreached, "no calibration token reached it")
+        self.items, unreached = reached_inputs(self.items, stats, config)
+        if config.unreached == "keep":
+            self.kept |= dict.fromkeys(unreached, UNREACHED)
         self.groups = checked_groups(model, config, stats, self.items)
         self.records: dict[str, LinearRecord] = {}
         self._head_stats = {
@@ -212,9 +213,9 @@ def _pack(
             else:
                 block, index, part = group.expert
                 experts[index, part] = layer
-                fused: Any = model.get_submodule(block)
-                if len(experts) == len(fused.gate_up_proj) * len(PARTS):
-                    replace_module(model, block, W4A4Experts(experts, fused.act_fn), places)
+                fused = model.get_submodule(block)
+                if len(experts) == 2 * num_experts(fused):
+                    replace_module(model, block, W4A4Experts(experts, fused), places)
                     experts = {}
                 del fused
             records.append(quantized_record(name, layer, reason))

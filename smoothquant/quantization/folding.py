@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..layers.experts import W4A4Experts
 from ..layers.linear import QuantizedLinear, is_quantized
 from ..models.families import LayerInput, known_inputs, value_rows
-from ..models.routing import PARTS
+from ..models.routing import expert_activation
 
 
 @torch.no_grad()
@@ -58,8 +58,8 @@ def _foldable_inputs(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iter
         experts = modules.get(item.experts) if item.experts else None
         if isinstance(experts, W4A4Experts):
             for expert in range(experts.num_experts):
-                maker, reader = (item.expert_linear(expert, part) for part in PARTS)
-                items.append(LayerInput(reader, None, (reader,), None, None, 0.0, (maker,)))
+                maker, reader = (item.expert_linear(expert, part) for part in experts.parts)
+                items.append(LayerInput(reader, None, (reader,), item.experts, made_by=(maker,)))
         for candidate in items:
             layers = (*candidate.linears, *candidate.made_by)
             if all(uses[id(modules[name])] == 1 for name in layers):
@@ -82,6 +82,9 @@ def _fold(item: LayerInput, modules: Mapping[str, nn.Module]) -> bool:
     sources = []
     for maker in makers:
         rows = _source_rows(item, order, maker.out_features)
+        experts = modules.get(item.experts or "")
+        if isinstance(experts, W4A4Experts):
+            rows = _expert_rows(experts, item, order, maker.out_features)
         if rows is None:
             return False
         sources.append(rows)
@@ -112,8 +115,34 @@ def _order_in_blocks(reader: QuantizedLinear, blocks: int) -> Tensor | None:
     return order if inside and (order != torch.arange(width)).any() else None
 
 
-def _source_rows(item: LayerInput, order: Tensor, out_features: int) -> Tensor | None:
+def _expert_rows(
+    experts: W4A4Experts, item: LayerInput, order: Tensor, out_features: int
+) -> Tensor | None:
+    """`_source_rows` of an expert, whose gate and up channels may alternate.
+
+    None if the activation of the experts turns out not to work channel by channel.
+    """
+    blocks, width = order.shape
+    channels = (order + width * torch.arange(blocks)[:, None]).flatten()
+    y = torch.randn(4, out_features, generator=torch.Generator().manual_seed(0))
+    made = expert_activation(experts.float_experts, y)[:, channels]
+    for interleaved in (False, True):
+        rows = _source_rows(item, order, out_features, interleaved)
+        if rows is not None:
+            moved = expert_activation(experts.float_experts, y[:, rows])
+            if torch.allclose(moved, made, rtol=1e-4, atol=1e-6):
+                return rows
+    return None
+
+
+def _source_rows(
+    item: LayerInput, order: Tensor, out_features: int, interleaved: bool = False
+) -> Tensor | None:
     """The rows that a layer must take its output channels from to produce them in `order`.
+
+    Args:
+        interleaved: the rows that a channel is made from follow each other; else they are as many
+            rows apart as there are channels.
 
     Returns:
         int64 [N], or None if the sizes do not match or heads that share a head of v have different
@@ -133,6 +162,8 @@ def _source_rows(item: LayerInput, order: Tensor, out_features: int) -> Tensor |
         if rest:
             return None
         rows, order = torch.arange(out_features).view(-1, width), order.repeat(parts, 1)
+        if interleaved:
+            rows = torch.arange(out_features).view(-1, parts).T.reshape(-1, width)
     sources = torch.arange(out_features)
     sources[rows] = rows.gather(1, order)
     return sources

@@ -24,11 +24,12 @@ from ..channels.statistics import ChannelStats
 from ..core.config import MixedQuantConfig
 from ..layers import gptq
 from ..models.families import LayerInput, value_rows
-from ..models.routing import PARTS, expert_names
+from ..models.routing import DOWN, expert_matrix, expert_names
 from .search import ALPHAS, Trial, resolve
 from .smoothing import apply_fold, fold_of_input, unshare
 
 logger = logging.getLogger("smoothquant")
+UNREACHED = "no calibration token reached it"  # in a record's reason
 
 
 class Group(NamedTuple):
@@ -42,6 +43,7 @@ class Group(NamedTuple):
         heads: (number of heads, number of heads of v) if the input is an attention output and they
             are known.
         num_salient: number of salient channels.
+        unreached: calibration ran, but no token reached the group, so that stats is None.
     """
 
     item: LayerInput
@@ -50,6 +52,7 @@ class Group(NamedTuple):
     expert: tuple[str, int, str] | None = None
     heads: tuple[int, int] | None = None
     num_salient: int = 0
+    unreached: bool = False
 
     @property
     def name(self) -> str:
@@ -59,7 +62,7 @@ class Group(NamedTuple):
     @property
     def reads_norm(self) -> bool:
         """Whether the group reads the output of item.norm; second matrices of experts do not."""
-        return self.item.norm is not None and (not self.expert or self.expert[2] == PARTS[0])
+        return self.item.norm is not None and (not self.expert or self.expert[2] != DOWN)
 
     def matrices(self, model: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
         """(weight [N, K], bias [N] or None) of every matrix."""
@@ -72,7 +75,7 @@ class Group(NamedTuple):
         """
         if self.expert:
             experts, index, part = self.expert
-            return getattr(model.get_submodule(experts), part)[index], None
+            return expert_matrix(model.get_submodule(experts), index, part)
         module: Any = model.get_submodule(name)
         return module.weight, getattr(module, "bias", None)  # embeddings have none
 
@@ -317,7 +320,14 @@ def _groups(
         )
         if entry is None and stats is not None:
             raise _missing(item.linears, stats)
-        yield Group(item, item.linears, entry, heads=_heads(model, item))
+        unreached = _covers_nothing(entry)
+        yield Group(
+            item,
+            item.linears,
+            None if unreached else entry,
+            heads=_heads(model, item),
+            unreached=unreached,
+        )
     if item.experts:
         names = expert_names(item.experts, model.get_submodule(item.experts))
         # Published statistics cover nn.Linear modules only, not fused experts.
@@ -326,8 +336,12 @@ def _groups(
             raise _missing(tuple(names), stats)
         for name, (expert, part) in names.items():
             entry = stats.get(name) if stats is not None else None
-            unused = isinstance(entry, ChannelStats) and entry.count == 0
+            unused = _covers_nothing(entry)
             yield Group(item, (name,), None if unused else entry, (item.experts, expert, part))
+
+
+def _covers_nothing(entry: object) -> bool:
+    return isinstance(entry, ChannelStats) and not entry.count.item()
 
 
 def _heads(model: nn.Module, item: LayerInput) -> tuple[int, int] | None:
@@ -363,6 +377,8 @@ def channel_plan(
             sort_stats, chosen_by = weight_stats, "calibration, order by weights"
         if stats is None:
             stats, chosen_by = weight_stats, "weights"
+            if group.unreached:
+                chosen_by = f"weights: {UNREACHED}"
             if group.expert:
                 chosen_by = "weights: no calibration statistics for this expert"
         if config.salient_metric == "output":

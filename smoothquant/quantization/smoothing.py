@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..calibration.stats_files import with_current_names
 from ..core.config import check_real
 from ..models.families import LayerInput, layer_inputs
-from ..models.routing import PARTS, expert_names
+from ..models.routing import DOWN, expert_names, expert_parts, expert_weights
 
 FLOOR = 1e-5
 
@@ -205,7 +205,8 @@ def _weights(modules: Mapping[str, nn.Module], item: LayerInput) -> list[Tensor]
     if item.router:
         weights.append(modules[item.router].get_parameter("weight"))
     if item.experts:
-        weights.append(modules[item.experts].get_parameter("gate_up_proj"))
+        experts = modules[item.experts]
+        weights.append(expert_weights(experts, expert_parts(experts)[0]))
     return weights
 
 
@@ -219,7 +220,7 @@ def _act_scales(
     if item.experts:
         # Every token reaches some expert, so the maximum over experts is that of the input.
         experts = expert_names(item.experts, modules[item.experts])
-        names += tuple(name for name, (_, part) in experts.items() if part == PARTS[0])
+        names += tuple(name for name, (_, part) in experts.items() if part != DOWN)
         entries = [scales[name] for name in names if name in scales]
         if entries:
             return torch.stack(entries).amax(0)

@@ -13,7 +13,7 @@ from ..layers.embedding import QuantizedEmbedding
 from ..layers.experts import W4A4Experts
 from ..layers.linear import QuantizedLinear, W4A4Linear
 from ..models.modules import is_transformers_model, module_copy, module_places, replace_module
-from ..models.routing import PARTS
+from ..models.routing import set_expert_matrices, without_weights
 from ..models.tables import embedding_scale
 from .checks import WEIGHT_DTYPES
 
@@ -33,14 +33,13 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     (smoothing, permutations) stays there, which does not change what the model computes.
 
     Args:
-        model: a quantized model of either backend. With fused experts, it must be a transformers
-            model.
+        model: a quantized model of either backend.
         dtype: dtype of the weights; None uses that of the model's first parameter. float16 and
             bfloat16 round the weights.
 
     Raises:
-        ValueError: the model is not quantized, has experts of an unknown class, or has a weight
-            beyond the range of `dtype`. The model is unchanged.
+        ValueError: the model is not quantized, has embeddings of an unknown class that scale their
+            rows, or has a weight beyond the range of `dtype`. The model is unchanged.
         TypeError: `dtype` is not float32, float16 or bfloat16. The model is unchanged.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
@@ -82,11 +81,6 @@ def _restore(
     """Replace quantized layers and blocks of experts by float ones, and tie float tables as the
     model does. layers: by name, with those in the blocks; emptied."""
     originals, places = _float_modules(model), module_places(model)
-    unknown = [name for name in blocks if name not in originals]
-    if unknown:
-        raise ValueError(
-            f"cannot restore {unknown[0]} of {type(model).__name__}: its float class is unknown"
-        )
     for name, module in model.named_modules():
         if isinstance(module, QuantizedEmbedding) and module.embed_scale is not None:
             original: Any = originals.get(name)
@@ -99,11 +93,15 @@ def _restore(
         for name, layer in layers.items():
             _float_weight(name, layer, dtype)
     for name, block in blocks.items():
-        fused = originals[name]
-        for part in PARTS:
+        fused = without_weights(block.float_experts)
+        for part in block.parts:
             names = [f"{name}.{expert}.{part}" for expert in range(block.num_experts)]
+            biases = [
+                b.to(dtype) for b in (layers[matrix].bias for matrix in names) if b is not None
+            ]
             weights = [_float_weight(matrix, layers.pop(matrix), dtype) for matrix in names]
-            setattr(fused, part, nn.Parameter(torch.stack(weights)))
+            set_expert_matrices(fused, part, weights, biases)
+            del weights
         replace_module(model, name, fused, places)
     embeddings = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedEmbedding)}
     linears = {
