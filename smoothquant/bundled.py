@@ -20,6 +20,7 @@ from .core.errors import CheckpointError
 from .core.files import atomic_folder, restore_folder
 from .core.texts import DATA
 from .core.texts import wikitext as wikitext  # part of this module's interface
+from .core.version import DISTRIBUTION
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,9 @@ def load_bundled(name: str) -> tuple[Any, Any]:
     try:
         return _load_folder(str(folder), torch.float32)
     except _LOADING_ERRORS as error:
-        remedy = "reinstall smoothquant" if name == "tiny-opt" else "delete the folder and retry"
+        remedy = (
+            f"reinstall {DISTRIBUTION}" if name == "tiny-opt" else "delete the folder and retry"
+        )
         raise CheckpointError(
             f"{folder} does not hold a readable {name} model; {remedy} ({error})"
         ) from error

@@ -19,7 +19,7 @@ import typer
 from ..core.config import RECIPES
 from ..core.errors import CheckpointError
 from ..core.messages import naming
-from ..core.version import __version__
+from ..core.version import __version__, install_command
 from .console import (
     Command,
     Group,
@@ -656,7 +656,7 @@ def _run_experiments(argv: list[str]) -> None:
     except ImportError as error:
         raise RuntimeError(
             f"run_experiments or a package that it needs is missing ({error}): "
-            "pip install 'smoothquant[experiments]'"
+            f"{install_command('experiments')}"
         ) from error
     raise typer.Exit(main(argv))
 
