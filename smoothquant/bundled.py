@@ -81,6 +81,30 @@ def bundled_folder(name: str) -> Path:
     return DATA / "tiny-opt" if name == "tiny-opt" else _smollm2_folder()
 
 
+def model_folder(name_or_folder: str | os.PathLike) -> Path:
+    """The folder with the files of a model, for `smoothquant.convert`.
+
+    Args:
+        name_or_folder: as for `load_model`. The files of a Hugging Face id are downloaded.
+
+    Raises:
+        ValueError: the name is invalid, or the download failed.
+        RuntimeError: as `load_bundled`.
+    """
+    name = os.fspath(name_or_folder)
+    check_model_name(name)
+    if name in BUNDLED_MODELS:
+        return bundled_folder(name)
+    if os.path.isdir(name):
+        return Path(name)
+    from .models.loading import download
+
+    try:
+        return download(name)
+    except Exception as error:  # errors of the Hub and of the network have no common class
+        raise ValueError(f"name_or_folder: cannot download {name!r}: {error}") from error
+
+
 def load_model(
     name_or_folder: str | os.PathLike, *, dtype: torch.dtype | None = None
 ) -> tuple[Any, Any]:

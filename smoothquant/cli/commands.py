@@ -202,7 +202,7 @@ def quantize(
         bool,
         typer.Option(
             "--by-layer",
-            help="Load one decoder layer of the folder SRC at a time. Rerun to resume.",
+            help="Load one decoder layer of SRC at a time. Rerun to resume.",
         ),
     ] = False,
     spill: Annotated[
@@ -222,6 +222,7 @@ def quantize(
 
     Loads the whole model into memory unless --by-layer is given.
     """
+    from ..bundled import model_folder
     from ..calibration.stats_files import load_stats
     from ..checkpoints.conversion import convert
     from ..checkpoints.folder import check_target
@@ -255,7 +256,8 @@ def quantize(
     if dry_run:
         _print_plan(source, config, loaded_stats, by_layer=by_layer, spill=spill)
     elif by_layer:
-        convert(source, target, config, loaded_stats, spill=spill, overwrite=overwrite)
+        folder = model_folder(source)
+        convert(folder, target, config, loaded_stats, spill=spill, overwrite=overwrite)
         typer.echo(f"The quantized model is in {target}")
     else:
         _quantize_in_memory(source, target, config, loaded_stats, fold=fold, overwrite=overwrite)
@@ -265,13 +267,13 @@ def _print_plan(
     source: str, config: MixedQuantConfig, stats: Stats, *, by_layer: bool, spill: bool
 ) -> None:
     """Print what `quantize --dry-run` reports: settings, sizes and peak memory."""
-    from ..bundled import load_model
+    from ..bundled import load_model, model_folder
     from ..checkpoints.conversion import float_shapes
     from ..checkpoints.sizes import bytes_by_kind, planned_bytes
     from ..core.config import WEIGHTS
     from ..quantization.memory import planned_memory
 
-    model = float_shapes(source) if by_layer else load_model(source)[0]
+    model = float_shapes(model_folder(source)) if by_layer else load_model(source)[0]
     for name, value in config.to_dict().items():
         typer.echo(f"{name:<20}{value}")
     calibrates = config.calibration != WEIGHTS and (stats is None or bool(config.needs_tokens))
