@@ -5,6 +5,7 @@ A block that cannot has `<!-- not run: REASON -->` on the line before it, and a 
 """
 
 import ast
+import dataclasses
 import os
 import re
 import shlex
@@ -16,8 +17,10 @@ import typer
 from programs import ROOT
 
 from run_experiments.run_experiments import parse_args
-from smoothquant import load_quantized
+from smoothquant import MixedQuantConfig, load_quantized
 from smoothquant.cli import app
+
+tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = {"README.md": 3, "CONTRIBUTING.md": 1, "tutorial.md": 1, "how-to.md": 1}
@@ -61,6 +64,9 @@ def test_commands_exist_with_these_options(page):
     for language, code, marked in blocks(page):
         if language == "python":
             ast.parse(code)
+        elif language == "toml":
+            assert re.match(r"# \S+\.toml\n", code)  # its file
+            MixedQuantConfig.from_dict(tomllib.loads(code))
         elif not marked:
             for words in commands(code):
                 if words[:3] == ["python", "-m", "run_experiments"]:
@@ -76,6 +82,8 @@ def _program(page):
     for language, code, marked in blocks(page):
         if marked:
             continue
+        if language == "toml":
+            code = f"open({code.split()[1]!r}, 'w').write({code!r})\n"
         if language == "shell":
             code = f"subprocess.run(['bash', '-ec', {code!r}], check=True)\n"
         parts.append(code)
@@ -116,6 +124,15 @@ def test_blocks_run_as_they_are_written(page, tmp_path):
         assert load_quantized(folder / "opt-w4a4").mixedquant_config.recipe == "fast"
     for saved in folder.glob("*-w4a4"):  # every folder is complete
         assert (saved / "tokenizer.json").is_file(), saved
+
+
+def test_the_how_to_lists_every_field():
+    table = (
+        (ROOT / "docs" / "how-to.md").read_text(encoding="utf-8").partition("These are the fields")
+    )
+    rows = table[2].partition("\n## ")[0]
+    fields = [field.name for field in dataclasses.fields(MixedQuantConfig)]
+    assert sorted(re.findall(r"`(\w+)`", rows)) == sorted(fields)
 
 
 def test_every_kind_of_page_is_run():

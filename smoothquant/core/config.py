@@ -10,6 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 MAX_ROTATION = 512
@@ -406,6 +407,46 @@ def parse_field(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except (ValueError, RecursionError):
         return name, value
+
+
+def read_fields(path: str | os.PathLike) -> dict[str, Any]:
+    """Read MixedQuantConfig fields from a TOML, YAML or JSON file; their values are not checked.
+
+    Raises:
+        ValueError: the suffix is unknown, there is no such file, or it does not hold a table.
+        RuntimeError: the file is TOML, and Python is older than 3.11.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in (".toml", ".yaml", ".yml", ".json"):
+        raise ValueError(f"config_file must end in .toml, .yaml, .yml or .json; got {str(path)!r}")
+    if not path.is_file():
+        raise ValueError(f"config_file: no such file: {str(path)!r}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if suffix == ".toml":
+            fields = _toml(text)
+        elif suffix == ".json":
+            fields = json.loads(text)
+        else:
+            import yaml  # transformers requires it
+
+            fields = yaml.safe_load(text)
+    except RuntimeError:
+        raise
+    except Exception as error:  # each format has errors of its own
+        raise ValueError(f"config_file: cannot read {str(path)!r}: {error}") from error
+    if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
+        raise ValueError(f"config_file must hold fields and values; got {str(path)!r}")
+    return fields
+
+
+def _toml(text: str) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ImportError as error:
+        raise RuntimeError("reading TOML needs Python 3.11; use YAML or JSON") from error
+    return tomllib.loads(text)
 
 
 def _checked_calibration(calibration: Any) -> str | tuple[str, ...] | None:

@@ -75,10 +75,15 @@ class WeightCounts(NamedTuple):
     kept: int
     embeddings: int
 
+    @property
+    def share(self) -> float:
+        """The quantized share of all weights but embeddings, in [0, 1]."""
+        return self.quantized / max(1, self.quantized + self.kept)
+
     def __str__(self) -> str:
         total = self.quantized + self.kept
         return (
-            f"{self.quantized / max(1, total):.1%} of the weights are quantized: "
+            f"{self.share:.1%} of the weights are quantized: "
             f"{self.quantized:,} of {total:,}, without {self.embeddings:,} of embeddings"
         )
 
