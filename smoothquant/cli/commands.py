@@ -321,7 +321,13 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _convert(
-    source: str, target: Path, config: MixedQuantConfig, stats: Stats, **how: bool
+    source: str,
+    target: Path,
+    config: MixedQuantConfig,
+    stats: Stats,
+    *,
+    spill: bool,
+    overwrite: bool,
 ) -> dict[str, int]:
     """Convert a model layer by layer; returns the bytes of the float model by kind."""
     from ..bundled import model_folder
@@ -329,7 +335,7 @@ def _convert(
     from ..checkpoints.sizes import bytes_by_kind
 
     folder = model_folder(source)
-    convert(folder, target, config, stats, **how)
+    convert(folder, target, config, stats, spill=spill, overwrite=overwrite)
     return bytes_by_kind(float_shapes(folder))
 
 

@@ -64,7 +64,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+SHOWN_PATTERNS = 8  # patterns of `ignore` in a repr
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class MixedQuantConfig:
     """How the Linear layers of a model are quantized.
 
@@ -255,6 +258,26 @@ class MixedQuantConfig:
                 "would depend on other tokens; use act_quant='per_token' or backend='fake'"
             )
 
+    def __repr__(self) -> str:
+        """The recipe and the fields that it does not imply, as a call that makes this config; texts
+        as their number and hash. `to_dict` has all fields."""
+        sizes = ("recipe", "group_size", "num_bits", "act_bits", "bits", "backend")
+        implied = MixedQuantConfig(**{name: getattr(self, name) for name in sizes})
+        shown = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            usual = field.default if field.name in sizes else getattr(implied, field.name)
+            if field.name != "recipe" and value == usual:
+                continue
+            text = repr(value)
+            if field.name == "calibration" and isinstance(value, tuple):
+                texts = "1 text" if len(value) == 1 else f"{len(value):,} texts"
+                text = f"<{texts}, {_digest(value)[:15]}>"
+            elif field.name == "ignore" and len(value) > SHOWN_PATTERNS:
+                text = f"<{len(value):,} patterns>"
+            shown.append(f"{field.name}={text}")
+        return f"MixedQuantConfig({', '.join(shown)})"
+
     @property
     def activation_bits(self) -> int:
         """``act_bits``, or ``num_bits`` if it is None."""
@@ -309,8 +332,7 @@ class MixedQuantConfig:
         ``embeddings`` and ``ignore``."""
         fields = dataclasses.asdict(self)
         if isinstance(self.calibration, tuple):
-            digest = hashlib.sha256("\0".join(self.calibration).encode()).hexdigest()
-            fields["calibration"] = f"sha256:{digest}"
+            fields["calibration"] = _digest(self.calibration)
         fields["ignore"] = list(self.ignore)
         # as in folders and sweeps from before there were these fields
         newer: dict[str, Any] = {
@@ -337,6 +359,10 @@ class MixedQuantConfig:
         if unknown:
             raise ValueError(f"unknown MixedQuantConfig field(s): {', '.join(unknown)}")
         return cls(**fields)
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return f"sha256:{hashlib.sha256(chr(0).join(texts).encode()).hexdigest()}"
 
 
 def layer_group_size(config: MixedQuantConfig, k4: int) -> int:
