@@ -678,15 +678,18 @@ def _next_steps(folder: Path, store: Store, plan: Sequence[Cell]) -> str:
     if said is not None:
         lines.append(f"It writes: {said}")
     verb = ["inspect", str(folder)] if said is None else ["generate", str(folder), kept.PROMPT]
-    return "\n".join([*lines, f"Model: {folder}", f"Next: {for_shell([_program(), *verb])}"])
+    return "\n".join([*lines, f"Model: {folder}", f"Next: {for_shell([*_program(), *verb])}"])
 
 
-def _program() -> str:
+def _program() -> list[str]:
     """The command `smoothquant` of this installation, as one has to type it here."""
-    script = Path(sys.executable).with_name("smoothquant")
-    if shutil.which("smoothquant") or not script.is_file():
-        return "smoothquant"
-    return str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)
+    if shutil.which("smoothquant"):
+        return ["smoothquant"]
+    here = Path.cwd()
+    script, python = Path(sys.executable).with_name("smoothquant"), Path(sys.executable)
+    path = script if script.is_file() else python
+    shown = str(path.relative_to(here) if path.is_relative_to(here) else path)
+    return [shown] if path is script else [shown, "-m", "smoothquant"]
 
 
 if __name__ == "__main__":
