@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def keep(
 
 
 def sentence(folder: Path) -> str | None:
-    """How the model in a folder continues `PROMPT`; None if it generates no text."""
+    """How the model in a folder completes the sentence that `PROMPT` begins; None if it generates
+    no text."""
     from smoothquant.bundled import load_model
 
     model, tokenizer = load_model(folder)
@@ -73,4 +75,6 @@ def sentence(folder: Path) -> str | None:
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id or 0,
     )
-    return " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
+    text = " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
+    end = re.search(r"[.!?](?=\s|$)", text)
+    return text[: end.end()] if end else text

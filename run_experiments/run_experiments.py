@@ -671,7 +671,7 @@ def _next_steps(folder: Path, store: Store, plan: Sequence[Cell]) -> str:
     float_row = next(row for row in rows if row.config is None)
     in_float = [float_row.result["perplexity"] or math.nan, float_row.size_mib]
     lines = [
-        f"Best: {row.cell.settings}, perplexity {row.result['perplexity']:.2f} and "
+        f"Most accurate: {row.cell.settings}, perplexity {row.result['perplexity']:.2f} and "
         f"{row.size_mib:.1f} MiB (16-bit model: {in_float[0]:.2f} and {in_float[1]:.1f} MiB)"
     ]
     said = kept.sentence(folder)

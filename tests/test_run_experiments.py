@@ -814,7 +814,7 @@ def test_the_best_model_is_kept_and_writes_a_sentence(finished, tmp_path, capsys
     assert main(list(map(str, words))) == 0
     assert (output / "figures" / "tiny-opt_results.md").is_file()  # by default beside the results
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-4].startswith("Best: rtn g=") and "16-bit model: " in lines[-4]
+    assert lines[-4].startswith("Most accurate: rtn g=") and "16-bit model: " in lines[-4]
     assert lines[-3].startswith("It writes: The capital of France is")
     assert lines[-2] == f"Model: {folder}"
     assert lines[-1].startswith("Next: ") and f" generate {folder} " in lines[-1]
