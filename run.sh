@@ -9,14 +9,15 @@ VENV=".venv"
 
 usage() {
     cat <<'HELP'
-./run.sh                    set up, then quantize and evaluate the bundled SmolLM2-135M
+./run.sh                    set up, then quantize and evaluate the bundled SmolLM2-135M, and keep the
+                            best model in results/
 ./run.sh [options]          set up, then run a sweep with these options
 ./run.sh test [options]     set up, then run the tests, the long ones shortened (options go to pytest)
 ./run.sh test --all         set up, then run every test in full
 ./run.sh setup              set up only
 
 Sweep options:
-  --preset NAME             default | recipes | full-test (recipes on the whole test split) | peers
+  --preset NAME             default | rtn (group sizes, salient shares, sort keys) | recipes | full-test (recipes on the whole test split) | peers
                             (comparison with other methods) | paper (the published 9 x 4 grid) |
                             grid (the same for every sort key and for "best") | opt | tiny
   --model NAME              smollm2-135m, tiny-opt, a model folder, or a Hugging Face id
@@ -38,7 +39,9 @@ Sweep options:
   --dtype D                 dtype of unquantized tensors: float32 bfloat16 float16
   --output FOLDER           where finished cells are kept (default: results)
   --cells FILE ...          import finished cells from published files (figures/*_cells.jsonl)
-  --figures FOLDER          where figures and tables go (default: figures)
+  --figures FOLDER          where figures and tables go (default: results/figures)
+  --keep FOLDER             where the most accurate model is saved (default: results/MODEL-best for
+                            the default preset, nowhere for the others)
   --executor E              where workers run: local (default), dask://HOST:PORT, slurm
   --jobs N                  number of workers (default: 1; on Dask, the whole cluster)
   --search                  search the combinations of the preset's choices for the lowest perplexity
@@ -148,7 +151,7 @@ sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())'
     printf 'Setting up in %s (once)\n' "$VENV"
     "$PYTHON_IN_USE" -c 'import torch' 2>/dev/null ||
         step "Installing PyTorch (a large download)" "$offline" "${pip[@]}" "$TORCH"
-    step "Installing build requirements" "$offline" "${pip[@]}" "setuptools>=61" wheel "pybind11>=2.12"
+    step "Installing build requirements" "$offline" "${pip[@]}" "setuptools>=77" wheel "pybind11>=2.12"
     step "Building and installing MixedQuant" "see the message above" \
         "${pip[@]}" --no-build-isolation -e ".[$extras]"
     # --no-deps: only its weights are needed, and its dependencies would build llama.cpp.

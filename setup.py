@@ -22,11 +22,12 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
 TORCH_FIRST = (
-    'run "pip install torch==2.13.0", then "pip install setuptools wheel pybind11", then '
+    "run \"pip install torch==2.13.0 'setuptools>=77' wheel pybind11\", then "
     '"pip install --no-build-isolation ."'
 )
 WARNINGS = ["-Wall", "-Wextra", "-Wconversion"]
@@ -139,6 +140,15 @@ def torch_cuda_flags(torch, cc: list[str], folder: Path) -> list[str]:
     return [f"-L{library.parent}", "-ltorch_cuda"]
 
 
+class DistInfo(dist_info):
+    """Fails without torch: `pip install .` would else download all dependencies before the build
+    fails."""
+
+    def run(self) -> None:
+        installed_torch()
+        super().run()
+
+
 class BuildExtension(build_ext):
     def run(self) -> None:
         self.torch = installed_torch()
@@ -151,7 +161,7 @@ class BuildExtension(build_ext):
         try:
             import pybind11
         except ImportError:
-            stop('the build needs pybind11; run "pip install setuptools wheel pybind11"')
+            stop("the build needs pybind11; run \"pip install 'setuptools>=77' wheel pybind11\"")
         cc, cxx = compiler("CC", "cc"), compiler("CXX", "c++")
         extra = shlex.split(os.environ.get("MIXEDQUANT_CFLAGS", ""))
         torch_folder = Path(self.torch.__file__).parent
@@ -219,5 +229,5 @@ setup(
         extension("smoothquant._C", "cpu/*.c", *CPU_SHIM),
         extension(CUDA_LIBRARY, "cuda/*.cu", "cpu/shape.c", "torch/cuda.cpp"),
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "dist_info": DistInfo},
 )

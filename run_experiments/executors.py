@@ -20,6 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from smoothquant.core.version import install_command
+
 from .claims import Claims
 from .grid import Cell
 from .store import Store
@@ -211,6 +213,5 @@ def _stoppable(job: Job, stack: ExitStack) -> Job:
 
 def _missing(extra: str, error: ImportError) -> RuntimeError:
     return RuntimeError(
-        f"this executor needs a package that is not installed ({error}): "
-        f"pip install 'smoothquant[{extra}]'"
+        f"this executor needs a package that is not installed ({error}): {install_command(extra)}"
     )

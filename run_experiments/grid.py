@@ -147,6 +147,7 @@ class Preset:
             calibration_blocks; these settings gain from more tokens.
         layer_windows: windows for measuring the errors of each layer; 0 to skip this.
         seed: draws the token blocks.
+        keep: save the model with the lowest perplexity.
     """
 
     about: str
@@ -160,14 +161,30 @@ class Preset:
     layer_windows: int = 0
     seed: int = 42
     dtype: str = "float32"
+    keep: bool = False
 
 
 _PAPER = Product(PUBLISHED_GROUP_SIZES, PUBLISHED_SALIENT_PROPS, ("max",))
 
 PRESETS = {
     "default": Preset(
-        about="SmolLM2-135M: 3 group sizes x 4 salient shares; at g = 128 also the other 4 sort "
-        "keys and the simulation",
+        about='SmolLM2-135M: recipes "rtn" and "fast" at 2 group sizes, "best" at g = 32; keeps '
+        "the most accurate model",
+        model="smollm2-135m",
+        products=(
+            Product((128, 32), (0.05,), recipes=("rtn", "fast")),
+            Product((32,), (0.05,), recipes=("best",)),
+        ),
+        windows=4,
+        seqlen=1024,
+        calibration_blocks=8,
+        calibration_block_size=512,
+        gptq_blocks=8,
+        keep=True,
+    ),
+    "rtn": Preset(
+        about="round to nearest: 3 group sizes x 4 salient shares; at g = 128 also the other 4 "
+        "sort keys and the simulation",
         model="smollm2-135m",
         products=(
             Product((32, 128, 512), PUBLISHED_SALIENT_PROPS),

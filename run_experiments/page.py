@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smoothquant.core.version import install_command
+
 from .drawing import REFERENCE_COLOUR, STYLES, colour_range, styles
 from .escaping import file_stem, for_html, for_script, short_name
 from .grid import Cell
@@ -48,7 +50,7 @@ def write(
     except ImportError as error:
         raise RuntimeError(
             f"the HTML page needs a package that is not installed ({error}): "
-            "pip install 'smoothquant[experiments]'"
+            f"{install_command('experiments')}"
         ) from error
     rows = stored_rows(store, cells)
     name = short_name(model_name)

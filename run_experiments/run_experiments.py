@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import math
 import os
+import shutil
 import sys
 import textwrap
 import time
@@ -25,8 +26,8 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
-from run_experiments import executors, page, report
-from run_experiments.escaping import for_shell
+from run_experiments import executors, kept, page, report
+from run_experiments.escaping import file_stem, for_shell
 from run_experiments.grid import (
     OTHER_METHODS,
     PRESETS,
@@ -49,7 +50,8 @@ from run_experiments.report import plot_results
 from run_experiments.rows import stored_rows
 from run_experiments.search import Budget, search, space
 from run_experiments.store import Store
-from run_experiments.worker import Job, unload
+from run_experiments.worker import Job, kept_model, unload
+from smoothquant.cli.console import prepare_streams
 from smoothquant.core.config import parse_field
 from smoothquant.core.messages import REPORTED_ERRORS, one_line, option_words, shortened
 from smoothquant.core.progress import progress_bar
@@ -137,6 +139,7 @@ def sweep(
     preset: Preset,
     store: Store,
     *,
+    keep: Path | None = None,
     progress: bool = True,
     **workers: Any,
 ) -> list[Cell]:
@@ -145,6 +148,7 @@ def sweep(
     Args:
         preset: what to compute.
         store: where results are kept. Several sweeps may use it at the same time.
+        keep: folder for the model with the lowest perplexity.
         progress: show progress bars.
         workers: fields of `Workers`.
 
@@ -158,17 +162,46 @@ def sweep(
     chosen = Workers(**workers)
     plan = _planned(preset)
     stored = _stored_results(plan, store)
-    if len(stored) == len(plan):
-        print(f"All {len(plan)} cells are in {store.folder}: nothing to compute.")
-        return plan
     missing = len(plan) - len(stored)
-    print(f"{len(plan)} cells: {len(stored)} already in {store.folder}, {missing} to compute.")
-    _print_windows(preset)
+    if keep is not None:
+        from smoothquant.checkpoints.folder import check_target
+
+        check_target(keep, overwrite=True)  # now, not after the sweep
     try:
-        _compute(plan, stored, preset, store, chosen, progress)
+        if missing:
+            print(
+                f"{len(plan)} cells: {len(stored)} already in {store.folder}, {missing} to compute."
+            )
+            _print_windows(preset)
+            _compute(plan, stored, preset, store, chosen, progress, keep=keep is not None)
+        else:
+            print(f"All {len(plan)} cells are in {store.folder}: nothing to compute.")
+        if keep is not None:
+            _keep_best(plan, preset, store, keep, chosen, progress)
     finally:
         unload()
     return plan
+
+
+def _keep_best(
+    plan: Sequence[Cell],
+    preset: Preset,
+    store: Store,
+    folder: Path,
+    workers: Workers,
+    progress: bool,
+) -> None:
+    row = kept.best_row(stored_rows(store, plan))
+    if row is None:
+        return
+
+    def tokenizer() -> Any:
+        from smoothquant.bundled import load_model
+
+        return load_model(preset.model)[1]
+
+    job = _job([], preset, store, workers, progress=progress)
+    kept.keep(row, folder, lambda cell: kept_model(cell, job), tokenizer)
 
 
 def find_front(
@@ -262,16 +295,12 @@ def _compute(
     store: Store,
     workers: Workers,
     progress: bool,
+    *,
+    keep: bool = False,
 ) -> None:
     """Compute the cells that are not stored yet, and print a line for each."""
-    job = Job(
-        cells=[cell.to_json() for cell in plan if cell.key not in stored],
-        # a worker may have another working directory
-        source=os.path.abspath(preset.model) if os.path.isdir(preset.model) else preset.model,
-        output=str(store.folder.resolve()),
-        threads=workers.threads_each,
-        progress=progress and workers.in_this_process,
-    )
+    missing = [cell for cell in plan if cell.key not in stored]
+    job = _job(missing, preset, store, workers, progress=progress, keep=keep)
     reference = next((stored.get(cell.key) for cell in plan if cell.task == "baseline"), None)
     with progress_bar(total=len(plan), initial=len(stored), unit="cell", shown=progress) as bar:
 
@@ -283,6 +312,26 @@ def _compute(
             bar.update()
 
         executors.run(job, report_cell, workers.executor, workers.jobs, workers.slurm)
+
+
+def _job(
+    cells: Sequence[Cell],
+    preset: Preset,
+    store: Store,
+    workers: Workers,
+    *,
+    progress: bool,
+    keep: bool = False,
+) -> Job:
+    return Job(
+        cells=[cell.to_json() for cell in cells],
+        # a worker may have another working directory
+        source=os.path.abspath(preset.model) if os.path.isdir(preset.model) else preset.model,
+        output=str(store.folder.resolve()),
+        threads=workers.threads_each,
+        progress=progress and workers.in_this_process,
+        keep=keep and workers.in_this_process,
+    )
 
 
 def _print_windows(preset: Preset) -> None:
@@ -445,9 +494,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--figures",
-        default="figures",
         metavar="FOLDER",
-        help="where figures and tables go (default: figures)",
+        help="where figures and tables go (default: figures/ in the --output folder)",
+    )
+    parser.add_argument(
+        "--keep",
+        dest="kept_in",
+        metavar="FOLDER",
+        help="save the model with the lowest perplexity there (default: with the default preset, "
+        "MODEL-best/ in the --output folder; else nowhere)",
     )
     # set by `report` and by `smoothquant plot`: draw the finished cells, compute none
     parser.add_argument("--plot", action="store_true", help=argparse.SUPPRESS)
@@ -534,13 +589,13 @@ def _chosen_preset(args: argparse.Namespace) -> Preset:
     return override(PRESETS[args.preset], products, **fields)
 
 
-def _command(argv: Sequence[str], hidden: str | None = None) -> str:
-    """The shell command with these arguments, without the `hidden` option and its value."""
+def _command(argv: Sequence[str], hidden: tuple[str, ...] = ()) -> str:
+    """The shell command with these arguments, without the `hidden` options and their values."""
     words, skip = ["python", "-m", "run_experiments"], False
     for word in argv:
-        if not (skip or word in ("--plot", hidden) or word.startswith(f"{hidden}=")):
+        if not (skip or word == "--plot" or word.partition("=")[0] in hidden):
             words.append(word)
-        skip = word == hidden
+        skip = word in hidden
     return for_shell(words)
 
 
@@ -552,10 +607,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     started = time.perf_counter()
     command = _command(argv)
-    recorded = _command(argv, hidden="--output")  # a local path, which changes no result
+    recorded = _command(argv, hidden=("--output", "--keep"))  # local paths, which change no result
+    prepare_streams()
     try:
         preset = _chosen_preset(args)
         store = Store(args.output)
+        figures = Path(args.output, "figures") if args.figures is None else Path(args.figures)
+        best = _kept_in(args, preset)
         for path in args.cells or []:
             print(f"Imported {store.adopt(path)} cells from {path}")
         print(f"Model {preset.model}, preset {args.preset}")
@@ -567,10 +625,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.search:
                 plan = find_front(preset, store, args.budget, **workers)
             else:
-                plan = sweep(preset, store, **workers)
-        text, paths = report.write(store, plan, preset.model, args.figures, recorded)
+                plan = sweep(preset, store, keep=best, **workers)
+        text, paths = report.write(store, plan, preset.model, figures, recorded)
         if args.plot:
-            paths.append(page.write(store, plan, preset.model, args.figures, recorded))
+            paths.append(page.write(store, plan, preset.model, figures, recorded))
+        last = _next_steps(best, store, plan) if best is not None else ""
     except KeyboardInterrupt:
         print(
             f"\nStopped. Finished cells are in {args.output}; continue with\n  {command}",
@@ -585,9 +644,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.search:
         print("\nPareto front: no other evaluated model is both smaller and better than these.\n")
         print(report.front_table(store, plan))
-    print(f"\n{text}\n\nWrote:", *(f"  {path}" for path in paths), sep="\n")
+    print("\nWrote:", *(f"  {path}" for path in paths), sep="\n")
     print(f"\nFinished in {time.perf_counter() - started:.0f} s.")
+    print(f"\n{text}")
+    if last:
+        print(f"\n{last}")
     return 0
+
+
+def _kept_in(args: argparse.Namespace, preset: Preset) -> Path | None:
+    """The folder for the most accurate model, if one is to be kept."""
+    if args.kept_in is not None and (args.search or args.plot):
+        raise ValueError("--keep cannot be combined with --search or report")
+    if args.search or args.plot or not (args.kept_in or preset.keep):
+        return None
+    return Path(args.kept_in or Path(args.output, f"{file_stem(preset.model)}-best"))
+
+
+def _next_steps(folder: Path, store: Store, plan: Sequence[Cell]) -> str:
+    """What the kept model is, what it writes, and what to do with it; "" if none was kept."""
+    rows = stored_rows(store, plan)
+    row = kept.best_row(rows)
+    if row is None:
+        return ""
+    assert row.cell is not None
+    float_row = next(row for row in rows if row.config is None)
+    in_float = [float_row.result["perplexity"] or math.nan, float_row.size_mib]
+    lines = [
+        f"Most accurate: {row.cell.settings}, perplexity {row.result['perplexity']:.2f} and "
+        f"{row.size_mib:.1f} MiB (16-bit model: {in_float[0]:.2f} and {in_float[1]:.1f} MiB)"
+    ]
+    said = kept.sentence(folder)
+    if said is not None:
+        lines.append(f"It writes: {said}")
+    verb = ["inspect", str(folder)] if said is None else ["generate", str(folder), kept.PROMPT]
+    return "\n".join([*lines, f"Model: {folder}", f"Next: {for_shell([*_program(), *verb])}"])
+
+
+def _program() -> list[str]:
+    """The command `smoothquant` of this installation, as one has to type it here."""
+    if shutil.which("smoothquant"):
+        return ["smoothquant"]
+    here = Path.cwd()
+    script, python = Path(sys.executable).with_name("smoothquant"), Path(sys.executable)
+    path = script if script.is_file() else python
+    shown = str(path.relative_to(here) if path.is_relative_to(here) else path)
+    return [shown] if path is script else [shown, "-m", "smoothquant"]
 
 
 if __name__ == "__main__":

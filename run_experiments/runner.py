@@ -79,6 +79,10 @@ class Bench:
     def __init__(self, source: str, dtype: str, store: Store, *, progress: bool = True) -> None:
         check_source(source, dtype)
         self.source, self.dtype, self.store, self.progress = source, dtype, store, progress
+        self.keep = False
+        # (key, model) of the most accurate packed model so far, if `keep`, and its perplexity
+        self.kept: tuple[str, nn.Module] | None = None
+        self._kept_perplexity = math.inf
         self._loaded: tuple[nn.Module, Any] | None = None
         self._evaluators: dict[str, Evaluator] = {}
         self._stats: dict[str, Mapping] = {}
@@ -91,6 +95,11 @@ class Bench:
             print(f"Loading {self.source} ...", file=sys.stderr, flush=True)
             self._loaded = load_model(self.source, dtype=getattr(torch, self.dtype))
         return self._loaded
+
+    def offer(self, cell: Cell, model: nn.Module, perplexity: float | None) -> None:
+        """Keep a cell's model if it is asked for and more accurate than the one kept before."""
+        if self.keep and perplexity is not None and perplexity < self._kept_perplexity:
+            self.kept, self._kept_perplexity = (cell.key, model), perplexity
 
     def identity(self) -> dict[str, Any]:
         """What a cell's key records about the model."""
@@ -325,6 +334,7 @@ def _evaluate_quantized(cell: Cell, bench: Bench) -> dict[str, Any]:
                 f"the saved file has {result['file_payload_bytes']} bytes of tensors, but the "
                 f"reported size is {result['model_bytes']}"
             )
+        bench.offer(cell, model, result["perplexity"])
     return result
 
 

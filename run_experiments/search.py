@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from smoothquant.core.version import install_command
+
 from .grid import Cell, Preset, Product
 from .store import Store
 
@@ -117,7 +119,7 @@ class _Study:
         except ImportError as error:
             raise RuntimeError(
                 f"the search needs a package that is not installed ({error}): "
-                "pip install 'smoothquant[search]'"
+                f"{install_command('search')}"
             ) from error
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._optuna, self._random = optuna, random.Random(SEED)

@@ -44,6 +44,7 @@ class Job:
         threads: torch threads; None for torch's default.
         stale_seconds: how long a claim stays valid without a heartbeat.
         progress: show progress bars within cells.
+        keep: keep the most accurate packed model in memory, for `kept_model` in this process.
         wanted: path of a file. Once it is deleted, workers stop after their current cell. None:
             they only stop when the job is done.
     """
@@ -54,6 +55,7 @@ class Job:
     threads: int | None = None
     stale_seconds: float = STALE_SECONDS
     progress: bool = False
+    keep: bool = False
     wanted: str | None = None
 
     def to_json(self) -> str:
@@ -120,6 +122,7 @@ def _bench(job: Job, store: Store, cells: list[Cell]) -> Bench:
         torch.set_num_threads(job.threads)
     model = canonical_json(cells[0].model)
     bench = _loaded_bench(runner.Bench, job.source, model, str(store.folder), job.progress)
+    bench.keep = job.keep
     bench.check(cells)
     return bench
 
@@ -130,6 +133,17 @@ def _loaded_bench(
 ) -> Bench:
     """Cached, so that a process loads a model once for all its jobs. model: identity as JSON."""
     return make(source, json.loads(model)["dtype"], Store(folder), progress=progress)
+
+
+def kept_model(cell: Cell, job: Job) -> Any:
+    """The quantized model of a finished cell: the one that this process kept, or made again."""
+    from . import runner
+
+    with _one_job_at_a_time:
+        bench = _bench(job, Store(job.output), [cell])
+        if bench.kept is not None and bench.kept[0] == cell.key:
+            return bench.kept[1]
+        return runner.quantized_model(cell, bench)[0]
 
 
 def unload() -> None:

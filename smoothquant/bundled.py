@@ -20,6 +20,7 @@ from .core.errors import CheckpointError
 from .core.files import atomic_folder, restore_folder
 from .core.texts import DATA
 from .core.texts import wikitext as wikitext  # part of this module's interface
+from .core.version import DISTRIBUTION
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,9 @@ def load_bundled(name: str) -> tuple[Any, Any]:
     try:
         return _load_folder(str(folder), torch.float32)
     except _LOADING_ERRORS as error:
-        remedy = "reinstall smoothquant" if name == "tiny-opt" else "delete the folder and retry"
+        remedy = (
+            f"reinstall {DISTRIBUTION}" if name == "tiny-opt" else "delete the folder and retry"
+        )
         raise CheckpointError(
             f"{folder} does not hold a readable {name} model; {remedy} ({error})"
         ) from error
@@ -76,6 +79,30 @@ def load_bundled(name: str) -> tuple[Any, Any]:
 def bundled_folder(name: str) -> Path:
     """The folder of a demo model; converts SmolLM2 first if necessary."""
     return DATA / "tiny-opt" if name == "tiny-opt" else _smollm2_folder()
+
+
+def model_folder(name_or_folder: str | os.PathLike) -> Path:
+    """The folder with the files of a model, for `smoothquant.convert`.
+
+    Args:
+        name_or_folder: as for `load_model`. The files of a Hugging Face id are downloaded.
+
+    Raises:
+        ValueError: the name is invalid, or the download failed.
+        RuntimeError: as `load_bundled`.
+    """
+    name = os.fspath(name_or_folder)
+    check_model_name(name)
+    if name in BUNDLED_MODELS:
+        return bundled_folder(name)
+    if os.path.isdir(name):
+        return Path(name)
+    from .models.loading import download
+
+    try:
+        return download(name)
+    except Exception as error:  # errors of the Hub and of the network have no common class
+        raise ValueError(f"name_or_folder: cannot download {name!r}: {error}") from error
 
 
 def load_model(

@@ -16,7 +16,7 @@ from .core.config import MixedQuantConfig
 from .layers.decoder import place_and_fuse
 from .models.loading import randomly_initialized
 from .quantization.engine import Plan
-from .quantization.records import LinearRecord
+from .quantization.records import QuantizationReport
 
 
 def quantize(
@@ -27,7 +27,7 @@ def quantize(
     *,
     tokenizer: Any = None,
     progress: bool = True,
-) -> list[LinearRecord]:
+) -> QuantizationReport:
     """Quantize a float model in place.
 
     Each float weight is freed as soon as it is packed; the weights of fused experts are freed
@@ -54,7 +54,8 @@ def quantize(
         progress: show progress bars.
 
     Returns:
-        A record for every parameter, the quantized ones first, as from `quantization_report`.
+        A record for every parameter, the quantized ones first, as from `quantization_report`: a
+        list that prints as a summary and that notebooks show as a table.
 
     Raises:
         ValueError: an entry of `stats` is missing or does not fit, a weight is not finite, or the

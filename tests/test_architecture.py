@@ -39,7 +39,14 @@ PUBLISHED = {
         "smooth_lm",
         "__version__",
     ],
-    "smoothquant.bundled": ["check_model_name", "load_bundled", "load_model", "wikitext"],
+    "smoothquant.bundled": [
+        "bundled_folder",
+        "check_model_name",
+        "load_bundled",
+        "load_model",
+        "model_folder",
+        "wikitext",
+    ],
     "smoothquant.calibration": [
         "calibration_batches",
         "collect_stats",

@@ -16,10 +16,11 @@ from spoil import LAYER, edit, edit_manifest, put, set_tensor
 from tqdm.auto import tqdm
 
 from smoothquant import CheckpointError, collect_stats, load_quantized, quantize, save_quantized
-from smoothquant.bundled import load_bundled, load_model
+from smoothquant.bundled import DATA, load_bundled, load_model
 from smoothquant.core.config import MixedQuantConfig
 from smoothquant.core.tensor_files import CONFIG, TENSORS
 from smoothquant.model_size import get_model_size
+from smoothquant.models import loading
 
 pytestmark = pytest.mark.usefixtures("linears_alone")
 
@@ -134,6 +135,37 @@ def test_a_tokenizer_is_saved_with_the_model(tmp_path):
 
 
 # ---- Whole or absent
+
+
+def test_a_tokenizer_is_found_where_the_model_came_from(tmp_path, monkeypatch, caplog):
+    asked = []
+
+    def snapshot(name, patterns, **where):
+        asked.append((name, where))
+        if where["local_files_only"]:
+            raise OSError("not in the cache")
+        return DATA / "tiny-opt"
+
+    monkeypatch.setattr(loading, "_snapshot", snapshot)
+    model, _ = load_bundled("tiny-opt")
+    quantize(model, MixedQuantConfig(group_size=32, calibration="weights"), progress=False)
+    folder = model.name_or_path
+    for name, revision, expected in (
+        (folder, None, []),
+        ("a-folder/that-is-gone", None, []),
+        ("owner/name", "1234", [True, False]),  # the cache first
+    ):
+        caplog.clear()
+        asked.clear()
+        model.name_or_path, model.config._commit_hash = name, revision
+        save_quantized(model, tmp_path / "q", overwrite=True)
+        assert [where for _, where in asked] == [
+            {"revision": revision, "local_files_only": local} for local in expected
+        ]
+        has_one = "gone" not in name
+        assert (load_model(tmp_path / "q")[1] is not None) == has_one
+        said = f"saving the tokenizer of {name}" if has_one else "no tokenizer was found"
+        assert said in caplog.text
 
 
 def test_a_taken_folder_is_refused_unless_overwritten(make_model, token_ids, tmp_path):

@@ -15,16 +15,20 @@ import time
 
 import pytest
 import torch
+import typer
 from huggingface_hub import ModelCard
 from spoil import put, set_tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 from typer.testing import CliRunner
 
+import smoothquant.bundled
 from smoothquant import load_quantized, load_stats
 from smoothquant.bundled import DATA, load_bundled, load_model, wikitext
 from smoothquant.calibration import get_act_scales, save_act_scales
 from smoothquant.checkpoints import folder as checkpoint
 from smoothquant.cli.commands import app
+from smoothquant.core.config import read_fields
 from smoothquant.layers.linear import QuantizedLinear
 from smoothquant.model_size import Byte, get_model_size
 from smoothquant.quantization.undo import dequantize
@@ -163,6 +167,9 @@ def test_wrong_usage_answers_2(tmp_path):
         ["quantize", "tiny-opt", tmp_path / "q", "--no-calibration", "--stats", "x"],
         ["export", tmp_path, tmp_path / "x", "--format", "gguf"],
         ["generate", "tiny-opt", "text", "--max-new-tokens", 0],
+        ["inspect", tmp_path, "--quiet", "--verbose"],
+        ["quantize", "tiny-opt", tmp_path / "q", "--by-layer", "--dtype", "float32"],
+        ["quantize", "tiny-opt", tmp_path / "q", "--by-layer", "--device", "auto"],
     ):
         assert "Usage: " in answer(*words, code=2).stderr
     assert not any(tmp_path.iterdir())
@@ -294,6 +301,76 @@ def test_published_activation_scales_are_statistics(tmp_path):
     assert set(largest.tolist()) == set(layer.perm[-layer.num_salient :].tolist())
 
 
+@pytest.mark.parametrize("how", [(), ("--by-layer",)])
+def test_quantize_ends_with_what_it_made_and_the_next_command(how, tmp_path):
+    words = ("quantize", "tiny-opt", tmp_path / "q", "--no-calibration", *how)
+    printed = answer(*words).stdout
+    for part in (" bits per quantized weight", " times smaller than tiny-opt, after ", " s\n"):
+        assert part in printed
+    want = f"Next: smoothquant eval {tmp_path / 'q'} --windows 8 --compare tiny-opt"
+    assert printed.splitlines()[-1] == want
+    found = json.loads(answer(*words, "--overwrite", "--json").stdout)
+    size = get_model_size(load_quantized(tmp_path / "q")) // Byte
+    assert found["bytes"] == size and found["ratio"] == found["bytes_before"] / size > 1
+    assert f"{found['ratio']:.2f} times" in printed and 0.9 < found["share_quantized"] <= 1
+    logging.disable_progress_bar()  # as --quiet does before transformers is imported
+    quiet = answer(*words, "--overwrite", "--quiet")
+    logging.enable_progress_bar()
+    assert quiet.stdout == quiet.stderr == ""
+
+
+def test_fields_come_from_a_file_and_options_override_it(tmp_path):
+    (tmp_path / "c.yaml").write_text("group_size: 64\nsalient_prop: 0.1\nsort: max\nrecipe: rtn\n")
+    words = ("quantize", "tiny-opt", tmp_path / "q", "--dry-run", "--json", "--no-calibration")
+    words += ("--config", tmp_path / "c.yaml", "--salient-prop", 0.05, "--set", "sort=none")
+    config = json.loads(answer(*words).stdout)["config"]
+    found = {name: config[name] for name in ("group_size", "salient_prop", "sort", "recipe")}
+    assert found == {"group_size": 64, "salient_prop": 0.05, "sort": "none", "recipe": "rtn"}
+    assert config["calibration"] == "weights"
+
+
+@pytest.mark.parametrize("suffix, text", [("toml", 'sort = "max"'), ("json", '{"sort": "max"}')])
+def test_files_of_fields(suffix, text, tmp_path):
+    path = tmp_path / f"c.{suffix}"
+    path.write_text(text)
+    if suffix == "toml" and sys.version_info < (3, 11):
+        with pytest.raises(RuntimeError, match="needs Python 3.11"):
+            read_fields(path)
+    else:
+        assert read_fields(path) == {"sort": "max"}
+
+
+def test_quiet_and_json_are_everywhere(folder, tmp_path):
+    passed_on = ("lm-eval", "sweep", "plot")
+    commands = typer.main.get_command(app).commands
+    for name, command in commands.items():
+        names = {option for parameter in command.params for option in parameter.opts}
+        assert ({"--json", "--quiet", "--verbose"} <= names) == (name not in passed_on)
+    assert answer("inspect", folder, "--quiet").stdout == answer("inspect", folder).stdout
+    found = json.loads(answer("inspect", tmp_path / "no", "--json", code=1).stdout)
+    assert found["ok"] is False and "FOLDER must be a quantized model folder" in found["error"]
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "no"), "--verbose"])
+    assert isinstance(result.exception, ValueError)
+
+
+def test_device_and_dtype(folder, monkeypatch):
+    words = ("generate", "tiny-opt", "The game was", "-n", 4, "--json")
+    found = [json.loads(answer(*words, "--device", d).stdout) for d in ("cpu", "auto")]
+    assert found[0] == found[1] and found[0]["new_tokens"] == 4
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused = answer(*words, "--device", "cuda", code=1).stderr
+    assert "--device cuda cannot be used: PyTorch finds no GPU" in refused
+    seen = []
+    load = smoothquant.bundled.load_model
+    monkeypatch.setattr(
+        smoothquant.bundled, "load_model", lambda name, dtype: seen.append(dtype) or load(name)
+    )
+    answer(*words, "--dtype", "bfloat16")
+    assert seen == [torch.bfloat16]
+    kept = answer("generate", folder, "The", "--dtype", "float16", code=1).stderr
+    assert "--dtype must not be given for a quantized folder" in kept
+
+
 # ---- Other forms of a quantized folder
 
 
@@ -365,6 +442,8 @@ def test_eval(folder):
     found = json.loads(answer("eval", folder, *words, "--compare", "tiny-opt", "--json").stdout)
     assert 1 < found["perplexity"] < 2048 and 0 < found["kl"] < 1 and 0.5 < found["top1"] < 1
     assert found["windows"] == 2 and found["seq_len"] == 64
+    reference = json.loads(answer("eval", "tiny-opt", *words, "--json").stdout)["perplexity"]
+    assert found["reference_perplexity"] == pytest.approx(reference, rel=1e-5)
     alone = json.loads(answer("eval", folder, *words, "--json").stdout)
     assert alone["perplexity"] == pytest.approx(found["perplexity"], rel=1e-5)
     assert "perplexity " in answer("eval", folder, *words).stdout

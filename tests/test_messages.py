@@ -49,6 +49,9 @@ BAD = {
     "stats": [*TEXTS, "bad.safetensors", "bad.pt"],
     "text": [*TEXTS, "empty.txt", "short.txt"],
     "compare": MODELS,
+    "config_file": ["", "no.toml", "x.md", "folder.txt", "bad.toml", "list.json", "other.yaml"],
+    "device": ["gpu", ""],
+    "dtype": ["int8", ""],
     "ignore": ["", "nothing", "re:(", "x" * 4000],
     "recipe": ["worst", ""],
     "to": ["gguf", ""],
@@ -102,8 +105,10 @@ def files(tmp_path_factory):
         (folder / name).write_text("")
     (folder / "short.txt").write_text("some words\n")
     (folder / "bad.jsonl").write_text("{\n")
-    for name in ("bad.parquet", "bad.safetensors", "bad.pt"):
+    for name in ("bad.parquet", "bad.safetensors", "bad.pt", "bad.toml"):
         (folder / name).write_bytes(b"x")
+    (folder / "list.json").write_text("[1]")
+    (folder / "other.yaml").write_text("surprise: 1")
     model, tokenizer = load_bundled("tiny-opt")
     quantize(model, MixedQuantConfig(), progress=False)
     save_quantized(model, folder / "quantized", tokenizer)
@@ -273,6 +278,7 @@ def test_a_tokenizer_bigger_than_its_model_is_a_value_error(small_model):
 # ---- Sweeps and ppl_eval
 
 TINY = ["--preset", "tiny", "--output", "store", "--figures", "figures"]
+NOT_NAMED = ("--model", "--set", "--cells", "--output", "--keep")
 SWEEP = {
     "--preset": ["huge", ""],
     "--model": MODELS,
@@ -292,6 +298,7 @@ SWEEP = {
     "--layers": [*NO_INTEGER, "-1", "100000"],
     "--dtype": ["", "int8"],
     "--output": ["latin.txt", "latin.txt/x", "a" * 5000, "\0"],
+    "--keep": ["latin.txt", "a" * 5000, "\0"],
     "--cells": ["no.jsonl", "folder.txt", "latin.txt", "bad.jsonl"],
     "--threads": COUNT,
     "--executor": ["", "cloud", "dask://host", "\n"],
@@ -314,7 +321,7 @@ def test_sweeps_refuse_bad_values_in_the_users_words(option, monkeypatch, capsys
         assert code in (1, 2) and found and len(line) <= 300, value
         assert not foreign_words(line, words, KNOWN), value
         # the option itself, unless a library says more about the file
-        assert option in line or option in ("--model", "--set", "--cells", "--output"), line
+        assert option in line or option in NOT_NAMED, line
 
 
 def test_the_sweep_of_sweeps_knows_every_option():

@@ -8,7 +8,9 @@ from huggingface_hub import ModelCard
 
 from smoothquant import MixedQuantConfig, convert, quantize, save_quantized
 from smoothquant.bundled import load_bundled
+from smoothquant.checkpoints.manifest import PLUGIN
 from smoothquant.checkpoints.model_card import model_card
+from smoothquant.core.tensor_files import read_json
 from smoothquant.model_size import Byte, get_model_size
 
 
@@ -40,6 +42,10 @@ def test_its_numbers_are_the_models(make_model, token_ids, tmp_path):
     choices = rows(card, "Quantization config")
     assert choices["act_clip"] == "0.9" and choices["calibration"].startswith("sha256:")
     assert "weight_rounding" not in choices
+    assert found["written by"].startswith("mixedquant ") and "\npip install mixedquant\n" in card
+    assert "only after `import smoothquant`" in card
+    config = read_json(tmp_path / "m" / "config.json")
+    assert config["quantization_config"]["plugin"] == PLUGIN
     assert rows(card, "Evaluation")["accuracy of a\\|b"] == "0.51235"
     assert rows(card, "Evaluation")["perplexity"] == "nan"
     results = ModelCard(card).data.eval_results

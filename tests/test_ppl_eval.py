@@ -108,6 +108,8 @@ def test_comparison(pair, capsys):
     assert result.kl == pytest.approx(kl, abs=1e-5) and kl > 0.01
     assert result.top1 == top1 and 0.5 < top1 < 1
     assert result.perplexity == pytest.approx(evaluator.evaluate(model).item(), rel=1e-6)
+    of_reference = evaluator.evaluate(reference).item()
+    assert result.reference_perplexity == pytest.approx(of_reference, rel=1e-5)
     printed = capsys.readouterr().out
     assert f"KL divergence {result.kl:.5f} nats" in printed
     assert f"top-1 agreement {top1:.2%} on 3 of" in printed

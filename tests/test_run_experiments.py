@@ -26,11 +26,12 @@ from run_experiments.plots import plots_of
 from run_experiments.rows import Row
 from run_experiments.run_experiments import main
 from run_experiments.store import Store
-from smoothquant import quantize
+from smoothquant import load_quantized, quantize
 from smoothquant.bundled import load_bundled, wikitext
 from smoothquant.calibration import collect_stats, load_stats
 from smoothquant.core.config import MixedQuantConfig
 from smoothquant.evaluation.perplexity import Evaluator
+from smoothquant.model_size import Byte, get_model_size
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,7 +59,17 @@ def finished(tmp_path_factory):
     """An uninterrupted sweep: (folder of the store, folder of the figures)."""
     folder = tmp_path_factory.mktemp("undisturbed")
     output, figures = folder / "results", folder / "figures"
-    assert main(["--preset", "tiny", "--output", str(output), "--figures", str(figures)]) == 0
+    words = [
+        "--preset",
+        "tiny",
+        "--output",
+        output,
+        "--figures",
+        figures,
+        "--keep",
+        folder / "best",
+    ]
+    assert main(list(map(str, words))) == 0
     return output, figures
 
 
@@ -105,7 +116,8 @@ def test_the_key_depends_on_every_input(change):
 
 
 def test_presets():
-    assert len(some_cells(PRESETS["default"])) == 2 + 12 + 4 + 4
+    assert len(some_cells(PRESETS["default"])) == 2 + 4 + 1
+    assert len(some_cells(PRESETS["rtn"])) == 2 + 12 + 4 + 4
     assert len(some_cells(PRESETS["recipes"])) == 2 + 3 * 3 * 2
     assert len(some_cells(PRESETS["peers"])) == 2 + 2 * 2 + 1 + 4
     assert len(some_cells(PRESETS["paper"])) == 2 + 9 * 4
@@ -169,7 +181,7 @@ def test_layer_errors_are_measured_for_packed_models():
 
 
 def test_override_replaces_in_every_product():
-    preset = grid.override(PRESETS["default"], {"backends": ("fake",)}, windows=2)
+    preset = grid.override(PRESETS["rtn"], {"backends": ("fake",)}, windows=2)
     assert {config["backend"] for config in grid.configs(preset.products)} == {"fake"}
     assert preset.windows == 2
 
@@ -785,6 +797,51 @@ def test_the_page_works_offline(compared, tmp_path):
     assert {key for line in keys for key in json.loads(f"[{line}]")} <= set(models)
     before = path.read_bytes()
     assert page.write(store, plan, "tiny-opt", tmp_path, "command <with> &").read_bytes() == before
+
+
+def test_the_best_model_is_kept_and_writes_a_sentence(finished, tmp_path, capsys):
+    output, _ = finished
+    folder = output.parent / "best"
+    cells = [json.loads(path.read_text()) for path in output.glob("*.json")]
+    packed = [c for c in cells if (c["spec"]["config"] or {}).get("backend") == "int4"]
+    best = min(packed, key=lambda cell: cell["result"]["perplexity"])
+    assert json.loads((folder / "cell.json").read_text()) == best["spec"]
+    assert get_model_size(load_quantized(folder)) // Byte == best["result"]["model_bytes"]
+    assert f"{best['result']['perplexity']:.5g}" in (folder / "README.md").read_text()
+
+    written = (folder / "model.safetensors").read_bytes()
+    words = ["--preset", "tiny", "--output", output, "--keep", folder]
+    assert main(list(map(str, words))) == 0
+    assert (output / "figures" / "tiny-opt_results.md").is_file()  # by default beside the results
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-4].startswith("Most accurate: rtn g=") and "16-bit model: " in lines[-4]
+    assert lines[-3].startswith("It writes: The capital of France is")
+    assert lines[-2] == f"Model: {folder}"
+    assert lines[-1].startswith("Next: ") and f" generate {folder} " in lines[-1]
+    assert any(line.startswith("| rtn ") for line in lines[-9:])
+
+    # without the kept model, it is made again from the stored statistics, with the same bytes
+    run_experiments.sweep(TINY, Store(output), keep=tmp_path / "again", progress=False)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == written
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(ValueError, match="folder already exists: .*taken"):
+        run_experiments.sweep(TINY, Store(output), keep=tmp_path / "taken", progress=False)
+
+
+@pytest.mark.long
+def test_a_sweep_shows_no_bars_in_a_log(tmp_path):
+    words = ["--preset", "tiny", "--group-sizes", "64", "--keep", "kept"]
+    run = subprocess.run(
+        [sys.executable, "-m", "run_experiments", *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "\r" not in run.stderr + run.stdout and "%|" not in run.stderr + run.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "results"]
 
 
 def test_the_report_command_computes_nothing(finished, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,5 @@
-"""The site is built without a warning, has every public name, and its tutorial runs."""
+"""The site is built without a warning and has every public name."""
 
-import os
 import re
 import subprocess
 import sys
@@ -8,7 +7,7 @@ import sys
 import pytest
 from programs import ROOT
 
-from smoothquant import load_quantized, public
+from smoothquant import public
 
 pytestmark = pytest.mark.long
 
@@ -37,17 +36,3 @@ def test_notebooks_and_pictures_are_pages(site):
 def test_nothing_is_fetched_from_elsewhere(site):
     page = (site / "index.html").read_text(encoding="utf-8")
     assert not re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="https?://[^"]*"', page)
-
-
-def test_the_tutorial_runs(tmp_path):
-    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
-    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("perplexity ") == 2 and "bits calibration" in run.stdout
-    assert "perplexity, 4 windows" in (tmp_path / "opt-w4a4" / "README.md").read_text()
-    assert load_quantized(tmp_path / "opt-w4a4").mixedquant_config.recipe == "fast"

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..models.modules import is_transformers_model
 from ..quantization.engine import Plan
-from ..quantization.records import LinearRecord
+from ..quantization.records import QuantizationReport
 
 
 def attach(model: nn.Module) -> None:
@@ -18,7 +18,7 @@ def attach(model: nn.Module) -> None:
         importlib.import_module(f"{__package__}.hf").set_quantizer(model)
 
 
-def finish_and_attach(plan: Plan) -> list[LinearRecord]:
+def finish_and_attach(plan: Plan) -> QuantizationReport:
     """Call `plan.finish` and `attach` the model."""
     records = plan.finish()
     attach(plan.model)

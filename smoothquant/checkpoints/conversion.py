@@ -71,7 +71,7 @@ from ..models.modules import assign, distinct_tensors
 from ..quantization.checks import check_batches
 from ..quantization.engine import Plan
 from ..quantization.pipeline import Group
-from ..quantization.records import LinearRecord
+from ..quantization.records import LinearRecord, QuantizationReport
 from .attachment import finish_and_attach
 from .checksums import config_checksum, tensor_checksums
 from .folder import check_target, float_model, usual_errors
@@ -95,7 +95,7 @@ def convert(
     spill: bool = False,
     overwrite: bool = False,
     progress: bool = True,
-) -> list[LinearRecord]:
+) -> QuantizationReport:
     """Quantize a folder with a float model into a folder that `load_quantized` reads.
 
     The result equals, bit for bit, loading the model in its stored dtype and calling

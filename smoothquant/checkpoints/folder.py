@@ -13,6 +13,7 @@ model.safetensors             every distinct parameter and persistent buffer, on
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import re
 import threading
@@ -40,7 +41,7 @@ from ..core.tensor_files import (
 )
 from ..layers.decoder import place_and_fuse
 from ..layers.linear import QuantizedLinear, is_quantized
-from ..models.loading import load_config, transformers_class
+from ..models.loading import companions_of, load_config, transformers_class
 from ..models.modules import assign, check_no_adapter, is_transformers_model, unsaved_buffers
 from .attachment import attach
 from .manifest import (
@@ -57,6 +58,8 @@ from .manifest import (
     try_model,
     warn_of_changes,
 )
+
+logger = logging.getLogger("smoothquant")
 
 # A model may have more parameters than its files have tensors: shared ones are built several times,
 # and a stored tensor may become several. A model with still more is not the one in the files.
@@ -80,7 +83,9 @@ def save_quantized(
         model: a transformers model quantized by this package, with either backend.
         folder: must not exist or be empty; with `overwrite`, it may also hold a quantized model,
             which is replaced as a whole.
-        tokenizer: a transformers tokenizer or processor to save with the model, or None.
+        tokenizer: a transformers tokenizer or processor to save with the model. None copies the
+            tokenizer's files from where the model was loaded from, if they are found there; a
+            warning in the log says which.
         overwrite: replace a folder that holds a quantized model.
         evaluation: {"metric, dataset": number}, for the model card.
 
@@ -104,6 +109,12 @@ def save_quantized(
         )
     attach(model)  # rejects what cannot be saved before anything is written
     folder, card = check_target(folder, overwrite=overwrite), model_card(model, evaluation)
+    if tokenizer is None:
+        tokenizer = companions_of(model)
+        if tokenizer is None:
+            logger.warning("no tokenizer was found to save with the model; tokenizer= takes one")
+        else:
+            logger.warning("saving the tokenizer of %s with the model", model.name_or_path)
     write_folder(model, folder, tokenizer, card, overwrite=overwrite)
 
 

@@ -3,6 +3,8 @@
 It is stored in config.json under ``quantization_config``, where transformers looks for it:
 
 quant_method     "mixedquant"
+plugin           what to install and import before transformers can load the folder, for whoever
+                 reads config.json; folders of earlier versions lack it
 format_version   version of these fields and of the tensors (docs/format.md)
 config           the model's MixedQuantConfig
 dtype            the model's dtype: that of every float tensor without an entry in dtypes
@@ -31,6 +33,7 @@ from ..core.config import MixedQuantConfig, table_config
 from ..core.errors import CheckpointError
 from ..core.tensor_files import CONFIG, Header
 from ..core.tensors import DTYPES, FLOATS, dtype_name, is_finite
+from ..core.version import DISTRIBUTION, __version__
 from ..layers.embedding import QuantizedEmbedding
 from ..layers.experts import W4A4Experts
 from ..layers.int8 import Int8Linear, blank_table
@@ -58,6 +61,7 @@ FIELDS = {
     "dtypes": dict,
 }
 CHECKSUM_FIELDS = {"checksums": dict, "checksum": str}
+PLUGIN = f"pip install {DISTRIBUTION}; import smoothquant"
 
 # Fields of a linear's entry, and the defaults of those that may be omitted.
 LINEAR_FIELDS = {
@@ -135,6 +139,7 @@ class Manifest:
         """The manifest as plain JSON values."""
         fields = {
             "quant_method": MixedQuantConfig.quant_method,
+            "plugin": PLUGIN,
             "format_version": FORMAT_VERSION,
             "config": self.config.to_dict(),
             "dtype": dtype_name(self.dtype),
@@ -171,10 +176,13 @@ class Manifest:
         ):
             raise CheckpointError(
                 f"{path}: format_version {fields['format_version']!r} is not {FORMAT_VERSION}, "
-                "the one that this version of smoothquant reads"
+                f"the one that {DISTRIBUTION} {__version__} reads"
             )
         summed = isinstance(fields, dict) and any(field in fields for field in CHECKSUM_FIELDS)
-        _check_fields(path, "it", fields, FIELDS | CHECKSUM_FIELDS if summed else FIELDS)
+        expected = FIELDS | CHECKSUM_FIELDS if summed else FIELDS
+        if isinstance(fields, dict) and "plugin" in fields:
+            expected = expected | {"plugin": str}
+        _check_fields(path, "it", fields, expected)
         if fields["quant_method"] != MixedQuantConfig.quant_method:
             raise CheckpointError(
                 f"{path}: quant_method must be {MixedQuantConfig.quant_method!r}; got "

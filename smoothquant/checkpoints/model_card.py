@@ -16,7 +16,7 @@ from torch import nn
 from ..core.config import NEWER, MixedQuantConfig
 from ..core.files import atomic_file
 from ..core.tensors import dtype_name
-from ..core.version import __version__
+from ..core.version import DISTRIBUTION, __version__
 from ..quantization.records import quantization_report
 from .manifest import CARD, Manifest
 from .sizes import bytes_by_kind
@@ -99,7 +99,7 @@ def model_card(model: nn.Module, evaluation: Mapping[str, float] | None = None) 
         ("size", f"{sum(kinds.values()):,} bytes"),
         ("dtype of other tensors", dtype_name(manifest.dtype)),
         ("channels chosen by", ", ".join(f"{why} ({n} layers)" for why, n in reasons.items())),
-        ("written by", f"smoothquant {__version__}"),
+        ("written by", f"{DISTRIBUTION} {__version__}"),
     ]
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
@@ -111,7 +111,10 @@ def model_card(model: nn.Module, evaluation: Mapping[str, float] | None = None) 
         _table(("", ""), facts),
         "## Quantization config\n\n" + _table(("field", "value"), _shown_fields(config).items()),
         "## Size\n\n" + _table(("kind", "bytes"), [(k, f"{n:,}") for k, n in kinds.items()]),
-        "## Usage\n\n```python\nimport smoothquant  # registers the quantization method\n"
+        f"## Usage\n\n```\npip install {DISTRIBUTION}\n```\n\n"
+        "transformers can read this folder only after `import smoothquant`. Without that, it warns "
+        "of an unknown quantization type and returns a model with random weights.\n\n"
+        "```python\nimport smoothquant  # registers the quantization method\n"
         "from transformers import AutoModelForCausalLM\n\n"
         "model = AutoModelForCausalLM.from_pretrained(folder)\n```",
     ]

@@ -8,7 +8,9 @@ traceback); 2 wrong usage; 130 Ctrl-C. Commands import torch and transformers th
 from __future__ import annotations
 
 import math
+import shlex
 import sys
+import time
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
@@ -17,28 +19,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.config import RECIPES
-from ..core.errors import CheckpointError
 from ..core.messages import naming
-from ..core.version import __version__
+from ..core.version import __version__, install_command
 from .console import (
     Command,
     Group,
     prepare_streams,
     print_bytes,
-    print_json,
     print_memory,
     print_table,
-    stdout_for_json,
+    with_output_options,
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from ..channels.statistics import ChannelStats
     from ..core.config import MixedQuantConfig
 
     Stats = Mapping[str, ChannelStats] | None
 
+Report = dict[str, Any]  # a command's result, as JSON values
 Recipe = Enum("Recipe", [(name, name) for name in RECIPES], type=str)  # type: ignore[misc]
 FAST = Recipe("fast")
+Device = Enum("Device", {"cpu": "cpu", "cuda": "cuda", "auto": "auto"}, type=str)
+Dtype = Enum(
+    "Dtype", {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}, type=str
+)
 Format = Enum("Format", {"compressed_tensors": "compressed-tensors"}, type=str)
 
 LEAST_TEMPERATURE = 1e-6  # logits divided by less would overflow float32
@@ -60,7 +67,6 @@ Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Quantized model 
 
 Target = Annotated[Path, typer.Argument(metavar="DST", help="Output folder, written atomically.")]
 
-Json = Annotated[bool, typer.Option("--json", help="Print only JSON to stdout.")]
 OVERWRITE = "--overwrite"
 OverwriteFile = Annotated[bool, typer.Option(OVERWRITE, help="Replace an existing file.")]
 OverwriteModel = Annotated[
@@ -68,6 +74,17 @@ OverwriteModel = Annotated[
 ]
 OverwriteQuantized = Annotated[
     bool, typer.Option(OVERWRITE, help="Replace a folder that holds a quantized model.")
+]
+
+OnDevice = Annotated[
+    Device, typer.Option(help="Where to run; auto: on a GPU if the kernels run there.")
+]
+InDtype = Annotated[
+    Dtype | None,
+    typer.Option(
+        help="dtype of a float model's tensors. [default: float32 for bundled models, else the "
+        "stored one]"
+    ),
 ]
 
 Calibration = Annotated[
@@ -89,9 +106,15 @@ def main() -> None:
     app(prog_name="smoothquant")
 
 
-def command(**settings: Any) -> Callable:
-    """Register a command that reports errors as one line on stderr and an exit code."""
-    return app.command(cls=Command, **settings)
+def command(name: str | None = None, *, prints_result: bool = False) -> Callable:
+    """Register a command that has `console.OUTPUT_OPTIONS`, and reports errors as one line on
+    stderr and an exit code."""
+
+    def register(function: Callable) -> Callable:
+        app.command(name, cls=Command)(with_output_options(function, prints_result=prints_result))
+        return function
+
+    return register
 
 
 @app.callback(invoke_without_command=True)
@@ -111,7 +134,7 @@ def calibrate(
     calibration_tokens: CalibrationTokens = 32768,
     seed: Seed = 42,
     overwrite: OverwriteFile = False,
-) -> None:
+) -> Report:
     """Collect calibration statistics for `quantize --stats`.
 
     Writes per-channel statistics of every distinct layer input.
@@ -135,10 +158,12 @@ def calibrate(
     stats = collect_stats(loaded, batches, head=head_name(loaded))
     save_stats(stats, output)
     typer.echo(f"Wrote statistics of {len(stats)} layers to {output.resolve()}")
+    return {"file": str(output.resolve()), "layers": len(stats)}
 
 
 @command()
 def quantize(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="SRC", help=MODEL_HELP)],
     target: Target,
     recipe: Annotated[
@@ -167,6 +192,15 @@ def quantize(
             "--set",
             metavar="FIELD=VALUE",
             help="Set any other MixedQuantConfig field. May be repeated.",
+        ),
+    ] = None,
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="Set MixedQuantConfig fields from a .toml, .yaml or .json file; options and --set "
+            "override it.",
         ),
     ] = None,
     ignore: Annotated[
@@ -202,7 +236,7 @@ def quantize(
         bool,
         typer.Option(
             "--by-layer",
-            help="Load one decoder layer of the folder SRC at a time. Rerun to resume.",
+            help="Load one decoder layer of SRC at a time. Rerun to resume.",
         ),
     ] = False,
     spill: Annotated[
@@ -212,20 +246,26 @@ def quantize(
             help="With --by-layer: keep hidden states and GPTQ matrices on disk.",
         ),
     ] = False,
+    device: OnDevice = Device.cpu,
+    dtype: InDtype = None,
     overwrite: OverwriteQuantized = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print settings, sizes and memory use; write nothing."),
     ] = False,
-) -> None:
+) -> Report:
     """Quantize a model and save it.
 
     Loads the whole model into memory unless --by-layer is given.
     """
+    from .. import in_memory
+    from ..bundled import BUNDLED_MODELS, bundled_folder
     from ..calibration.stats_files import load_stats
-    from ..checkpoints.conversion import convert
-    from ..checkpoints.folder import check_target
-    from ..core.config import WEIGHTS, MixedQuantConfig, parse_field
+    from ..checkpoints.folder import check_target, save_quantized
+    from ..checkpoints.sizes import bytes_by_kind
+    from ..core.config import WEIGHTS, MixedQuantConfig, parse_field, read_fields
+    from ..models.loading import Companions
+    from ..quantization.folding import fold_permutations
 
     if no_calibration and (stats or calibration):
         raise typer.BadParameter(
@@ -233,86 +273,140 @@ def quantize(
         )
     if by_layer and fold:
         raise typer.BadParameter("--by-layer cannot be combined with --fold")
+    if by_layer and (device != Device.cpu or dtype is not None):
+        raise typer.BadParameter("--by-layer cannot be combined with --device or --dtype")
     if spill and not by_layer:
         raise typer.BadParameter("--spill requires --by-layer")
+    options = {
+        "recipe": recipe.value,
+        "group_size": group_size,
+        "salient_prop": salient_prop,
+        "bits": bits,
+        "calibration": WEIGHTS if no_calibration else _calibration(calibration),
+        "calibration_tokens": calibration_tokens,
+        "seed": seed,
+        "ignore": ignore or [],
+    }
+    given = {name: options[name] for name in options if _is_given(context, name)}
+    if no_calibration:
+        given["calibration"] = WEIGHTS
+    from_file = read_fields(config_file) if config_file else {}
     config = MixedQuantConfig.from_fields(
-        {
-            "recipe": recipe.value,
-            "group_size": group_size,
-            "salient_prop": salient_prop,
-            "bits": bits,
-            "calibration": WEIGHTS if no_calibration else _calibration(calibration),
-            "calibration_tokens": calibration_tokens,
-            "seed": seed,
-            "ignore": ignore or [],
-        }
-        | dict(map(parse_field, fields or []))
+        options | from_file | given | dict(map(parse_field, fields or []))
     )
     if no_calibration and config.needs_tokens:
         raise ValueError(f"{config.needs_tokens} needs calibration; drop --no-calibration")
     target = check_target(target, overwrite=overwrite)
     loaded_stats = load_stats(stats) if stats else None
     if dry_run:
-        _print_plan(source, config, loaded_stats, by_layer=by_layer, spill=spill)
-    elif by_layer:
-        convert(source, target, config, loaded_stats, spill=spill, overwrite=overwrite)
-        typer.echo(f"The quantized model is in {target}")
+        return _plan(source, config, loaded_stats, dtype, by_layer=by_layer, spill=spill)
+    started = time.perf_counter()
+    if by_layer:
+        before = _convert(source, target, config, loaded_stats, spill=spill, overwrite=overwrite)
     else:
-        _quantize_in_memory(source, target, config, loaded_stats, fold=fold, overwrite=overwrite)
+        model, tokenizer = _load(source, device, dtype)
+        before = bytes_by_kind(model)
+        in_memory.quantize(model, config, loaded_stats, tokenizer=tokenizer)
+        if fold:
+            typer.echo(f"Folded the channel permutations of {len(fold_permutations(model))} layers")
+        files = Companions(bundled_folder(source) if source in BUNDLED_MODELS else source)
+        save_quantized(model, target, files, overwrite=overwrite)
+    return _made(source, target, before, time.perf_counter() - started)
 
 
-def _print_plan(
-    source: str, config: MixedQuantConfig, stats: Stats, *, by_layer: bool, spill: bool
-) -> None:
-    """Print what `quantize --dry-run` reports: settings, sizes and peak memory."""
-    from ..bundled import load_model
-    from ..checkpoints.conversion import float_shapes
-    from ..checkpoints.sizes import bytes_by_kind, planned_bytes
-    from ..core.config import WEIGHTS
-    from ..quantization.memory import planned_memory
-
-    model = float_shapes(source) if by_layer else load_model(source)[0]
-    for name, value in config.to_dict().items():
-        typer.echo(f"{name:<20}{value}")
-    calibrates = config.calibration != WEIGHTS and (stats is None or bool(config.needs_tokens))
-    after = planned_bytes(model, config, stats, stats_to_come=calibrates)
-    print_bytes(bytes_by_kind(model), after)
-    tokens = config.calibration_tokens if calibrates else 0
-    size = sum(after.values())
-    print_memory(planned_memory(model, config, size, tokens, stats, by_layer=by_layer, spill=spill))
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
-def _quantize_in_memory(
+def _convert(
     source: str,
     target: Path,
     config: MixedQuantConfig,
     stats: Stats,
     *,
-    fold: bool,
+    spill: bool,
     overwrite: bool,
-) -> None:
-    from ..bundled import BUNDLED_MODELS, bundled_folder, load_model
-    from ..checkpoints.folder import save_quantized
+) -> dict[str, int]:
+    """Convert a model layer by layer; returns the bytes of the float model by kind."""
+    from ..bundled import model_folder
+    from ..checkpoints.conversion import convert, float_shapes
     from ..checkpoints.sizes import bytes_by_kind
-    from ..in_memory import quantize
-    from ..models.loading import Companions
-    from ..quantization.folding import fold_permutations
+
+    folder = model_folder(source)
+    convert(folder, target, config, stats, spill=spill, overwrite=overwrite)
+    return bytes_by_kind(float_shapes(folder))
+
+
+def _made(source: str, target: Path, before: Mapping[str, int], seconds: float) -> Report:
+    """Print what `quantize` made, from the saved folder, and what to do next."""
+    from ..checkpoints.folder import open_quantized
+    from ..checkpoints.inspection import inspect_folder
     from ..quantization.records import weight_counts
 
-    model, tokenizer = load_model(source)
-    before = bytes_by_kind(model)
-    quantize(model, config, stats, tokenizer=tokenizer)
-    if fold:
-        typer.echo(f"Folded the channel permutations of {len(fold_permutations(model))} layers")
-    files = Companions(bundled_folder(source) if source in BUNDLED_MODELS else source)
-    save_quantized(model, target, files, overwrite=overwrite)
-    print_bytes(before, bytes_by_kind(model))
-    typer.echo(f"\n{weight_counts(model)}")
+    made = inspect_folder(target)
+    counts = weight_counts(open_quantized(target).model)
+    ratio = sum(before.values()) / made["bytes"]
+    print_bytes(before, made["kinds"])
+    typer.echo(f"\n{counts}")
+    typer.echo(f"{made['bits_per_weight']:.3f} bits per quantized weight")
+    typer.echo(f"{ratio:.2f} times smaller than {source}, after {seconds:.1f} s")
     typer.echo(f"\nThe quantized model is in {target}")
+    words = ["smoothquant", "eval", str(target), "--windows", "8", "--compare", source]
+    typer.echo(f"Next: {shlex.join(words)}")
+    return {
+        "folder": str(target),
+        "bytes_before": sum(before.values()),
+        "bytes": made["bytes"],
+        "ratio": ratio,
+        "bits_per_weight": made["bits_per_weight"],
+        "share_quantized": counts.share,
+        "seconds": seconds,
+        "config": made["config"],
+    }
+
+
+def _plan(
+    source: str,
+    config: MixedQuantConfig,
+    stats: Stats,
+    dtype: Dtype | None,
+    *,
+    by_layer: bool,
+    spill: bool,
+) -> Report:
+    """Print what `quantize --dry-run` reports: settings, sizes and peak memory."""
+    from ..bundled import model_folder
+    from ..checkpoints.conversion import float_shapes
+    from ..checkpoints.sizes import bytes_by_kind, planned_bytes
+    from ..core.config import WEIGHTS
+    from ..quantization.memory import planned_memory
+
+    how = Device.cpu, dtype
+    model = float_shapes(model_folder(source)) if by_layer else _load(source, *how)[0]
+    for name, value in config.to_dict().items():
+        typer.echo(f"{name:<20}{value}")
+    calibrates = config.calibration != WEIGHTS and (stats is None or bool(config.needs_tokens))
+    after = planned_bytes(model, config, stats, stats_to_come=calibrates)
+    before = bytes_by_kind(model)
+    print_bytes(before, after)
+    tokens = config.calibration_tokens if calibrates else 0
+    size = sum(after.values())
+    memory = planned_memory(model, config, size, tokens, stats, by_layer=by_layer, spill=spill)
+    print_memory(memory)
+    return {
+        "bytes_before": sum(before.values()),
+        "bytes": size,
+        "ratio": sum(before.values()) / size,
+        "kinds": after,
+        "peak_memory": memory,
+        "config": config.to_dict(),
+    }
 
 
 @command()
-def dequantize(source: Folder, target: Target, overwrite: OverwriteModel = False) -> None:
+def dequantize(source: Folder, target: Target, overwrite: OverwriteModel = False) -> Report:
     """Convert a quantized model back to a float model.
 
     The float weights have exactly the values that the 4-bit codes represent.
@@ -326,6 +420,7 @@ def dequantize(source: Folder, target: Target, overwrite: OverwriteModel = False
     dequantize(model)
     write_folder(model, target, Companions(source), overwrite=overwrite)
     typer.echo(f"The float model is in {target}")
+    return {"folder": str(target)}
 
 
 @command()
@@ -334,7 +429,7 @@ def export(
     target: Target,
     to: Annotated[Format, typer.Option("--format", help="Output format.")],
     overwrite: OverwriteModel = False,
-) -> None:
+) -> Report:
     """Export a quantized model for another inference engine.
 
     Weights keep their exact values. A model that the format cannot express is rejected with the
@@ -348,10 +443,11 @@ def export(
     files = Companions(source)
     export_compressed_tensors(load_quantized(source), target, files, overwrite=overwrite)
     typer.echo(f"The {to.value} model is in {target}")
+    return {"folder": str(target), "format": to.value}
 
 
-@command()
-def inspect(folder: Folder, as_json: Json = False) -> None:
+@command(prints_result=True)
+def inspect(folder: Folder) -> Report:
     """Show the contents of a quantized model folder, layer by layer.
 
     Reads file headers only, no weights.
@@ -359,8 +455,6 @@ def inspect(folder: Folder, as_json: Json = False) -> None:
     from ..checkpoints.inspection import inspect_folder
 
     report = inspect_folder(folder)
-    if as_json:
-        return print_json(report)
     for name in ("folder", "architecture", "format_version", "dtype"):
         typer.echo(f"{name:<18}{report[name]}")
     typer.echo(
@@ -384,35 +478,28 @@ def inspect(folder: Folder, as_json: Json = False) -> None:
         for layer in report["layers"]
     ]
     print_table(("layer", "shape", "", "bits", "salient", "bytes", ""), rows)
-    return None
+    return report
 
 
-@command()
-def verify(folder: Folder, as_json: Json = False) -> None:
+@command(prints_result=True)
+def verify(folder: Folder) -> Report:
     """Check that a quantized model folder is intact.
 
     Reads every tensor, repeats all checks that loading makes, and runs each quantized layer.
     """
     from ..checkpoints.inspection import verify_folder
 
-    try:
-        report = {"ok": True, **verify_folder(folder)}
-    except (ValueError, CheckpointError) as error:
-        if as_json:
-            print_json({"ok": False, "folder": str(folder.resolve()), "error": str(error)})
-        raise
-    if as_json:
-        return print_json(report)
+    report = {"ok": True, **verify_folder(folder)}
     for check in report["checks"]:
         typer.echo(f"ok: {check}")
     typer.echo(
         f"{report['folder']}: {report['layers']} quantized layers, {report['tensors']} tensors, "
         f"{report['bytes']:,} bytes"
     )
-    return None
+    return report
 
 
-@command(name="eval")
+@command("eval", prints_result=True)
 def evaluate(
     model: Model,
     text: Annotated[
@@ -433,20 +520,23 @@ def evaluate(
     compare: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="Also report KL divergence from, and top-1 agreement with, MODEL."
+            metavar="MODEL",
+            help="Also report MODEL's perplexity, and KL divergence from and top-1 agreement with "
+            "it.",
         ),
     ] = None,
     card: Annotated[
         bool, typer.Option("--card", help="Record the result in the model card (README.md).")
     ] = False,
-    as_json: Json = False,
-) -> None:
+    device: OnDevice = Device.cpu,
+    dtype: InDtype = None,
+) -> Report:
     """Measure perplexity.
 
     Joins the rows with blank lines, cuts the tokens into non-overlapping windows and reports
     exp(mean token NLL).
     """
-    from ..bundled import check_model_name, load_model, wikitext
+    from ..bundled import check_model_name, wikitext
     from ..checkpoints.folder import is_quantized_folder
     from ..checkpoints.model_card import add_evaluation
     from ..core.texts import read_texts
@@ -461,30 +551,30 @@ def evaluate(
             check_model_name(compare)
     with naming(source="--text"):
         rows = wikitext("test") if text is None else list(read_texts(text))
-    scored, tokenizer = load_model(model)
+    _check_dtype(dtype, model, compare)
+    scored, tokenizer = _load(model, device, dtype)
     if seq_len is None:
         seq_len = min(2048, max_positions(scored) or 2048)
     evaluator = Evaluator(rows, tokenizer, n_samples=windows, seq_len=seq_len)
     evaluator.check_model(scored)
     with naming(name_or_folder="--compare"):
-        reference = None if compare is None else load_model(compare)[0]
-    with stdout_for_json(as_json):
-        if reference is None:
-            result = {"perplexity": float(evaluator.evaluate(scored))}
-        else:
-            result = evaluator.compare(scored, reference)._asdict()
+        reference = None if compare is None else _load(compare, device, dtype)[0]
+    if reference is None:
+        result = {"perplexity": float(evaluator.evaluate(scored))}
+    else:
+        result = evaluator.compare(scored, reference)._asdict()
     if card:
         source = Path(text).name if text else "WikiText-2 test"
         scope = f"{evaluator.num_windows} of {evaluator.available_windows}"
         dataset = f"{source}, {scope} windows of {seq_len} tokens"
-        add_evaluation(model, {f"{name}, {dataset}": value for name, value in result.items()})
-    if as_json:
-        measured = {"windows": evaluator.num_windows, "of_windows": evaluator.available_windows}
-        names = {"model": model, "reference": compare, "text": text or "wikitext-2-raw test"}
-        print_json({**result, **names, **measured, "seq_len": seq_len})
+        own = {name: value for name, value in result.items() if name != "reference_perplexity"}
+        add_evaluation(model, {f"{name}, {dataset}": value for name, value in own.items()})
+    measured = {"windows": evaluator.num_windows, "of_windows": evaluator.available_windows}
+    names = {"model": model, "reference": compare, "text": text or "wikitext-2-raw test"}
+    return {**result, **names, **measured, "seq_len": seq_len}
 
 
-@command()
+@command(prints_result=True)
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
@@ -497,12 +587,13 @@ def generate(
         typer.Option(metavar="T", min=0.0, help="Sampling temperature; 0 decodes greedily."),
     ] = 0.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Sampling seed.")] = 0,
-) -> None:
+    device: OnDevice = Device.cpu,
+    dtype: InDtype = None,
+) -> Report:
     """Generate text from a prompt."""
     import torch
     from transformers import TextStreamer
 
-    from ..bundled import load_model
     from ..models.generation import generate as generate_text
     from ..models.running import check_positions, check_token_ids
 
@@ -511,7 +602,8 @@ def generate(
         raise ValueError(f"temperature must be 0, or finite and >= {least}; got {temperature}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must be in [-2^63, 2^64 - 1]; got {seed}")
-    loaded, tokenizer = load_model(model)
+    _check_dtype(dtype, model)
+    loaded, tokenizer = _load(model, device, dtype)
     if tokenizer is None or not loaded.can_generate():
         raise ValueError(f"MODEL must generate text and have a tokenizer; got {model!r}")
     torch.manual_seed(seed)
@@ -528,17 +620,20 @@ def generate(
     else:
         check_positions(loaded, **tokens)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
-    generate_text(
+    ids = generate_text(
         loaded,
-        **inputs,
+        **inputs.to(loaded.device),
         **({"do_sample": False} | sampling),
         max_new_tokens=max_new_tokens,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         pad_token_id=tokenizer.pad_token_id or 0,
-    )
+    )[0]
+    new = len(ids) - (0 if loaded.config.is_encoder_decoder else tokens["prompt"])
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return {"text": text, "prompt_tokens": tokens["prompt"], "new_tokens": new}
 
 
-@command()
+@command(prints_result=True)
 def bench(
     folder: Annotated[
         Path | None,
@@ -549,11 +644,15 @@ def bench(
     ] = None,
     prompt: Annotated[int, typer.Option(min=2, metavar="T", help="Prompt length in tokens.")] = 128,
     new: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens to generate.")] = 16,
-    as_json: Json = False,
-) -> None:
+    device: OnDevice = Device.cpu,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(help="dtype of the single layer; a folder's model keeps its own."),
+    ] = Dtype.float32,
+) -> Report:
     """Run a quick speed check.
 
-    Compares one quantized layer with torch's fp32 layer and, given FOLDER, a quantized model with
+    Compares one quantized layer with torch's float layer and, given FOLDER, a quantized model with
     its dequantized copy.
     """
     import torch
@@ -569,8 +668,9 @@ def bench(
     from .doctor import chip_name
 
     model = tokenizer = None
+    place = _torch_device(device)
     if folder:
-        model, tokenizer = load_quantized(folder), load_tokenizer(folder)
+        model, tokenizer = load_quantized(folder).to(place), load_tokenizer(folder)
         if not model.can_generate():  # type: ignore[operator]
             raise ValueError(f"FOLDER must hold a model that generates text; got {folder}")
         check_positions(model, prompt=prompt, new=new)
@@ -580,13 +680,15 @@ def bench(
         "processor": chip_name(),
         "instruction_set": ops.isa(),
         "threads": torch.get_num_threads(),
-        "layer": layer_speeds(MixedQuantConfig()),
+        "device": str(place),
+        "layer": layer_speeds(
+            MixedQuantConfig(), dtype=getattr(torch, dtype.value), device=str(place)
+        ),
     }
     if model is not None:
-        report["model"] = model_speeds(model, ids, new)
-    if as_json:
-        return print_json(report)
-    typer.echo(f"{report['processor']}, {report['instruction_set']}, {report['threads']} threads\n")
+        report["model"] = model_speeds(model, ids.to(place), new)
+    where = torch.cuda.get_device_name() if place.type == "cuda" else report["instruction_set"]
+    typer.echo(f"{report['processor']}, {where}, {report['threads']} threads\n")
     for title, rows in (
         ("One 1024 x 1024 layer, group size 128, 5% salient, tokens/s", report["layer"]),
         (f"{folder}, tokens/s", report.get("model", [])),
@@ -596,34 +698,33 @@ def bench(
             head = [name.removesuffix("_tokens_per_second") for name in rows[0]]
             print_table(head, [[_rounded(v) for v in row.values()] for row in rows])
             typer.echo()
-    return None
+    return report
 
 
-@command()
-def doctor(as_json: Json = False) -> None:
+@command(prints_result=True)
+def doctor() -> Report:
     """Describe this machine and installation, for bug reports."""
     from .doctor import environment
 
     report = environment()
-    if as_json:
-        print_json(report)
-    else:
-        for name, value in report.items():
-            parts = value if isinstance(value, Mapping) else {"": value}
-            for part, item in parts.items():
-                item = ", ".join(item) if isinstance(item, list) else item
-                typer.echo(f"{name + (part and f'.{part}'):<28}{item}")
+    for name, value in report.items():
+        parts = value if isinstance(value, Mapping) else {"": value}
+        for part, item in parts.items():
+            item = ", ".join(item) if isinstance(item, list) else item
+            typer.echo(f"{name + (part and f'.{part}'):<28}{item}")
     if "fault" in report:
         raise RuntimeError(f"smoothquant does not work here: {report['fault']}")
+    return report
 
 
-ARGUMENTS_PASSED_ON = {
+ARGUMENTS_PASSED_ON: dict[str, Any] = {
+    "cls": Command,
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
 }
 
 
-@command(name="lm-eval", **ARGUMENTS_PASSED_ON)
+@app.command("lm-eval", **ARGUMENTS_PASSED_ON)
 def lm_eval(context: typer.Context) -> None:
     """Run lm-evaluation-harness on quantized models.
 
@@ -637,13 +738,13 @@ def lm_eval(context: typer.Context) -> None:
     cli_evaluate()
 
 
-@command(**ARGUMENTS_PASSED_ON)
+@app.command(**ARGUMENTS_PASSED_ON)
 def sweep(context: typer.Context) -> None:
     """Measure many settings; rerun to resume."""
     _run_experiments(context.args)
 
 
-@command(**ARGUMENTS_PASSED_ON)
+@app.command(**ARGUMENTS_PASSED_ON)
 def plot(context: typer.Context) -> None:
     """Plot the finished part of a sweep.
 
@@ -658,9 +759,49 @@ def _run_experiments(argv: list[str]) -> None:
     except ImportError as error:
         raise RuntimeError(
             f"run_experiments or a package that it needs is missing ({error}): "
-            "pip install 'smoothquant[experiments]'"
+            f"{install_command('experiments')}"
         ) from error
     raise typer.Exit(main(argv))
+
+
+def _torch_device(device: Device) -> torch.device:
+    """The device to run on; RuntimeError if it is "cuda" and the kernels do not run there."""
+    import torch
+
+    from ..kernels import ops
+
+    fault = ""
+    if device != Device.cpu:
+        if not torch.cuda.is_available():
+            fault = "PyTorch finds no GPU"
+        elif not ops.has_cuda():
+            fault = "MixedQuant was built without CUDA kernels"
+    if fault and device == Device.cuda:
+        raise RuntimeError(f"--device cuda cannot be used: {fault}")
+    return torch.device("cpu" if fault or device == Device.cpu else "cuda")
+
+
+def _check_dtype(dtype: Dtype | None, *models: str | None) -> None:
+    """Raise ValueError if a dtype is given, but every model is quantized and keeps its own."""
+    from ..checkpoints.folder import is_quantized_folder
+
+    if dtype is not None and all(is_quantized_folder(name) for name in models if name):
+        raise ValueError(
+            "dtype must not be given for a quantized folder, which keeps its own; got "
+            f"{dtype.value}"
+        )
+
+
+def _load(name: str, device: Device, dtype: Dtype | None) -> tuple[Any, Any]:
+    """(model, tokenizer) of a bundled name, folder or Hugging Face id."""
+    import torch
+
+    from ..bundled import load_model
+
+    place = _torch_device(device)
+    wanted = None if dtype is None else getattr(torch, dtype.value)
+    model, tokenizer = load_model(name, dtype=wanted)
+    return model.to(place), tokenizer
 
 
 def _calibration(texts: str | None) -> str:

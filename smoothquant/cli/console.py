@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import io
 import json
+import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ..core.messages import REPORTED_ERRORS, one_line, option_words, shortened
+from ..core.messages import REPORTED_ERRORS, in_words, one_line, option_words, shortened
+from ..core.progress import without_bars
 
 # Not exported by Typer. Its other subclasses stand for unknown commands and options.
 UsageError: Any = typer.BadParameter.__base__
@@ -22,12 +27,21 @@ UsageError: Any = typer.BadParameter.__base__
 NUMERIC = set("0123456789,.")
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
+# The options that every command has which does not pass its arguments on.
+OUTPUT_OPTIONS = {
+    "as_json": typer.Option("--json", help="Print only the result, as JSON, to stdout."),
+    "quiet": typer.Option("--quiet", "-q", help="Print no progress, notes or warnings."),
+    "verbose": typer.Option("--verbose", help="Print log messages, and tracebacks of errors."),
+}
+
 
 @contextlib.contextmanager
-def errors_as_exit_codes(words: Mapping[str, str]) -> Iterator[None]:
+def errors_as_exit_codes(words: Mapping[str, str], *, traceback: bool = False) -> Iterator[None]:
     """Turn an error into one line on stderr and exit code 1, and Ctrl-C into exit code 130.
 
-    words: what the command calls the arguments of Python functions, from `option_words`.
+    Args:
+        words: what the command calls the arguments of Python functions, from `option_words`.
+        traceback: let errors through, as with MIXEDQUANT_TRACEBACK.
     """
     try:
         yield
@@ -37,19 +51,106 @@ def errors_as_exit_codes(words: Mapping[str, str]) -> Iterator[None]:
         typer.echo("\nsmoothquant: interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from None
     except REPORTED_ERRORS as error:
-        if os.environ.get("MIXEDQUANT_TRACEBACK"):
+        if traceback or os.environ.get("MIXEDQUANT_TRACEBACK"):
             raise
         typer.echo(f"smoothquant: error: {one_line(error, words)}", err=True)
         raise typer.Exit(1) from None
 
 
 class Command(TyperCommand):
-    """A command that reports errors as one line on stderr and an exit code."""
+    """A command that reports errors as one line on stderr and an exit code; with --json, also as
+    JSON on stdout."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        with errors_as_exit_codes(option_words(self.params)):
-            return super().invoke(ctx)
+        words = option_words(self.params)
+        with errors_as_exit_codes(words, traceback=bool(ctx.params.get("verbose"))):
+            try:
+                return super().invoke(ctx)
+            except REPORTED_ERRORS as error:
+                if ctx.params.get("as_json"):
+                    print_json({"ok": False, "error": in_words(str(error), words)})
+                raise
+
+
+def with_output_options(function: Callable, *, prints_result: bool) -> Callable:
+    """Give a command the options in `OUTPUT_OPTIONS`.
+
+    Args:
+        function: the command. It prints text, and returns its result for --json.
+        prints_result: the text is what one runs the command for, so --quiet does not hide it.
+    """
+
+    @functools.wraps(function)
+    def command(
+        *args: Any,
+        as_json: bool = False,
+        quiet: bool = False,
+        verbose: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if quiet and verbose:
+            raise typer.BadParameter("--quiet cannot be combined with --verbose")
+        with contextlib.ExitStack() as stack:
+            if quiet:
+                stack.enter_context(_quiet())
+            if verbose:
+                stack.enter_context(_verbose())
+            if as_json or (quiet and not prints_result):
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            result = function(*args, **kwargs)
+        if as_json:
+            print_json(result)
+
+    signature = inspect.signature(function, eval_str=True)
+    added = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
+        )
+        for name, option in OUTPUT_OPTIONS.items()
+    ]
+    command.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), *added]
+    )
+    return command
+
+
+@contextlib.contextmanager
+def _log_level(level: int) -> Iterator[None]:
+    logger = logging.getLogger("smoothquant")
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Variables that packages read when they are imported, which is later; unless they are set."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    bars = _environment(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
+    with bars, without_bars(), _log_level(logging.ERROR), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _verbose() -> Iterator[None]:
+    logging.basicConfig(format="%(name)s: %(message)s")
+    with _environment(TRANSFORMERS_VERBOSITY="info"), _log_level(logging.DEBUG):
+        yield
 
 
 class Group(TyperGroup):
@@ -82,11 +183,6 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-def stdout_for_json(as_json: bool) -> contextlib.AbstractContextManager:
-    """Send prints to stderr if stdout is reserved for JSON."""
-    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
 def print_json(value: Mapping[str, Any]) -> None:

@@ -14,8 +14,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from ..core.version import DISTRIBUTION, __version__
+
 PACKAGES = (
-    "smoothquant",
     "torch",
     "transformers",
     "safetensors",
@@ -40,7 +41,7 @@ def environment() -> dict[str, Any]:
         "processor": chip_name(),
         "cores": os.cpu_count(),
         "memory_gib": _memory_gib(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {DISTRIBUTION: __version__} | {name: _version(name) for name in PACKAGES},
         "package_folder": str(Path(__file__).resolve().parents[1]),
         "variables": {
             name: value

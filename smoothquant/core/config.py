@@ -10,6 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 MAX_ROTATION = 512
@@ -72,7 +73,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+SHOWN_PATTERNS = 8  # patterns of `ignore` in a repr
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class MixedQuantConfig:
     """How the Linear layers of a model are quantized.
 
@@ -274,6 +278,26 @@ class MixedQuantConfig:
                 "would depend on other tokens; use act_quant='per_token' or backend='fake'"
             )
 
+    def __repr__(self) -> str:
+        """The recipe and the fields that it does not imply, as a call that makes this config; texts
+        as their number and hash. `to_dict` has all fields."""
+        sizes = ("recipe", "group_size", "num_bits", "act_bits", "bits", "backend")
+        implied = MixedQuantConfig(**{name: getattr(self, name) for name in sizes})
+        shown = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            usual = field.default if field.name in sizes else getattr(implied, field.name)
+            if field.name != "recipe" and value == usual:
+                continue
+            text = repr(value)
+            if field.name == "calibration" and isinstance(value, tuple):
+                texts = "1 text" if len(value) == 1 else f"{len(value):,} texts"
+                text = f"<{texts}, {_digest(value)[:15]}>"
+            elif field.name == "ignore" and len(value) > SHOWN_PATTERNS:
+                text = f"<{len(value):,} patterns>"
+            shown.append(f"{field.name}={text}")
+        return f"MixedQuantConfig({', '.join(shown)})"
+
     @property
     def activation_bits(self) -> int:
         """``act_bits``, or ``num_bits`` if it is None."""
@@ -329,8 +353,7 @@ class MixedQuantConfig:
         empty."""
         fields = dataclasses.asdict(self)
         if isinstance(self.calibration, tuple):
-            digest = hashlib.sha256("\0".join(self.calibration).encode()).hexdigest()
-            fields["calibration"] = f"sha256:{digest}"
+            fields["calibration"] = _digest(self.calibration)
         fields["ignore"] = list(self.ignore)
         return {n: v for n, v in fields.items() if n not in NEWER or v != NEWER[n]}
 
@@ -357,6 +380,10 @@ class MixedQuantConfig:
         if unknown:
             raise ValueError(f"unknown MixedQuantConfig field(s): {', '.join(unknown)}")
         return cls(**fields)
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return f"sha256:{hashlib.sha256(chr(0).join(texts).encode()).hexdigest()}"
 
 
 def layer_group_size(config: MixedQuantConfig, k4: int) -> int:
@@ -428,6 +455,46 @@ def parse_field(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except (ValueError, RecursionError):
         return name, value
+
+
+def read_fields(path: str | os.PathLike) -> dict[str, Any]:
+    """Read MixedQuantConfig fields from a TOML, YAML or JSON file; their values are not checked.
+
+    Raises:
+        ValueError: the suffix is unknown, there is no such file, or it does not hold a table.
+        RuntimeError: the file is TOML, and Python is older than 3.11.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in (".toml", ".yaml", ".yml", ".json"):
+        raise ValueError(f"config_file must end in .toml, .yaml, .yml or .json; got {str(path)!r}")
+    if not path.is_file():
+        raise ValueError(f"config_file: no such file: {str(path)!r}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if suffix == ".toml":
+            fields = _toml(text)
+        elif suffix == ".json":
+            fields = json.loads(text)
+        else:
+            import yaml  # transformers requires it
+
+            fields = yaml.safe_load(text)
+    except RuntimeError:
+        raise
+    except Exception as error:  # each format has errors of its own
+        raise ValueError(f"config_file: cannot read {str(path)!r}: {error}") from error
+    if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
+        raise ValueError(f"config_file must hold fields and values; got {str(path)!r}")
+    return fields
+
+
+def _toml(text: str) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ImportError as error:
+        raise RuntimeError("reading TOML needs Python 3.11; use YAML or JSON") from error
+    return tomllib.loads(text)
 
 
 def _checked_calibration(calibration: Any) -> str | tuple[str, ...] | None:

@@ -32,11 +32,13 @@ class Comparison(NamedTuple):
         kl: KL(P || Q) in nats, where P is the reference's next-token distribution and Q the
             model's.
         top1: fraction of tokens for which both have the same most likely next token, in [0, 1].
+        reference_perplexity: the reference's perplexity.
     """
 
     perplexity: float
     kl: float
     top1: float
+    reference_perplexity: float
 
 
 class HeadLogits:
@@ -181,8 +183,15 @@ class Evaluator:
         Raises:
             ValueError: as `check_model`, or the vocabularies differ in size.
         """
+        return self._token_comparison(model, reference)[:3]
+
+    @torch.no_grad()
+    def _token_comparison(
+        self, model: nn.Module, reference: nn.Module | HeadLogits | Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`token_comparison`, and `token_nlls` of the reference."""
         shape = (self.num_windows, self.seq_len - 1)
-        nlls, kls = torch.empty(2, *shape, dtype=torch.float64)
+        nlls, kls, reference_nlls = torch.empty(3, *shape, dtype=torch.float64)
         same = torch.empty(shape, dtype=torch.bool)
         with ExitStack() as modes:
             for scored in (model, reference):
@@ -197,8 +206,8 @@ class Evaluator:
                         f"like the model; got {tuple(expected.shape)}"
                     )
                 scores = _compare(logits, expected, self._labels(index))
-                nlls[index], kls[index], same[index] = scores
-        return nlls, kls, same
+                nlls[index], kls[index], same[index], reference_nlls[index] = scores
+        return nlls, kls, same, reference_nlls
 
     def compare(
         self, model: nn.Module, reference: nn.Module | HeadLogits | Sequence[Tensor]
@@ -208,13 +217,17 @@ class Evaluator:
         The arguments are those of `token_comparison`. Prints the result and how it was measured.
         """
         started = time.perf_counter()
-        nlls, kls, same = self.token_comparison(model, reference)
+        nlls, kls, same, reference_nlls = self._token_comparison(model, reference)
         seconds = time.perf_counter() - started
         result = Comparison(
-            nlls.mean().exp().item(), kls.mean().item(), same.double().mean().item()
+            nlls.mean().exp().item(),
+            kls.mean().item(),
+            same.double().mean().item(),
+            reference_nlls.mean().exp().item(),
         )
         print(
-            f"perplexity {result.perplexity:.4f}, KL divergence {result.kl:.5f} nats, "
+            f"perplexity {result.perplexity:.4f} (reference "
+            f"{result.reference_perplexity:.4f}), KL divergence {result.kl:.5f} nats, "
             f"top-1 agreement {result.top1:.2%} {self._measured(seconds)}"
         )
         return result
@@ -295,8 +308,10 @@ def _nlls(logits: Tensor, labels: Tensor) -> Tensor:
     )
 
 
-def _compare(logits: Tensor, expected: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Token NLL, KL divergence and top-1 agreement, each [T] on the CPU.
+def _compare(
+    logits: Tensor, expected: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token NLL, KL divergence, top-1 agreement and the reference's NLL, each [T] on the CPU.
 
     Args:
         logits, expected: [T, V], the logits of the model and of the reference.
@@ -309,11 +324,13 @@ def _compare(logits: Tensor, expected: Tensor, labels: Tensor) -> tuple[Tensor, 
         log_p = nn.functional.log_softmax(reference.float(), dim=-1)
         # Not exp(log_p): its last bits depend on where threads split the tensor.
         p = nn.functional.softmax(reference.float(), dim=-1)
+        expected_nll = nn.functional.nll_loss(log_p, label, reduction="none").double()
         kl = (p * log_p.sub_(log_q)).sum(-1, dtype=torch.float64)
         nll = nn.functional.nll_loss(log_q, label, reduction="none").double()
-        parts.append((nll.cpu(), kl.cpu(), (chunk.argmax(-1) == reference.argmax(-1)).cpu()))
-    nll, kl, same = (torch.cat(part) for part in zip(*parts, strict=True))
-    return nll, kl, same
+        same = chunk.argmax(-1) == reference.argmax(-1)
+        parts.append((nll.cpu(), kl.cpu(), same.cpu(), expected_nll.cpu()))
+    nll, kl, same, expected_nll = (torch.cat(part) for part in zip(*parts, strict=True))
+    return nll, kl, same, expected_nll
 
 
 def _in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -74,25 +74,39 @@ def generate_times(model: Any, prompt: Tensor, new: int) -> tuple[float, float]:
 
 @torch.no_grad()
 def layer_speeds(
-    config: MixedQuantConfig, k: int = 1024, n: int = 1024, turns: int = 5
+    config: MixedQuantConfig,
+    k: int = 1024,
+    n: int = 1024,
+    turns: int = 5,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> list[dict[str, Any]]:
-    """Compare a W4A4Linear with random weights and torch's fp32 linear.
+    """Compare a W4A4Linear with random weights and torch's linear of the same dtype.
+
+    Args:
+        dtype: float32, bfloat16 or float16, of the weights and the input.
+        device: where both run.
 
     Returns:
         One dict for each number of tokens, with "tokens", "int4_tokens_per_second",
-        "fp32_tokens_per_second" and "ratio": medians of `turns` alternating runs.
+        "fp32_tokens_per_second" (or "bf16_...", "fp16_...") and "ratio": medians of `turns`
+        alternating runs.
     """
     generator = torch.Generator().manual_seed(0)
-    linear = nn.Linear(k, n, bias=False)
+    linear = nn.Linear(k, n, bias=False, dtype=dtype)
     linear.weight.copy_(torch.randn(n, k, generator=generator))
     num_salient = int((config.salient_prop or 0) * k)
     plan = ChannelPlan(torch.arange(k, dtype=torch.int32), num_salient)
-    layer = W4A4Linear.from_weight(linear.weight, None, config, plan)
+    layer = W4A4Linear.from_weight(linear.weight, None, config, plan).to(device)
+    linear = linear.to(device)
+    baseline = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     rows = []
     for tokens in TOKENS:
-        x = torch.randn(tokens, k, generator=generator)
-        int4, fp32 = _medians([partial(_seconds, layer, x), partial(_seconds, linear, x)], turns)
-        rows.append(_row(tokens=tokens, int4=tokens / int4, fp32=tokens / fp32))
+        x = torch.randn(tokens, k, generator=generator).to(device, dtype)
+        ours, plain = _medians([partial(_seconds, layer, x), partial(_seconds, linear, x)], turns)
+        speeds = {"int4": tokens / ours, baseline: tokens / plain}
+        rows.append(_row(tokens=tokens, **speeds))
     return rows
 
 

@@ -322,6 +322,39 @@ def _snapshot(name: str, patterns: list[str], **where: Any) -> Path:
         return Path(folder)
 
 
+def download(name: str) -> Path:
+    """The folder of a Hugging Face repository's config, weights (safetensors) and companions.
+
+    What is not in the cache is downloaded. Raises what huggingface_hub raises.
+    """
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS]
+    # no other formats in subfolders, no second copy of the weights (Mistral)
+    return _snapshot(name, patterns, ignore_patterns=["*/*", "consolidated*"])
+
+
+def companions_of(model: Any) -> Companions | None:
+    """The files beside the weights that a transformers model was loaded from.
+
+    They are downloaded if the model came from Hugging Face and they are not in the cache; never for
+    a model that came from a folder.
+
+    Returns:
+        None if no tokenizer is among them, or they are not found.
+    """
+    name = str(getattr(model, "name_or_path", "") or "")
+    if os.path.isdir(name):
+        found = Companions(name)
+        return found if found.has_tokenizer else None
+    # Known only for models from Hugging Face. The name alone could be that of a deleted folder.
+    revision = getattr(model.config, "_commit_hash", None)
+    for local in (True, False) if name and revision else ():
+        with suppress(Exception):  # no network, or not in the cache
+            found = Companions(name, revision=revision, local_files_only=local)
+            if found.has_tokenizer:
+                return found
+    return None
+
+
 class Companions:
     """The files beside the weights of a model: tokenizer, processor, generation config.
 
@@ -330,13 +363,14 @@ class Companions:
 
     Args:
         name_or_folder: a model folder, or a Hugging Face id, whose files are downloaded.
+        where: more arguments of ``snapshot_download``, such as ``revision``.
     """
 
-    def __init__(self, name_or_folder: str | os.PathLike) -> None:
+    def __init__(self, name_or_folder: str | os.PathLike, **where: Any) -> None:
         if os.path.isdir(name_or_folder):
             self.folder = Path(name_or_folder)
         else:
-            self.folder = _snapshot(os.fspath(name_or_folder), list(COMPANIONS))
+            self.folder = _snapshot(os.fspath(name_or_folder), list(COMPANIONS), **where)
 
     @property
     def has_tokenizer(self) -> bool:

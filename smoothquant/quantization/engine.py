@@ -40,7 +40,13 @@ from .checks import (
     warn_of_tables,
 )
 from .pipeline import UNREACHED, Group, Ready, model_groups, ready_groups
-from .records import LinearRecord, kept_records, quantized_record, warn_if_mostly_kept
+from .records import (
+    LinearRecord,
+    QuantizationReport,
+    kept_records,
+    quantized_record,
+    warn_if_mostly_kept,
+)
 from .tables import pack_table
 
 # (model, batches, output head whose input's statistics are needed or None) -> statistics
@@ -162,7 +168,7 @@ class Plan:
         )
 
     @torch.no_grad()
-    def finish(self) -> list[LinearRecord]:
+    def finish(self) -> QuantizationReport:
         """Quantize the output head and the embeddings, if asked for, and mark the model as
         quantized.
 
@@ -181,7 +187,7 @@ class Plan:
             self.records[record.name] = record
         packed = [self.records[name] for group in self.groups for name in group.names]
         packed += [self.records[table.name] for table in self.tables]
-        report = packed + kept_records(self.model, self.items, self.kept)
+        report = QuantizationReport(packed + kept_records(self.model, self.items, self.kept))
         warn_if_mostly_kept(self.model, report)
         model: Any = self.model
         model.mixedquant_config, model.mixedquant_report = self.config, report

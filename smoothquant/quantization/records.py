@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import html
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..core.version import install_command
 from ..layers.linear import QuantizedLinear
 from ..models.families import LayerInput, known_inputs
 from ..models.kept import kept_modules
 from ..models.tables import find_tables
 
 logger = logging.getLogger("smoothquant")
+SHOWN_REASONS, SHOWN_ROWS = 4, 60  # in a report's repr, and in its table in notebooks
 EMBEDDING = "embedding"  # the reason of an embedding that stays, or the beginning of it
 
 
@@ -42,7 +46,76 @@ class LinearRecord:
     reason: str
 
 
-def quantization_report(model: nn.Module) -> list[LinearRecord]:
+class QuantizationReport(list[LinearRecord]):
+    """The records of all parameters of a model, the quantized ones first: a list that prints as a
+    summary, and that notebooks show as a table."""
+
+    @property
+    def quantized(self) -> list[LinearRecord]:
+        """The records of the quantized matrices."""
+        return [record for record in self if record.action == "quantized"]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean bits of a quantized weight, scales and permutations included; NaN if there is
+        none."""
+        weights = sum(math.prod(record.shape) for record in self.quantized)
+        bits = sum(math.prod(record.shape) * record.bits_per_weight for record in self.quantized)
+        return bits / weights if weights else math.nan
+
+    def to_pandas(self) -> Any:
+        """The records as a pandas DataFrame, with a column for each attribute of `LinearRecord`.
+
+        Raises:
+            RuntimeError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise RuntimeError(
+                f"to_pandas needs pandas, which is not installed ({error}): "
+                f"{install_command('experiments')}"
+            ) from error
+        names = [field.name for field in dataclasses.fields(LinearRecord)]
+        return pandas.DataFrame([dataclasses.asdict(record) for record in self], columns=names)
+
+    def __repr__(self) -> str:
+        weights = sum(math.prod(record.shape) for record in self.quantized)
+        kept = Counter(record.reason for record in self if record.action != "quantized")
+        reasons = [f"{reason} ({count})" for reason, count in kept.most_common(SHOWN_REASONS)]
+        more = len(kept) - len(reasons)
+        reasons += [f"{more} more reasons"] if more > 0 else []
+        return (
+            f"QuantizationReport of {len(self)} parameters\n"
+            f"  quantized: {len(self.quantized)} matrices with {weights:,} weights at "
+            f"{self.bits_per_weight:.3f} bits\n"
+            f"  kept: {len(self) - len(self.quantized)}: {', '.join(reasons) or 'nothing'}"
+        )
+
+    def _repr_html_(self) -> str:
+        head = ("name", "shape", "action", "bits", "salient", "reason")
+        rows = [
+            (
+                record.name,
+                " x ".join(map(str, record.shape)),
+                record.action,
+                f"{record.bits_per_weight:.3f}",
+                str(record.num_salient),
+                record.reason,
+            )
+            for record in self[:SHOWN_ROWS]
+        ]
+        more = len(self) - len(rows)
+        lines = [_html_row("th", head), *(_html_row("td", row) for row in rows)]
+        rest = f"<p>and {more:,} more: to_pandas() has all</p>" if more else ""
+        return f"<pre>{html.escape(repr(self))}</pre><table>{''.join(lines)}</table>{rest}"
+
+
+def _html_row(tag: str, cells: Iterable[str]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+
+def quantization_report(model: nn.Module) -> QuantizationReport:
     """A record for every parameter of a quantized model, the quantized ones first.
 
     These are the records that `quantize` returned. For a model that was loaded quantized, they are
@@ -61,7 +134,7 @@ def quantization_report(model: nn.Module) -> list[LinearRecord]:
     config: Any = getattr(model, "mixedquant_config", None)
     kept = kept_modules(model, config.ignore if config else ())
     kept |= find_tables(model, config).kept if config else {}
-    return quantized + kept_records(model, known_inputs(model), kept)
+    return QuantizationReport(quantized + kept_records(model, known_inputs(model), kept))
 
 
 class WeightCounts(NamedTuple):
@@ -75,10 +148,15 @@ class WeightCounts(NamedTuple):
     kept: int
     embeddings: int
 
+    @property
+    def share(self) -> float:
+        """The quantized share of all weights but embeddings, in [0, 1]."""
+        return self.quantized / max(1, self.quantized + self.kept)
+
     def __str__(self) -> str:
         total = self.quantized + self.kept
         return (
-            f"{self.quantized / max(1, total):.1%} of the weights are quantized: "
+            f"{self.share:.1%} of the weights are quantized: "
             f"{self.quantized:,} of {total:,}, without {self.embeddings:,} of embeddings"
         )
 
