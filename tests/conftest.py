@@ -32,11 +32,13 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if not item.get_closest_marker("long")]
 
 
-@pytest.fixture
-def linears_alone(monkeypatch):
+@pytest.fixture(scope="module")
+def linears_alone():
     """The output head and the embeddings stay as they are, unless a config names a format: for
     tests whose records, bytes or sizes are those of the linears."""
-    monkeypatch.setattr(tables, "DEFAULT_FORMAT", "16bit")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "DEFAULT_FORMAT", "16bit")
+        yield
 
 
 # Hidden and intermediate sizes are no multiples of the group sizes used, nor powers of two.

@@ -313,32 +313,34 @@ def test_a_head_is_tied_to_the_embeddings_of_a_base_model(token_ids, tmp_path):
 
 
 @pytest.mark.parametrize("fields", at_length(
-    [{"head": "int8"}, {"embeddings": "int4"}, {"head": "int4", "embeddings": "int8"}],
-    [{"embeddings": "int4"}],
+    [{}, {"head": "16bit"}, {"embeddings": "int4"}, {"head": "int4", "embeddings": "16bit"}],
+    [{}, {"head": "16bit", "embeddings": "int4"}],
 ))  # fmt: skip
 def test_untied_tables_are_quantized_apart(fields, token_ids, tmp_path):
     cfg = MixedQuantConfig(group_size=16, calibration="weights", **fields)
     model = quantized(UNTIED, cfg)
     classes = {"int8": Int8Linear, "int4": W4A4Linear}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    assert type(head) is classes.get(fields.get("head"), nn.Linear)
+    assert type(head) is classes.get(fields.get("head", "int8"), nn.Linear)
     packed = getattr(embedding, "packed", None)
-    assert type(packed) is classes.get(fields.get("embeddings"), type(None))
+    assert type(packed) is classes.get(fields.get("embeddings", "int8"), type(None))
     save_quantized(model, tmp_path / "m")
     assert_same_bits(load_quantized(tmp_path / "m")(token_ids).logits, model(token_ids).logits)
 
 
 @pytest.mark.parametrize("field", at_length(["head", "embeddings"], ["head"]))
-def test_one_field_is_enough_for_a_tied_weight(field):
-    cfg = MixedQuantConfig(group_size=16, calibration="weights", **{field: "int8"})
-    expected = quantized("llama", by_weights("int8"))
+@pytest.mark.parametrize("kind", at_length(["16bit", "int8", "int4", None], ["16bit", None]))
+def test_one_field_is_enough_for_a_tied_weight(field, kind):
+    cfg = MixedQuantConfig(group_size=16, calibration="weights", **{field: kind})
+    expected = quantized("llama", by_weights(kind or "int8"))
     assert_same_tensors(quantized("llama", cfg).state_dict(), expected.state_dict())
 
 
 def test_a_tied_weight_has_one_format():
     model = build_model("llama")
-    with pytest.raises(ValueError, match="head and embeddings must not differ .* head='int8'"):
-        quantize(model, MixedQuantConfig(head="int8", embeddings="int4"), progress=False)
+    for other in ("int4", "16bit"):
+        with pytest.raises(ValueError, match="head and embeddings must not differ .* head='int8'"):
+            quantize(model, MixedQuantConfig(head="int8", embeddings=other), progress=False)
     assert type(model.lm_head) is nn.Linear
 
 
@@ -551,11 +553,14 @@ def test_tables_of_a_model_without_other_linears_are_found():
 # ---- Config, files and commands ----
 
 
-def test_the_default_adds_nothing_to_a_config():
-    fields = MixedQuantConfig().to_dict()
+def test_configs_from_before_there_were_formats_keep_16_bits():
+    before = MixedQuantConfig(head="16bit", embeddings="16bit")
+    fields = before.to_dict()
     assert not fields.keys() & {"head", "embeddings"}
-    chosen = MixedQuantConfig(head="int8", embeddings="int4")
-    assert MixedQuantConfig.from_dict(chosen.to_dict()) == chosen
+    assert MixedQuantConfig.from_dict(fields) == before
+    assert MixedQuantConfig.from_fields(fields) == MixedQuantConfig() != before
+    for chosen in (MixedQuantConfig(), MixedQuantConfig(head="int8", embeddings="int4")):
+        assert MixedQuantConfig.from_dict(chosen.to_dict()) == chosen
     assert chosen.to_dict() == fields | {"head": "int8", "embeddings": "int4"}
 
 
@@ -593,12 +598,21 @@ def test_an_edited_folder_is_refused(kind, tmp_path):
             load_quantized(tmp_path / "m")
 
 
-def test_an_export_names_the_quantized_head(tmp_path):
-    cfg = MixedQuantConfig(
-        recipe="rtn", salient_prop=0, sort="none", head="int8", calibration="weights"
-    )
-    with pytest.raises(ValueError, match="cannot express lm_head: .* head='16bit'"):
-        export_compressed_tensors(quantized(UNTIED, cfg), tmp_path / "m")
+@pytest.mark.parametrize("architecture", [UNTIED, "llama"])
+def test_an_export_writes_floats(architecture, token_ids, tmp_path):
+    fields = {"recipe": "rtn", "salient_prop": 0, "sort": "none", "calibration": "weights"}
+    model = quantized(architecture, MixedQuantConfig(**fields))
+    before = model(token_ids).logits
+    export_compressed_tensors(model, tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    floats = copy.deepcopy(model)
+    dequantize(floats)
+    expected = floats.get_input_embeddings().weight
+    assert torch.equal(tensors["model.embed_tokens.weight"], expected)
+    if architecture == UNTIED:
+        assert torch.equal(tensors["lm_head.weight"], floats.lm_head.weight)
+    assert not any("packed" in name for name in tensors if "layers" not in name)
+    assert_same_bits(model(token_ids).logits, before)
 
 
 def test_adapters_on_all_linears_leave_the_head_out():
