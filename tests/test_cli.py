@@ -519,7 +519,8 @@ def test_bench(folder, monkeypatch):
 def test_sweep_and_plot(tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     words = [
-        "--model", "tiny-opt", "--group-sizes", 64, "--salient-props", 0.05, "--sorts", "rms",
+        "--preset", "rtn", "--model", "tiny-opt",
+        "--group-sizes", 64, "--salient-props", 0.05, "--sorts", "rms",
         "--backends", "int4", "--windows", 1, "--seqlen", 32, "--calibration-blocks", 1,
         "--output", tmp_path / "store",
     ]  # fmt: skip

@@ -43,7 +43,7 @@ def test_there_is_one_name():
 def test_no_advice_uses_another_name():
     found = texts()
     assert ROOT / "README.md" in found and len(found) > 100
-    stale = re.compile(r"smoothquant\[[a-z]|install '?smoothquant\b")
+    stale = re.compile(r"smoothquant\\?\[[a-z{]|install '?smoothquant\b")
     advice = re.compile(r"(?:install_command\(['\"]|mixedquant\[)([a-z-]+)['\"\]]")
     extras = set()
     for path, text in found.items():

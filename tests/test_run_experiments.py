@@ -859,7 +859,7 @@ def test_without_plotly_the_page_names_the_extra(finished, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     arguments = ["--preset", "tiny", "--output", str(finished[0]), "--figures", str(tmp_path)]
     assert main(["report", *arguments]) == 1
-    assert re.search(r"error: .*smoothquant\[experiments\]", capsys.readouterr().err)
+    assert re.search(r"error: .*mixedquant\[experiments\]", capsys.readouterr().err)
 
 
 # ---- published names ----

@@ -155,7 +155,7 @@ def test_budgets_are_cells_or_minutes():
 
 def test_without_optuna_the_extra_is_named(tmp_path, monkeypatch, computed):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(RuntimeError, match=r"smoothquant\[search\]"):
+    with pytest.raises(RuntimeError, match=r"mixedquant\[search\]"):
         find_front(PRESET, Store(tmp_path), Budget(cells=1), progress=False)
     assert computed == []
 

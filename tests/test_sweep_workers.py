@@ -208,7 +208,7 @@ def test_workers_receive_only_json(monkeypatch, tmp_path):
 def test_a_missing_package_names_the_extra(executor, package, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)
     extra = executor.partition(":")[0]
-    with pytest.raises(RuntimeError, match=rf"smoothquant\[{extra}\]"):
+    with pytest.raises(RuntimeError, match=rf"mixedquant\[{extra}\]"):
         sweep(SMALL, Store(tmp_path), progress=False, executor=executor)
 
 
