@@ -21,6 +21,8 @@ from smoothquant.bundled import DATA, load_bundled, wikitext
 from smoothquant.fake_quant import quantize_model
 from smoothquant.models.running import max_positions
 
+pytestmark = pytest.mark.usefixtures("linears_alone")
+
 TOKENS = 512
 SMALL = {
     "hidden_size": 32,

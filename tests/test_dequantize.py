@@ -10,6 +10,8 @@ from smoothquant.layers.linear import QuantizedLinear, W4A4Linear
 from smoothquant.models.modules import module_copy
 from smoothquant.models.routing import expert_matrix
 
+pytestmark = pytest.mark.usefixtures("linears_alone")
+
 CONFIG = MixedQuantConfig(group_size=20, salient_prop=0.1, recipe="fast")
 
 

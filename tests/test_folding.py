@@ -17,7 +17,10 @@ from smoothquant.channels.sorting import ChannelPlan
 from smoothquant.layers.linear import FakeW4A4Linear, QuantizedLinear, W4A4Linear
 from smoothquant.models.families import LayerInput, value_rows
 
-pytestmark = pytest.mark.filterwarnings("ignore:no token was routed")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:no token was routed"),
+    pytest.mark.usefixtures("linears_alone"),
+]
 
 # Last parts of the names of the linears behind elementwise functions, and behind attention.
 ELEMENTWISE = ("down_proj", "fc2", "dense_4h_to_h")

@@ -10,6 +10,8 @@ from smoothquant.checkpoints.sizes import bytes_by_kind, planned_bytes
 from smoothquant.layers.linear import W4A4Linear
 from smoothquant.model_size import Byte, get_model_size
 
+pytestmark = pytest.mark.usefixtures("linears_alone")
+
 
 @pytest.mark.parametrize("choices", [{"salient_format": "int8"}, {"backend": "fake"}])
 def test_plan_and_folder_and_model_agree(architecture, choices, make_model, tmp_path):

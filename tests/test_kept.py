@@ -20,7 +20,10 @@ from smoothquant.cli.commands import app
 from smoothquant.models.kept import kept_modules, output_heads
 from smoothquant.quantization.records import weight_counts
 
-pytestmark = pytest.mark.filterwarnings("ignore:model type .* is unknown", "ignore:.*weight_norm")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:model type .* is unknown", "ignore:.*weight_norm"),
+    pytest.mark.usefixtures("linears_alone"),
+]
 CONFIG = MixedQuantConfig(group_size=16)
 SIZES = {
     "vocab_size": 64,

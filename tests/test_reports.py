@@ -14,6 +14,8 @@ from smoothquant import (
 )
 from smoothquant.quantization.records import SHOWN_ROWS, LinearRecord, QuantizationReport
 
+pytestmark = pytest.mark.usefixtures("linears_alone")
+
 
 @pytest.mark.parametrize(
     "shown",

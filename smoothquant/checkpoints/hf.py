@@ -604,18 +604,20 @@ def _has_place(model: nn.Module, name: str) -> bool:
 
 
 def _skip_initialization(model: nn.Module) -> None:
-    """Mark the modules above quantized experts as loaded: some of transformers' `_init_weights`
-    would look for float experts in them."""
+    """Mark quantized experts, output heads and embeddings as loaded, and the modules above them:
+    some of transformers' `_init_weights` would look for float weights in them."""
+
+    def is_packed(module: nn.Module) -> bool:
+        return isinstance(module, (W4A4Experts, QuantizedEmbedding)) or (
+            isinstance(module, QuantizedLinear) and bool(module.table)
+        )
+
     for module in model.modules():
-        above = any(isinstance(child, W4A4Experts) for child in module.children())
-        if above and not module._buffers:  # buffers are computed by the initialization
+        above = any(map(is_packed, module.children()))
+        # buffers are computed by the initialization
+        if is_packed(module) or (above and not module._buffers):
             marked: Any = module
             marked._is_hf_initialized = True
-        if isinstance(module, QuantizedEmbedding) or (
-            isinstance(module, QuantizedLinear) and module.table
-        ):
-            table: Any = module
-            table._is_hf_initialized = True
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

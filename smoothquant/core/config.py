@@ -227,9 +227,7 @@ class MixedQuantConfig:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
         for name in ("head", "embeddings"):
             if (value := getattr(self, name)) is not None and value not in list(TABLE_FORMATS):
-                raise ValueError(
-                    f"{name} must be one of {', '.join(TABLE_FORMATS)}; got {value!r}"
-                )
+                raise ValueError(f"{name} must be one of {', '.join(TABLE_FORMATS)}; got {value!r}")
         self._set("num_bits", check_integer, 2, 4 if self.backend == "int4" else 8)
         most_bits = 8 if self.act_format == "symmetric" else 7  # codes are signed bytes
         if self.act_bits is not None:
