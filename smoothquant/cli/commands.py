@@ -357,16 +357,19 @@ def inspect(folder: Folder, as_json: Json = False) -> None:
     Reads file headers only, no weights.
     """
     from ..checkpoints.inspection import inspect_folder
+    from ..serving.shards import parallel_sizes
 
     report = inspect_folder(folder)
+    sizes = parallel_sizes(folder)
     if as_json:
-        return print_json(report)
+        return print_json(report | {"tensor_parallel": sizes})
     for name in ("folder", "architecture", "format_version", "dtype"):
         typer.echo(f"{name:<18}{report[name]}")
     typer.echo(
         f"{'size':<18}{report['bytes']:,} bytes in {report['tensors']} tensors\n"
         f"{'quantized':<18}{report['quantized_layers']} layers, "
-        f"{report['quantized_weights']:,} weights at {report['bits_per_weight']:.3f} bits"
+        f"{report['quantized_weights']:,} weights at {report['bits_per_weight']:.3f} bits\n"
+        f"{'tensor parallel':<18}{_parts(sizes)}"
     )
     typer.echo("\nConfig: " + ", ".join(f"{k}={v}" for k, v in report["config"].items()) + "\n")
     print_table(("kind", "bytes"), [(k, f"{v:,}") for k, v in report["kinds"].items()])
@@ -394,9 +397,10 @@ def verify(folder: Folder, as_json: Json = False) -> None:
     Reads every tensor, repeats all checks that loading makes, and runs each quantized layer.
     """
     from ..checkpoints.inspection import verify_folder
+    from ..serving.shards import parallel_sizes
 
     try:
-        report = {"ok": True, **verify_folder(folder)}
+        report = {"ok": True, **verify_folder(folder), "tensor_parallel": parallel_sizes(folder)}
     except (ValueError, CheckpointError) as error:
         if as_json:
             print_json({"ok": False, "folder": str(folder.resolve()), "error": str(error)})
@@ -405,6 +409,7 @@ def verify(folder: Folder, as_json: Json = False) -> None:
         return print_json(report)
     for check in report["checks"]:
         typer.echo(f"ok: {check}")
+    typer.echo(f"{'tensor parallel':<18}{_parts(report['tensor_parallel'])}")
     typer.echo(
         f"{report['folder']}: {report['layers']} quantized layers, {report['tensors']} tensors, "
         f"{report['bytes']:,} bytes"
@@ -680,6 +685,13 @@ def _remark(layer: Mapping[str, Any]) -> str:
     if layer["action"] == "kept":
         return layer["reason"]
     return ", ".join(f"{name}={value}" for name, value in layer["choices"].items())
+
+
+def _parts(sizes: Mapping[int, str]) -> str:
+    """The numbers of parts that fit, and why the first other one does not."""
+    fit = ", ".join(str(parts) for parts, fault in sizes.items() if not fault)
+    faults = (f"; not {parts}: {fault}" for parts, fault in sizes.items() if fault)
+    return f"{fit or 'none'}{next(faults, '')}"
 
 
 def _rounded(value: Any) -> Any:
