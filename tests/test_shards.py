@@ -117,17 +117,6 @@ def test_parts_beyond_the_heads_get_copies():
     assert "3 heads cannot be cut into 4 equal parts" in shards.rows_fault(48, 3, 4, fused=True)
 
 
-def test_panels_that_are_added_are_rows_of_zeros():
-    layer = make_layer(n=40)
-    tensors = {k: t for k, t in layer.state_dict().items() if k not in ("bias", "perm")}
-    padded = {k: shards.pad_panels(k, t, 5) for k, t in tensors.items()}
-    bias = torch.zeros(80)
-    wider = of_slices(layer, {**padded, "perm": layer.perm, "bias": bias}, out_features=80)
-    assert torch.equal(wider.dequantize()[:40], layer.dequantize())
-    assert not wider.dequantize()[40:].any()
-    assert (padded["qweight"] & 15).all() and (padded["qweight"] >> 4).all()  # no code -8
-
-
 @pytest.mark.parametrize(
     "rows, parts, fused, fault",
     [

@@ -8,6 +8,7 @@ traceback); 2 wrong usage; 130 Ctrl-C. Commands import torch and transformers th
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -638,6 +639,19 @@ def lm_eval(context: typer.Context) -> None:
         raise RuntimeError(f"lm-eval is not installed ({error}): pip install lm-eval") from error
     sys.argv[1:] = context.args
     cli_evaluate()
+
+
+@command(context_settings=ARGUMENTS_PASSED_ON["context_settings"])
+def serve(context: typer.Context, folder: Folder) -> None:
+    """Serve a quantized model folder with vLLM, by OpenAI's API.
+
+    Everything after FOLDER goes to vLLM's server: smoothquant serve FOLDER --port 8001
+    """
+    from ..serving.launch import server_command, server_environment
+
+    argv = server_command(folder, context.args)
+    sys.stdout.flush()
+    os.execve(argv[0], argv, server_environment())
 
 
 @command(**ARGUMENTS_PASSED_ON)

@@ -14,6 +14,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from ..serving.launch import vllm_state
+
 PACKAGES = (
     "smoothquant",
     "torch",
@@ -45,8 +47,9 @@ def environment() -> dict[str, Any]:
         "variables": {
             name: value
             for name, value in sorted(os.environ.items())
-            if name.startswith(("MIXEDQUANT_", "OMP_", "MKL_", "CUDA_VISIBLE"))
+            if name.startswith(("MIXEDQUANT_", "OMP_", "MKL_", "CUDA_VISIBLE", "VLLM_"))
         },
+        "vllm": vllm_state(),
     }
     try:
         with warnings.catch_warnings():  # kernels that do not load are reported as a fault below

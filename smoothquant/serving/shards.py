@@ -11,7 +11,7 @@ Linears that read the same input are taken to be one layer in the engine, as q, 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ..kernels.layout import divides_evenly
 from ..layers.linear import QuantizedLinear
 from ..models.families import ATTENTION_INPUTS, known_inputs
 
+ZERO_CODES = 0x88  # a byte of qweight that holds two codes 0
 SIZES = (1, 2, 4, 8)  # numbers of parts that `parallel_sizes` tries
 
 
@@ -93,13 +94,6 @@ def input_slice(key: str, tensor: Tensor, num_salient: int, part: int, parts: in
     return perm
 
 
-def pad_panels(key: str, tensor: Tensor, panels: int) -> Tensor:
-    """A packed tensor [P, ...] with further panels, which stand for output channels of zeros."""
-    missing = panels - len(tensor)
-    zero = 0x88 if key == "qweight" else 0  # two codes 0
-    return torch.cat([tensor, tensor.new_full((missing, *tensor.shape[1:]), zero)])
-
-
 def rows_fault(rows: int, heads: int, parts: int, *, fused: bool) -> str:
     """Why output channels cannot be cut into parts; "" if they can.
 
@@ -135,20 +129,20 @@ def channels_fault(layer: QuantizedLinear, parts: int) -> str:
     return ""
 
 
-def parallel_sizes(folder: str | os.PathLike) -> dict[int, str]:
-    """{T: why the model of a folder cannot be served in T parts; "" if it can}, for T in `SIZES`.
+def parallel_sizes(folder: str | os.PathLike, sizes: Sequence[int] = SIZES) -> dict[int, str]:
+    """{T: why the model of a folder cannot be served in T parts; "" if it can}, for T in `sizes`.
 
     Reads no tensor.
 
     Raises:
         ValueError, CheckpointError: as `smoothquant.checkpoints.folder.open_quantized`.
     """
-    return parallel_faults(open_quantized(folder).model)
+    return parallel_faults(open_quantized(folder).model, sizes)
 
 
-def parallel_faults(model: nn.Module) -> dict[int, str]:
+def parallel_faults(model: nn.Module, sizes: Sequence[int] = SIZES) -> dict[int, str]:
     """`parallel_sizes` for a quantized model, which may be on meta."""
-    return {parts: next(_faults(model, parts), "") for parts in SIZES}
+    return {parts: next(_faults(model, parts), "") for parts in sizes}
 
 
 def _faults(model: nn.Module, parts: int) -> Iterator[str]:
