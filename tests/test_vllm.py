@@ -1,5 +1,5 @@
-"""Folders served by vLLM: the layers, log-probabilities of transformers, and what is
-refused. vLLM has an environment of its own: `./run.sh test-vllm` makes it and runs this file there.
+"""Folders served by vLLM: the layers and log-probabilities of transformers, and what is refused.
+vLLM has an environment of its own: `./run.sh test-vllm` makes it and runs this file there.
 """
 
 import contextlib
@@ -9,9 +9,11 @@ import importlib.util
 import json
 import os
 import random
+import re
 
 import pytest
 import torch
+from spoil import set_tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -259,6 +261,28 @@ def test_architectures_that_are_not_served(architecture, fields, message, saved)
     config = plugin.ServedConfig.from_config(manifest_of(folder))
     with pytest.raises(ValueError, match=message):
         config.maybe_update_config(str(folder), AutoConfig.from_pretrained(folder))
+
+
+def test_a_damaged_folder_is_refused_before_memory_is_taken(saved):
+    folder = saved("llama")
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"rms"', '"max"', 1))
+    with pytest.raises(Exception, match="quantization_config was changed after"):
+        LLM(str(folder), skip_tokenizer_init=True)
+    (folder / "config.json").write_text(text)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(Exception, match="model.safetensors"):
+        LLM(str(folder), skip_tokenizer_init=True)
+
+
+def test_a_tensor_with_an_invalid_value_is_refused(saved):
+    folder = saved("llama")
+    name = "model.layers.1.self_attn.o_proj.scales"
+    set_tensor(name, lambda tensor: tensor.fill_(float("nan")))(folder)
+    message = re.escape(f"tensor {name} holds NaN or Inf")
+    with pytest.raises(CheckpointError, match=message), engine(folder):
+        pass
+    cleanup_dist_env_and_memory()
 
 
 def blank_method(saved, names=("q_proj", "k_proj", "v_proj"), **changes):
