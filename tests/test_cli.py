@@ -98,7 +98,7 @@ def test_help_and_version_do_not_wait_for_torch(run_python):
     )
     assert set(found.stdout.split()) == {
         "bench", "calibrate", "dequantize", "doctor", "eval", "export", "generate", "inspect",
-        "lm-eval", "plot", "quantize", "sweep", "verify",
+        "lm-eval", "plot", "quantize", "serve", "sweep", "verify",
     }  # fmt: skip
 
 

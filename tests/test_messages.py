@@ -188,7 +188,7 @@ def test_every_bad_value_is_refused_in_the_users_words(name, parameter, files):
 
 
 def test_the_sweep_knows_every_command():
-    assert set(COMMANDS) == {*REST, "doctor", "lm-eval", "sweep", "plot"}
+    assert set(COMMANDS) == {*REST, "doctor", "lm-eval", "plot", "serve", "sweep"}
 
 
 @pytest.mark.parametrize(

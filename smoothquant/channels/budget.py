@@ -5,6 +5,7 @@ Pure functions of data; nothing here depends on a model.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..core.config import MixedQuantConfig, layer_group_size
 from ..kernels import ops
+from ..kernels.layout import divides_evenly
 from .sorting import num_salient_channels, salient_per_block
 
 SEARCH_STEPS = 30  # bisection steps for the largest share that fits a budget in bits
@@ -27,16 +29,34 @@ class Demand(NamedTuple):
     score: float64 [K], each channel's contribution to the squared outputs; None gives the input the
         model's average share.
     blocks: number of equal blocks of channels; all get the same number of salient channels.
+    parts: number of equal parts, of whole blocks each, that tensor parallelism cuts the packed
+        tensors into; divides `blocks`.
     """
 
     rows: tuple[int, ...]
     channels: int
     score: Tensor | None = None
     blocks: int = 1
+    parts: int = 1
 
-    def in_blocks(self, num_salient: int) -> int:
-        """num_salient, rounded so that all blocks get the same number."""
-        return self.blocks * salient_per_block(num_salient, self.blocks)
+    def in_blocks(self, num_salient: int, group_size: int) -> int:
+        """num_salient, rounded so that all blocks get the same number, and parts whole groups if
+        any number above 0 does that."""
+        each = salient_per_block(num_salient, self.blocks)
+        if self.parts > 1 and each:
+            whole = _whole_cuts(self.channels, self.blocks, self.parts, group_size)
+            each = min(whole, key=lambda count: abs(count - each), default=each)
+        return self.blocks * each
+
+
+@functools.cache
+def _whole_cuts(channels: int, blocks: int, parts: int, group_size: int) -> list[int]:
+    """Numbers of salient channels per block with which every part has whole groups."""
+    return [
+        each
+        for each in range(1, channels // blocks)
+        if divides_evenly(channels - blocks * each, group_size, parts)
+    ]
 
 
 def share_out(demands: Sequence[Demand], config: MixedQuantConfig) -> list[int]:
@@ -98,13 +118,14 @@ def bits_per_weight(
 
 
 def _with_share(demands: Sequence[Demand], config: MixedQuantConfig, share: float) -> list[int]:
-    uniform = [d.in_blocks(num_salient_channels(d.channels, share)) for d in demands]
+    size = config.group_size
+    uniform = [d.in_blocks(num_salient_channels(d.channels, share), size) for d in demands]
     competing = [i for i, demand in enumerate(demands) if demand.score is not None]
     if config.salient_allocation == "uniform" or share == 0 or not competing:
         return uniform
     gains, costs, owners = [], [], []
     for i in competing:
-        rows, channels, score, _ = demands[i]
+        rows, channels, score = demands[i][:3]
         assert score is not None
         gain = (score / score.sum().clamp(min=1e-300)).sort(descending=True).values / sum(rows)
         gain[:1] = math.inf  # every layer input gets at least one
@@ -117,5 +138,6 @@ def _with_share(demands: Sequence[Demand], config: MixedQuantConfig, share: floa
     chosen = torch.cat(owners)[order[spent <= budget]]
     counts = torch.bincount(chosen, minlength=len(demands))
     return [
-        demands[i].in_blocks(int(counts[i])) if i in competing else n for i, n in enumerate(uniform)
+        demands[i].in_blocks(int(counts[i]), size) if i in competing else n
+        for i, n in enumerate(uniform)
     ]

@@ -8,6 +8,7 @@ traceback); 2 wrong usage; 130 Ctrl-C. Commands import torch and transformers th
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import sys
 import time
@@ -453,14 +454,16 @@ def inspect(folder: Folder) -> Report:
     Reads file headers only, no weights.
     """
     from ..checkpoints.inspection import inspect_folder
+    from ..serving.shards import parallel_sizes
 
-    report = inspect_folder(folder)
+    report = inspect_folder(folder) | {"tensor_parallel": parallel_sizes(folder)}
     for name in ("folder", "architecture", "format_version", "dtype"):
         typer.echo(f"{name:<18}{report[name]}")
     typer.echo(
         f"{'size':<18}{report['bytes']:,} bytes in {report['tensors']} tensors\n"
         f"{'quantized':<18}{report['quantized_layers']} layers, "
-        f"{report['quantized_weights']:,} weights at {report['bits_per_weight']:.3f} bits"
+        f"{report['quantized_weights']:,} weights at {report['bits_per_weight']:.3f} bits\n"
+        f"{'tensor parallel':<18}{_parts(report['tensor_parallel'])}"
     )
     typer.echo("\nConfig: " + ", ".join(f"{k}={v}" for k, v in report["config"].items()) + "\n")
     print_table(("kind", "bytes"), [(k, f"{v:,}") for k, v in report["kinds"].items()])
@@ -488,10 +491,12 @@ def verify(folder: Folder) -> Report:
     Reads every tensor, repeats all checks that loading makes, and runs each quantized layer.
     """
     from ..checkpoints.inspection import verify_folder
+    from ..serving.shards import parallel_sizes
 
-    report = {"ok": True, **verify_folder(folder)}
+    report = {"ok": True, **verify_folder(folder), "tensor_parallel": parallel_sizes(folder)}
     for check in report["checks"]:
         typer.echo(f"ok: {check}")
+    typer.echo(f"{'tensor parallel':<18}{_parts(report['tensor_parallel'])}")
     typer.echo(
         f"{report['folder']}: {report['layers']} quantized layers, {report['tensors']} tensors, "
         f"{report['bytes']:,} bytes"
@@ -738,6 +743,19 @@ def lm_eval(context: typer.Context) -> None:
     cli_evaluate()
 
 
+@app.command(cls=Command, context_settings=ARGUMENTS_PASSED_ON["context_settings"])
+def serve(context: typer.Context, folder: Folder) -> None:
+    """Serve a quantized model folder with vLLM, by OpenAI's API.
+
+    Everything after FOLDER goes to vLLM's server: smoothquant serve FOLDER --port 8001
+    """
+    from ..serving.launch import server_command, server_environment
+
+    argv = server_command(folder, context.args)
+    sys.stdout.flush()
+    os.execve(argv[0], argv, server_environment())
+
+
 @app.command(**ARGUMENTS_PASSED_ON)
 def sweep(context: typer.Context) -> None:
     """Measure many settings; rerun to resume."""
@@ -823,6 +841,13 @@ def _remark(layer: Mapping[str, Any]) -> str:
     if layer["action"] == "kept":
         return layer["reason"]
     return ", ".join(f"{name}={value}" for name, value in layer["choices"].items())
+
+
+def _parts(sizes: Mapping[int, str]) -> str:
+    """The numbers of parts that fit, and why the first other one does not."""
+    fit = ", ".join(str(parts) for parts, fault in sizes.items() if not fault)
+    faults = (f"; not {parts}: {fault}" for parts, fault in sizes.items() if fault)
+    return f"{fit or 'none'}{next(faults, '')}"
 
 
 def _rounded(value: Any) -> Any:

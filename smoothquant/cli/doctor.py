@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.version import DISTRIBUTION, __version__
+from ..serving.launch import vllm_state
 
 PACKAGES = (
     "torch",
@@ -46,8 +47,9 @@ def environment() -> dict[str, Any]:
         "variables": {
             name: value
             for name, value in sorted(os.environ.items())
-            if name.startswith(("MIXEDQUANT_", "OMP_", "MKL_", "CUDA_VISIBLE"))
+            if name.startswith(("MIXEDQUANT_", "OMP_", "MKL_", "CUDA_VISIBLE", "VLLM_"))
         },
+        "vllm": vllm_state(),
     }
     try:
         with warnings.catch_warnings():  # kernels that do not load are reported as a fault below

@@ -117,8 +117,9 @@ class MixedQuantConfig:
         sort_by: compute the sort key from "activation" or "weight" statistics.
         tp_blocks: for tensor parallelism: split each layer's input channels into this many equal
             blocks and choose salient channels and sort within each block, so that every device can
-            hold one block. Must divide the input channels of every layer. See `choose_channels` for
-            the resulting order.
+            hold one block. Must divide the input channels of every layer. The number of salient
+            channels is rounded so that blocks have whole groups, where any number does that. See
+            `choose_channels` for the resulting order.
         sort_within_heads: move channels of an attention output only within their head, and the same
             way in all heads that share a head of v, so that `fold_permutations` can move the order
             into the rows of v. No effect if the table of families does not describe the heads.

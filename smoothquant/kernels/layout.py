@@ -24,6 +24,13 @@ def num_quads(k4: int, group_size: int) -> tuple[int, int, int]:
     return groups, -(-min(group_size, k4) // QUAD), -(-last // QUAD)
 
 
+def divides_evenly(k4: int, group_size: int, parts: int) -> bool:
+    """Whether each of `parts` slices of k4 INT4 channels has whole groups in whole blocks."""
+    size, remainder = divmod(k4, parts)
+    groups, rest = divmod(size, group_size)
+    return not (remainder or rest or groups * -(-group_size // QUAD) % 2)
+
+
 def packed_shapes(
     out_features: int, in_features: int, num_salient: int, group_size: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -75,11 +75,11 @@ class Int8Linear(W4A4Linear):
 
     def dequantize(self) -> Tensor:
         """The dequantized weight: float32 [N, K]."""
-        return _sum_of_planes(super().dequantize())
+        return sum_of_planes(super().dequantize())
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the dequantized weight: int64 [...] in [0, N) -> float32 [..., K]."""
-        return _sum_of_planes(super().rows(ids))
+        return sum_of_planes(super().rows(ids))
 
     def simulated(self, dtype: torch.dtype = torch.float32) -> FakeW4A4Linear:
         """A FakeW4A4Linear that simulates this layer with the same codes, in `dtype`."""
@@ -124,7 +124,7 @@ def blank_table(
     return layer
 
 
-def _sum_of_planes(weight: Tensor) -> Tensor:
+def sum_of_planes(weight: Tensor) -> Tensor:
     high, low = weight.chunk(2, dim=-1)
     return high + low  # exact in fp32: a code times a scale of 8 significant bits
 

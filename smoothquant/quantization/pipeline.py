@@ -131,7 +131,8 @@ def _demand(model: nn.Module, group: Group, config: MixedQuantConfig) -> Demand:
         score = (group.stats.sq_sum / group.stats.count) * _weight_stats(matrices).sq_sum
     if config.sort_within_heads and group.heads:
         blocks = group.heads[0]
-    return Demand(tuple(len(w) for w in matrices), matrices[0].shape[1], score, blocks)
+    rows, channels = tuple(len(w) for w in matrices), matrices[0].shape[1]
+    return Demand(rows, channels, score, blocks, config.tp_blocks)
 
 
 def _weight_stats(matrices: Iterable[Tensor]) -> ChannelStats:

@@ -1,0 +1,1 @@
+"""Serving quantized folders with inference engines."""
