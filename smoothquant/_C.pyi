@@ -66,5 +66,12 @@ def decode(
     tokens: int,
     mask: int,
     out: int,
+    key_blocks: int,
+    value_blocks: int,
+    key_stride: int,
+    value_stride: int,
+    blocks: int,
+    bits: int,
+    group_size: int,
 ) -> None: ...
 def norm_linear(norm: Norm, linear: Linear, dtype: int, x: int, rows: int, out: int) -> None: ...

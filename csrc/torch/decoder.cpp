@@ -170,11 +170,23 @@ void norm_linear(const Norm &norm, const Linear &given, int dtype_number, uintpt
     }
 }
 
-// A cache of keys and values [sequences][kv_heads][capacity][head_dim] with room for a token more.
+// A cache of keys and values [sequences][kv_heads][capacity][head_dim] with room for a token more,
+// and the blocks before them.
 struct Past {
     char *keys, *values;
     int64_t capacity, tokens;  // tokens: in it already
-    const uint8_t *mask;       // [sequences][tokens + 1] or nullptr
+    mq_kv_blocks blocks;       // of the first sequence; the others follow
+    const uint8_t *mask;       // [sequences][all + 1] or nullptr
+
+    int64_t all() const { return MQ_KV_BLOCK * blocks.count + tokens; }
+    mq_kv_blocks blocks_of(int64_t sequence, int64_t kv_heads) const {
+        mq_kv_blocks moved = blocks;
+        if (!blocks.count) return moved;
+        const int64_t heads = sequence * kv_heads;
+        moved.keys = static_cast<const char *>(blocks.keys) + heads * blocks.key_stride;
+        moved.values = static_cast<const char *>(blocks.values) + heads * blocks.value_stride;
+        return moved;
+    }
 };
 
 // Attention with rotary position embeddings, for one token per sequence.
@@ -189,9 +201,9 @@ struct Attention {
     void run(mq_dtype dtype, char *qkv, int64_t sequences, const char *cos, const char *sin,
              bool one_position, const Past &past, char *attended) const {
         const int64_t row = head_dim * size_of(dtype), tokens = past.tokens + 1;
-        const int64_t head_bytes = past.capacity * row;
+        const int64_t head_bytes = past.capacity * row, all = past.all() + 1;
         // a few microseconds of work are worth a thread
-        const int64_t grain = grain_of(kGrainValues, tokens * head_dim * 2 * heads / kv_heads);
+        const int64_t grain = grain_of(kGrainValues, all * head_dim * 2 * heads / kv_heads);
         for (int64_t i = 0; i < sequences; i++) {
             const int64_t position = one_position ? 0 : i * row;
             check(kOp, mq_rotary(dtype, cos + position, sin + position, heads + kv_heads, head_dim,
@@ -213,10 +225,11 @@ struct Attention {
                                          past.capacity * head_dim,
                                          keys,
                                          values,
-                                         past.mask ? past.mask + sequence * tokens : nullptr,
-                                         scale};
+                                         past.mask ? past.mask + sequence * all : nullptr,
+                                         scale,
+                                         past.blocks_of(sequence, kv_heads)};
                 thread_local std::vector<float> scores;
-                scores.resize(static_cast<size_t>(heads / kv_heads * tokens));
+                scores.resize(static_cast<size_t>(heads / kv_heads * all));
                 const mq_status status = mq_attend(&of, dtype, q, kv, kv + 1, scores.data(),
                                                    attended + sequence * heads * row);
                 if (status != MQ_OK) return status;
@@ -309,14 +322,16 @@ Rest rest(const Linear &o, const Norm *attention_post, const Norm *mlp_pre, cons
 void decode(const Norm &norm, const Linear &given_qkv, const Attention &attention,
             const Rest &given_rest, int dtype_number, uintptr_t x, int64_t sequences, uintptr_t cos,
             uintptr_t sin, bool one_position, uintptr_t keys, uintptr_t values, int64_t capacity,
-            int64_t tokens, uintptr_t mask, uintptr_t out) {
+            int64_t tokens, uintptr_t mask, uintptr_t out, uintptr_t key_blocks,
+            uintptr_t value_blocks, int64_t key_stride, int64_t value_stride, int64_t blocks,
+            int bits, int64_t group_size) {
     const mq_dtype dtype = dtype_at(dtype_number);
     const mq_isa isa = mq_isa_active();
     const Linear qkv = given_qkv.now(isa);
     const Rest rest = given_rest.now(isa);
     require(qkv.lin.n == attention.width() && qkv.lin.k == norm.norm.k && tokens >= 0 &&
-                tokens < capacity && rest.o.lin.k == attention.heads * attention.head_dim &&
-                rest.o.lin.n == qkv.lin.k,
+                tokens < capacity && blocks >= 0 &&
+                rest.o.lin.k == attention.heads * attention.head_dim && rest.o.lin.n == qkv.lin.k,
             kOp, "the attention does not fit its linears or its cache");
     if (sequences == 0) return;
     const py::gil_scoped_release released;
@@ -327,8 +342,13 @@ void decode(const Norm &norm, const Linear &given_qkv, const Attention &attentio
     Scratch scratch(static_cast<size_t>(Scratch::aligned(wide) + Scratch::aligned(narrow) + after));
     char *both = scratch.take(wide), *attended = scratch.take(narrow);
     compute_norm_linear(norm, qkv, dtype, at<void>(x), sequences, scratch, both);
-    const Past past = {reinterpret_cast<char *>(keys), reinterpret_cast<char *>(values), capacity,
-                       tokens, at<uint8_t>(mask)};
+    const Past past = {reinterpret_cast<char *>(keys),
+                       reinterpret_cast<char *>(values),
+                       capacity,
+                       tokens,
+                       {at<void>(key_blocks), at<void>(value_blocks), key_stride, value_stride,
+                        blocks, bits, group_size},
+                       at<uint8_t>(mask)};
     attention.run(dtype, both, sequences, at<char>(cos), at<char>(sin), one_position, past,
                   attended);
     rest.compute(dtype, attended, at<void>(x), sequences, scratch, reinterpret_cast<void *>(out));

@@ -464,10 +464,9 @@ class _Fused:
         ):
             return None
         cos, sin = position_embeddings
-        tokens = layer.get_seq_length()
         if attention_mask is not None and (
             attention_mask.dtype != torch.bool
-            or attention_mask.shape != (sequences, 1, 1, tokens + 1)
+            or attention_mask.shape != (sequences, 1, 1, layer.get_seq_length() + 1)
             or not attention_mask.any(-1).all()
         ):
             return None
@@ -499,9 +498,10 @@ class _Fused:
             keys.data_ptr(),
             values.data_ptr(),
             keys.shape[-2],
-            tokens,
+            layer.plain_tokens(),
             0 if mask is None else mask.data_ptr(),
             out.data_ptr(),
+            *layer.block_arguments(),
         )
         layer.take_one_more()
         return out
