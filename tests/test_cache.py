@@ -324,6 +324,8 @@ def test_layers_that_keep_something_else():
     hybrid = AutoConfig.for_model("falcon_h1", num_hidden_layers=2)
     with pytest.raises(ValueError, match="LinearAttentionAndFullAttentionLayer"):
         QuantizedKVCache(hybrid)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        QuantizedKVCache(AutoConfig.for_model("t5"))
 
 
 @pytest.fixture
@@ -364,3 +366,15 @@ def test_fused_layers_read_the_codes(make_model, decoded, bits, dtype):
             assert mine.get_seq_length() == others.get_seq_length() == at + 1
             assert mine.blocks[0].shape == others.blocks[0].shape
     assert decoded == ([2] * 3 + [3] * 3) * 2
+
+
+@torch.no_grad()
+def test_a_cache_of_another_model_is_refused(make_model, decoded):
+    model = quantized(make_model)
+    small = quantized(make_model, changes={"num_key_value_heads": 1, "head_dim": 16})
+    cache = QuantizedKVCache(small.config)
+    small(torch.ones(2, 50, dtype=torch.long), **with_cache(cache))
+    for sequences in (2, 1):
+        with pytest.raises(ValueError, match="must be like those in the cache"):
+            model(torch.ones(sequences, 1, dtype=torch.long), **with_cache(cache))
+    assert not decoded and cache.get_seq_length() == 50

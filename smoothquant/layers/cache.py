@@ -381,13 +381,18 @@ class QuantizedKVCache(Cache):
         bits: 8 or 4.
 
     Raises:
-        ValueError: `bits` is neither, or a layer of the model keeps something else than keys and
-            values, or the states of a linear attention, which stay as they are.
+        ValueError: `bits` is neither; the model is an encoder-decoder; or a layer keeps something
+            else than keys and values, or the states of a linear attention, which stay as they are.
     """
 
     def __init__(self, config: Any, bits: int = 8) -> None:
         if type(bits) is not int or bits not in (4, 8):
             raise ValueError(f"bits must be 4 or 8; got {bits!r}")
+        if getattr(config, "is_encoder_decoder", False):  # it keeps two caches in one
+            raise ValueError(
+                "config must not be an encoder-decoder model's; got that of a "
+                f"{type(config).__name__}"
+            )
         super().__init__(
             layers=[_quantized(layer, bits) for layer in DynamicCache(config=config).layers]
         )
