@@ -11,6 +11,7 @@ from torch import nn
 
 from smoothquant.evaluation.speed import TokenTimes, greedy
 from smoothquant.layers.decoder import runs_fused
+from smoothquant.layers.embedding import QuantizedEmbedding
 from smoothquant.layers.linear import QuantizedLinear
 from smoothquant.models.families import decoder_layers
 from smoothquant.models.kept import output_heads
@@ -65,6 +66,8 @@ def parts_of(model: nn.Module) -> dict[str, str]:
     # A tied quantized head is found under the embedding's name.
     heads = {model.get_submodule(name) for name in output_heads(model)}
     heads.add(model.get_output_embeddings())
+    embeddings = {m.packed for m in model.modules() if isinstance(m, QuantizedEmbedding)}
+    embeddings.discard(model.get_output_embeddings())
     if not layers:
         raise ValueError(f"the decoder layers of a {type(model).__name__} are not known")
     parts = {}
@@ -72,7 +75,10 @@ def parts_of(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         if name in fused:
             parts[name] = LAYERS
-        elif fused & {name[:end] for end, letter in enumerate(name) if letter == "."}:
+        elif (
+            fused & {name[:end] for end, letter in enumerate(name) if letter == "."}
+            or module in embeddings
+        ):
             continue
         elif module in heads:
             parts[name] = HEAD

@@ -325,20 +325,45 @@ mq_status mq_add(mq_dtype dtype, const void *a, const void *b, int64_t count, vo
 mq_status mq_rotary(mq_dtype dtype, const void *cos, const void *sin, int64_t heads,
                     int64_t head_dim, void *x);
 
-/* The attention of one token of a sequence to all tokens in its cache. */
+#define MQ_KV_BLOCK 32
+
+/* Tokens of a key-value cache as codes, in blocks of MQ_KV_BLOCK tokens. A block of keys or of
+ * values of one head holds, without gaps:
+ *   codes   [MQ_KV_BLOCK][row]: unsigned. With 8 bits a row is [head_dim]. With 4 bits it is
+ *           [h], h = ceil(head_dim / 2): byte i has channel i in its low bits, h + i in its high
+ *           ones.
+ *   scales  of dtype: of keys [head_dim]; of values [MQ_KV_BLOCK][head_dim / group_size]
+ *   zeros   as the scales
+ * An element is code * scale + zero, in fp32, each operation rounded. */
+typedef struct mq_kv_blocks {
+    const void *keys, *values;        /* [kv_heads][count] blocks; aligned for fp32 */
+    int64_t key_stride, value_stride; /* bytes from one head to the next; multiples of 4, at least
+                                        * `count` blocks */
+    int64_t count;                    /* >= 0; if 0, nothing else here is read */
+    int bits;                         /* 4 or 8 */
+    int64_t group_size;               /* divides head_dim, >= 1 */
+} mq_kv_blocks;
+
+/* Bytes of a block of keys and of a block of values. */
+mq_status mq_kv_block_sizes(int bits, int64_t group_size, mq_dtype dtype, int64_t head_dim,
+                            size_t *key_bytes, size_t *value_bytes);
+
+/* The attention of one token of a sequence to all tokens in its cache: first those of the blocks,
+ * then `tokens` others. all = MQ_KV_BLOCK * blocks.count + tokens. */
 typedef struct mq_attention {
     int64_t heads, kv_heads;   /* heads is a multiple of kv_heads >= 1 */
     int64_t head_dim;          /* 1..512 */
-    int64_t tokens;            /* in the cache, the own one included; >= 1 */
+    int64_t tokens;            /* in keys and values, the own one included; >= 1 */
     int64_t head_stride;       /* elements from one head of keys or values to the next; at least
                               * tokens * head_dim */
     const void *keys, *values; /* [kv_heads][tokens][head_dim] */
-    const uint8_t *mask;       /* [tokens], 0 for tokens to ignore, but not for all; or NULL */
+    const uint8_t *mask;       /* [all], 0 for tokens to ignore, but not for all; or NULL */
     float scale;               /* of products of queries and keys; finite */
+    mq_kv_blocks blocks;
 } mq_attention;
 
 /* out [heads][head_dim] = softmax(scale * q keys^T) values, for the heads of q that read kv heads
- * [kv0, kv1), in fp32, rounded once. scores: heads / kv_heads * tokens floats of scratch. */
+ * [kv0, kv1), in fp32, rounded once. scores: heads / kv_heads * all floats of scratch. */
 mq_status mq_attend(const mq_attention *attention, mq_dtype dtype, const void *q, int64_t kv0,
                     int64_t kv1, float *scores, void *out);
 

@@ -53,8 +53,10 @@ class Attention:
 class Layer:
     def __init__(self, norm: Norm, qkv: Linear, attention: Attention, rest: Rest) -> None: ...
 
+Blocks = tuple[int, int, int, int, int, int, int]
+
 def decode(
-    steps: list[tuple[Layer, int, int, bool, int, int, int, int, int]],
+    steps: list[tuple[Layer, int, int, bool, int, int, int, int, int, Blocks]],
     dtype: int,
     x: int,
     sequences: int,

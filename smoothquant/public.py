@@ -1,5 +1,7 @@
 """All public names of the package."""
 
+from typing import TYPE_CHECKING
+
 from .calibration.collect import collect_stats
 from .calibration.stats_files import load_stats
 from .checkpoints.conversion import convert
@@ -15,9 +17,13 @@ from .quantization.records import quantization_report
 from .quantization.smoothing import smooth_lm
 from .quantization.undo import dequantize
 
+if TYPE_CHECKING:
+    from .layers.cache import QuantizedKVCache
+
 __all__ = [
     "CheckpointError",
     "MixedQuantConfig",
+    "QuantizedKVCache",
     "W4A4Linear",
     "collect_stats",
     "convert",
@@ -31,3 +37,11 @@ __all__ = [
     "save_quantized",
     "smooth_lm",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name != "QuantizedKVCache":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .layers.cache import QuantizedKVCache  # it imports transformers
+
+    return QuantizedKVCache

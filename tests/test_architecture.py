@@ -24,6 +24,7 @@ PUBLISHED = {
     "smoothquant": [
         "CheckpointError",
         "MixedQuantConfig",
+        "QuantizedKVCache",
         "W4A4Linear",
         "collect_stats",
         "convert",

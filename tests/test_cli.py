@@ -498,6 +498,8 @@ def test_generate_prints_what_the_model_says(folder):
     ids = model.generate(**prompt, max_new_tokens=6, do_sample=False)
     want = tokenizer.decode(ids[0], skip_special_tokens=True)
     assert answer("generate", folder, "The game was", "-n", 6).stdout.strip() == want.strip()
+    cached = answer("generate", folder, "The game was", "-n", 6, "--kv-cache", "int8").stdout
+    assert cached.strip() == want.strip()  # so few tokens are not quantized yet
     sampled = ("generate", folder, "The game was", "-n", 6, "--temperature", 2)
     one, same, other = (answer(*sampled, "--seed", seed).stdout for seed in (1, 1, 2))
     assert one == same != other

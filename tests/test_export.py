@@ -11,6 +11,8 @@ from smoothquant import MixedQuantConfig, dequantize, fold_permutations, quantiz
 from smoothquant.checkpoints.export import export_compressed_tensors, pack_int32
 from smoothquant.models.modules import module_copy
 
+pytestmark = pytest.mark.usefixtures("linears_alone")
+
 IN_ORDER = {"recipe": "rtn", "salient_prop": 0.0, "sort": "none"}
 # architecture, dtype, choices
 EXPRESSIBLE = {

@@ -260,11 +260,11 @@ def test_patterns_are_checked(ignore, error):
 
 
 def test_ignore_has_the_name_that_transformers_gives_it():
-    config = MixedQuantConfig.from_dict({"modules_to_not_convert": ["lm_head"]})
+    config = MixedQuantConfig.from_fields({"modules_to_not_convert": ["lm_head"]})
     assert config == MixedQuantConfig(ignore=["lm_head"])
-    assert MixedQuantConfig.from_dict({"modules_to_not_convert": None}) == MixedQuantConfig()
+    assert MixedQuantConfig.from_fields({"modules_to_not_convert": None}) == MixedQuantConfig()
     with pytest.raises(ValueError, match="the same field"):
-        MixedQuantConfig.from_dict({"modules_to_not_convert": ["a"], "ignore": ["b"]})
+        MixedQuantConfig.from_fields({"modules_to_not_convert": ["a"], "ignore": ["b"]})
     assert MixedQuantConfig.from_dict(config.to_dict()) == config
     assert "ignore" not in MixedQuantConfig().to_dict()
 

@@ -195,7 +195,9 @@ def test_a_fused_layer_is_one_part():
 def test_the_parts_of_a_token(quantized):
     model = llama(pad_token_id=0)
     if quantized:
-        config = MixedQuantConfig(recipe="rtn", group_size=16, calibration="weights")
+        config = MixedQuantConfig(
+            recipe="rtn", group_size=16, calibration="weights", head="16bit", embeddings="16bit"
+        )
         quantize(model, config, progress=False)
     parts = token_parts.parts_of(model)
     linears = [name for name, part in parts.items() if part == token_parts.LINEARS]

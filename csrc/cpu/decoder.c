@@ -5,6 +5,8 @@
 #include "ops.h"
 #include "decoder.h"
 
+enum { HEADS_AT_ONCE = 8 }; /* that read the same keys and values */
+
 /* x [n] of any dtype as fp32: in place, or in buffer. */
 static const float *widened(const mq_kernels *kernels, mq_dtype dtype, const void *x, int64_t i,
                             int64_t n, float *buffer) {
@@ -102,41 +104,88 @@ void mq_run_rotary(const mq_kernels *kernels, mq_dtype dtype, const void *cos, c
 }
 
 /* e^scores / their sum, for one head. */
-static void softmax(const mq_kernels *kernels, const mq_attention *of, float *scores) {
+static void softmax(const mq_kernels *kernels, const uint8_t *mask, int64_t tokens, float *scores) {
     float most = -INFINITY;
-    for (int64_t t = 0; t < of->tokens; t++) {
-        if (of->mask && !of->mask[t]) scores[t] = -INFINITY;
+    for (int64_t t = 0; t < tokens; t++) {
+        if (mask && !mask[t]) scores[t] = -INFINITY;
         most = scores[t] > most || scores[t] != scores[t] ? scores[t] : most;
     }
-    const float sum = kernels->exponentials(scores, of->tokens, most);
-    for (int64_t t = 0; t < of->tokens; t++)
-        scores[t] = of->mask && !of->mask[t] ? 0 : scores[t] / sum;
+    const float sum = kernels->exponentials(scores, tokens, most);
+    for (int64_t t = 0; t < tokens; t++) scores[t] = mask && !mask[t] ? 0 : scores[t] / sum;
+}
+
+/* The keys or the values of one head. */
+typedef struct part {
+    const void *plain;     /* [tokens][head_dim] */
+    const uint8_t *blocks; /* [count], see mq_kv_blocks */
+    int64_t row_bytes;     /* of codes */
+    int64_t shared;        /* rows that share scales: a block's keys, or a value's one */
+    int64_t group_size;    /* channels that share one */
+} part;
+
+static part part_of(const mq_attention *of, mq_dtype dtype, int is_values, int64_t kv) {
+    const mq_kv_blocks *blocks = &of->blocks;
+    const int64_t stride = is_values ? blocks->value_stride : blocks->key_stride;
+    const int64_t plain = kv * of->head_stride * (int64_t)mq_dtype_size(dtype);
+    part made = {(const char *)(is_values ? of->values : of->keys) + plain, NULL, 0, 0, 0};
+    if (blocks->count == 0) return made;
+    made.blocks = (const uint8_t *)(is_values ? blocks->values : blocks->keys) + kv * stride;
+    made.row_bytes = mq_kv_row_bytes(blocks->bits, of->head_dim);
+    made.shared = is_values ? 1 : MQ_KV_BLOCK;
+    made.group_size = is_values ? blocks->group_size : 1;
+    return made;
+}
+
+/* Tokens t .. t + n, of one block if of any, as fp32 [n][head_dim]; n * head_dim <= MQ_ROWS_VALUES. */
+static const float *rows_of(const mq_kernels *kernels, const mq_attention *of, mq_dtype dtype,
+                            const part *from, int64_t t, int64_t n, float *buffer) {
+    const int64_t d = of->head_dim, quantized = of->blocks.count * MQ_KV_BLOCK;
+    if (t >= quantized)
+        return widened(kernels, dtype, from->plain, (t - quantized) * d, n * d, buffer);
+    float scale_buffer[MQ_ROWS_VALUES], zero_buffer[MQ_ROWS_VALUES];
+    const int64_t row = d / from->group_size, count = MQ_KV_BLOCK / from->shared * row;
+    const int64_t codes_bytes = MQ_KV_BLOCK * from->row_bytes;
+    const int64_t bytes = codes_bytes + 2 * count * (int64_t)mq_dtype_size(dtype);
+    const uint8_t *block = from->blocks + t / MQ_KV_BLOCK * bytes, *scales = block + codes_bytes;
+    const int64_t r = t % MQ_KV_BLOCK, first = r / from->shared * row;
+    const int64_t used = from->shared == 1 ? n * row : row;
+    kernels->dequantize_rows(of->blocks.bits, block + r * from->row_bytes, n, d, from->group_size,
+                             widened(kernels, dtype, scales, first, used, scale_buffer),
+                             widened(kernels, dtype, scales, count + first, used, zero_buffer),
+                             from->shared == 1 ? row : 0, buffer);
+    return buffer;
 }
 
 void mq_run_attend(const mq_kernels *kernels, const mq_attention *of, mq_dtype dtype, const void *q,
                    int64_t kv0, int64_t kv1, float *scores, void *out) {
-    const int64_t d = of->head_dim, group = of->heads / of->kv_heads, step = MQ_BUFFER / d;
-    float buffer[MQ_BUFFER], query[MQ_BUFFER], sums[MQ_BUFFER];
-    for (int64_t kv = kv0; kv < kv1; kv++) {
-        for (int64_t t = 0, n; t < of->tokens; t += n) {
-            n = mq_min(step, of->tokens - t);
-            const float *rows =
-                widened(kernels, dtype, of->keys, kv * of->head_stride + t * d, n * d, buffer);
-            for (int64_t h = 0; h < group; h++)
-                kernels->dot_rows(widened(kernels, dtype, q, (kv * group + h) * d, d, query), rows,
-                                  n, d, of->scale, scores + h * of->tokens + t);
+    const int64_t d = of->head_dim, group = of->heads / of->kv_heads, step = MQ_ROWS_VALUES / d;
+    const int64_t quantized = of->blocks.count * MQ_KV_BLOCK, tokens = quantized + of->tokens;
+    float buffer[MQ_ROWS_VALUES], heads[HEADS_AT_ONCE][MQ_BUFFER];
+    for (int64_t at = kv0 * group, count; at < kv1 * group; at += count) {
+        const int64_t kv = at / group;
+        const part keys = part_of(of, dtype, 0, kv), values = part_of(of, dtype, 1, kv);
+        float *weights = scores + (at - kv * group) * tokens;
+        count = mq_min(HEADS_AT_ONCE, (kv + 1) * group - at);
+        for (int64_t h = 0; h < count; h++) {
+            const float *query = widened(kernels, dtype, q, (at + h) * d, d, heads[h]);
+            if (query != heads[h]) memcpy(heads[h], query, (size_t)d * sizeof *query);
         }
-        for (int64_t h = 0; h < group; h++) {
-            float *weights = scores + h * of->tokens;
-            softmax(kernels, of, weights);
-            memset(sums, 0, (size_t)d * sizeof *sums);
-            for (int64_t t = 0, n; t < of->tokens; t += n) {
-                n = mq_min(step, of->tokens - t);
-                const float *rows = widened(kernels, dtype, of->values,
-                                            kv * of->head_stride + t * d, n * d, buffer);
-                kernels->add_rows(weights + t, rows, n, d, sums);
-            }
-            mq_store(kernels, dtype, sums, d, out, (kv * group + h) * d);
+        for (int64_t t = 0, n; t < tokens; t += n) {
+            n = mq_min(step, t < quantized ? MQ_KV_BLOCK - t % MQ_KV_BLOCK : tokens - t);
+            const float *rows = rows_of(kernels, of, dtype, &keys, t, n, buffer);
+            for (int64_t h = 0; h < count; h++)
+                kernels->dot_rows(heads[h], rows, n, d, of->scale, weights + h * tokens + t);
         }
+        for (int64_t h = 0; h < count; h++)
+            softmax(kernels, of->mask, tokens, weights + h * tokens);
+        memset(heads, 0, sizeof heads);
+        for (int64_t t = 0, n; t < tokens; t += n) {
+            n = mq_min(step, t < quantized ? MQ_KV_BLOCK - t % MQ_KV_BLOCK : tokens - t);
+            const float *rows = rows_of(kernels, of, dtype, &values, t, n, buffer);
+            for (int64_t h = 0; h < count; h++)
+                kernels->add_rows(weights + h * tokens + t, rows, n, d, heads[h]);
+        }
+        for (int64_t h = 0; h < count; h++)
+            mq_store(kernels, dtype, heads[h], d, out, (at + h) * d);
     }
 }

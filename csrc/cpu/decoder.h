@@ -57,21 +57,28 @@ static MQ_INLINE void mq_add_squares_by_lanes(const float *x, int64_t n, float *
     memcpy(sums, lanes, sizeof lanes);
 }
 
-/* The sum of lanes, halves first. Overwrites them. */
-static MQ_INLINE float mq_sum_of_lanes(float *lanes) {
-    for (int half = 8; half; half /= 2)
-        for (int e = 0; e < half; e++) lanes[e] += lanes[e + half];
-    return lanes[0];
+/* The sum of 16 lanes, halves first; in registers, where lanes are. */
+static MQ_INLINE float mq_sum_of_lanes(const float *lanes) {
+    float eight[8], four[4];
+    for (int e = 0; e < 8; e++) eight[e] = lanes[e] + lanes[e + 8];
+    for (int e = 0; e < 4; e++) four[e] = eight[e] + eight[e + 4];
+    return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 static MQ_INLINE void mq_dot_rows_by_lanes(const float *a, const float *b, int64_t rows, int64_t n,
                                            float scale, float *out) {
+    const int64_t whole = n / 16 * 16;
+    const size_t rest = (size_t)(n - whole) * sizeof *a;
+    float a_end[16] = {0}, b_end[16] = {0};
+    memcpy(a_end, a + whole, rest);
     for (int64_t r = 0; r < rows; r++, b += n) {
         float lanes[16] = {0};
-        int64_t i = 0;
-        for (; i + 16 <= n; i += 16)
+        for (int64_t i = 0; i < whole; i += 16)
             for (int e = 0; e < 16; e++) lanes[e] += a[i + e] * b[i + e];
-        for (int e = 0; i + e < n; e++) lanes[e] += a[i + e] * b[i + e];
+        if (rest) {
+            memcpy(b_end, b + whole, rest);
+            for (int e = 0; e < 16; e++) lanes[e] += a_end[e] * b_end[e];
+        }
         out[r] = mq_sum_of_lanes(lanes) * scale;
     }
 }
@@ -86,10 +93,44 @@ static MQ_INLINE float mq_exponentials_by_lanes(float *x, int64_t n, float most)
     return mq_sum_of_lanes(lanes);
 }
 
+static MQ_INLINE void mq_dequantize_rows_by_lanes(int bits, const uint8_t *restrict codes,
+                                                  int64_t rows, int64_t n, int64_t group_size,
+                                                  const float *restrict scales,
+                                                  const float *restrict zeros, int64_t stride,
+                                                  float *restrict out) {
+    uint8_t unpacked[MQ_BUFFER];
+    const int64_t half = (n + 1) / 2;
+    for (int64_t r = 0; r < rows; r++, scales += stride, zeros += stride, out += n) {
+        const uint8_t *restrict row = codes + r * (bits == 8 ? n : half);
+        if (bits == 4) {
+            for (int64_t i = 0; i < half; i++) unpacked[i] = row[i] & 15;
+            for (int64_t i = half; i < n; i++) unpacked[i] = row[i - half] >> 4;
+            row = unpacked;
+        }
+        if (group_size == 1) {
+            for (int64_t i = 0; i < n; i++) out[i] = (float)row[i] * scales[i] + zeros[i];
+            continue;
+        }
+        for (int64_t i = 0, g = 0; i < n; i += group_size, g++) {
+            const float scale = scales[g], zero = zeros[g];
+            for (int64_t e = i; e < i + group_size; e++) out[e] = (float)row[e] * scale + zero;
+        }
+    }
+}
+
+/* Columns in blocks whose sums stay in registers */
 static MQ_INLINE void mq_add_rows_by_lanes(const float *a, const float *b, int64_t rows, int64_t n,
                                            float *sums) {
-    for (int64_t r = 0; r < rows; r++, b += n)
-        for (int64_t i = 0; i < n; i++) sums[i] += a[r] * b[i];
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        float lanes[32];
+        memcpy(lanes, sums + i, sizeof lanes);
+        for (int64_t r = 0; r < rows; r++)
+            for (int e = 0; e < 32; e++) lanes[e] += a[r] * b[r * n + i + e];
+        memcpy(sums + i, lanes, sizeof lanes);
+    }
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t e = i; e < n; e++) sums[e] += a[r] * b[r * n + e];
 }
 
 #endif

@@ -25,3 +25,10 @@ void mq_add_rows_scalar(const float *a, const float *b, int64_t rows, int64_t n,
     mq_assume_add_rows(rows, n);
     mq_add_rows_by_lanes(a, b, rows, n, sums);
 }
+
+void mq_dequantize_rows_scalar(int bits, const uint8_t *codes, int64_t rows, int64_t n,
+                               int64_t group_size, const float *scales, const float *zeros,
+                               int64_t stride, float *out) {
+    mq_assume_dequantize_rows(bits, rows, n, group_size, stride);
+    mq_dequantize_rows_by_lanes(bits, codes, rows, n, group_size, scales, zeros, stride, out);
+}

@@ -33,6 +33,7 @@
         .dot_rows = mq_dot_rows_##base,                                                  \
         .exponentials = mq_exponentials_##base,                                          \
         .add_rows = mq_add_rows_##base,                                                  \
+        .dequantize_rows = mq_dequantize_rows_##base,                                    \
         .multiply_salient = mq_multiply_salient_##multiplier,                            \
         .multiply_groups = {mq_multiply_groups_##multiplier, mq_multiply_groups_##wide}, \
     }
@@ -43,6 +44,7 @@
 #define mq_dot_rows_neon mq_dot_rows_scalar
 #define mq_exponentials_neon mq_exponentials_scalar
 #define mq_add_rows_neon mq_add_rows_scalar
+#define mq_dequantize_rows_neon mq_dequantize_rows_scalar
 #define mq_sort_keys_neon mq_sort_keys_scalar
 #define mq_dequantize_neon mq_dequantize_scalar
 #define mq_pack_nibbles_neon mq_pack_nibbles_scalar

@@ -23,10 +23,11 @@
 #define MQ_INLINE inline __attribute__((always_inline))
 
 enum {
-    MQ_TILE_ROWS = 6,                      /* tokens per tile */
-    MQ_TILE_ROWS_512 = 12,                 /* the same with 512-bit registers */
-    MQ_ROW_CHUNK = 240,                    /* tokens that share one unpacking of weights */
-    MQ_BUFFER = MQ_SEGMENT_QUADS * MQ_QUAD /* values gathered at a time */
+    MQ_TILE_ROWS = 6,                       /* tokens per tile */
+    MQ_TILE_ROWS_512 = 12,                  /* the same with 512-bit registers */
+    MQ_ROW_CHUNK = 240,                     /* tokens that share one unpacking of weights */
+    MQ_BUFFER = MQ_SEGMENT_QUADS * MQ_QUAD, /* values gathered at a time */
+    MQ_ROWS_VALUES = 4 * MQ_BUFFER          /* keys or values of some tokens at a time */
 };
 
 static inline int64_t mq_min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -231,6 +232,19 @@ static MQ_INLINE void mq_assume_exponentials(int64_t n) { MQ_ASSUME(n >= 0); }
 typedef void mq_add_rows_fn(const float *a, const float *b, int64_t rows, int64_t n, float *sums);
 static MQ_INLINE void mq_assume_add_rows(int64_t rows, int64_t n) { MQ_ASSUME(rows >= 0 && n > 0); }
 
+/* out [rows][n] = codes * scale + zero, for rows of codes as in mq_kv_blocks. scales, zeros
+ * [rows][n / group_size], row stride `stride`; 0 if all rows share them. */
+typedef void mq_dequantize_rows_fn(int bits, const uint8_t *codes, int64_t rows, int64_t n,
+                                   int64_t group_size, const float *scales, const float *zeros,
+                                   int64_t stride, float *out);
+static MQ_INLINE void mq_assume_dequantize_rows(int bits, int64_t rows, int64_t n,
+                                                int64_t group_size, int64_t stride) {
+    MQ_ASSUME(bits == 4 || bits == 8);
+    MQ_ASSUME(rows > 0 && n > 0 && rows * n <= MQ_ROWS_VALUES);
+    MQ_ASSUME(group_size > 0 && n % group_size == 0);
+    MQ_ASSUME(stride == 0 || stride == n / group_size);
+}
+
 typedef struct mq_kernels {
     int tile_rows;
     mq_channel_stats_fn *channel_stats;
@@ -251,6 +265,7 @@ typedef struct mq_kernels {
     mq_dot_rows_fn *dot_rows;
     mq_exponentials_fn *exponentials;
     mq_add_rows_fn *add_rows;
+    mq_dequantize_rows_fn *dequantize_rows;
     mq_multiply_salient_fn *multiply_salient;
     mq_multiply_groups_fn *multiply_groups[2]; /* by mq_has_wide_codes */
 } mq_kernels;
@@ -277,6 +292,7 @@ const mq_kernels *mq_kernels_of(mq_isa isa);
     mq_dot_rows_fn mq_dot_rows_##isa;                 \
     mq_exponentials_fn mq_exponentials_##isa;         \
     mq_add_rows_fn mq_add_rows_##isa;                 \
+    mq_dequantize_rows_fn mq_dequantize_rows_##isa;   \
     mq_multiply_salient_fn mq_multiply_salient_##isa; \
     mq_multiply_groups_fn mq_multiply_groups_##isa;
 

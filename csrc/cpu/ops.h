@@ -54,6 +54,10 @@ void mq_run_gated(const mq_kernels *kernels, mq_activation activation, mq_dtype 
                   const void *gate_up, int64_t rows, int64_t n, void *out);
 void mq_run_rotary(const mq_kernels *kernels, mq_dtype dtype, const void *cos, const void *sin,
                    int64_t heads, int64_t head_dim, void *x);
+/* Bytes of a row of codes, [head_dim] values of 4 or 8 bits. */
+static inline int64_t mq_kv_row_bytes(int bits, int64_t head_dim) {
+    return bits == 8 ? head_dim : mq_ceil_div(head_dim, 2);
+}
 void mq_run_attend(const mq_kernels *kernels, const mq_attention *attention, mq_dtype dtype,
                    const void *q, int64_t kv0, int64_t kv1, float *scores, void *out);
 void mq_run_add(const mq_kernels *kernels, mq_dtype dtype, const void *a, const void *b,

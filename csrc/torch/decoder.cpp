@@ -171,11 +171,23 @@ void norm_linear(const Norm &norm, const Linear &given, int dtype_number, uintpt
     }
 }
 
-// A cache of keys and values [sequences][kv_heads][capacity][head_dim] with room for a token more.
+// A cache of keys and values [sequences][kv_heads][capacity][head_dim] with room for a token more,
+// and the blocks before them.
 struct Past {
     char *keys, *values;
     int64_t capacity, tokens;  // tokens: in it already
-    const uint8_t *mask;       // [sequences][tokens + 1] or nullptr
+    mq_kv_blocks blocks;       // of the first sequence; the others follow
+    const uint8_t *mask;       // [sequences][all + 1] or nullptr
+
+    int64_t all() const { return MQ_KV_BLOCK * blocks.count + tokens; }
+    mq_kv_blocks blocks_of(int64_t sequence, int64_t kv_heads) const {
+        mq_kv_blocks moved = blocks;
+        if (!blocks.count) return moved;
+        const int64_t heads = sequence * kv_heads;
+        moved.keys = static_cast<const char *>(blocks.keys) + heads * blocks.key_stride;
+        moved.values = static_cast<const char *>(blocks.values) + heads * blocks.value_stride;
+        return moved;
+    }
 };
 
 // Attention with rotary position embeddings, for one token per sequence.
@@ -190,9 +202,9 @@ struct Attention {
     void run(mq_dtype dtype, char *qkv, int64_t sequences, const char *cos, const char *sin,
              bool one_position, const Past &past, char *attended) const {
         const int64_t row = head_dim * size_of(dtype), tokens = past.tokens + 1;
-        const int64_t head_bytes = past.capacity * row;
+        const int64_t head_bytes = past.capacity * row, all = past.all() + 1;
         // a few microseconds of work are worth a thread
-        const int64_t grain = grain_of(kGrainValues, tokens * head_dim * 2 * heads / kv_heads);
+        const int64_t grain = grain_of(kGrainValues, all * head_dim * 2 * heads / kv_heads);
         for (int64_t i = 0; i < sequences; i++) {
             const int64_t position = one_position ? 0 : i * row;
             check(kOp, mq_rotary(dtype, cos + position, sin + position, heads + kv_heads, head_dim,
@@ -214,10 +226,11 @@ struct Attention {
                                          past.capacity * head_dim,
                                          keys,
                                          values,
-                                         past.mask ? past.mask + sequence * tokens : nullptr,
-                                         scale};
+                                         past.mask ? past.mask + sequence * all : nullptr,
+                                         scale,
+                                         past.blocks_of(sequence, kv_heads)};
                 thread_local std::vector<float> scores;
-                scores.resize(static_cast<size_t>(heads / kv_heads * tokens));
+                scores.resize(static_cast<size_t>(heads / kv_heads * all));
                 const mq_status status = mq_attend(&of, dtype, q, kv, kv + 1, scores.data(),
                                                    attended + sequence * heads * row);
                 if (status != MQ_OK) return status;
@@ -314,14 +327,20 @@ struct Layer {
     const Rest *rest;
 };
 
+// The fields of mq_kv_blocks.
+using Blocks = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int, int64_t>;
+
 // What a layer needs for one token: cos, sin, whether they are one row for all sequences, mask,
-// keys, values, capacity, tokens.
+// keys, values, capacity, tokens, the blocks before these.
 using Step = std::tuple<const Layer *, uintptr_t, uintptr_t, bool, uintptr_t, uintptr_t, uintptr_t,
-                        int64_t, int64_t>;
+                        int64_t, int64_t, Blocks>;
 
 void run_step(const Step &step, mq_isa isa, mq_dtype dtype, const void *x, int64_t sequences,
               void *out) {
-    const auto &[layer, cos, sin, one_position, mask, keys, values, capacity, tokens] = step;
+    const auto &[layer, cos, sin, one_position, mask, keys, values, capacity, tokens, before] =
+        step;
+    const auto &[key_blocks, value_blocks, key_stride, value_stride, blocks, bits, group_size] =
+        before;
     const Attention &attention = *layer->attention;
     const Linear qkv = layer->qkv->now(isa);
     const Rest rest = layer->rest->now(isa);
@@ -332,8 +351,13 @@ void run_step(const Step &step, mq_isa isa, mq_dtype dtype, const void *x, int64
     Scratch scratch(static_cast<size_t>(Scratch::aligned(wide) + Scratch::aligned(narrow) + after));
     char *both = scratch.take(wide), *attended = scratch.take(narrow);
     compute_norm_linear(*layer->norm, qkv, dtype, x, sequences, scratch, both);
-    const Past past = {reinterpret_cast<char *>(keys), reinterpret_cast<char *>(values), capacity,
-                       tokens, at<uint8_t>(mask)};
+    const Past past = {reinterpret_cast<char *>(keys),
+                       reinterpret_cast<char *>(values),
+                       capacity,
+                       tokens,
+                       {at<void>(key_blocks), at<void>(value_blocks), key_stride, value_stride,
+                        blocks, bits, group_size},
+                       at<uint8_t>(mask)};
     attention.run(dtype, both, sequences, at<char>(cos), at<char>(sin), one_position, past,
                   attended);
     rest.compute(dtype, attended, x, sequences, scratch, out);
@@ -347,7 +371,7 @@ void decode(const std::vector<Step> &steps, int dtype_number, uintptr_t x, int64
     for (const Step &step : steps) {
         const Layer *layer = std::get<0>(step);
         const int64_t capacity = std::get<7>(step), tokens = std::get<8>(step);
-        require(layer && tokens >= 0 && tokens < capacity &&
+        require(layer && tokens >= 0 && tokens < capacity && std::get<4>(std::get<9>(step)) >= 0 &&
                     layer->rest->o.lin.n == std::get<0>(steps[0])->rest->o.lin.n,
                 kOp, "a step does not fit its cache or the layer before it");
     }

@@ -101,7 +101,8 @@ def save_quantized(
         raise ValueError(
             f"model must be a quantized transformers model; got {type(model).__name__}"
         )
-    if transformers_class([type(model).__name__]) is not type(model):
+    # a headless model with fused layers has a class of ours over that of transformers
+    if transformers_class([type(model).__name__]) is not getattr(model, "float_class", type(model)):
         raise ValueError(
             f"model must have a class of transformers, or load_quantized cannot build it; got "
             f"{type(model).__name__}. model.save_pretrained saves it for "

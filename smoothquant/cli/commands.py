@@ -48,6 +48,9 @@ Dtype = Enum(
     "Dtype", {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}, type=str
 )
 Format = Enum("Format", {"compressed_tensors": "compressed-tensors"}, type=str)
+KV_CACHE_BITS = {"16bit": None, "int8": 8, "int4": 4}
+KVCache = Enum("KVCache", [(name, name) for name in KV_CACHE_BITS], type=str)  # type: ignore[misc]
+DEFAULT_KV_CACHE = KVCache("16bit")
 
 LEAST_TEMPERATURE = 1e-6  # logits divided by less would overflow float32
 
@@ -592,6 +595,9 @@ def generate(
         typer.Option(metavar="T", min=0.0, help="Sampling temperature; 0 decodes greedily."),
     ] = 0.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Sampling seed.")] = 0,
+    kv_cache: Annotated[
+        KVCache, typer.Option(help="Format of the key-value cache; 16bit: the model's dtype.")
+    ] = DEFAULT_KV_CACHE,
     device: OnDevice = Device.cpu,
     dtype: InDtype = None,
 ) -> Report:
@@ -625,9 +631,16 @@ def generate(
     else:
         check_positions(loaded, **tokens)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    cache = {}
+    if bits := KV_CACHE_BITS[kv_cache.value]:
+        from ..layers.cache import QuantizedKVCache, cache_argument
+
+        with naming(config="MODEL"):
+            cache[cache_argument(loaded)] = QuantizedKVCache(loaded.config, bits)
     ids = generate_text(
         loaded,
         **inputs.to(loaded.device),
+        **cache,
         **({"do_sample": False} | sampling),
         max_new_tokens=max_new_tokens,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),

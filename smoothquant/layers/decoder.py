@@ -169,6 +169,7 @@ class _Calls:
     x: hidden states [B, 1, K] before the first of them; each of these layers returned x.
     tokens, given, addresses: what the last layer had in its cache, its mask and position
         embeddings, and where these are. Others of the same stack mostly have the same.
+    caches: the layers of the cache, which count the token in once it is written.
     memory: what the steps point to.
     """
 
@@ -179,6 +180,7 @@ class _Calls:
         self.tokens = -1
         self.given: tuple[Any, Any] = (None, None)
         self.addresses: tuple[Any, ...] = ()
+        self.caches: list[Any] = []
         self.memory: list[Any] = []
 
     def may_wait(self) -> bool:
@@ -198,7 +200,9 @@ class _Calls:
         out = torch.empty_like(x)
         steps, self.steps = self.steps, []
         _C.decode(steps, DTYPES[x.dtype], x.data_ptr(), len(x), out.data_ptr())
-        self.memory, self.tokens = [], -1
+        for layer in self.caches:
+            layer.take_one_more()
+        self.caches, self.memory, self.tokens = [], [], -1
         return out
 
 
@@ -559,11 +563,8 @@ class _Prepared:
             or getattr(cache or past_key_values, "offloading", False)
         ):
             return None
-        sequences, tokens, given = (
-            len(x),
-            layer.get_seq_length(),
-            (attention_mask, position_embeddings),
-        )
+        sequences, tokens = len(x), layer.get_seq_length()
+        given = attention_mask, position_embeddings
         if tokens != calls.tokens or not all(map(operator.is_, given, calls.given)):
             mask, (cos, sin) = attention_mask, position_embeddings
             if mask is not None and (
@@ -592,6 +593,7 @@ class _Prepared:
             return None
         keys, values = places
         calls.memory.append((self, places))
-        layer.take_one_more()
+        calls.caches.append(layer)
         pointers = keys.data_ptr(), values.data_ptr()
-        return (self.layer, *calls.addresses, *pointers, keys.shape[-2], tokens)
+        sizes = keys.shape[-2], layer.plain_tokens()
+        return (self.layer, *calls.addresses, *pointers, *sizes, layer.block_arguments())

@@ -72,6 +72,11 @@ static void unpack_nibbles(int broken) {
     kernels->unpack_nibbles((const uint8_t *)packed, broken ? -64 : 64, 0, codes);
 }
 
+static void dequantize_rows(int broken) {
+    kernels->dequantize_rows(4, (const uint8_t *)packed, 2, 32, broken ? 12 : 16, floats, floats, 2,
+                             sums);
+}
+
 static void multiply_salient(int broken) {
     const mq_activations act = {.m = 6, .h = 6, .salient = floats};
     kernels->multiply_salient(&act, 8, 0, 1, broken ? 9 : 0, 8, floats, sums);
@@ -112,6 +117,7 @@ static const struct {
     {"dequantize", dequantize},
     {"pack_nibbles", pack_nibbles},
     {"unpack_nibbles", unpack_nibbles},
+    {"dequantize_rows", dequantize_rows},
     {"multiply_salient", multiply_salient},
     {"multiply_tiles", multiply_tiles},
     {"multiply_panels", multiply_panels},

@@ -10,7 +10,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "../../csrc/mixedquant.h"
+#include "../../csrc/cpu/kernels.h"
 #include "check.h"
 
 typedef struct guarded {
@@ -276,6 +276,92 @@ static void check_linear(void) {
     }
 }
 
+/* A token's attention to blocks and other tokens, against the same of dequantized values. */
+static void check_blocks(void) {
+    const mq_dtype dtype = (mq_dtype)below(3);
+    const int bits = below(2) ? 4 : 8;
+    const int64_t group_size = 1 + below(9), d = group_size * (1 + below(below(16) ? 4 : 50));
+    const int64_t kv_heads = 1 + below(3), heads = kv_heads * (1 + below(below(4) ? 3 : 10));
+    const int64_t count = 1 + below(2), tokens = 1 + below(9), all = 32 * count + tokens;
+    size_t bytes[2];
+    CHECK(mq_kv_block_sizes(bits, group_size, dtype, d, &bytes[0], &bytes[1]) == MQ_OK);
+    const int64_t row = bits == 8 ? d : (d + 1) / 2, gap = 4 * below(3);
+    guarded q = random_values(dtype, heads * d, 0), plain[2], blocks[2], wide[2];
+    for (int p = 0; p < 2; p++) {
+        const int64_t head = count * (int64_t)bytes[p], stride = head + gap;
+        plain[p] = random_values(dtype, kv_heads * tokens * d, 0);
+        blocks[p] = guarded_alloc((size_t)((kv_heads - 1) * stride + head), 4);
+        wide[p] = guarded_alloc((size_t)(kv_heads * all * d) * 4, 4);
+        const int64_t scales = p ? 32 * d / group_size : d;
+        for (int64_t h = 0; h < kv_heads; h++) {
+            float *to = (float *)wide[p].data + h * all * d;
+            for (int64_t b = 0; b < count; b++) {
+                uint8_t *block = (uint8_t *)blocks[p].data + h * stride + b * (int64_t)bytes[p];
+                for (int64_t i = 0; i < 32 * row; i++) block[i] = (uint8_t)below(256);
+                guarded values = random_values(dtype, 2 * scales, 0);
+                memcpy(block + 32 * row, values.data, (size_t)(2 * scales) * size_of(dtype));
+                for (int64_t t = 0; t < 32; t++)
+                    for (int64_t i = 0; i < d; i++, to++) {
+                        const int64_t s = p ? t * (d / group_size) + i / group_size : i;
+                        const uint8_t *codes = block + t * row;
+                        const int code = bits == 8 ? codes[i]
+                                         : i < row ? codes[i] & 15
+                                                   : codes[i - row] >> 4;
+                        const float product = (float)code * mq_load(dtype, values.data, s);
+                        *to = product + mq_load(dtype, values.data, scales + s);
+                    }
+                guarded_free(&values);
+            }
+            for (int64_t i = 0; i < tokens * d; i++)
+                *to++ = mq_load(dtype, plain[p].data, h * tokens * d + i);
+        }
+    }
+    guarded query = guarded_alloc((size_t)(heads * d) * 4, 4);
+    guarded expected = guarded_alloc((size_t)(heads * d) * 4, 4);
+    for (int64_t i = 0; i < heads * d; i++) ((float *)query.data)[i] = mq_load(dtype, q.data, i);
+    guarded mask = guarded_alloc((size_t)all, 1);
+    for (int64_t i = 0; i < all; i++) ((uint8_t *)mask.data)[i] = below(3) || i == 0;
+    uint8_t *masked = below(2) ? mask.data : NULL;
+    guarded scores = guarded_alloc((size_t)(heads / kv_heads * all) * 4, 4);
+    guarded out = guarded_alloc((size_t)(heads * d) * size_of(dtype), size_of(dtype));
+    const mq_attention whole = {heads,        kv_heads,     d,      all,  all * d,
+                                wide[0].data, wide[1].data, masked, 0.3f, {0}};
+    const mq_attention attention = {
+        heads,
+        kv_heads,
+        d,
+        tokens,
+        tokens * d,
+        plain[0].data,
+        plain[1].data,
+        masked,
+        0.3f,
+        {blocks[0].data, blocks[1].data, count * (int64_t)bytes[0] + gap,
+         count * (int64_t)bytes[1] + gap, count, bits, group_size}};
+    for (int isa = 0; isa < MQ_ISA_COUNT; isa++) {
+        if (!mq_isa_supported((mq_isa)isa)) continue;
+        CHECK(mq_isa_set((mq_isa)isa) == MQ_OK);
+        CHECK(mq_attend(&whole, MQ_F32, query.data, 0, kv_heads, scores.data, expected.data) ==
+              MQ_OK);
+        const int64_t split = below(kv_heads + 1);
+        CHECK(mq_attend(&attention, dtype, q.data, split, kv_heads, scores.data, out.data) ==
+              MQ_OK);
+        CHECK(mq_attend(&attention, dtype, q.data, 0, split, scores.data, out.data) == MQ_OK);
+        for (int64_t i = 0; i < heads * d; i++) {
+            const float exact = ((float *)expected.data)[i];
+            const uint16_t half = dtype == MQ_F16 ? mq_f32_to_f16(exact) : mq_f32_to_bf16(exact);
+            if (dtype == MQ_F32)
+                CHECK(memcmp((float *)out.data + i, &exact, 4) == 0);
+            else
+                CHECK(((uint16_t *)out.data)[i] == half);
+        }
+    }
+    guarded_free(&q), guarded_free(&query), guarded_free(&expected), guarded_free(&mask);
+    guarded_free(&scores), guarded_free(&out);
+    for (int p = 0; p < 2; p++)
+        guarded_free(&plain[p]), guarded_free(&blocks[p]), guarded_free(&wide[p]);
+}
+
 /* What lies between the linears. */
 static void check_rows(void) {
     const mq_dtype dtype = (mq_dtype)below(3);
@@ -294,7 +380,7 @@ static void check_rows(void) {
     guarded scores = guarded_alloc((size_t)(heads * tokens) * 4, 4);
     const mq_attention attention = {heads, kv_heads,  d,           tokens,
                                     room,  keys.data, values.data, below(2) ? mask.data : NULL,
-                                    0.3f};
+                                    0.3f,  {0}};
     guarded out[3][2];
     for (int i = 0; i < 2; i++)
         attended[i] = guarded_alloc((size_t)(heads * d) * size_of(dtype), size_of(dtype));
@@ -392,7 +478,28 @@ static void check_statuses(void) {
     CHECK(mq_rotary(MQ_F32, x, x, 1, 7, x) == MQ_INVALID_SIZE);
     CHECK(mq_rotary(MQ_F32, x, x, 1, 514, x) == MQ_INVALID_SIZE);
     CHECK(mq_rotary(MQ_F32, x, NULL, 1, 8, x) == MQ_INVALID_POINTER);
-    mq_attention attention = {2, 1, 2, 1, 2, x, x, NULL, 1};
+    size_t sizes[2];
+    CHECK(mq_kv_block_sizes(4, 3, MQ_BF16, 9, &sizes[0], &sizes[1]) == MQ_OK);
+    CHECK(sizes[0] == 32 * 5 + 2 * 9 * 2 && sizes[1] == 32 * 5 + 2 * 32 * 3 * 2);
+    CHECK(mq_kv_block_sizes(5, 3, MQ_BF16, 9, &sizes[0], &sizes[1]) == MQ_INVALID_BITS);
+    CHECK(mq_kv_block_sizes(4, 2, MQ_BF16, 9, &sizes[0], &sizes[1]) == MQ_INVALID_GROUP_SIZE);
+    CHECK(mq_kv_block_sizes(4, 0, MQ_BF16, 9, &sizes[0], &sizes[1]) == MQ_INVALID_GROUP_SIZE);
+    CHECK(mq_kv_block_sizes(4, 3, MQ_I8, 9, &sizes[0], &sizes[1]) == MQ_INVALID_DTYPE);
+    CHECK(mq_kv_block_sizes(4, 3, MQ_BF16, 513, &sizes[0], &sizes[1]) == MQ_INVALID_SIZE);
+    CHECK(mq_kv_block_sizes(4, 3, MQ_BF16, 9, NULL, &sizes[1]) == MQ_INVALID_POINTER);
+    mq_attention attention = {2, 1, 2, 1, 2, x, x, NULL, 1, {NULL, x, 80, 320, 1, 4, 2}};
+    CHECK(mq_attend(&attention, MQ_F32, x, 0, 1, x, x) == MQ_INVALID_POINTER);
+    attention.blocks.keys = x, attention.blocks.bits = 6;
+    CHECK(mq_attend(&attention, MQ_F32, x, 0, 1, x, x) == MQ_INVALID_BITS);
+    attention.blocks.bits = 4, attention.blocks.key_stride = 44;
+    CHECK(mq_attend(&attention, MQ_F32, x, 0, 1, x, x) == MQ_INVALID_SIZE);
+    attention.blocks.key_stride = 80, attention.blocks.value_stride = 322;
+    CHECK(mq_attend(&attention, MQ_F32, x, 0, 1, x, x) == MQ_INVALID_SIZE);
+    attention.blocks.value_stride = INT64_MAX - 3, attention.blocks.count = INT64_MAX / 320;
+    CHECK(mq_attend(&attention, MQ_F32, x, 0, 1, x, x) == MQ_INVALID_SIZE);
+    attention.blocks.count = -1;
+    CHECK(mq_attend(&attention, MQ_F32, x, 0, 1, x, x) == MQ_INVALID_SIZE);
+    attention.blocks.count = 0;
     CHECK(mq_attend(&attention, MQ_F32, x, 0, 2, x, x) == MQ_INVALID_SIZE);
     CHECK(mq_attend(&attention, MQ_F32, x, 0, 1, NULL, x) == MQ_INVALID_POINTER);
     attention.scale = INFINITY;
@@ -416,6 +523,7 @@ int main(int argc, char **argv) {
         check_stats();
         check_linear();
         check_rows();
+        check_blocks();
     }
     printf("%d cases:", cases);
     for (int isa = 0; isa < MQ_ISA_COUNT; isa++)

@@ -566,9 +566,99 @@ static void fuzz_linear(void) {
     }
 }
 
+/* ---- Attention ---- */
+
+static void fuzz_attend(void) {
+    const mq_dtype dtype = (mq_dtype)small_choice(3);
+    mq_attention of = {.kv_heads = any_size(3),
+                       .head_dim = any_size(below(4) ? 40 : 520),
+                       .tokens = any_size(40),
+                       .scale = rarely() ? (below(2) ? INFINITY : NAN) : 0.2f};
+    const int64_t group = 1 + below(9), is_multiple = !rarely();
+    of.heads = of.kv_heads < 1000 ? of.kv_heads * group + !is_multiple : of.kv_heads;
+    mq_kv_blocks *blocks = &of.blocks;
+    blocks->bits = rarely() ? (int)below(10) : below(2) ? 4 : 8;
+    blocks->count = below(3) ? any_size(4) : 0;
+    blocks->group_size = any_size(9);
+    if (!rarely() && of.head_dim > 0 && of.head_dim < 600)
+        while (blocks->group_size < 1 || of.head_dim % blocks->group_size)
+            blocks->group_size = 1 + below(of.head_dim);
+    const int is_dtype = (unsigned)dtype <= MQ_BF16;
+    const int is_head = of.head_dim >= 1 && of.head_dim <= 512;
+    const int is_blocks =
+        blocks->count == 0 || (blocks->count > 0 && (blocks->bits == 4 || blocks->bits == 8) &&
+                               blocks->group_size >= 1 && of.head_dim % blocks->group_size == 0);
+    int valid = is_dtype && is_head && is_blocks && of.kv_heads >= 1 && of.heads >= 1 &&
+                of.heads % of.kv_heads == 0 && of.tokens >= 1 && isfinite(of.scale);
+    const wide element = (wide)bytes_of(is_dtype ? (kind)dtype : F32);
+    const wide d = is_head ? of.head_dim : 1, row = blocks->bits == 8 ? d : ceil_div(d, 2);
+    const wide key_bytes = 32 * row + 2 * d * element;
+    const wide value_bytes =
+        valid && blocks->count ? 32 * row + 64 * (d / blocks->group_size) * element : key_bytes;
+    size_t sizes[2];
+    const mq_status sized = mq_kv_block_sizes(blocks->bits, blocks->group_size, dtype, of.head_dim,
+                                              &sizes[0], &sizes[1]);
+    if (valid && blocks->count)
+        CHECK(sized == MQ_OK && sizes[0] == (size_t)key_bytes && sizes[1] == (size_t)value_bytes);
+    const wide key_head = valid ? blocks->count * key_bytes : 0;
+    const wide value_head = valid ? blocks->count * value_bytes : 0;
+    const wide plain_head = valid ? (wide)of.tokens * d : 0;
+    of.head_stride = rarely() ? any_size(900) : plain_head < TOO_LARGE ? (int64_t)plain_head : 8;
+    const int64_t gap = 4 * below(3) + (rarely() ? 1 : 0);
+    blocks->key_stride = key_head < TOO_LARGE - 16 ? (int64_t)key_head + gap : 4 * below(40);
+    blocks->value_stride = value_head < TOO_LARGE - 16 ? (int64_t)value_head + 4 : 4 * below(40);
+    const wide all = valid ? (wide)32 * blocks->count + of.tokens : 0;
+    int fits = of.head_stride >= plain_head &&
+               !too_large(extent(of.kv_heads, plain_head, of.head_stride)) &&
+               !too_large((wide)of.heads * all);
+    if (blocks->count)
+        fits = fits && gap % 4 == 0 && blocks->key_stride >= key_head &&
+               blocks->value_stride >= value_head &&
+               !too_large(extent(of.kv_heads, key_head, blocks->key_stride)) &&
+               !too_large(extent(of.kv_heads, value_head, blocks->value_stride));
+    const kind of_kind = is_dtype ? (kind)dtype : F32;
+    const int possible = valid && fits;
+    const int special = below(4) == 0;
+    const wide plain = possible ? extent(of.kv_heads, plain_head, of.head_stride) : 0;
+    const array keys = values(of_kind, plain, special), vs = values(of_kind, plain, special);
+    const array q = values(of_kind, possible ? (wide)of.heads * d : 0, special);
+    const array key_blocks = values(
+        I8, possible && blocks->count ? extent(of.kv_heads, key_head, blocks->key_stride) : 0, 0);
+    const array value_blocks = values(
+        I8, possible && blocks->count ? extent(of.kv_heads, value_head, blocks->value_stride) : 0,
+        0);
+    const array mask = values(I8, possible ? all : 0, 0);
+    if (mask.data && all > 0) ((uint8_t *)mask.data)[0] = 1;
+    int64_t kv0, kv1;
+    const int is_range = any_range(of.kv_heads < 0 ? 0 : of.kv_heads, 1, &kv0, &kv1);
+    const array scores = array_of(F32, possible ? of.heads / of.kv_heads * all : 0);
+    int have = keys.data && vs.data && q.data && key_blocks.data && value_blocks.data &&
+               mask.data && scores.data;
+    of.mask = have && below(2) ? mask.data : NULL;
+    array first = {I8, 0, NULL};
+    int count;
+    const mq_isa *isas = supported_isas(&count);
+    for (int i = 0; i < count; i++) {
+        CHECK(mq_isa_set(isas[i]) == MQ_OK);
+        const array out = array_of(of_kind, have && possible ? (wide)of.heads * d : 0);
+        const int all_data = have && out.data;
+        if (out.data) memset(out.data, 0, (size_t)out.count * bytes_of(of_kind));
+        of.keys = all_data ? keys.data : NULL, of.values = vs.data;
+        blocks->keys = key_blocks.data, blocks->values = value_blocks.data;
+        const mq_status status = mq_attend(&of, dtype, q.data, kv0, kv1, scores.data, out.data);
+        if (!possible || !is_range)
+            CHECK(status != MQ_OK);
+        else
+            CHECK(status == (all_data ? MQ_OK : MQ_INVALID_POINTER));
+        if (status != MQ_OK) continue;
+        if (i == 0) first = out;
+        check_same(first, out);
+    }
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    static void (*const targets[])(void) = {fuzz_groups,  fuzz_nibbles, fuzz_stats, fuzz_argsort,
-                                            fuzz_columns, fuzz_linear,  fuzz_linear};
+    static void (*const targets[])(void) = {fuzz_groups,  fuzz_nibbles, fuzz_stats,  fuzz_argsort,
+                                            fuzz_columns, fuzz_linear,  fuzz_linear, fuzz_attend};
     input = data, input_left = size;
     targets[take(1) % (sizeof targets / sizeof *targets)]();
     while (used > 0) free(blocks[--used]);
