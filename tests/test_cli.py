@@ -237,6 +237,7 @@ def test_modules_are_left_out(tmp_path):
     assert names == ("fc1", "re:.*layers[.]0[.]")
     layers = json.loads(answer("inspect", tmp_path / "q", "--json").stdout)["layers"]
     quantized = {layer["name"] for layer in layers if layer["action"] == "quantized"}
+    quantized.remove("model.decoder.embed_tokens.packed")
     assert len(quantized) == 3 * 5 and not any("fc1" in name or ".0." in name for name in quantized)
     assert "% of the weights are quantized: " in printed
     answer(*words, "--ignore", "fc3", code=1)
@@ -341,7 +342,7 @@ def test_files_of_fields(suffix, text, tmp_path):
 
 
 def test_quiet_and_json_are_everywhere(folder, tmp_path):
-    passed_on = ("lm-eval", "sweep", "plot")
+    passed_on = ("lm-eval", "serve", "sweep", "plot")
     commands = typer.main.get_command(app).commands
     for name, command in commands.items():
         names = {option for parameter in command.params for option in parameter.opts}
@@ -414,7 +415,8 @@ def test_inspect_reads_no_weights(folder, monkeypatch):
     layers = {layer["name"]: layer for layer in found["layers"]}
     assert layers[LAYER]["shape"] == [128, 512] and layers[LAYER]["num_salient"] == 25
     assert sum(layer["bytes"] for layer in found["layers"]) == size
-    assert layers["lm_head"]["shared_with"] == "model.decoder.embed_tokens.weight"
+    table = layers["model.decoder.embed_tokens.packed"]  # the output head, too
+    assert table["shape"] == [2048, 128] and table["bits_per_weight"] > 8
     text = answer("inspect", folder).stdout
     assert LAYER in text and f"{size:,} bytes" in text
 

@@ -218,7 +218,7 @@ def test_killed_conversions_come_to_the_same_bytes(source, tmp_path):
     config = MixedQuantConfig(**CONFIGS["gptq"])
     convert(folder, tmp_path / "undisturbed", config, batches=batches_of(), progress=False)
     command = [sys.executable, "-c", KILLED, str(folder), str(target)]
-    for _ in range(3):
+    for _ in range(at_length(3, 1)):
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
             assert child.stdout.readline() == b"ready\n"
             time.sleep(0.5 * rng.random())

@@ -456,6 +456,7 @@ def test_the_largest_sums(card, m, k, group_size, code):
             torch.testing.assert_close(card.call("w4a4_linear", args)[0], expected)
 
 
+@pytest.mark.long
 def test_environment_variable_forces_a_kernel(run_python):
     code = "from smoothquant import ops; print(ops.forced_cuda_kernel())"
     for name, known in (("prefill_s8", True), ("fast", False)):

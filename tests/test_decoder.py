@@ -655,6 +655,7 @@ def test_a_result_is_handed_over_once_or_it_is_an_error():
     assert torch.equal(layer(x), torch.zeros(2, 16))
 
 
+@pytest.mark.long
 def test_an_environment_variable_turns_it_off(run_python):
     code = "from smoothquant.layers import decoder; print(decoder._enabled)"
     assert run_python(code, MIXEDQUANT_FUSED_LAYERS="0").stdout.strip() == "False"

@@ -51,6 +51,7 @@ BAD = {
     "compare": MODELS,
     "config_file": ["", "no.toml", "x.md", "folder.txt", "bad.toml", "list.json", "other.yaml"],
     "device": ["gpu", ""],
+    "kv_cache": ["int2", "8"],
     "dtype": ["int8", ""],
     "ignore": ["", "nothing", "re:(", "x" * 4000],
     "recipe": ["worst", ""],

@@ -1043,13 +1043,13 @@ def test_equal_inputs_are_quantized_to_equal_bytes(name, tokens):
     at_hand = set()
     with forced_isa(name):
         first = ops.quantize_input(x, perm, 5, 7)
-        for _ in range(20):
+        for _ in range(300):
             quantized = ops.quantize_input(x, perm, 5, 7)
             assert torch.equal(quantized, first)
             quantized.fill_(0xA5)
             at_hand.add(quantized.data_ptr())
             del quantized
-    assert len(at_hand) < 20  # some were made of what was overwritten
+    assert len(at_hand) < 300  # some were made of what was overwritten
 
 
 @pytest.mark.parametrize("name", ISAS)

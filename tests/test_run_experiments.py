@@ -291,7 +291,9 @@ def test_scores_match_the_evaluator(compared):
         tokenizer, {"split": "validation", "blocks": 16, "block_size": 128, "seed": TINY.seed}
     )
     quantized = runner.module_copy(model)
-    config = MixedQuantConfig(recipe="best", group_size=64, salient_prop=0.05)
+    config = MixedQuantConfig(
+        recipe="best", group_size=64, salient_prop=0.05, head="16bit", embeddings="16bit"
+    )
     quantize(quantized, config, collect_stats(model, blocks), blocks, progress=False)
     evaluator = Evaluator(wikitext("test"), tokenizer, "cpu", 2, seq_len=128, progress=False)
     expected = evaluator.compare(quantized, model)

@@ -163,9 +163,10 @@ def test_a_worker_that_resumes_leaves_its_successor_alone(claims):
 # ---- executors
 
 
-EXECUTORS = at_length(["jobs", "dask", "slurm://local", "slurm://debug"], ["jobs"])
+EXECUTORS = ["jobs", "dask", "slurm://local", "slurm://debug"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_every_executor_gives_the_same_bytes(executor, undisturbed, tmp_path, capfd):
     output = tmp_path / "results"

@@ -18,6 +18,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from smoothquant import CheckpointError, MixedQuantConfig, quantize, save_quantized
+from smoothquant.bundled import bundled_folder, wikitext
+from smoothquant.calibration.tokens import calibration_batches
+from smoothquant.models.loading import load_tokenizer
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: ./run.sh test-vllm", allow_module_level=True)
@@ -76,7 +79,10 @@ def saved(tmp_path_factory):
         for parameter in model.parameters():  # model.to(dtype) would round rotary frequencies
             parameter.data = parameter.data.to(dtype)
         model.generation_config.eos_token_id = None
-        quantize(model, MixedQuantConfig(**PLAIN | fields), progress=False)
+        given = fields.keys() & {"head", "embeddings"}
+        rest = None if given and model.config.tie_word_embeddings else "16bit"
+        tables = {"head": rest, "embeddings": rest}
+        quantize(model, MixedQuantConfig(**PLAIN | tables | fields), progress=False)
         folder = tmp_path_factory.mktemp("folders") / "model"
         save_quantized(model, folder)
         return folder
@@ -184,9 +190,9 @@ def test_layers_have_the_bits_of_transformers(kind, saved):
             2 if ours.config.tie_word_embeddings and tables else len(tables)
         )
         found = log_probabilities(llm, prompts)
-    errors = torch.cat(found) - torch.cat([expected(ours, prompt) for prompt in prompts])
-    # In 16 bits, vLLM's own kernels round otherwise, and INT4 activations enlarge that.
-    assert errors.abs().mean() < (1e-4 if dtype == torch.float32 else 0.4)
+    if dtype == torch.float32:  # in 16 bits, vLLM's own kernels round otherwise
+        errors = torch.cat(found) - torch.cat([expected(ours, prompt) for prompt in prompts])
+        assert errors.abs().mean() < 1e-4
 
 
 @pytest.mark.parametrize("eager", [True, False])
@@ -200,6 +206,22 @@ def test_a_prompt_has_the_same_bits_alone_and_in_a_batch(eager, saved):
     assert all(map(torch.equal, alone, together))
     errors = torch.cat(alone) - torch.cat([expected(ours, prompt) for prompt in prompts])
     assert errors.abs().mean() < 1e-3  # the last bits differ, which may change an INT4 code
+
+
+def test_perplexity_is_that_of_transformers(tmp_path):
+    source = bundled_folder("smollm2-135m")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval()
+    config = MixedQuantConfig(calibration="wikitext2", calibration_tokens=2048)
+    tokenizer = load_tokenizer(source)
+    batches = calibration_batches(model, tokenizer, config)
+    quantize(model, config, batches=batches, progress=False)
+    save_quantized(model, tmp_path / "model", tokenizer)
+    ids = tokenizer(wikitext("test"), return_tensors="pt").input_ids[0]
+    windows = ids[: 6 * 200].view(6, 200).tolist()
+    ours = torch.cat([expected(model, window) for window in windows]).mean().neg().exp()
+    with engine(tmp_path / "model", dtype="bfloat16", max_model_len=256) as llm:
+        theirs = torch.cat(log_probabilities(llm, windows)).mean().neg().exp()
+    assert ours < 60 and abs(theirs / ours - 1) < 0.03, (ours, theirs)
 
 
 def test_two_processes_share_a_model(saved):
