@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from length import at_length
 from safetensors.torch import load_file, save_file
 from spoil import edit, set_tensor
 

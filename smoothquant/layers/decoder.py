@@ -96,7 +96,7 @@ def _runs(layer: nn.Module, names: Sequence[str]) -> list[list[Tensor]]:
     return [[t for t in run if t is not None] for run in buffers]
 
 
-class _Fused:
+class _Fused(nn.Module):
     """Mixed into the classes of modules by `place_and_fuse`."""
 
     float_class: type  # the class before
@@ -108,13 +108,13 @@ class _Fused:
         return (_new_module, (mixin, self.float_class, _PARTS.get(self)), *reduced[2:])
 
 
-class FusedLayer(_Fused, nn.Module):
+class FusedLayer(_Fused):
     """Mixed into the class of a decoder layer."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         calls = _layer_calls(self)
         waiting = calls is not None and bool(calls.steps)
-        if waiting and hidden_states is not calls.x:
+        if calls is not None and waiting and hidden_states is not calls.x:
             raise RuntimeError(
                 f"{type(self).__name__} got other hidden states than the layer before it returned; "
                 "call smoothquant.layers.decoder.use_fused_layers(False)"
@@ -139,7 +139,7 @@ class FusedLayer(_Fused, nn.Module):
         return super()._apply(*args, **kwargs)
 
 
-class FusedStack(_Fused, nn.Module):
+class FusedStack(_Fused):
     """Mixed into the class of the module whose ``layers`` are decoder layers: it runs them one
     after another, and does nothing with what one hands to the next."""
 
@@ -147,7 +147,8 @@ class FusedStack(_Fused, nn.Module):
         if torch.compiler.is_compiling() or not _enabled:
             return super().forward(*args, **kwargs)
         config: Any = self.config
-        layers: Any = list(self.layers)[: getattr(config, "num_hidden_layers", None)]
+        modules: Any = self._modules["layers"]
+        layers: Any = list(modules)[: getattr(config, "num_hidden_layers", None)]
         outer = getattr(_running, "calls", None)
         calls = _running.calls = _Calls(layers)
         try:
