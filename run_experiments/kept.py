@@ -20,6 +20,11 @@ def best_row(rows: list[Row]) -> Row | None:
     return min(filter(is_packed, rows), key=lambda row: row.result["perplexity"], default=None)
 
 
+def is_kept(folder: Path) -> bool:
+    """Whether a sweep kept its best model in the folder, so that another may replace it."""
+    return (folder / CELL).is_file()
+
+
 def keep(
     row: Row, folder: Path, model: Callable[[Cell], Any], tokenizer: Callable[[], Any]
 ) -> None:
@@ -27,7 +32,7 @@ def keep(
 
     Args:
         row: a row of a packed model.
-        folder: a folder with a quantized model is replaced.
+        folder: replaced if it is one that a sweep has kept.
         model, tokenizer: called if the model has to be saved.
 
     Raises:
@@ -53,7 +58,7 @@ def keep(
         model(cell),
         folder,
         tokenizer(),
-        overwrite=True,
+        overwrite=is_kept(folder),
         evaluation={name: value for name, value in measured.items() if value is not None},
     )
     with atomic_file(stamp) as partial:

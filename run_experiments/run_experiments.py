@@ -166,7 +166,7 @@ def sweep(
     if keep is not None:
         from smoothquant.checkpoints.folder import check_target
 
-        check_target(keep, overwrite=True)  # now, not after the sweep
+        check_target(keep, overwrite=kept.is_kept(keep))  # now, not after the sweep
     try:
         if missing:
             print(

@@ -252,6 +252,41 @@ def test_a_stack_that_stops_early_still_runs_all_of_its_layers(make_model, token
 
 
 @torch.no_grad()
+def test_two_layers_with_one_cache_do_not_wait_for_each_other(make_model, token_ids, decoded):
+    model = quantized(make_model, act_bits=8)
+    layers_of(model)[1].self_attn.layer_idx = 0
+    cache = DynamicCache(config=model.config)
+    logits = [model(token_ids[:, i : i + 1], **with_cache(cache)).logits for i in range(3)]
+    assert all(torch.isfinite(found).all() for found in logits)
+    assert decoded and {layers for _, layers in decoded} == {1}
+
+
+@torch.no_grad()
+def test_a_patched_stack_sees_what_lies_between_its_layers(make_model, token_ids, monkeypatch):
+    model = quantized(make_model, act_bits=8)
+    stack = model.get_decoder()
+    original, seen = stack.float_class.forward, []
+
+    def patched(self, *args, **kwargs):
+        first = type(self.layers[0])
+        forward = first.forward
+
+        def watched(layer, x, *more, **options):
+            seen.append(x.clone())
+            return forward(layer, x, *more, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(first, "forward", watched)
+            return original(self, *args, **kwargs)
+
+    cache = DynamicCache(config=model.config)
+    model(token_ids[:, :5], **with_cache(cache))
+    monkeypatch.setattr(stack.float_class, "forward", patched)
+    model(token_ids[:, 5:6], **with_cache(cache))
+    assert len(seen) == 2 and not torch.equal(*seen)
+
+
+@torch.no_grad()
 def test_a_layer_by_itself_is_computed_at_once(make_model, token_ids, decoded):
     model = quantized(make_model, act_bits=8)
     layer, cache = layers_of(model)[0], DynamicCache(config=model.config)

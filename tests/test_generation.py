@@ -5,6 +5,7 @@ import torch
 from length import at_length
 
 from smoothquant import MixedQuantConfig, quantize
+from smoothquant.bundled import load_bundled
 from smoothquant.models.generation import generate
 
 
@@ -53,7 +54,9 @@ def test_it_chooses_the_same_tokens(make_model, architecture, options):
         assert torch.equal(actual, expected) and streamed == mine
 
 
-def test_a_quantized_model_is_called_with_nothing_but_tokens_and_cache(make_model, monkeypatch):
+def test_a_quantized_model_is_called_with_nothing_but_tokens_positions_and_cache(
+    make_model, monkeypatch
+):
     model = make_model("llama", hidden_size=64, intermediate_size=96)
     quantize(model, MixedQuantConfig(group_size=16, calibration="weights"), progress=False)
     (expected, _), (actual, _) = both(model, torch.arange(3, 12)[None])
@@ -68,7 +71,8 @@ def test_a_quantized_model_is_called_with_nothing_but_tokens_and_cache(make_mode
     generate(model, torch.arange(3, 12)[None], max_new_tokens=12, pad_token_id=0)
     extra = {"use_cache", "return_dict", "logits_to_keep"}
     cache = "cache" if "cache" in calls[0] else "past_key_values"
-    assert len(calls) == 12 and all(names - extra == {"input_ids", cache} for names in calls)
+    allowed = {"input_ids", "position_ids", cache} | extra
+    assert len(calls) == 12 and all(names <= allowed for names in calls)
 
 
 def test_what_needs_more_goes_through_transformers_own_loop(make_model):
@@ -80,11 +84,25 @@ def test_what_needs_more_goes_through_transformers_own_loop(make_model):
     assert torch.equal(actual, expected)
     (expected, _), (actual, _) = both(model, ids, return_dict_in_generate=True, output_scores=True)
     assert torch.equal(actual.sequences, expected.sequences) and len(actual.scores) == 12
-    for options in ({"use_cache": False}, {"cache_implementation": "static"}):
+    far = torch.arange(20, 40, 2)[None].expand(2, -1)
+    for options in (
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"position_ids": far},
+    ):
         (expected, _), (actual, _) = both(model, ids, **options)
         assert torch.equal(actual, expected)
 
 
+def test_what_transformers_keeps_from_a_custom_loop_still_counts():
+    model, tokenizer = load_bundled("tiny-opt")
+    ids = tokenizer("The game was", return_tensors="pt").input_ids
+    stop = tokenizer.decode(model.generate(ids, max_new_tokens=4, do_sample=False)[0, -2:])
+    options = {"stop_strings": [stop], "tokenizer": tokenizer}
+    (expected, _), (actual, _) = both(model, ids, **options, do_sample=False)
+    assert torch.equal(actual, expected) and actual.shape[1] <= ids.shape[1] + 4
+
+
 def test_beams_are_refused(make_model):
-    with pytest.raises(ValueError, match="num_beams must be 1; got 3"):
+    with pytest.raises(ValueError, match="greedily or samples, .*; got beam_search"):
         generate(make_model("llama"), torch.arange(3, 9)[None], num_beams=3, max_new_tokens=2)

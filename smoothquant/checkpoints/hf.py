@@ -428,10 +428,12 @@ class Float8Reader(FineGrainedFP8HfQuantizer):
     ) -> None:
         headers = read_headers(checkpoint_files or ())
         scales = weight_scales(headers, self.quantization_config.block)
-        if self.quantization_config.config is not None:
+        config = self.quantization_config.config
+        if config is not None:
             check_unused(model.name_or_path, model, without_scales(headers, scales))
         told(model.name_or_path, next(model.parameters()).dtype)
-        self.tokenizer = tokenizer_folder(model.name_or_path, checkpoint_files)
+        if config is not None and config.calibration != WEIGHTS:
+            self.tokenizer = tokenizer_folder(model.name_or_path, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         model._weight_conversions = None  # of FP8 files

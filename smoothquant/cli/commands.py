@@ -766,7 +766,7 @@ def serve(context: typer.Context, folder: Folder) -> None:
 
     argv = server_command(folder, context.args)
     sys.stdout.flush()
-    os.execve(argv[0], argv, server_environment())
+    os.execve(argv[0], argv, server_environment(context.args))
 
 
 @app.command(**ARGUMENTS_PASSED_ON)

@@ -99,7 +99,8 @@ def _runs(layer: nn.Module, names: Sequence[str]) -> list[list[Tensor]]:
 class _Fused(nn.Module):
     """Mixed into the classes of modules by `place_and_fuse`."""
 
-    float_class: type  # the class before
+    float_class: Any  # the class before
+    known_forward: tuple[Any]  # its forward when the module was fused
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time; its base can be found by name.
@@ -144,7 +145,8 @@ class FusedStack(_Fused):
     after another, and does nothing with what one hands to the next."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not _enabled:
+        is_known = self.float_class.forward is self.known_forward[0]
+        if torch.compiler.is_compiling() or not _enabled or not is_known:
             return super().forward(*args, **kwargs)
         config: Any = self.config
         modules: Any = self._modules["layers"]
@@ -208,16 +210,18 @@ class _Calls:
 
 
 def _layer_calls(layer: nn.Module) -> _Calls | None:
-    """What the calls of a layer belong to, if its stack runs and lets them wait."""
+    """What the calls of a layer belong to, if its stack runs."""
     calls: _Calls | None = getattr(_running, "calls", None)
-    if calls is None or calls.steps:
-        return calls
-    return calls if layer in calls.layers and calls.may_wait() else None
+    return calls if calls is not None and (calls.steps or layer in calls.layers) else None
 
 
 def _fused_class(mixin: type, base: type) -> Any:
     if base not in _CLASSES:
-        members = {"__module__": base.__module__, "float_class": base}
+        members = {
+            "__module__": base.__module__,
+            "float_class": base,
+            "known_forward": (base.forward,),  # in a tuple, or it would be a method
+        }
         _CLASSES[base] = type(base.__name__, (mixin, base), members)
     return _CLASSES[base]
 
@@ -507,9 +511,10 @@ class _Prepared:
         if layer is not None and self.layer and x.dim() == 3 and x.shape[1] == 1:
             step = self._step(x, layer, calls, **kwargs)
             if step is not None:
+                waits = not is_last and (bool(calls.steps) or calls.may_wait())
                 calls.x = x
                 calls.steps.append(step)
-                return calls.finish(x) if is_last else x
+                return x if waits else calls.finish(x)
         x = calls.finish(x)
         linears = [self.children[name] for name in self.parts.qkv]
         sizes = [linear.out_features for linear in linears]
@@ -556,7 +561,8 @@ class _Prepared:
         anything but usual attention."""
         module: Any = self.children[self.parts.attention]
         if (
-            any(value is not None for value in unknown.values())
+            layer in calls.caches  # the token of another decoder layer is not written yet
+            or any(value is not None for value in unknown.values())
             or position_embeddings is None
             or module.config._attn_implementation != "sdpa"
             or module.training

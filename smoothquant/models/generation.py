@@ -9,24 +9,30 @@ import torch
 from torch import Tensor
 
 CACHES = ("cache", "past_key_values")  # the cache's name in transformers, newer and older
-KNOWN = {*CACHES, "attention_mask", "use_cache", "logits_to_keep", "cache_position", "position_ids"}
+# Arguments of the model that need no preparation from one token to the next.
+PLAIN = {*CACHES, "attention_mask", "use_cache", "logits_to_keep", "cache_position", "position_ids"}
+# Options that transformers keeps from a custom loop.
+KEPT_BACK = ("tokenizer", "assistant_model", "assistant_tokenizer", "synced_gpus", "stop_strings")
 
 
 def generate(model: Any, *args: Any, streamer: Any = None, **options: Any) -> Any:
-    """As ``model.generate``, with less work between two tokens; without beams.
+    """As ``model.generate``, with less work between two tokens.
 
     Chooses the same tokens, with transformers' own logits processors, stopping criteria and random
-    numbers, but calls the model with nothing except the new token and the cache. What needs more
-    (padding, a cache with tokens in it, `return_dict_in_generate`, encoder-decoder models) goes
-    through transformers' own loop.
+    numbers, but calls the model with nothing except the new token, its position and the cache. What
+    needs more (padding, a cache with tokens in it, ``return_dict_in_generate``, stop strings, an
+    assistant, models that prepare their inputs in a way of their own) goes through transformers'
+    own loop.
 
     Args:
         model: a transformers model that generates text.
         The others are those of ``model.generate``.
 
     Raises:
-        ValueError: beams are asked for.
+        ValueError: the options ask for beams or anything else but greedy decoding and sampling.
     """
+    if any(options.get(name) is not None for name in (*KEPT_BACK, "custom_generate")):
+        return model.generate(*args, streamer=streamer, **options)
     # transformers does not hand its streamer to a custom loop, but gives it the prompt.
     loop = partial(_decode, streamer=streamer)
     return model.generate(*args, streamer=streamer, custom_generate=loop, **options)
@@ -44,21 +50,29 @@ def _decode(
     **model_kwargs: Any,
 ) -> Any:
     """A decoding method as transformers defines them."""
-    if generation_config.num_beams > 1:
-        raise ValueError(f"num_beams must be 1; got {generation_config.num_beams}")
+    from transformers import GenerationMixin
+
+    mode = generation_config.get_generation_mode().value
+    if mode not in ("greedy_search", "sample"):
+        raise ValueError(
+            f"generate decodes greedily or samples, one sequence at a time; got {mode}"
+        )
     name = next((name for name in CACHES if model_kwargs.get(name) is not None), "")
     cache, mask = model_kwargs.get(name), model_kwargs.get("attention_mask")
+    positions = model_kwargs.get("position_ids")
+    own = type(model).prepare_inputs_for_generation
     is_plain = (
-        not generation_config.return_dict_in_generate
+        own is GenerationMixin.prepare_inputs_for_generation
+        and not generation_config.return_dict_in_generate
         and not getattr(generation_config, "prefill_chunk_size", None)
         and not model.config.is_encoder_decoder
-        and not synced_gpus
         and model_kwargs.get("use_cache")
         and cache is not None
-        and not cache.get_seq_length()
+        and _is_empty(cache)
         and not cache.is_compileable
         and (mask is None or bool((mask == 1).all()))
-        and all(key in KNOWN or value is None for key, value in model_kwargs.items())
+        and (positions is None or positions.shape[-1] == input_ids.shape[-1])
+        and all(key in PLAIN or value is None for key, value in model_kwargs.items())
     )
     if not is_plain:
         return model._sample(
@@ -78,21 +92,32 @@ def _decode(
     running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     new = input_ids
     while True:
+        if positions is not None:
+            options["position_ids"] = positions
+            positions = positions[..., -1:] + 1
         logits = model(input_ids=new, **options).logits[:, -1]
-        scores = logits_processor(input_ids, logits.to(copy=True, dtype=torch.float32))
+        logits = logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
+        scores = logits_processor(input_ids, logits)
         if generation_config.do_sample:
             tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
         else:
             tokens = scores.argmax(-1)
-        if has_end and not running.all():
+        if has_end:
             tokens = torch.where(running, tokens, pad.to(tokens.device))
         new = tokens[:, None]
         input_ids = torch.cat((input_ids, new), dim=-1)
+        running = running & ~stopping_criteria(input_ids, None)
         if streamer is not None:
             streamer.put(tokens.cpu())
-        running = running & ~stopping_criteria(input_ids, None)
         if not running.any():
             break
     if streamer is not None:
         streamer.end()
     return input_ids
+
+
+def _is_empty(cache: Any) -> bool:
+    try:
+        return not cache.get_seq_length()
+    except ValueError:  # it has only layers that count no tokens
+        return False

@@ -81,6 +81,8 @@ def find_tables(model: nn.Module, config: MixedQuantConfig) -> Tables:
     if len(weights) == 2 and weights["head"] is weights["embeddings"]:
         kinds = set(wanted.values()) - {None}
         if len(kinds) > 1:
+            kinds.discard("16bit")  # as in configs where a missing field means that
+        if len(kinds) > 1:
             raise ValueError(
                 f"head and embeddings must not differ for {type(model).__name__}, which uses one "
                 f"weight for both; got head={config.head!r} and embeddings={config.embeddings!r}"

@@ -117,7 +117,22 @@ def model_groups(
 
 def with_shares(model: nn.Module, groups: list[Group], config: MixedQuantConfig) -> list[Group]:
     """The groups with their numbers of salient channels."""
-    shares = share_out([_demand(model, group, config) for group in groups], config)
+    demands = [_demand(model, group, config) for group in groups]
+    shares = share_out(demands, config)
+    if config.tp_blocks > 1 and config.salient_allocation == "uniform":
+        wanted = config.salient_prop
+        for channels, share in {(d.channels, n) for d, n in zip(demands, shares, strict=True)}:
+            got = share / channels
+            if (wanted and got > 1.5 * wanted) or (config.bits and not share):
+                logger.warning(
+                    "tp_blocks=%d makes %.0f %% of %d channels salient, so that every part has "
+                    "whole groups; a group_size below %d comes closer to %s",
+                    config.tp_blocks,
+                    100 * got,
+                    channels,
+                    config.group_size,
+                    f"salient_prop={wanted}" if wanted else f"bits={config.bits}",
+                )
     return [group._replace(num_salient=n) for group, n in zip(groups, shares, strict=True)]
 
 

@@ -87,8 +87,8 @@ class QuantizationReport(list[LinearRecord]):
         reasons += [f"{more} more reasons"] if more > 0 else []
         return (
             f"QuantizationReport of {len(self)} parameters\n"
-            f"  quantized: {len(self.quantized)} matrices with {weights:,} weights at "
-            f"{self.bits_per_weight:.3f} bits\n"
+            f"  quantized: {len(self.quantized)} matrices with {weights:,} weights"
+            f"{f' at {self.bits_per_weight:.3f} bits' if weights else ''}\n"
             f"  kept: {len(self) - len(self.quantized)}: {', '.join(reasons) or 'nothing'}"
         )
 

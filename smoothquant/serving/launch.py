@@ -21,13 +21,28 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
 }
+# Options for several processes, whose processors vLLM wants one by one.
+SEVERAL_PROCESSES = (
+    "--tensor-parallel",
+    "--pipeline-parallel",
+    "--data-parallel",
+    "-tp",
+    "-pp",
+    "-dp",
+)
 MEDIA = ("torchvision", "torchaudio", "torchcodec")  # which text models do not need
 
 
-def server_environment() -> dict[str, str]:
-    """The environment of the server: this one and `SETTINGS`, with a thread for each processor."""
+def server_environment(options: Sequence[str] = ()) -> dict[str, str]:
+    """The environment of the server: this one and `SETTINGS`, with a thread for each processor.
+
+    Args:
+        options: as for `server_command`.
+    """
     settings = dict(SETTINGS)
-    if hasattr(os, "sched_getaffinity"):  # only there does vLLM bind threads to processors
+    if any(option.startswith(SEVERAL_PROCESSES) for option in options):
+        settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    elif hasattr(os, "sched_getaffinity"):  # only there does vLLM bind threads to processors
         processors = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         settings["VLLM_CPU_OMP_THREADS_BIND"] = processors
     return settings | os.environ
