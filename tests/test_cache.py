@@ -285,7 +285,8 @@ def test_generation_is_alike_fused_and_by_steps(make_model, decoded, bits, optio
                 )
             )
             assert cache.get_seq_length() >= 100 and cache.layers[0].blocks[0].shape[2] >= 2
-    assert torch.equal(*texts)
+    if not options.get("do_sample"):  # the last bits of a probability may choose another token
+        assert torch.equal(*texts)
     assert decoded or "prompt_lookup_num_tokens" in options  # which checks several tokens
 
 

@@ -68,7 +68,12 @@ def place_and_fuse(model: nn.Module) -> None:
                 layer.__class__ = _fused_class(FusedLayer, type(layer))
             _PARTS[layer] = parts
             stack = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
-            if not isinstance(stack, FusedStack) and _is_original(type(stack)):
+            # The model itself keeps its class: users compare it.
+            if (
+                stack is not model
+                and not isinstance(stack, FusedStack)
+                and _is_original(type(stack))
+            ):
                 stack.__class__ = _fused_class(FusedStack, type(stack))
     placed = {id(t) for run in runs for t in run}
     packed = [m for m in model.modules() if isinstance(m, QuantizedLinear)]

@@ -90,6 +90,11 @@ def find_tables(model: nn.Module, config: MixedQuantConfig) -> Tables:
         wanted = dict.fromkeys(wanted, kinds.pop() if kinds else None)
         del weights["embeddings"]
     why = reasons_to_keep(model, config.ignore, heads=False)
+    # transformers asks a model's parameters for its dtype and device.
+    would_be_bare = not any(
+        module._parameters and not isinstance(module, (nn.Linear, nn.Embedding))
+        for module in model.modules()
+    )
     quantized, kept = [], {}
     for part, weight in weights.items():
         kind = wanted[part] or DEFAULT_FORMAT
@@ -104,6 +109,8 @@ def find_tables(model: nn.Module, config: MixedQuantConfig) -> Tables:
             (name, why.get(module) or _unlike_table(module, found["head"]))
             for name, module in readers.items()
         ]
+        if would_be_bare:
+            faults += [(name, "no parameter would be left in the model") for name in readers]
         fault = next(((name, reason) for name, reason in faults if reason), None)
         if fault is None:
             embeddings = tuple(n for n, m in readers.items() if isinstance(m, nn.Embedding))

@@ -630,7 +630,7 @@ static void fuzz_attend(void) {
     const array mask = values(I8, possible ? all : 0, 0);
     if (mask.data && all > 0) ((uint8_t *)mask.data)[0] = 1;
     int64_t kv0, kv1;
-    const int is_range = any_range(of.kv_heads < 0 ? 0 : of.kv_heads, 1, &kv0, &kv1);
+    const int is_range = any_range(possible ? of.kv_heads : 0, 1, &kv0, &kv1);
     const array scores = array_of(F32, possible ? of.heads / of.kv_heads * all : 0);
     int have = keys.data && vs.data && q.data && key_blocks.data && value_blocks.data &&
                mask.data && scores.data;
