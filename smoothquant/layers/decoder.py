@@ -220,7 +220,7 @@ def _layer_calls(layer: nn.Module) -> _Calls | None:
     return calls if calls is not None and (calls.steps or layer in calls.layers) else None
 
 
-def _fused_class(mixin: type, base: type) -> Any:
+def _fused_class(mixin: type, base: Any) -> Any:
     if base not in _CLASSES:
         members = {
             "__module__": base.__module__,
