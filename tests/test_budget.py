@@ -1,7 +1,10 @@
 """Salient channels shared out among layers, against a search through all possibilities' edges."""
 
+import re
+
 import pytest
 import torch
+from torch import nn
 
 from smoothquant import collect_stats, quantize
 from smoothquant.bundled import load_bundled, wikitext
@@ -111,6 +114,23 @@ def test_parts_have_whole_groups(channels, group_size, salient, blocks):
     assert count == salient or (salient is None and count == without)
     none = MixedQuantConfig(salient_prop=0)
     assert share_out([Demand((64,), channels, None, blocks, parts=4)], none) == [0]
+
+
+@pytest.mark.parametrize(
+    "tp_blocks, fields, warned",
+    [
+        (4, {"salient_prop": 0.05}, "50 % of 1024 .* comes closer to salient_prop=0.05"),
+        (4, {"salient_prop": 0.5}, ""),
+        (1, {"salient_prop": 0.05}, ""),
+        (4, {"bits": 7.0}, "0 % of 1024 .* comes closer to bits=7.0"),
+    ],
+)
+def test_parts_far_from_the_share_asked_for_are_told(tp_blocks, fields, warned, caplog):
+    config = MixedQuantConfig("rtn", calibration="weights", tp_blocks=tp_blocks, **fields)
+    quantize(nn.Sequential(nn.Linear(1024, 16)), config, progress=False)
+    messages = [text for text in caplog.messages if text.startswith("tp_blocks=")]
+    assert len(messages) == bool(warned)
+    assert all(re.search(warned, text) for text in messages)
 
 
 def test_blocks_of_a_model_keep_to_its_bits():

@@ -2,11 +2,12 @@
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from length import at_length
-from test_decoder import quantized, stepwise, with_cache
+from test_decoder import beside_the_steps, quantized, stepwise, with_cache
 from transformers import AutoConfig, DynamicCache
 
 from smoothquant import QuantizedKVCache
@@ -350,23 +351,12 @@ def test_fused_layers_read_the_codes(make_model, decoded, bits, dtype):
     changes = {"num_hidden_layers": 2, "max_position_embeddings": 256}
     model = quantized(make_model, "llama", dtype, changes, act_bits=8)
     ids = torch.randint(90, (2, 160), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1, :7] = 0
-    for options in ({}, {"attention_mask": mask}):
-        cache = QuantizedKVCache(model.config, bits=bits)
-        start = {k: m[:, :125] for k, m in options.items()}
-        model(ids[:, :125], **with_cache(cache), **start)
-        for at in range(125, 131):
-            other = copy.deepcopy(cache)
-            more = {k: m[:, : at + 1] for k, m in options.items()}
-            with stepwise():
-                expected = model(ids[:, at : at + 1], **with_cache(other), **more).logits
-            actual = model(ids[:, at : at + 1], **with_cache(cache), **more).logits
-            errors = (actual - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
-            assert errors.max() < 0.05
-            mine, others = cache.layers[0], other.layers[0]
-            assert mine.get_seq_length() == others.get_seq_length() == at + 1
-            assert mine.blocks[0].shape == others.blocks[0].shape
+    new_cache = partial(QuantizedKVCache, model.config, bits=bits)
+    for at, cache, other, errors in beside_the_steps(model, ids, new_cache, 125, 131):
+        assert errors.max() < 0.05
+        mine, others = cache.layers[0], other.layers[0]
+        assert mine.get_seq_length() == others.get_seq_length() == at + 1
+        assert mine.blocks[0].shape == others.blocks[0].shape
     assert decoded == ([2] * 3 + [3] * 3) * 2
 
 

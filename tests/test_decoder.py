@@ -1,12 +1,12 @@
 """Decoder layers fused around transformers' attention, against the same layers step by step."""
 
 import copy
-import inspect
 import pickle
 import threading
 import warnings
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from smoothquant import MixedQuantConfig, dequantize, load_quantized, quantize, save_quantized
 from smoothquant.layers import decoder
-from smoothquant.layers.cache import GrowingLayer
+from smoothquant.layers.cache import GrowingLayer, cache_argument
 from smoothquant.layers.decoder import use_fused_layers
 from smoothquant.layers.linear import W4A4Linear, precomputed
 
@@ -72,8 +72,34 @@ def assert_same(a, b):
 
 def with_cache(cache):
     """The cache as an argument of a model's forward; its name depends on the version."""
-    names = inspect.signature(inspect.unwrap(LlamaForCausalLM.forward)).parameters
-    return {"cache" if "cache" in names else "past_key_values": cache}
+    return {cache_argument(LlamaForCausalLM): cache}
+
+
+def beside_the_steps(model, ids, new_cache, start, end):
+    """Read tokens one at a time, fused and by separate steps, without padding and with 7 tokens of
+    it.
+
+    Args:
+        ids: int64 [2, T]; the first `start` tokens are the prompt.
+        new_cache: makes an empty cache.
+
+    Yields:
+        (position, cache of the fused layers, cache of the steps, relative errors of the logits)
+    """
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    for options in ({}, {"attention_mask": mask}):
+        cache = new_cache()
+        prompt = {key: m[:, :start] for key, m in options.items()}
+        model(ids[:, :start], **with_cache(cache), **prompt)
+        for at in range(start, end):
+            other = copy.deepcopy(cache)
+            more = {key: m[:, : at + 1] for key, m in options.items()}
+            with stepwise():
+                expected = model(ids[:, at : at + 1], **with_cache(other), **more).logits
+            actual = model(ids[:, at : at + 1], **with_cache(cache), **more).logits
+            errors = (actual - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+            yield at, cache, other, errors
 
 
 @pytest.mark.parametrize(
@@ -177,23 +203,13 @@ def test_one_token_at_a_time(make_model, token_ids, decoded, architecture, dtype
     if architecture == "mistral":
         one["sliding_window"] = None
     model = quantized(make_model, architecture, dtype, one, act_bits=8)
-    mask = torch.ones_like(token_ids)
-    mask[1, :7] = 0
-    for options in ({}, {"attention_mask": mask}):
-        cache = DynamicCache(config=model.config)
-        model(token_ids[:, :10], **with_cache(cache), **{k: m[:, :10] for k, m in options.items()})
-        for at in range(10, 24):
-            other = copy.deepcopy(cache)
-            more = {k: m[:, : at + 1] for k, m in options.items()}
-            with stepwise():
-                expected = model(token_ids[:, at : at + 1], **with_cache(other), **more).logits
-            actual = model(token_ids[:, at : at + 1], **with_cache(cache), **more).logits
-            for mine, theirs in zip(cache.layers, other.layers, strict=True):
-                near = 1e-3 if dtype == torch.float32 else 2e-2  # a code may fall to another side
-                assert_close(mine.values, theirs.values, near)
-                assert_close(mine.keys, theirs.keys, near)
-            errors = (actual - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
-            assert errors.max() < 0.05
+    near = 1e-3 if dtype == torch.float32 else 2e-2  # a code may fall to another side
+    new_cache = partial(DynamicCache, config=model.config)
+    for _, cache, other, errors in beside_the_steps(model, token_ids, new_cache, 10, 24):
+        for mine, theirs in zip(cache.layers, other.layers, strict=True):
+            assert_close(mine.values, theirs.values, near)
+            assert_close(mine.keys, theirs.keys, near)
+        assert errors.max() < 0.05
     assert decoded == [(2, 1)] * 28
 
 

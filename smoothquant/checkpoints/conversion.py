@@ -56,7 +56,7 @@ from ..models.float8 import (
     SCALE,
     dequantized,
     float8_block,
-    told,
+    warn_of_float8,
     weight_scales,
     without_scales,
 )
@@ -460,7 +460,7 @@ def _float8_weights(
     block = float8_block(source, read_json(source / CONFIG)["quantization_config"])
     by_name = {name + SCALE: header for name, header in scales.items()}
     factors, dtype = mapped_tensors(by_name, mapped), next(model.parameters()).dtype
-    told(source, dtype)
+    warn_of_float8(source, dtype)
     return {
         name: partial(dequantized, stored[name], factors[name + SCALE], block, dtype)
         for name in scales

@@ -57,7 +57,7 @@ from ..models.float8 import (
     DEQUANTIZED,
     dequantized,
     float8_block,
-    told,
+    warn_of_float8,
     weight_scales,
     without_scales,
 )
@@ -431,7 +431,7 @@ class Float8Reader(FineGrainedFP8HfQuantizer):
         config = self.quantization_config.config
         if config is not None:
             check_unused(model.name_or_path, model, without_scales(headers, scales))
-        told(model.name_or_path, next(model.parameters()).dtype)
+        warn_of_float8(model.name_or_path, next(model.parameters()).dtype)
         if config is not None and config.calibration != WEIGHTS:
             self.tokenizer = tokenizer_folder(model.name_or_path, checkpoint_files)
 

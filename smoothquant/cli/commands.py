@@ -315,7 +315,7 @@ def quantize(
             typer.echo(f"Folded the channel permutations of {len(fold_permutations(model))} layers")
         files = Companions(bundled_folder(source) if source in BUNDLED_MODELS else source)
         save_quantized(model, target, files, overwrite=overwrite)
-    return _made(source, target, before, time.perf_counter() - started)
+    return _summary(source, target, before, time.perf_counter() - started)
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -343,7 +343,7 @@ def _convert(
     return bytes_by_kind(float_shapes(folder))
 
 
-def _made(source: str, target: Path, before: Mapping[str, int], seconds: float) -> Report:
+def _summary(source: str, target: Path, before: Mapping[str, int], seconds: float) -> Report:
     """Print what `quantize` made, from the saved folder, and what to do next."""
     from ..checkpoints.folder import open_quantized
     from ..checkpoints.inspection import inspect_folder

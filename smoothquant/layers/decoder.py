@@ -64,17 +64,12 @@ def place_and_fuse(model: nn.Module) -> None:
         for name in decoder_layers(model):
             layer = model.get_submodule(name)
             runs += [*_runs(layer, parts.qkv), *_runs(layer, parts.gate_up)]
-            if not isinstance(layer, FusedLayer):
-                layer.__class__ = _fused_class(FusedLayer, type(layer))
+            _mix_in(FusedLayer, layer)
             _PARTS[layer] = parts
             stack = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
             # The model itself keeps its class: users compare it.
-            if (
-                stack is not model
-                and not isinstance(stack, FusedStack)
-                and _is_original(type(stack))
-            ):
-                stack.__class__ = _fused_class(FusedStack, type(stack))
+            if stack is not model and _is_original(type(stack)):
+                _mix_in(FusedStack, stack)
     placed = {id(t) for run in runs for t in run}
     packed = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     rest = [t for m in packed for t in m.buffers(recurse=False) if id(t) not in placed]
@@ -84,7 +79,7 @@ def place_and_fuse(model: nn.Module) -> None:
 def unfuse(model: nn.Module) -> None:
     """Give decoder layers the class that they had before `place_and_fuse`."""
     for layer in model.modules():
-        if isinstance(layer, (FusedLayer, FusedStack)):
+        if isinstance(layer, _Fused):
             layer.__class__ = layer.float_class
             _PARTS.pop(layer, None)
             _STATES.pop(layer, None)
@@ -118,9 +113,9 @@ class FusedLayer(_Fused):
     """Mixed into the class of a decoder layer."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        calls = _layer_calls(self)
-        waiting = calls is not None and bool(calls.steps)
-        if calls is not None and waiting and hidden_states is not calls.x:
+        calls = _calls_of(self)
+        waiting = bool(calls.steps)
+        if waiting and hidden_states is not calls.x:
             raise RuntimeError(
                 f"{type(self).__name__} got other hidden states than the layer before it returned; "
                 "call smoothquant.layers.decoder.use_fused_layers(False)"
@@ -133,12 +128,8 @@ class FusedLayer(_Fused):
             or fused.dtype != hidden_states.dtype
             or hidden_states.shape[-1] != fused.children[fused.parts.o].out_features
         ):
-            if calls is not None:
-                hidden_states = calls.finish(hidden_states)
-            return super().forward(hidden_states, *args, **kwargs)
-        if calls is None:
-            return fused.run(hidden_states, kwargs, _Calls([self]))
-        return fused.run(hidden_states, kwargs, calls, calls.layers[-1] is self)
+            return super().forward(calls.finish(hidden_states), *args, **kwargs)
+        return fused.run(hidden_states, kwargs, calls, is_last=calls.layers[-1] is self)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         _STATES.pop(self, None)  # its tensors' memory would outlast a move
@@ -214,10 +205,17 @@ class _Calls:
         return out
 
 
-def _layer_calls(layer: nn.Module) -> _Calls | None:
-    """What the calls of a layer belong to, if its stack runs."""
+def _calls_of(layer: nn.Module) -> _Calls:
+    """The calls of the stack that runs, or of a layer that runs by itself."""
     calls: _Calls | None = getattr(_running, "calls", None)
-    return calls if calls is not None and (calls.steps or layer in calls.layers) else None
+    if calls is not None and (calls.steps or layer in calls.layers):
+        return calls
+    return _Calls([layer])
+
+
+def _mix_in(mixin: type[_Fused], module: nn.Module) -> None:
+    if not isinstance(module, mixin):
+        module.__class__ = _fused_class(mixin, type(module))
 
 
 def _fused_class(mixin: type, base: Any) -> Any:
@@ -505,7 +503,7 @@ class _Prepared:
     dtype: torch.dtype
     memory: list[Any] = field(default_factory=list)
 
-    def run(self, x: Tensor, kwargs: dict[str, Any], calls: _Calls, is_last: bool = True) -> Tensor:
+    def run(self, x: Tensor, kwargs: dict[str, Any], calls: _Calls, *, is_last: bool) -> Tensor:
         """The hidden states after the layer, or x if it waits for the next one."""
         from .cache import growing_layer  # it imports transformers
 

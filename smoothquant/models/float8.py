@@ -76,7 +76,7 @@ def float8_block(source: object, quantization: Mapping[str, Any]) -> tuple[int, 
     return block[0], block[1]
 
 
-def told(source: object, dtype: torch.dtype) -> None:
+def warn_of_float8(source: object, dtype: torch.dtype) -> None:
     """Log the one line that says that FP8 weights are dequantized."""
     logger.warning(
         "%s holds FP8 weights: they are dequantized to %s on reading", source, dtype_name(dtype)

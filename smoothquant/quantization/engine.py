@@ -169,7 +169,7 @@ class Plan:
 
     @torch.no_grad()
     def finish(self) -> QuantizationReport:
-        """Quantize the output head and the embeddings, if asked for, and mark the model as
+        """Quantize the output head and the embeddings, and mark the model as
         quantized.
 
         Returns:

@@ -120,20 +120,30 @@ def with_shares(model: nn.Module, groups: list[Group], config: MixedQuantConfig)
     demands = [_demand(model, group, config) for group in groups]
     shares = share_out(demands, config)
     if config.tp_blocks > 1 and config.salient_allocation == "uniform":
-        wanted = config.salient_prop
-        for channels, share in {(d.channels, n) for d, n in zip(demands, shares, strict=True)}:
-            got = share / channels
-            if (wanted and got > 1.5 * wanted) or (config.bits and not share):
-                logger.warning(
-                    "tp_blocks=%d makes %.0f %% of %d channels salient, so that every part has "
-                    "whole groups; a group_size below %d comes closer to %s",
-                    config.tp_blocks,
-                    100 * got,
-                    channels,
-                    config.group_size,
-                    f"salient_prop={wanted}" if wanted else f"bits={config.bits}",
-                )
+        _warn_of_shares({(d.channels, n) for d, n in zip(demands, shares, strict=True)}, config)
     return [group._replace(num_salient=n) for group, n in zip(groups, shares, strict=True)]
+
+
+def _warn_of_shares(shares: Iterable[tuple[int, int]], config: MixedQuantConfig) -> None:
+    """Warn of numbers of salient channels that whole groups for every part of tensor parallelism
+    have moved far from the config's.
+
+    Args:
+        shares: (channels, how many of them are salient), of all layer inputs.
+    """
+    wanted = config.salient_prop
+    for channels, salient in shares:
+        share = salient / channels
+        if (wanted and share > 1.5 * wanted) or (config.bits and not salient):
+            logger.warning(
+                "tp_blocks=%d makes %.0f %% of %d channels salient, so that every part has "
+                "whole groups; a group_size below %d comes closer to %s",
+                config.tp_blocks,
+                100 * share,
+                channels,
+                config.group_size,
+                f"salient_prop={wanted}" if wanted else f"bits={config.bits}",
+            )
 
 
 def _demand(model: nn.Module, group: Group, config: MixedQuantConfig) -> Demand:
