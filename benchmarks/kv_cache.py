@@ -50,6 +50,7 @@ def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
+@torch.inference_mode()
 def print_quality(model, original, windows: list[torch.Tensor]) -> None:
     results = {name: [] for name in CACHES}
     for tokens in windows:
@@ -78,6 +79,7 @@ def size(cache) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
+@torch.inference_mode()
 def print_speed(model, text: torch.Tensor, contexts: list[int], turns: int) -> None:
     print("\n| context | cache | bytes per token | ms per token | speed |\n|---|---|---|---|---|")
     for context in contexts:
@@ -105,7 +107,6 @@ def print_speed(model, text: torch.Tensor, contexts: list[int], turns: int) -> N
             )
 
 
-@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    # Not in inference mode: layers loaded there cannot be fused.
     model, tokenizer = load_model(args.model)
     original = None
     if not any(isinstance(module, QuantizedLinear) for module in model.modules()):

@@ -6,7 +6,7 @@
     python benchmarks/model.py --gate                                # after changing a kernel
 
 The contenders are the model in fp32 and bf16 and quantized, with the rest in fp32 or bf16 and with
-the output head and the embeddings in INT8, 16 bits or INT4, all in transformers' `generate`, and
+the output head and the embeddings in INT8, 16 bits or INT4, in `models.generation.generate`, and
 llama.cpp's Q4_0 in llama-bench and llama-batched-bench. All start from the same weights, rounded to
 16 bits. They take turns, and the script reports medians of
 
