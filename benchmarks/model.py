@@ -86,7 +86,7 @@ FLOORS = {
 
 @dataclass
 class TorchContender:
-    """A model in transformers' `generate`."""
+    """A model in `models.generation.generate`."""
 
     name: str
     model: Any
