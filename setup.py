@@ -42,7 +42,7 @@ NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Werror=all-warnings"]
 NVCC_FLAGS += [f"-Xcompiler={','.join(COMMON_FLAGS)}"]
 CUDA_ARCHS = "75,80,86,89,90a,100,120"
 CUDA_LIBRARY = "smoothquant._cuda"
-CPU_SHIM = ["torch/library.cpp", "torch/module.cpp", "torch/decoder.cpp"]
+CPU_SHIM = ["torch/library.cpp", "torch/module.cpp", "torch/decoder.cpp", "torch/snapshot.cpp"]
 
 
 def stop(sentence: str) -> None:

@@ -1,5 +1,9 @@
 """Types of the compiled extension (csrc/torch/module.cpp)."""
 
+from typing import Any
+
+from torch import Tensor
+
 def supported_isas() -> list[str]: ...
 def active_isa() -> str: ...
 def set_isa(name: str) -> None: ...
@@ -47,19 +51,48 @@ class Rest:
     def run(self, dtype: int, attended: int, residual: int, rows: int, out: int) -> None: ...
 
 class Attention:
-    kv_heads: int
     def __init__(self, heads: int, kv_heads: int, head_dim: int, scale: float) -> None: ...
 
 class Layer:
     def __init__(self, norm: Norm, qkv: Linear, attention: Attention, rest: Rest) -> None: ...
 
-Blocks = tuple[int, int, int, int, int, int, int]
+class Caches:
+    def __init__(
+        self, caches: list[tuple[int, int, int, int, int, int, int, int, int, int]]
+    ) -> None: ...
 
 def decode(
-    steps: list[tuple[Layer, int, int, bool, int, int, int, int, int, Blocks]],
+    layers: list[Layer],
+    caches: Caches,
+    tokens: int,
+    cos: int,
+    sin: int,
+    one_position: bool,
+    mask: int,
     dtype: int,
     x: int,
     sequences: int,
     out: int,
 ) -> None: ...
 def norm_linear(norm: Norm, linear: Linear, dtype: int, x: int, rows: int, out: int) -> None: ...
+
+# Whether modules and tensors are still what they were (csrc/torch/snapshot.cpp).
+
+class Snapshot:
+    """places: (dict, key) of objects. attributes: the __dict__ of modules, which are plain without
+    hooks, training, and a forward of their own. classes: those of which a forward is called.
+    tensors: those whose addresses are used. versioned: tensors whose values are."""
+
+    def __init__(
+        self,
+        places: list[tuple[dict[str, Any], str]],
+        attributes: list[dict[str, Any]],
+        classes: list[type],
+        tensors: list[Tensor],
+        versioned: list[Tensor],
+    ) -> None: ...
+    def is_current(self) -> bool: ...
+    def is_plain(self) -> bool: ...
+
+def all_hold(snapshots: list[Snapshot]) -> bool:
+    """Whether all are current and plain."""

@@ -185,9 +185,9 @@ def decoded(monkeypatch):
     """The numbers of sequences and layers in the calls that decoded one token per sequence."""
     calls, original = [], decoder._C.decode
 
-    def counted(steps, dtype, x, sequences, out):
-        calls.append((sequences, len(steps)))
-        original(steps, dtype, x, sequences, out)
+    def counted(layers, *args):
+        calls.append((args[-2], len(layers)))
+        original(layers, *args)
 
     monkeypatch.setattr(decoder._C, "decode", counted)
     return calls
@@ -210,7 +210,8 @@ def test_one_token_at_a_time(make_model, token_ids, decoded, architecture, dtype
             assert_close(mine.values, theirs.values, near)
             assert_close(mine.keys, theirs.keys, near)
         assert errors.max() < 0.05
-    assert decoded == [(2, 1)] * 28
+    # The first token is computed by the stack and by its layer.
+    assert decoded == [(2, 1)] * 29
 
 
 @torch.no_grad()
@@ -235,7 +236,14 @@ def test_all_layers_of_a_token_are_one_call(make_model, token_ids, decoded):
         return layers[1].mlp.register_forward_hook(lambda *_: None)
 
     # {what is done to the model: the numbers of layers in the calls of a token}
-    for change, calls in ((None, [4]), (hooked, [1] * 4), (wrapped, [1] * 4), (inner_hook, [1, 2])):
+    by_layers = [1] * 4
+    for change, calls in (
+        (None, [4, *by_layers]),  # the first token, computed in both ways
+        (None, [4]),
+        (hooked, by_layers),
+        (wrapped, by_layers),
+        (inner_hook, by_layers[1:]),
+    ):
         caches = [DynamicCache(config=model.config) for _ in range(2)]
         for cache in caches:
             model(token_ids[:, :5], **with_cache(cache))
@@ -262,7 +270,7 @@ def test_a_stack_that_stops_early_still_runs_all_of_its_layers(make_model, token
     for cache in caches:
         model(token_ids[:, :5], **with_cache(cache))
     actual = model(token_ids[:, 5:6], **with_cache(caches[0])).logits
-    assert decoded == [(2, 3)]
+    assert decoded == [(2, 1)] * 3
     with stepwise():
         assert_same(actual, model(token_ids[:, 5:6], **with_cache(caches[1])).logits)
 

@@ -327,61 +327,69 @@ struct Layer {
     const Rest *rest;
 };
 
-// The fields of mq_kv_blocks.
-using Blocks = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int, int64_t>;
+// Where a layer's cache is: keys, values, capacity, and the fields of mq_kv_blocks.
+using CacheFields = std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, uintptr_t, int64_t,
+                               int64_t, int64_t, int, int64_t>;
 
-// What a layer needs for one token: cos, sin, whether they are one row for all sequences, mask,
-// keys, values, capacity, tokens, the blocks before these.
-using Step = std::tuple<const Layer *, uintptr_t, uintptr_t, bool, uintptr_t, uintptr_t, uintptr_t,
-                        int64_t, int64_t, Blocks>;
+// The caches of some layers, with room for a token more.
+struct Caches {
+    std::vector<Past> pasts;  // without tokens and mask
+};
 
-void run_step(const Step &step, mq_isa isa, mq_dtype dtype, const void *x, int64_t sequences,
-              void *out) {
-    const auto &[layer, cos, sin, one_position, mask, keys, values, capacity, tokens, before] =
-        step;
-    const auto &[key_blocks, value_blocks, key_stride, value_stride, blocks, bits, group_size] =
-        before;
-    const Attention &attention = *layer->attention;
-    const Linear qkv = layer->qkv->now(isa);
-    const Rest rest = layer->rest->now(isa);
+Caches caches(const std::vector<CacheFields> &given) {
+    Caches made;
+    for (const auto &[keys, values, capacity, key_blocks, value_blocks, key_stride, value_stride,
+                      blocks, bits, group_size] : given) {
+        require(blocks >= 0, kOp, "blocks must be at least 0; got ", blocks);
+        made.pasts.push_back({reinterpret_cast<char *>(keys),
+                              reinterpret_cast<char *>(values),
+                              capacity,
+                              0,
+                              {at<void>(key_blocks), at<void>(value_blocks), key_stride,
+                               value_stride, blocks, bits, group_size},
+                              nullptr});
+    }
+    return made;
+}
+
+void run_layer(const Layer &layer, mq_isa isa, mq_dtype dtype, const void *x, int64_t sequences,
+               const char *cos, const char *sin, bool one_position, const Past &past, void *out) {
+    const Attention &attention = *layer.attention;
+    const Linear qkv = layer.qkv->now(isa);
+    const Rest rest = layer.rest->now(isa);
     const int64_t wide = sequences * attention.width() * size_of(dtype);
     const int64_t narrow = sequences * rest.o.lin.k * size_of(dtype);
     const int64_t after =
         std::max(norm_linear_bytes(qkv, dtype, sequences), rest.bytes(dtype, sequences));
     Scratch scratch(static_cast<size_t>(Scratch::aligned(wide) + Scratch::aligned(narrow) + after));
     char *both = scratch.take(wide), *attended = scratch.take(narrow);
-    compute_norm_linear(*layer->norm, qkv, dtype, x, sequences, scratch, both);
-    const Past past = {reinterpret_cast<char *>(keys),
-                       reinterpret_cast<char *>(values),
-                       capacity,
-                       tokens,
-                       {at<void>(key_blocks), at<void>(value_blocks), key_stride, value_stride,
-                        blocks, bits, group_size},
-                       at<uint8_t>(mask)};
-    attention.run(dtype, both, sequences, at<char>(cos), at<char>(sin), one_position, past,
-                  attended);
+    compute_norm_linear(*layer.norm, qkv, dtype, x, sequences, scratch, both);
+    attention.run(dtype, both, sequences, cos, sin, one_position, past, attended);
     rest.compute(dtype, attended, x, sequences, scratch, out);
 }
 
-// Whole decoder layers, one after another, for one token per sequence: x, out
-// [sequences][hidden].
-void decode(const std::vector<Step> &steps, int dtype_number, uintptr_t x, int64_t sequences,
-            uintptr_t out) {
+// Decoder layers, one after another, for one token per sequence: x, out [sequences][hidden]. tokens:
+// how many each cache has beside its blocks. cos, sin: [sequences][head_dim], or one row for all
+// sequences. mask: as in Past.
+void decode(const std::vector<const Layer *> &layers, const Caches &caches, int64_t tokens,
+            uintptr_t cos, uintptr_t sin, bool one_position, uintptr_t mask, int dtype_number,
+            uintptr_t x, int64_t sequences, uintptr_t out) {
     const mq_dtype dtype = dtype_at(dtype_number);
-    for (const Step &step : steps) {
-        const Layer *layer = std::get<0>(step);
-        const int64_t capacity = std::get<7>(step), tokens = std::get<8>(step);
-        require(layer && tokens >= 0 && tokens < capacity && std::get<4>(std::get<9>(step)) >= 0 &&
-                    layer->rest->o.lin.n == std::get<0>(steps[0])->rest->o.lin.n,
-                kOp, "a step does not fit its cache or the layer before it");
-    }
+    require(layers.size() == caches.pasts.size(), kOp, "caches must be as many as layers");
+    for (size_t i = 0; i < layers.size(); i++)
+        require(layers[i] && layers[i]->rest->o.lin.n == layers[0]->rest->o.lin.n && tokens >= 0 &&
+                    tokens < caches.pasts[i].capacity,
+                kOp, "layer ", i, " does not fit its cache or the layer before it");
     if (sequences == 0) return;
     const py::gil_scoped_release released;
     const mq_isa isa = mq_isa_active();
     const void *from = at<void>(x);
-    for (const Step &step : steps) {
+    for (size_t i = 0; i < layers.size(); i++) {
         void *to = reinterpret_cast<void *>(out);
-        run_step(step, isa, dtype, from, sequences, to);
+        Past past = caches.pasts[i];
+        past.tokens = tokens, past.mask = at<uint8_t>(mask);
+        run_layer(*layers[i], isa, dtype, from, sequences, at<char>(cos), at<char>(sin),
+                  one_position, past, to);
         from = to;
     }
 }
@@ -403,8 +411,7 @@ void bind_decoder(py::module_ &m) {
             require(kv_heads >= 1 && heads >= 1 && heads % kv_heads == 0 && head_dim >= 1, kOp,
                     "heads must be a multiple of kv_heads; got ", heads, " and ", kv_heads);
             return Attention{heads, kv_heads, head_dim, static_cast<float>(scale)};
-        }))
-        .def_readonly("kv_heads", &Attention::kv_heads);
+        }));
     py::class_<Layer>(m, "Layer")
         .def(py::init([](const Norm &norm, const Linear &qkv, const Attention &attention,
                          const Rest &rest) {
@@ -416,6 +423,7 @@ void bind_decoder(py::module_ &m) {
              }),
              py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>(),
              py::keep_alive<1, 5>());
+    py::class_<Caches>(m, "Caches").def(py::init(&caches));
     m.def("norm_linear", &norm_linear);
     m.def("decode", &decode);
 }

@@ -1,4 +1,4 @@
-// Adds the parts of a decoder layer to smoothquant._C.
+// Adds the parts of a decoder layer, and what tells whether it is still the same, to smoothquant._C.
 #ifndef MQ_TORCH_DECODER_H
 #define MQ_TORCH_DECODER_H
 
@@ -8,6 +8,7 @@
 namespace mixedquant {
 
 void bind_decoder(pybind11::module_ &m);
+void bind_snapshot(pybind11::module_ &m);
 
 }  // namespace mixedquant
 

@@ -55,4 +55,5 @@ PYBIND11_MODULE(_C, m) {
         },
         "Compiler, torch version and CUDA architectures ('' for none) of this build.");
     mixedquant::bind_decoder(m);
+    mixedquant::bind_snapshot(m);
 }

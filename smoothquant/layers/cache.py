@@ -33,11 +33,33 @@ class GrowingLayer(DynamicLayer):
     """A DynamicLayer whose keys and values are views of larger tensors, at whose end new ones are
     written. Values that were returned before never change."""
 
-    keys: Any  # Tensor, or None before the first update
-    values: Any
+    _keys: Tensor | None = None  # None: before the first update, or views that nobody asked for yet
+    _values: Tensor | None = None
     _room: tuple[Tensor, Tensor] | None = None
     _used = 0  # tokens in it
     _owner = 0  # the id of the layer that writes to it; a shallow copy shares it but may not
+
+    @property
+    def keys(self) -> Any:  # Tensor, or None before the first update
+        if self._keys is None and self._room is not None:
+            self._keys = self._room[0][..., : self._used, :]
+        return self._keys
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._keys = keys
+        self._room = None if keys is None else self._room
+
+    @property
+    def values(self) -> Any:
+        if self._values is None and self._room is not None:
+            self._values = self._room[1][..., : self._used, :]
+        return self._values
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._values = values
+        self._room = None if values is None else self._room
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -57,7 +79,14 @@ class GrowingLayer(DynamicLayer):
 
     def plain_tokens(self) -> int:
         """The number of tokens in keys and values."""
-        return DynamicLayer.get_seq_length(self)
+        return self._used if self._has_no_views() else DynamicLayer.get_seq_length(self)
+
+    def get_seq_length(self) -> int:
+        return self.plain_tokens()
+
+    def _has_no_views(self) -> bool:
+        """Whether nobody can have changed keys or values since the last update."""
+        return self._room is not None and self._keys is None and self._values is None
 
     def block_arguments(self) -> tuple[int, ...]:
         """Where the tokens before those are, for _C.decode: addresses of the blocks of keys and of
@@ -80,17 +109,26 @@ class GrowingLayer(DynamicLayer):
         length = self.plain_tokens()
         if not self._has_room(length, 1, keys):
             self._make_room(length, 1, keys, values)
-            self._take(length)
+        self._take(length)
         return self._room
+
+    def still_has(self, room: tuple[Tensor, Tensor], tokens: int) -> bool:
+        """Whether `room_for_one_more` would return this room, for a token after so many."""
+        return (
+            self._room is room
+            and self._used == tokens
+            and self._keys is None
+            and self._values is None
+            and self._owner == id(self)
+        )
 
     def take_one_more(self) -> None:
         """Count in the token that was written into that room."""
         self._take(self._used + 1)
 
     def _take(self, length: int) -> None:
-        assert self._room is not None
         self._used = length
-        self.keys, self.values = (room[..., :length, :] for room in self._room)
+        self._keys = self._values = None
 
     def _make_room(self, old: int, new: int, keys: Tensor, values: Tensor) -> None:
         """Room for the present tokens and new ones of the shape of keys and values."""
@@ -111,12 +149,15 @@ class GrowingLayer(DynamicLayer):
         if keys.is_inference() and not torch.is_inference_mode_enabled():
             return False  # torch refuses to write to it
         return (
-            self.keys.data_ptr() == keys.data_ptr()
-            and self.values.data_ptr() == values.data_ptr()
-            and self.keys.stride() == keys.stride()
-            and states.shape[:-2] == keys.shape[:-2]
+            states.shape[:-2] == keys.shape[:-2]
             and old + new <= keys.shape[-2]
+            and (self._keys is None or _is_start(self._keys, keys))
+            and (self._values is None or _is_start(self._values, values))
         )
+
+
+def _is_start(part: Tensor, room: Tensor) -> bool:
+    return part.data_ptr() == room.data_ptr() and part.stride() == room.stride()
 
 
 def _with_room(past: Tensor, length: int, new: int, states: Tensor) -> Tensor:
@@ -135,9 +176,11 @@ def growing_layer(cache: Any, index: int) -> GrowingLayer | None:
     layers = getattr(cache, "layers", ())
     if index >= len(layers) or type(cache).update is not Cache.update or "update" in vars(cache):
         return None  # none, or a cache that does more
-    if type(layers[index]) is DynamicLayer:
-        layers[index].__class__ = GrowingLayer
-    return layers[index] if type(layers[index]) in (GrowingLayer, QuantizedLayer) else None
+    layer = layers[index]
+    if type(layer) is DynamicLayer:
+        layer.__class__ = GrowingLayer
+        layer._keys, layer._values = vars(layer).pop("keys"), vars(layer).pop("values")
+    return layer if type(layer) in (GrowingLayer, QuantizedLayer) else None
 
 
 class QuantizedLayer(GrowingLayer):

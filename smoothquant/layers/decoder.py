@@ -10,8 +10,8 @@ through Python and torch's dispatcher. `place_and_fuse` gives decoder layers of 
 3. the rest in one call: o, the residual sum, the norm, the MLP, the residual sum.
 
 For one token per sequence and plain attention, all of it is one call, and so are all layers of a
-model: each but the last notes what it has to do and returns its input. Results differ from those of
-the separate steps in the last bits, by the order of sums and the approximation of e^x.
+model (`FusedStack`). Results differ from those of the separate steps in the last bits, by the order
+of sums and the approximation of e^x.
 
 The separate steps are used for everything else: gradients, training, GPUs, tracing and compiling,
 autocast, classes other than transformers' own, hooks on inner modules (transformers leaves some
@@ -20,14 +20,12 @@ after ``output_attentions=True``), and modules that were replaced, for example b
 
 from __future__ import annotations
 
-import operator
 import os
-import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +36,9 @@ from ..kernels import ops
 from ..kernels.control import _C
 from ..models.families import DecoderParts, decoder_layers, decoder_parts
 from .linear import RETURN_INPUT, QuantizedLinear, W4A4Linear, kernel_choices, precomputed
+
+if TYPE_CHECKING:
+    from .cache import GrowingLayer
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}  # mq_dtype
 MOST_HEAD_DIM = 512  # of mq_attend and mq_rotary
@@ -68,7 +69,7 @@ def place_and_fuse(model: nn.Module) -> None:
             _PARTS[layer] = parts
             stack = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
             # The model itself keeps its class: users compare it.
-            if stack is not model and _is_original(type(stack)):
+            if parts.plain_attention and stack is not model and _is_original(type(stack)):
                 _mix_in(FusedStack, stack)
     placed = {id(t) for run in runs for t in run}
     packed = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
@@ -81,8 +82,8 @@ def unfuse(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, _Fused):
             layer.__class__ = layer.float_class
-            _PARTS.pop(layer, None)
-            _STATES.pop(layer, None)
+            for known in (_PARTS, _STATES, _STACKS):
+                known.pop(layer, None)
 
 
 def _runs(layer: nn.Module, names: Sequence[str]) -> list[list[Tensor]]:
@@ -113,23 +114,16 @@ class FusedLayer(_Fused):
     """Mixed into the class of a decoder layer."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        calls = _calls_of(self)
-        waiting = bool(calls.steps)
-        if waiting and hidden_states is not calls.x:
-            raise RuntimeError(
-                f"{type(self).__name__} got other hidden states than the layer before it returned; "
-                "call smoothquant.layers.decoder.use_fused_layers(False)"
-            )
         fused = None
-        if not args and not self.training and (waiting or _takes(hidden_states)):
+        if not args and not self.training and _is_plain_eager(hidden_states):
             fused = _state_of(self)
         if (
             fused is None
             or fused.dtype != hidden_states.dtype
             or hidden_states.shape[-1] != fused.children[fused.parts.o].out_features
         ):
-            return super().forward(calls.finish(hidden_states), *args, **kwargs)
-        return fused.run(hidden_states, kwargs, calls, is_last=calls.layers[-1] is self)
+            return super().forward(hidden_states, *args, **kwargs)
+        return fused.run(hidden_states, kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         _STATES.pop(self, None)  # its tensors' memory would outlast a move
@@ -137,80 +131,22 @@ class FusedLayer(_Fused):
 
 
 class FusedStack(_Fused):
-    """Mixed into the class of the module whose ``layers`` are decoder layers: it runs them one
-    after another, and does nothing with what one hands to the next."""
+    """Mixed into the class of the module whose ``layers`` are decoder layers: it embeds tokens,
+    runs the layers one after another, and ends with a norm. For one token per sequence, the layers
+    are one call."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        stack = None
         is_known = self.float_class.forward is self.known_forward[0]
-        if torch.compiler.is_compiling() or not _enabled or not is_known:
+        if is_known and not args and _is_one_token(kwargs):
+            stack = _stack_of(self)
+        if stack is None:
             return super().forward(*args, **kwargs)
-        config: Any = self.config
-        modules: Any = self._modules["layers"]
-        layers: Any = list(modules)[: getattr(config, "num_hidden_layers", None)]
-        outer = getattr(_running, "calls", None)
-        calls = _running.calls = _Calls(layers)
-        try:
-            result = super().forward(*args, **kwargs)
-        finally:
-            _running.calls = outer
-        if calls.steps:
-            raise RuntimeError(f"{type(self).__name__} did not run its last decoder layer")
-        return result
+        return stack.run(self, super().forward, kwargs)
 
-
-_running = threading.local()  # calls: those of the FusedStack that runs in a thread, or None
-
-
-class _Calls:
-    """The calls of a stack's layers that wait for the last one, to become a single call.
-
-    steps: arguments of `_C.decode`.
-    x: hidden states [B, 1, K] before the first of them; each of these layers returned x.
-    tokens, given, addresses: what the last layer had in its cache, its mask and position
-        embeddings, and where these are. Others of the same stack mostly have the same.
-    caches: the layers of the cache, which count the token in once it is written.
-    memory: what the steps point to.
-    """
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self.layers = layers
-        self.steps: list[tuple[Any, ...]] = []
-        self.x: Tensor | None = None
-        self.tokens = -1
-        self.given: tuple[Any, Any] = (None, None)
-        self.addresses: tuple[Any, ...] = ()
-        self.caches: list[Any] = []
-        self.memory: list[Any] = []
-
-    def may_wait(self) -> bool:
-        """Whether nobody looks at what a layer returns but the next layer."""
-        return all(
-            isinstance(layer, FusedLayer)
-            and not layer._forward_hooks
-            and not layer._forward_pre_hooks
-            and "forward" not in layer.__dict__
-            for layer in self.layers
-        )
-
-    def finish(self, x: Tensor) -> Tensor:
-        """The hidden states after all layers that wait; x if none does."""
-        if not self.steps:
-            return x
-        out = torch.empty_like(x)
-        steps, self.steps = self.steps, []
-        _C.decode(steps, DTYPES[x.dtype], x.data_ptr(), len(x), out.data_ptr())
-        for layer in self.caches:
-            layer.take_one_more()
-        self.caches, self.memory, self.tokens = [], [], -1
-        return out
-
-
-def _calls_of(layer: nn.Module) -> _Calls:
-    """The calls of the stack that runs, or of a layer that runs by itself."""
-    calls: _Calls | None = getattr(_running, "calls", None)
-    if calls is not None and (calls.steps or layer in calls.layers):
-        return calls
-    return _Calls([layer])
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        _STACKS.pop(self, None)
+        return super()._apply(*args, **kwargs)
 
 
 def _mix_in(mixin: type[_Fused], module: nn.Module) -> None:
@@ -244,13 +180,19 @@ def runs_fused(layer: nn.Module) -> bool:
     return _enabled and isinstance(layer, FusedLayer) and _state_of(layer) is not None
 
 
-def _takes(x: Tensor) -> bool:
+def _is_one_token(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a stack is called for one token per sequence, and for nothing unusual."""
+    given = kwargs.get("input_ids")
+    given = kwargs.get("inputs_embeds") if given is None else given
+    return given is not None and given.shape[1:2] == (1,) and _is_plain_eager(given)
+
+
+def _is_plain_eager(x: Tensor) -> bool:
     """Whether nothing but plain eager arithmetic on the CPU is asked for."""
     return (
         _enabled
         and type(x) is Tensor
         and x.device.type == "cpu"
-        and x.dtype in FLOATS
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
@@ -262,60 +204,40 @@ def _takes(x: Tensor) -> bool:
     )
 
 
-# By layer, not in it, because copies and pickles of a layer must not hold addresses.
+# By module, not in it, because copies and pickles of a module must not hold addresses.
 _PARTS: weakref.WeakKeyDictionary[nn.Module, DecoderParts] = weakref.WeakKeyDictionary()
 _STATES: weakref.WeakKeyDictionary[nn.Module, tuple[_Source, _Prepared | None]] = (
     weakref.WeakKeyDictionary()
 )
+_STACKS: weakref.WeakKeyDictionary[nn.Module, _Stack] = weakref.WeakKeyDictionary()
 
 
 class _Source:
-    """The modules and tensors of a layer at one time, with what finds them again quickly."""
+    """The modules and tensors of a layer at one time.
+
+    snapshot: tells whether they are still the same: moving a module sets ``.data``.
+    memory: that of the tensors, which may get another while a call in another thread reads this.
+    """
 
     def __init__(self, layer: Any, names: Sequence[str]) -> None:
         # where a module or tensor is registered, and under which name
-        self.places: list[tuple[dict[str, Any], str]] = []
+        places: list[tuple[dict[str, Any], str]] = []
         for name in names:
             parent, _, child = name.rpartition(".")
-            self.places.append((layer.get_submodule(parent)._modules, child))
-        modules = [places[name] for places, name in self.places]
-        self.attributes = [m.__dict__ for m in modules]
-        self.forwards = [(c, c.forward) for c in {layer.float_class, *map(type, modules)}]
-        self.places += [
-            (places, name)
-            for m in modules
-            for places in (m._parameters, m._buffers)
-            for name in places
+            places.append((layer.get_submodule(parent)._modules, child))
+        modules = [children[name] for children, name in places]
+        places += [
+            (own, name) for m in modules for own in (m._parameters, m._buffers) for name in own
         ]
-        self.objects = [places[name] for places, name in self.places]
-        self.tensors = [t for t in self.objects if isinstance(t, Tensor)]
-        self.addresses = [t.data_ptr() for t in self.tensors]
-        # Which are compared with each other, once
-        perms = (m._buffers.get("perm") for m in modules)
-        self.perms = [t for t in perms if t is not None and not t.is_inference()]
-        self.versions = [t._version for t in self.perms]
-        # A tensor may get other memory while a call in another thread reads this.
-        self.memory = [t.untyped_storage() for t in self.tensors]
-
-    def is_overridden(self) -> bool:
-        """Whether a module has hooks, or a forward of its own, as some libraries give it."""
-        for own in self.attributes:
-            if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
-                return True
-        return False
-
-    def is_current(self) -> bool:
-        """Whether the layer still consists of the same modules and tensors, at the same addresses:
-        moving a module sets ``.data``."""
-        try:
-            objects = [places[name] for places, name in self.places]
-        except KeyError:
-            return False
-        return (
-            all(map(operator.is_, objects, self.objects))
-            and [t.data_ptr() for t in self.tensors] == self.addresses
-            and [t._version for t in self.perms] == self.versions
-            and all(c.forward is forward for c, forward in self.forwards)
+        tensors = [t for own, name in places if isinstance(t := own[name], Tensor)]
+        perms = (m._buffers.get("perm") for m in modules)  # compared with each other, once
+        self.memory = [t.untyped_storage() for t in tensors]
+        self.snapshot = _C.Snapshot(
+            places,
+            [m.__dict__ for m in modules],
+            list({layer.float_class, *map(type, modules)}),
+            tensors,
+            [t for t in perms if t is not None and not t.is_inference()],
         )
 
 
@@ -323,7 +245,7 @@ def _state_of(layer: nn.Module) -> _Prepared | None:
     """The prepared calls of a layer, made anew if a module or tensor was replaced; None if they
     cannot be made or would pass over something."""
     known = _STATES.get(layer)
-    if known is None or not known[0].is_current():
+    if known is None or not known[0].snapshot.is_current():
         parts = _PARTS.get(layer)
         if parts is None or any(_child(layer, name) is None for name in parts.names):
             return None
@@ -334,7 +256,7 @@ def _state_of(layer: nn.Module) -> _Prepared | None:
             fused.memory = source.memory
         known = _STATES[layer] = source, fused
     source, fused = known
-    return None if source.is_overridden() else fused
+    return fused if source.snapshot.is_plain() else None
 
 
 def _child(layer: nn.Module, path: str) -> nn.Module | None:
@@ -391,7 +313,6 @@ def _prepared(layer: nn.Module, parts: DecoderParts) -> _Prepared | None:
         qkv=qkv,
         rest=rest,
         layer=None if attention is None else _C.Layer(norm, qkv, attention, rest),
-        kv_heads=0 if attention is None else attention.kv_heads,
         dtype=dtypes.pop(),
     )
 
@@ -499,26 +420,29 @@ class _Prepared:
     qkv: _C.Linear
     rest: _C.Rest
     layer: _C.Layer | None
-    kv_heads: int
     dtype: torch.dtype
     memory: list[Any] = field(default_factory=list)
 
-    def run(self, x: Tensor, kwargs: dict[str, Any], calls: _Calls, *, is_last: bool) -> Tensor:
-        """The hidden states after the layer, or x if it waits for the next one."""
+    @property
+    def attention(self) -> Any:
+        return self.children[self.parts.attention]
+
+    @property
+    def cache_index(self) -> int:
+        """Which layer of a cache is the decoder layer's."""
+        return getattr(self.attention, "layer_idx", 0)
+
+    def run(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The hidden states after the layer."""
         from .cache import growing_layer  # it imports transformers
 
-        module, o = self.children[self.parts.attention], self.children[self.parts.o]
-        past = kwargs.get("cache", kwargs.get("past_key_values"))
-        layer = growing_layer(past, getattr(module, "layer_idx", 0))
         x = x.contiguous()
-        if layer is not None and self.layer and x.dim() == 3 and x.shape[1] == 1:
-            step = self._step(x, layer, calls, **kwargs)
-            if step is not None:
-                waits = not is_last and (bool(calls.steps) or calls.may_wait())
-                calls.x = x
-                calls.steps.append(step)
-                return x if waits else calls.finish(x)
-        x = calls.finish(x)
+        growing_layer(kwargs.get("cache", kwargs.get("past_key_values")), self.cache_index)
+        if self.layer is not None and x.dim() == 3 and x.shape[1] == 1:
+            decoded = self._decoded(x, **kwargs)
+            if decoded is not None:
+                return decoded
+        o = self.children[self.parts.o]
         linears = [self.children[name] for name in self.parts.qkv]
         sizes = [linear.out_features for linear in linears]
         dtype, rows = DTYPES[x.dtype], x.numel() // x.shape[-1]
@@ -528,7 +452,7 @@ class _Prepared:
         # its shape. They answer with what is computed already; o hands its input through.
         values = dict(zip(linears, y.split(sizes, -1), strict=True))
         with precomputed({**values, o: RETURN_INPUT}):
-            attended = module(hidden_states=x, **kwargs)[0].contiguous()
+            attended = self.attention(hidden_states=x, **kwargs)[0].contiguous()
         if attended.dtype != x.dtype or attended.shape != (*x.shape[:-1], o.in_features):
             return self._rest_by_steps(x, attended)
         out = torch.empty_like(x)
@@ -547,11 +471,9 @@ class _Prepared:
         y = self.children[parts.mlp](norm(parts.mlp_norm, h))
         return h + norm(parts.mlp_post, y)
 
-    def _step(
+    def _decoded(
         self,
         x: Tensor,
-        layer: Any,
-        calls: _Calls,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         position_ids: Any = None,
@@ -559,51 +481,262 @@ class _Prepared:
         cache: Any = None,
         past_key_values: Any = None,
         **unknown: Any,
-    ) -> tuple[Any, ...] | None:
-        """The layer's step of `_C.decode` for one token per sequence; None if an argument asks for
-        anything but usual attention."""
-        module: Any = self.children[self.parts.attention]
-        if (
-            layer in calls.caches  # the token of another decoder layer is not written yet
-            or any(value is not None for value in unknown.values())
-            or position_embeddings is None
-            or module.config._attn_implementation != "sdpa"
-            or module.training
-            or not layer.is_initialized
-            or getattr(cache or past_key_values, "offloading", False)
+    ) -> Tensor | None:
+        """The hidden states [B, 1, K] after the layer, for one token per sequence; None if an
+        argument asks for anything but usual attention."""
+        if position_embeddings is None or not _asks_for_nothing(unknown):
+            return None
+        room = _Room.of(cache or past_key_values, [self], len(x), x.dtype)
+        if room is None:
+            return None
+        mask = attention_mask
+        if mask is not None:
+            if mask.dtype != torch.bool or mask.shape != (len(x), 1, 1, room.seen + 1):
+                return None
+            mask = mask[:, 0, 0]
+        out = room.decode([self], x, position_embeddings, mask)
+        if out is not None:
+            room.take_one_more()
+        return out
+
+
+def _asks_for_nothing(arguments: Mapping[str, Any]) -> bool:
+    return all(value is None for value in arguments.values())
+
+
+class _Room:
+    """Room for one more token in some layers of a cache, while nobody else writes to them.
+
+    layers: of the cache.
+    rooms: keys and values of each, see `GrowingLayer.room_for_one_more`.
+    seen: all tokens in a layer. tokens: those of them that are in its room.
+    """
+
+    def __init__(self, layers: Sequence[GrowingLayer], rooms: list[tuple[Tensor, Tensor]]) -> None:
+        self.layers, self.rooms = layers, rooms
+        self.seen, self.tokens = layers[0].get_seq_length(), layers[0].plain_tokens()
+        self.capacity = min(keys.shape[-2] for keys, _ in rooms)
+        self.sequences, self.dtype = len(rooms[0][0]), rooms[0][0].dtype
+        self.is_inference = any(t.is_inference() for room in rooms for t in room)
+        self.caches = _C.Caches(
+            [
+                (keys.data_ptr(), values.data_ptr(), keys.shape[-2], *layer.block_arguments())
+                for layer, (keys, values) in zip(layers, rooms, strict=True)
+            ]
+        )
+
+    @classmethod
+    def of(
+        cls, cache: Any, prepared: Sequence[_Prepared], sequences: int, dtype: torch.dtype
+    ) -> _Room | None:
+        """The room in the layers of a cache that decoder layers use; None if another kind of
+        attention or cache is in use."""
+        from .cache import growing_layer  # it imports transformers
+
+        if getattr(cache, "offloading", False) or any(
+            p.attention.config._attn_implementation != "sdpa" for p in prepared
         ):
             return None
-        sequences, tokens = len(x), layer.get_seq_length()
-        given = attention_mask, position_embeddings
-        if tokens != calls.tokens or not all(map(operator.is_, given, calls.given)):
-            mask, (cos, sin) = attention_mask, position_embeddings
-            if mask is not None and (
-                mask.dtype != torch.bool
-                or mask.shape != (sequences, 1, 1, tokens + 1)
-                or not mask.any(-1).all()
-            ):
-                return None
-            if (
-                any(t.dtype != x.dtype or not t.is_contiguous() for t in (cos, sin))
-                or cos.shape != sin.shape
-                or cos.shape not in ((1, 1, module.head_dim), (sequences, 1, module.head_dim))
-            ):
-                return None
-            mask = None if mask is None else mask.contiguous()
-            calls.memory.append((mask, given))
-            calls.tokens, calls.given = tokens, given
-            calls.addresses = (
-                cos.data_ptr(),
-                sin.data_ptr(),
-                len(cos) == 1,
-                0 if mask is None else mask.data_ptr(),
-            )
-        places = layer.room_for_one_more(sequences, self.kv_heads, module.head_dim, x.dtype)
-        if places is None:
+        indices = [p.cache_index for p in prepared]
+        layers = [growing_layer(cache, index) for index in indices]
+        # in layers that share a cache, the token of one is not written when the next one starts
+        known = [layer for layer in layers if layer is not None and layer.is_initialized]
+        if len(known) < len(layers) or len(set(indices)) < len(indices):
             return None
-        keys, values = places
-        calls.memory.append((self, places))
-        calls.caches.append(layer)
-        pointers = keys.data_ptr(), values.data_ptr()
-        sizes = keys.shape[-2], layer.plain_tokens()
-        return (self.layer, *calls.addresses, *pointers, *sizes, layer.block_arguments())
+        if len({(layer.get_seq_length(), layer.plain_tokens()) for layer in known}) > 1:
+            return None
+        rooms = []
+        for layer, p in zip(known, prepared, strict=True):
+            kv_heads = p.children[p.parts.qkv[1]].out_features // p.attention.head_dim
+            room = layer.room_for_one_more(sequences, kv_heads, p.attention.head_dim, dtype)
+            if room is None:
+                return None
+            rooms.append(room)
+        return cls(known, rooms)
+
+    def is_current(self, sequences: int, dtype: torch.dtype) -> bool:
+        return (
+            self.tokens < self.capacity
+            and self.sequences == sequences
+            and self.dtype == dtype
+            and (not self.is_inference or torch.is_inference_mode_enabled())
+            and all(
+                layer.still_has(room, self.tokens)
+                for layer, room in zip(self.layers, self.rooms, strict=True)
+            )
+        )
+
+    def take_one_more(self) -> None:
+        """Count the token in that was written."""
+        for layer in self.layers:
+            layer.take_one_more()
+        self.seen += 1
+        self.tokens += 1
+
+    def decode(
+        self,
+        prepared: Sequence[_Prepared],
+        x: Tensor,
+        position: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+    ) -> Tensor | None:
+        """The hidden states [B, 1, K] after decoder layers, and keys and values in their room.
+
+        Args:
+            position: cosines and sines, in x's dtype [B or 1, 1, head_dim].
+            mask: which tokens are seen, bool [B, seen + 1].
+
+        Returns:
+            None if that is not what the arguments are, or if a sequence sees no token.
+        """
+        cos, sin = position
+        shape, size = cos.shape, prepared[0].attention.head_dim
+        if (
+            any(t.dtype != x.dtype or not t.is_contiguous() for t in position)
+            or shape != sin.shape
+            or shape not in ((1, 1, size), (len(x), 1, size))
+            or (mask is not None and not mask.any(-1).all())
+        ):
+            return None
+        mask = None if mask is None else mask.contiguous()
+        out = torch.empty_like(x)
+        _C.decode(
+            [p.layer for p in prepared],
+            self.caches,
+            self.tokens,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            shape[0] == 1,
+            0 if mask is None else mask.data_ptr(),
+            DTYPES[x.dtype],
+            x.data_ptr(),
+            len(x),
+            out.data_ptr(),
+        )
+        return out
+
+
+class _Stack:
+    """The prepared calls of all layers of a stack.
+
+    snapshots: tell whether they still hold.
+    result: makes the result of the stack's own forward from its fields; None before the first
+        token, which is computed in both ways; False if they differed.
+    rooms: in the caches that were used.
+    """
+
+    def __init__(self, module: Any, prepared: list[_Prepared], snapshots: list[Any]) -> None:
+        self.prepared = prepared
+        self.dtype = prepared[0].dtype
+        self.result: Any = None
+        self.rooms: weakref.WeakKeyDictionary[Any, _Room] = weakref.WeakKeyDictionary()
+        layers = module.layers
+        places = [(module._modules, "layers")]
+        places += [(layers._modules, name) for name in layers._modules]
+        own = [layer.__dict__ for layer in layers]
+        classes = list({type(layer) for layer in layers})
+        self.snapshots = [*snapshots, _C.Snapshot(places, own, classes, [], [])]
+
+    def run(self, module: Any, forward: Any, kwargs: dict[str, Any]) -> Any:
+        """What the stack's own forward returns for these arguments."""
+        found = self._decoded(module, **kwargs) if self.result is not False else None
+        if found is None:
+            return forward(**kwargs)
+        room, hidden, cache = found
+        if self.result is None:  # the layers write the same keys and values to the same places
+            result = forward(**kwargs)
+            self.result = _maker_of(result, hidden, cache) or False
+            return result
+        room.take_one_more()
+        return self.result(hidden, cache)
+
+    def _decoded(
+        self,
+        module: Any,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        **unknown: Any,
+    ) -> tuple[_Room, Tensor, Any] | None:
+        """(the room with a token more, the hidden states after the last norm, the cache); None if
+        an argument asks for anything but one more token per sequence."""
+        past = past_key_values if cache is None else cache
+        config = module.config
+        if (
+            past is None
+            or (input_ids is not None and inputs_embeds is not None)
+            or not (config.use_cache if use_cache is None else use_cache)
+            or not _asks_for_nothing(unknown)
+            or not _is_usual(config, len(self.prepared))
+        ):
+            return None
+        x = module.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if type(x) is not Tensor or x.dtype != self.dtype or not x.is_contiguous() or x.dim() != 3:
+            return None
+        room = self.rooms.get(past)
+        if room is None or not room.is_current(len(x), x.dtype):
+            room = _Room.of(past, self.prepared, len(x), x.dtype)
+            if room is None:
+                return None
+            self.rooms[past] = room
+        mask = attention_mask
+        if mask is not None:
+            if mask.shape != (len(x), room.seen + 1):
+                return None
+            mask = mask.bool()
+        if position_ids is None:
+            position_ids = torch.tensor([[room.seen]])
+        position = module.rotary_emb(x, position_ids=position_ids)
+        hidden = room.decode(self.prepared, x, position, mask)
+        return None if hidden is None else (room, module.norm(hidden), past)
+
+
+def _is_usual(config: Any, layers: int) -> bool:
+    """Whether a config asks for a stack of so many layers whose tokens see all before them, and for
+    nothing but their result."""
+    return (
+        config.num_hidden_layers == layers
+        and config._attn_implementation == "sdpa"
+        and getattr(config, "sliding_window", None) is None
+        and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
+        and not getattr(config, "output_attentions", False)
+        and not getattr(config, "output_hidden_states", False)
+        and getattr(config, "return_dict", True)
+    )
+
+
+def _maker_of(result: Any, hidden: Tensor, cache: Any) -> Any:
+    """A function of hidden states and a cache that makes a result like this one, which belongs to
+    these; None if it does not."""
+    last = result.get("last_hidden_state") if isinstance(result, Mapping) else None
+    if last is None or last.dtype != hidden.dtype:
+        return None
+    names = [name for name in result if result[name] is cache]
+    bits = torch.int32 if hidden.dtype == torch.float32 else torch.int16  # NaN equals itself
+    if len(names) != 1 or len(result) != 2 or not torch.equal(last.view(bits), hidden.view(bits)):
+        return None
+    cls, name = type(result), names[0]
+    return lambda hidden, cache: cls(last_hidden_state=hidden, **{name: cache})
+
+
+def _stack_of(module: Any) -> _Stack | None:
+    """The prepared calls of a stack, made anew if one of its layers changed; None if one has
+    none."""
+    known = _STACKS.get(module)
+    if known is not None and _C.all_hold(known.snapshots):
+        return known
+    prepared = []
+    for layer in module.layers:
+        fused = _state_of(layer) if isinstance(layer, FusedLayer) else None
+        if fused is None or fused.layer is None:
+            return None
+        prepared.append(fused)
+    if len({p.dtype for p in prepared}) != 1:
+        return None
+    snapshots = [_STATES[layer][0].snapshot for layer in module.layers]
+    made = _STACKS[module] = _Stack(module, prepared, snapshots)
+    return made if _C.all_hold(made.snapshots) else None
