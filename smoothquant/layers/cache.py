@@ -88,7 +88,7 @@ class GrowingLayer(DynamicLayer):
         """Whether nobody can have changed keys or values since the last update."""
         return self._room is not None and self._keys is None and self._values is None
 
-    def block_arguments(self) -> tuple[int, ...]:
+    def block_arguments(self) -> tuple[int, int, int, int, int, int, int]:
         """Where the tokens before those are, for _C.decode: addresses of the blocks of keys and of
         values, bytes from one head to the next in each, the number of blocks, bits, group size."""
         return NO_BLOCKS
@@ -179,7 +179,8 @@ def growing_layer(cache: Any, index: int) -> GrowingLayer | None:
     layer = layers[index]
     if type(layer) is DynamicLayer:
         layer.__class__ = GrowingLayer
-        layer._keys, layer._values = vars(layer).pop("keys"), vars(layer).pop("values")
+        own = vars(layer)
+        own["_keys"], own["_values"] = own.pop("keys"), own.pop("values")
     return layer if type(layer) in (GrowingLayer, QuantizedLayer) else None
 
 
@@ -267,16 +268,16 @@ class QuantizedLayer(GrowingLayer):
             return None
         return super().room_for_one_more(sequences, heads, size, dtype)
 
-    def block_arguments(self) -> tuple[int, ...]:
+    def block_arguments(self) -> tuple[int, int, int, int, int, int, int]:
         if self.blocks is None:
             return NO_BLOCKS
         keys, values = self.blocks
         group = group_size(self.values.shape[-1])
-        addresses, strides = (
-            (keys.data_ptr(), values.data_ptr()),
-            (keys.stride(1), values.stride(1)),
+        return (
+            *(keys.data_ptr(), values.data_ptr()),
+            *(keys.stride(1), values.stride(1)),
+            *(keys.shape[2], self.bits, group),
         )
-        return *addresses, *strides, keys.shape[2], self.bits, group
 
     def take_one_more(self) -> None:
         super().take_one_more()

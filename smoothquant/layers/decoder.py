@@ -35,6 +35,7 @@ from ..core.tensors import FLOATS
 from ..kernels import ops
 from ..kernels.control import _C
 from ..models.families import DecoderParts, decoder_layers, decoder_parts
+from ..models.generation import known_while_generating
 from .linear import RETURN_INPUT, QuantizedLinear, W4A4Linear, kernel_choices, precomputed
 
 if TYPE_CHECKING:
@@ -601,7 +602,7 @@ class _Room:
         mask = None if mask is None else mask.contiguous()
         out = torch.empty_like(x)
         _C.decode(
-            [p.layer for p in prepared],
+            [p.layer for p in prepared if p.layer is not None],
             self.caches,
             self.tokens,
             cos.data_ptr(),
@@ -726,6 +727,18 @@ def _maker_of(result: Any, hidden: Tensor, cache: Any) -> Any:
 def _stack_of(module: Any) -> _Stack | None:
     """The prepared calls of a stack, made anew if one of its layers changed; None if one has
     none."""
+    known = known_while_generating()
+    if known is None:
+        return _checked_stack(module)
+    if id(module) not in known:
+        stack = _checked_stack(module)
+        if stack is None:
+            return None
+        known[id(module)] = stack
+    return known[id(module)]
+
+
+def _checked_stack(module: Any) -> _Stack | None:
     known = _STACKS.get(module)
     if known is not None and _C.all_hold(known.snapshots):
         return known

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,11 +18,31 @@ PLAIN = {*CACHES, "attention_mask", "use_cache", "logits_to_keep", "cache_positi
 KEPT_BACK = ("tokenizer", "assistant_model", "assistant_tokenizer", "synced_gpus", "stop_strings")
 
 
+_thread = threading.local()
+
+
+def known_while_generating() -> dict[int, Any] | None:
+    """What was found out about modules, by their id, since `generate` started in this thread: it
+    holds until the last token. None if it does not run."""
+    return getattr(_thread, "known", None)
+
+
+@contextmanager
+def _generating() -> Iterator[None]:
+    outer = known_while_generating()
+    _thread.known = {}
+    try:
+        yield
+    finally:
+        _thread.known = outer
+
+
 def generate(model: Any, *args: Any, streamer: Any = None, **options: Any) -> Any:
     """As ``model.generate``, with less work between two tokens.
 
     Chooses the same tokens, with transformers' own logits processors, stopping criteria and random
-    numbers, but calls the model with nothing except the new token, its position and the cache. What
+    numbers, but calls the model with nothing except the new token, its position and the cache, and
+    trusts that nobody changes the model's modules meanwhile. What
     needs more (padding, a cache with tokens in it, ``return_dict_in_generate``, stop strings, an
     assistant, models that prepare their inputs in a way of their own) goes through transformers'
     own loop.
@@ -35,7 +58,8 @@ def generate(model: Any, *args: Any, streamer: Any = None, **options: Any) -> An
         return model.generate(*args, streamer=streamer, **options)
     # transformers does not hand its streamer to a custom loop, but gives it the prompt.
     loop = partial(_decode, streamer=streamer)
-    return model.generate(*args, streamer=streamer, custom_generate=loop, **options)
+    with _generating():
+        return model.generate(*args, streamer=streamer, custom_generate=loop, **options)
 
 
 @torch.no_grad()
