@@ -262,6 +262,78 @@ def test_all_layers_of_a_token_are_one_call(make_model, token_ids, decoded):
             handle.remove()
 
 
+@pytest.mark.parametrize(
+    "architecture", at_length(["llama", "mistral", "qwen2", "gemma"], ["gemma", "mistral"])
+)
+@torch.no_grad()
+def test_a_stack_gives_what_its_layers_give(make_model, token_ids, decoded, architecture):
+    """Bit for bit, whatever it is called with."""
+    changes = {"sliding_window": None} if architecture == "mistral" else {}
+    model = quantized(make_model, architecture, act_bits=8, changes=changes)
+    embed = model.get_input_embeddings()
+    mask = torch.ones_like(token_ids)
+    mask[1, :3] = 0
+
+    def logits(at, cache, kind):
+        ids, options = token_ids[:, :5] if at == 5 else token_ids[:, at - 1 : at], {}
+        if kind == "padding":
+            options["attention_mask"] = mask[:, :at]
+        if kind == "positions":
+            options["position_ids"] = torch.arange(at - ids.shape[1], at).expand_as(ids) + 2
+        if kind == "embeddings":
+            options["inputs_embeds"], ids = embed(ids), None
+        return model(ids, **options, **with_cache(cache)).logits
+
+    for kind in ("ids", "padding", "positions", "embeddings", "inference mode"):
+        caches = [DynamicCache(config=model.config) for _ in range(2)]
+        with torch.inference_mode() if kind == "inference mode" else nullcontext():
+            for at in range(5, 10):
+                decoded.clear()
+                together = logits(at, caches[0], kind)
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(decoder, "_stack_of", lambda stack: None)
+                    apart = logits(at, caches[1], kind)
+                assert torch.equal(together, apart)
+                assert decoded[0] == (2, 2) if at > 5 else not decoded
+        for one, other in zip(*(cache.layers for cache in caches), strict=True):
+            assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
+            assert one.get_seq_length() == 9
+
+
+@torch.no_grad()
+def test_a_window_counts_in_a_cache_that_keeps_all_tokens(make_model, token_ids):
+    model = quantized(make_model, "mistral", act_bits=8, changes={"sliding_window": 7})
+    with stepwise():
+        expected = model(token_ids).logits
+    cache = with_cache(DynamicCache())
+    steps = [model(token_ids[:, i : i + 1], **cache).logits for i in range(token_ids.shape[1])]
+    assert_same(torch.cat(steps, 1), expected)
+
+
+@torch.no_grad()
+def test_a_stack_that_computes_something_else_is_left_alone(make_model, token_ids, monkeypatch):
+    """As a later version of transformers may have it."""
+    cls = type(make_model("llama", **SIZES).get_decoder())
+    plain = cls.forward
+
+    def forward(self, *args, **kwargs):
+        out = plain(self, *args, **kwargs)
+        out.last_hidden_state = 2 * out.last_hidden_state
+        return out
+
+    forward.__module__ = cls.__module__
+    monkeypatch.setattr(cls, "forward", forward)
+    monkeypatch.setattr(decoder, "_CLASSES", {})  # which remember the plain forward
+    model = quantized(make_model, act_bits=8)
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    for i in range(4):
+        ids = token_ids[:, i : i + 1]
+        actual = model(ids, **with_cache(caches[0])).logits
+        with stepwise():
+            assert_same(actual, model(ids, **with_cache(caches[1])).logits)
+    assert decoder._STACKS[model.get_decoder()].result is False
+
+
 @torch.no_grad()
 def test_a_stack_that_stops_early_still_runs_all_of_its_layers(make_model, token_ids, decoded):
     model = quantized(make_model, changes={"num_hidden_layers": 4}, act_bits=8)

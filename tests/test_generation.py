@@ -6,6 +6,7 @@ from length import at_length
 
 from smoothquant import MixedQuantConfig, quantize
 from smoothquant.bundled import load_bundled
+from smoothquant.layers import decoder
 from smoothquant.models.generation import generate
 
 
@@ -106,3 +107,17 @@ def test_what_transformers_keeps_from_a_custom_loop_still_counts():
 def test_beams_are_refused(make_model):
     with pytest.raises(ValueError, match="greedily or samples, .*; got beam_search"):
         generate(make_model("llama"), torch.arange(3, 9)[None], num_beams=3, max_new_tokens=2)
+
+
+def test_modules_are_compared_once_and_after_it_again(make_model, monkeypatch):
+    model = make_model("llama", hidden_size=64, intermediate_size=96)
+    quantize(model, MixedQuantConfig(group_size=16, calibration="weights"), progress=False)
+    ids, options = torch.arange(3, 12)[None], {"max_new_tokens": 12, "pad_token_id": 0}
+    calls, original = [], decoder._C.all_hold
+    monkeypatch.setattr(decoder._C, "all_hold", lambda given: calls.append(1) or original(given))
+    before = generate(model, ids, **options)
+    assert len(calls) == 1
+    layer = model.get_decoder().layers[0]
+    layer.mlp.down_proj = torch.nn.Linear(96, 64, bias=False)
+    (expected, _), (actual, _) = both(model, ids, **options)
+    assert torch.equal(actual, expected) and not torch.equal(actual, before)

@@ -185,7 +185,7 @@ def _is_one_token(kwargs: Mapping[str, Any]) -> bool:
     """Whether a stack is called for one token per sequence, and for nothing unusual."""
     given = kwargs.get("input_ids")
     given = kwargs.get("inputs_embeds") if given is None else given
-    return given is not None and given.shape[1:2] == (1,) and _is_plain_eager(given)
+    return isinstance(given, Tensor) and given.shape[1:2] == (1,) and _is_plain_eager(given)
 
 
 def _is_plain_eager(x: Tensor) -> bool:
