@@ -6,8 +6,8 @@ Takes the sources from the Python package llama-cpp-python and compiles them for
 this machine, without CUDA. It needs pip, cmake, ninja and a C++ compiler, and takes 5 to 15 minutes
 on two cores. A second call does nothing.
 
-The GGUF files are written here, without a vocabulary: the benchmark passes token ids. Weights are
-stored in 16 bits, norms in 32; llama-quantize makes the Q4_0 file from that.
+The GGUF files are written without a vocabulary: the benchmark passes token ids. Weights are stored
+in 16 bits, norms in 32; llama-quantize makes the Q4_0 file from that.
 """
 
 import argparse
@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from smoothquant.checkpoints.export_gguf import export_gguf
 
 FOLDER = Path(__file__).parents[1] / "build" / "llama.cpp"
 PACKAGE = "llama-cpp-python"
@@ -129,89 +131,23 @@ def _run(command: list[str], environment: dict[str, str] | None = None) -> str:
     return done.stdout + done.stderr
 
 
-def write_gguf(model: Any, path: Path) -> None:
-    """Write a float LLaMA as a GGUF file without a vocabulary.
-
-    Args:
-        model: a transformers LlamaForCausalLM with default rotary embeddings and no biases.
-        path: the file. Matrices are stored as float16, norms as float32.
-
-    Raises:
-        ValueError: the model is something else.
-        RuntimeError: the package gguf is not installed.
-    """
-    try:
-        import gguf
-    except ImportError as error:
-        raise RuntimeError("writing GGUF files needs the Python package gguf") from error
-    config = model.config
-    if (
-        type(model).__name__ != "LlamaForCausalLM"
-        or config.rope_parameters["rope_type"] != "default"
-        or any(name.endswith(".bias") for name, _ in model.named_parameters())
-    ):
-        raise ValueError(
-            "model must be a LlamaForCausalLM with default rotary embeddings and without biases; "
-            f"got {type(model).__name__}"
-        )
-    head_dim = config.hidden_size // config.num_attention_heads
-    if config.head_dim is not None:
-        head_dim = config.head_dim
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    writer.add_tokenizer_model("none")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    parameters = dict(model.named_parameters())  # a tied head is listed once, as the embedding
-    for name, tensor in parameters.items():
-        dtype = np.dtype("float16" if tensor.dim() == 2 else "float32")
-        size = tensor.numel() * dtype.itemsize
-        stored = names.get_name(name, try_suffixes=(".weight",))
-        writer.add_tensor_info(stored, tuple(tensor.shape), dtype, size)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name, tensor in parameters.items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            tensor = interleaved(tensor, head_dim)
-        dtype = torch.float16 if tensor.dim() == 2 else torch.float32
-        writer.write_tensor_data(tensor.detach().to(dtype).contiguous().numpy())
-    writer.close()
-
-
-def interleaved(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """The rows of a q or k projection [N, K] in llama.cpp's order.
-
-    transformers rotates channels i and i + head_dim / 2 of a head together, llama.cpp channels 2 i
-    and 2 i + 1.
-    """
-    heads = weight.unflatten(0, (-1, 2, head_dim // 2))
-    return heads.transpose(1, 2).flatten(0, 2)
-
-
 def write_files(model: Any, name: str, folder: Path = FOLDER) -> tuple[Path, Path]:
     """Write `name`-f16.gguf and, quantized from it, `name`-q4_0.gguf; return their paths.
 
     Raises:
-        ValueError, RuntimeError: as `write_gguf` and `version`.
+        ValueError, RuntimeError: as `export_gguf` and `version`.
     """
     version(folder)
-    plain, partial, quantized = (folder / f"{name}-{kind}.gguf" for kind in ("f16", "new", "q4_0"))
-    write_gguf(model, plain)
+    plain, target = (folder / f"{name}-{kind}.gguf" for kind in ("f16", "q4_0"))
+    export_gguf(model, plain, overwrite=True)
+    return plain, quantized(plain, target, folder)
+
+
+def quantized(plain: Path, target: Path, folder: Path = FOLDER) -> Path:
+    """Quantize a GGUF file to Q4_0 by llama.cpp's own program; return `target`."""
+    partial = target.with_suffix(".new")
     _run([str(program("llama-quantize", folder)), str(plain), str(partial), "Q4_0", "2"])
-    partial.rename(quantized)  # a file that exists is complete
-    return plain, quantized
+    return partial.rename(target)  # a file that exists is complete
 
 
 def bench(

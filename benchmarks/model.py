@@ -275,6 +275,8 @@ def quality(
     print(f"\nWikiText-2 test, second halves of {args.windows} windows of {args.window} tokens:")
     print("\n| contender | perplexity | KL divergence, nats | same top token |\n|---|---|---|---|")
 
+    scored: set[Path] = set()
+
     def measured() -> Iterator[tuple[str, dict[str, float]]]:
         for contender in contenders:
             if isinstance(contender, TorchContender):
@@ -291,6 +293,9 @@ def quality(
                     ("llama.cpp F16", contender.in_16_bits),
                     (contender.name, contender.gguf),
                 ):
+                    if gguf in scored:
+                        continue
+                    scored.add(gguf)
                     threads = max(args.threads)
                     yield name, llamacpp.compare(gguf, base, args.window, threads, args.llama_cpp)
                 base.unlink()

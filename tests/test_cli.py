@@ -165,7 +165,7 @@ def test_wrong_usage_answers_2(tmp_path):
         ["quantize", "tiny-opt", tmp_path / "q", "--recipe", "worst"],
         ["quantize", "tiny-opt", tmp_path / "q", "--group-size", "many"],
         ["quantize", "tiny-opt", tmp_path / "q", "--no-calibration", "--stats", "x"],
-        ["export", tmp_path, tmp_path / "x", "--format", "gguf"],
+        ["export", tmp_path, tmp_path / "x", "--format", "onnx"],
         ["generate", "tiny-opt", "text", "--max-new-tokens", 0],
         ["inspect", tmp_path, "--quiet", "--verbose"],
         ["quantize", "tiny-opt", tmp_path / "q", "--by-layer", "--dtype", "float32"],
@@ -398,6 +398,10 @@ def test_export(folder, plain_order, tmp_path):
     answer("export", plain_order, tmp_path / "ct", *to)
     config = json.loads((tmp_path / "ct" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    refused = answer("export", folder, tmp_path / "x.gguf", "--format", "gguf", code=1)
+    assert "MODEL must be a LlamaForCausalLM" in refused.stderr or "got OPT" in refused.stderr
+    taken = answer("export", folder, tmp_path / "ct", "--format", "gguf", "--overwrite", code=1)
+    assert "DST already exists" in taken.stderr and (tmp_path / "ct").is_dir()
 
 
 # ---- Looking at a folder

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from run_experiments.drawing import draw_stacks
 from smoothquant import MixedQuantConfig, quantize
@@ -31,60 +31,6 @@ SIZES = {
 def llama(**fields):
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**SIZES | fields)).eval()
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("head_dim", [12, 16])
-def test_a_gguf_file_holds_the_model(tmp_path, tied, head_dim):
-    gguf = pytest.importorskip("gguf")
-    model = llama(tie_word_embeddings=tied, head_dim=head_dim)
-    llamacpp.write_gguf(model, tmp_path / "model.gguf")
-    reader = gguf.GGUFReader(tmp_path / "model.gguf")
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    layer = model.model.layers[1]
-    expected = {
-        "token_embd": model.model.embed_tokens,
-        "output_norm": model.model.norm,
-        "blk.1.attn_norm": layer.input_layernorm,
-        "blk.1.attn_v": layer.self_attn.v_proj,
-        "blk.1.attn_output": layer.self_attn.o_proj,
-        "blk.1.ffn_norm": layer.post_attention_layernorm,
-        "blk.1.ffn_gate": layer.mlp.gate_proj,
-        "blk.1.ffn_up": layer.mlp.up_proj,
-        "blk.1.ffn_down": layer.mlp.down_proj,
-    }
-    for name, module in expected.items():
-        weight = module.weight.detach()
-        weight = weight.half() if weight.dim() == 2 else weight
-        np.testing.assert_array_equal(stored[f"{name}.weight"].data, weight.numpy())
-    # Row 0 of a head is followed by the row that transformers rotates together with it.
-    for name in ("q", "k"):
-        weight = getattr(layer.self_attn, f"{name}_proj").weight.detach().half().numpy()
-        rows = stored[f"blk.1.attn_{name}.weight"].data
-        half = head_dim // 2
-        np.testing.assert_array_equal(rows[0:4], weight[[0, half, 1, half + 1]])
-        np.testing.assert_array_equal(rows[head_dim + 1], weight[head_dim + half])
-    assert ("output.weight" in stored) == (not tied)
-    assert len(stored) == 2 * 9 + 2 + (not tied)
-    for field, value in (("vocab_size", 97), ("attention.head_count_kv", 2)):
-        assert reader.get_field(f"llama.{field}").contents() == value
-    assert reader.get_field("llama.rope.dimension_count").contents() == head_dim
-
-
-def other_models():
-    yield llama(attention_bias=True)
-    yield llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
-    yield OPTForCausalLM(
-        OPTConfig(hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2)
-    )
-
-
-def test_only_a_plain_llama_becomes_a_gguf_file(tmp_path):
-    pytest.importorskip("gguf")
-    for model in other_models():
-        with pytest.raises(ValueError, match=f"got {type(model).__name__}"):
-            llamacpp.write_gguf(model, tmp_path / "model.gguf")
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("vocabulary", [64, 97])

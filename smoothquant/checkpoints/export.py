@@ -73,7 +73,8 @@ def export_compressed_tensors(
         if not isinstance(module, W4A4Linear):
             raise _not_expressible(name, "it is a simulation (backend='fake')")
         scheme = _scheme(name, module)
-        packed = _Packed(*_natural_weight(name, module, dtype), module.bias)
+        scales = natural_scales(name, module, dtype)
+        packed = _Packed(natural_codes(module), scales, module.bias)
         replace_module(exported, name, packed, places)
         same_scheme = next((names for other, names in schemes if other == scheme), None)
         if same_scheme is None:
@@ -172,8 +173,8 @@ def _has_groups(layer: QuantizedLinear) -> bool:
     return layer.group_size < layer.in_features
 
 
-def _natural_weight(name: str, layer: W4A4Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes int8 [N, K] and scales [N, G] or [N, 1], with channels in natural order."""
+def natural_codes(layer: W4A4Linear) -> Tensor:
+    """The codes of a layer without rotation, int8 [N, K], with channels in natural order."""
     n, k, size = layer.out_features, layer.in_features, layer.group_size
     values = ops.unpack_weight(
         layer.qweight,
@@ -184,11 +185,21 @@ def _natural_weight(name: str, layer: W4A4Linear, dtype: torch.dtype) -> tuple[T
         n,
         size,
     )
-    scales = layer.scales.float().movedim(2, 1).flatten(0, 1)[:n]
-    by_column = scales.repeat_interleave(size, dim=1)[:, :k]
-    codes = torch.where(by_column > 0, values / by_column, 0).to(torch.int8)
+    by_column = _scales(layer).repeat_interleave(size, dim=1)[:, :k]
+    codes = torch.where(by_column > 0, values / by_column, 0).round().to(torch.int8)
     natural = torch.empty_like(codes)
     natural[:, layer.perm.long()] = codes
+    return natural
+
+
+def natural_scales(name: str, layer: W4A4Linear, dtype: torch.dtype) -> Tensor:
+    """The scales of a layer for runs of neighbouring channels: [N, G], or [N, 1] for whole rows.
+
+    Raises:
+        ValueError: its groups are not such runs, or the scales do not fit in `dtype`; the message
+            has the layer's `name`.
+    """
+    scales = _scales(layer)
     if _has_groups(layer):
         scales = scales[:, _groups_in_order(name, layer)]
     if not _has_groups(layer) or layer.config.weight_quant != "per_group":
@@ -196,7 +207,12 @@ def _natural_weight(name: str, layer: W4A4Linear, dtype: torch.dtype) -> tuple[T
     stored = scales.to(dtype)
     if not torch.equal(stored.float(), scales):
         raise _not_expressible(name, f"its scales do not fit in {dtype}")
-    return natural, stored.contiguous()
+    return stored.contiguous()
+
+
+def _scales(layer: W4A4Linear) -> Tensor:
+    """float32 [N, G], in the packed order of the groups."""
+    return layer.scales.float().movedim(2, 1).flatten(0, 1)[: layer.out_features]
 
 
 def _groups_in_order(name: str, layer: W4A4Linear) -> Tensor:

@@ -47,7 +47,8 @@ Device = Enum("Device", {"cpu": "cpu", "cuda": "cuda", "auto": "auto"}, type=str
 Dtype = Enum(
     "Dtype", {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}, type=str
 )
-Format = Enum("Format", {"compressed_tensors": "compressed-tensors"}, type=str)
+Format = Enum("Format", {"compressed_tensors": "compressed-tensors", "gguf": "gguf"}, type=str)
+RoundTo = Enum("RoundTo", {"q8_0": "q8_0", "q4_0": "q4_0"}, type=str)
 KV_CACHE_BITS = {"16bit": None, "int8": 8, "int4": 4}
 KVCache = Enum("KVCache", [(name, name) for name in KV_CACHE_BITS], type=str)  # type: ignore[misc]
 DEFAULT_KV_CACHE = KVCache("16bit")
@@ -430,24 +431,44 @@ def dequantize(source: Folder, target: Target, overwrite: OverwriteModel = False
 @command()
 def export(
     source: Folder,
-    target: Target,
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Output folder, or file for gguf.")],
     to: Annotated[Format, typer.Option("--format", help="Output format.")],
-    overwrite: OverwriteModel = False,
+    round_to: Annotated[
+        RoundTo,
+        typer.Option(help="gguf: format of quantized weights that Q4_0 cannot express exactly."),
+    ] = RoundTo["q8_0"],
+    overwrite: Annotated[
+        bool, typer.Option(OVERWRITE, help="Replace a folder that holds a model, or a file.")
+    ] = False,
 ) -> Report:
     """Export a quantized model for another inference engine.
 
-    Weights keep their exact values. A model that the format cannot express is rejected with the
-    reason.
+    compressed-tensors keeps the exact weights; gguf, for llama.cpp, those that Q4_0 can express,
+    and rounds the others. A model that the format cannot express is rejected with the reason.
     """
     from ..checkpoints.export import export_compressed_tensors
+    from ..checkpoints.export_gguf import export_gguf
     from ..checkpoints.folder import check_target, load_quantized
-    from ..models.loading import Companions
+    from ..models.loading import Companions, load_tokenizer
 
-    target = check_target(target, overwrite=overwrite, of_any_model=True)
-    files = Companions(source)
-    export_compressed_tensors(load_quantized(source), target, files, overwrite=overwrite)
+    report: Report = {"folder": str(target), "format": to.value}
+    if to is Format.gguf:
+        if target.exists() and not (overwrite and target.is_file()):
+            raise ValueError(f"DST already exists: {target} (use --overwrite to replace a file)")
+        model = load_quantized(source)
+        tokenizer = load_tokenizer(source) if Companions(source).has_tokenizer else None
+        kind = round_to.value.upper()
+        report["tensors"] = export_gguf(
+            model, target, tokenizer, round_to=kind, overwrite=overwrite
+        )
+        if tokenizer is None:
+            typer.echo("No tokenizer was found, so the file has no vocabulary")
+    else:
+        target = check_target(target, overwrite=overwrite, of_any_model=True)
+        model = load_quantized(source)
+        export_compressed_tensors(model, target, Companions(source), overwrite=overwrite)
     typer.echo(f"The {to.value} model is in {target}")
-    return {"folder": str(target), "format": to.value}
+    return report
 
 
 @command(prints_result=True)
