@@ -524,6 +524,7 @@ def test_bench(folder, monkeypatch):
 # ---- Sweeps, and the machine
 
 
+@pytest.mark.long
 def test_sweep_and_plot(tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     words = [

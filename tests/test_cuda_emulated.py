@@ -45,6 +45,7 @@ def _build(folder: Path) -> None:
         run(*link, str(folder / f"check_{arch}"))
 
 
+@pytest.mark.long  # test_cuda.py has the ops on one emulated architecture
 def test_kernels_equal_the_scalar_ones_on_every_kind_of_architecture(checks):
     outputs = run_all([checks[arch], str(arch), str(CASES)] for arch in ARCHS)
     runs = {}

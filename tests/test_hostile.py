@@ -15,7 +15,7 @@ from smoothquant import MixedQuantConfig, quantize
 from smoothquant.core.tensor_files import INDEX, TENSORS
 
 PROGRAM = Path(hostile.__file__)
-CASES, PROCESSES = at_length(10_000, 200), 2
+CASES, PROCESSES = at_length(10_000, 60), 2
 FOLDERS = {  # architecture, changes, format of salient channels, most bytes in a file
     "shards": ("llama-bias", {}, "16bit", "20KB"),
     "experts": ("mixtral", {"num_local_experts": 2}, "int8", "1MB"),

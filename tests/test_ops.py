@@ -581,6 +581,7 @@ def test_strides_do_not_matter(view, group_size):
     assert torch.equal(view, before)
 
 
+@pytest.mark.long
 def test_offsets_beyond_two_to_the_31():
     q = torch.zeros(2**31 + 66, dtype=torch.int8)
     q[-5:] = torch.tensor([1, 2, 3, 4, 5], dtype=torch.int8)

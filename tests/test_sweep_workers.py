@@ -303,7 +303,8 @@ def test_kills_lose_nothing_and_repeat_nothing(tmp_path):
     for _ in range(KILLS):
         time.sleep(generator.uniform(0, 2 * start))
         victim = workers.pop(generator.randrange(2))
-        assert victim.poll() is None
+        if victim.poll() is not None:  # all is computed: this machine slept through the lifetimes
+            break
         end(victim)
         for path in (folder / "claims").glob("*.[0-9]"):
             with contextlib.suppress(FileNotFoundError):  # it ended just now
@@ -312,9 +313,11 @@ def test_kills_lose_nothing_and_repeat_nothing(tmp_path):
         assert {name: now.get(name) for name in finished} == finished
         finished = now
         workers.append(start_stub(job, seconds))
+    else:
+        assert len(finished) < CELLS
     for worker in workers:
         end(worker)
-    assert len(finished) < CELLS and in_the_middle >= at_length(11, 1)
+    assert in_the_middle >= at_length(11, 1)
     run_stub(job)
     assert results_in(folder) == results_in(calm)
     assert {again for _, again in computed(folder)} == {"False"}
