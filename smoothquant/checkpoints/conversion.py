@@ -197,39 +197,41 @@ class _Conversion:
         return self.folder.parent / f"layer-{index + 1:05}.json"
 
     def run(self) -> None:
-        """Pack and write every decoder layer that an earlier run did not finish."""
-        groups_of: dict[int, list[Group]] = {index: [] for index in range(len(self.layers))}
+        """Pack and write every decoder layer that an earlier run did not finish, and pack what is
+        outside the layers."""
+        rest = len(self.layers)
+        groups_of: dict[int, list[Group]] = {index: [] for index in range(rest + 1)}
         for group in self.plan.groups:
             groups_of[self._layer_of(group.name)].append(group)
         unfinished = {}
         for index, groups in groups_of.items():
-            if self.path(index).exists():
+            if index < rest and self.path(index).exists():
                 self._restore(index)
             else:
                 unfinished[index] = groups
         # Calibration tokens run through all layers in one pass; without them, layers are
         # independent.
         passes = list(unfinished.values())
-        if self.config.needs_tokens and passes:
-            passes = [sum(passes, [])]
+        if self.config.needs_tokens:
+            passes = [[g for g in self.plan.groups if self._layer_of(g.name) in unfinished]]
         records: dict[int, list[LinearRecord]] = {}
         with self.plan.bar() as bar:
-            for groups in passes:
+            for groups in filter(None, passes):
                 for record in self.plan.pack(groups):
                     index = self._layer_of(record.name)
                     layer_records = records.setdefault(index, [])
                     layer_records.append(record)
                     bar.update()
-                    if len(layer_records) == sum(len(group.names) for group in groups_of[index]):
+                    count = sum(len(group.names) for group in groups_of[index])
+                    if index < rest and len(layer_records) == count:
                         self._write(index, layer_records)
 
     def _layer_of(self, name: str) -> int:
+        """The index of the decoder layer that a module is in; one more for any other."""
         for index, layer in enumerate(self.layers):
             if name.startswith(layer + "."):
                 return index
-        raise ValueError(
-            f"source: {name} is not in a decoder layer; use smoothquant.quantize instead"
-        )
+        return len(self.layers)
 
     def _tensors(self, index: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The distinct tensors and the aliases of a layer, by full name."""

@@ -61,6 +61,7 @@ from ..models.float8 import (
     weight_scales,
     without_scales,
 )
+from ..models.linears import is_linear
 from ..models.loading import (
     check_complete,
     check_unused,
@@ -599,7 +600,7 @@ def _has_place(model: nn.Module, name: str) -> bool:
         if child is None:
             if isinstance(module, nn.Embedding) and part == "packed":
                 return True
-            is_place = isinstance(module, nn.Linear) or hasattr(module, part)
+            is_place = is_linear(module) or hasattr(module, part)
             return depth == len(path) - 1 and is_place
         module = child
     return True

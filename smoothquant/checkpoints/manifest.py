@@ -40,8 +40,10 @@ from ..layers.int8 import Int8Linear, blank_table
 from ..layers.linear import QuantizedLinear, linear_class
 from ..models.families import decoder_layers
 from ..models.kept import unlike_experts, unlike_linear
+from ..models.linears import is_linear, linear_weight
 from ..models.modules import distinct_tensors, module_places, replace_module, unsaved_buffers
 from ..models.routing import expert_names, expert_weights, is_fused_experts, num_experts
+from ..models.running import text_model
 from ..models.tables import unlike_embedding
 from ..quantization.checks import non_finite_parameters
 from .checksums import config_checksum, json_checksum, tensor_checksums
@@ -328,8 +330,8 @@ def insert_linears(model: nn.Module, manifest: Manifest, path: Path | str = CONF
     shapes: dict[str, torch.Size] = {}
     blocks: dict[str, dict[tuple[int, str], str]] = {}
     for name, module in modules.items():
-        if isinstance(module, nn.Linear) and not unlike_linear(module):
-            shapes[name] = module.weight.shape
+        if is_linear(module) and not unlike_linear(module):
+            shapes[name] = linear_weight(module).shape
         elif isinstance(module, nn.Embedding) and not unlike_embedding(module):
             shapes[f"{name}.packed"] = module.weight.shape
         # Not more experts than the manifest has entries: a malicious number would exhaust memory.
@@ -589,7 +591,7 @@ def try_model(model: Any, path: Path | str, *, must_run: bool = True) -> None:
         return  # it may need inputs other than tokens
     tokens = torch.zeros(1, 3, dtype=torch.int64)  # 3, as wrong sizes of 1 would broadcast
     try:
-        output = model(tokens.to(next(model.parameters()).device), return_dict=True)
+        output = text_model(model)(tokens.to(next(model.parameters()).device), return_dict=True)
     except Exception as error:  # a broken config may raise anything in the model
         if not must_run:
             logger.warning("%s was not tried: %s", type(model).__name__, error)

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..core.errors import CheckpointError
 from .float8 import AS_FLOAT
+from .linears import is_linear
 
 TOKENIZER_FILES = (
     "tokenizer*", "*vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.tokenizer",
@@ -222,7 +223,7 @@ def _not_ignored(names: Iterable[str], patterns: Iterable[str] | None) -> list[s
 
 def _linear_of(model: nn.Module, name: str) -> bool:
     try:
-        return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
+        return is_linear(model.get_submodule(name.rpartition(".")[0]))
     except AttributeError:
         return False
 

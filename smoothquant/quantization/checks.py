@@ -17,6 +17,7 @@ from ..core.tensors import is_finite, largest_magnitude
 from ..layers.linear import refuse_quantized, salient_dtype_for
 from ..models.families import LayerInput, layer_inputs, without
 from ..models.float8 import SCALE
+from ..models.linears import is_linear
 from ..models.modules import check_no_adapter
 from ..models.tables import Table
 from .pipeline import Group, model_groups, with_shares
@@ -94,7 +95,7 @@ def check_arguments(model: Any, config: Any, stats: Any) -> None:
         raise TypeError(
             f"stats must be a mapping of module names or None; got {type(stats).__name__}"
         )
-    if isinstance(model, nn.Linear):
+    if is_linear(model):
         raise ValueError(
             "model must contain nn.Linear modules, not be one; use W4A4Linear.from_float"
         )
@@ -205,7 +206,7 @@ def check_modules(model: nn.Module, items: Iterable[LayerInput]) -> None:
     for item in items:
         for name in (*item.linears, *([item.experts] if item.experts else [])):
             module = model.get_submodule(name)
-            if name != item.experts and not isinstance(module, nn.Linear):
+            if name != item.experts and not is_linear(module):
                 raise TypeError(f"{name} must be an nn.Linear; got {type(module).__name__}")
             hooks = (
                 module._forward_hooks,
