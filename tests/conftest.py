@@ -184,8 +184,8 @@ def token_ids():
     return torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(7))
 
 
-# Of two architectures with experts beside linears, one is enough for the short form.
-LONG = {"deepseek_v3", "llama4_text", "aria_text", "nemotron_h-latent"}
+# Of the architectures with experts beside linears, one is enough for the short form.
+LONG = {"deepseek_v3", "llama4_text", "aria_text", "nemotron_h", "nemotron_h-latent"}
 
 
 @pytest.fixture(
