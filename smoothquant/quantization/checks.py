@@ -100,12 +100,28 @@ def check_arguments(model: Any, config: Any, stats: Any) -> None:
             "model must contain nn.Linear modules, not be one; use W4A4Linear.from_float"
         )
     check_no_adapter(model)
+    check_not_offloaded(model)
     refuse_quantized(model)
     for name, module in model.named_modules():
         if any(leaf.endswith(SCALE) for leaf in (*module._parameters, *module._buffers)):
             raise ValueError(
                 f"model must be a float model; {name} has FP8 weights with scales: load it with "
                 "quantization_config=FineGrainedFP8Config(dequantize=True)"
+            )
+
+
+def check_not_offloaded(model: Any) -> None:
+    """Raise ValueError if a ``device_map`` has moved weights out of the model, whose parameters are
+    on meta until their module runs: to the disk or, for a model on a GPU, to the CPU."""
+    places = getattr(model, "hf_device_map", None) or {}
+    on_meta = [n for n, p in model.named_parameters(remove_duplicate=False) if p.is_meta]
+    for block, place in places.items():
+        prefix = f"{block}." if block else ""
+        if place in ("cpu", "disk") and any(f"{name}.".startswith(prefix) for name in on_meta):
+            raise ValueError(
+                f"device_map must not offload weights while they are quantized, but it has {block} "
+                f"on {place!r}: quantize with device_map='cpu', save the quantized model, and load "
+                "that with the device_map"
             )
 
 
