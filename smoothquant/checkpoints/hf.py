@@ -292,6 +292,7 @@ class MixedQuantQuantizer(HfQuantizer):
             raise CheckpointError(
                 f"{model.name_or_path}: no quantized layer is part of a {type(model).__name__}"
             )
+        model.mixedquant_unreached = manifest.kept
         insert_linears(model, manifest)
         _skip_initialization(model)
         _untie_quantized(model)

@@ -14,6 +14,8 @@ linears          {name of a quantized linear: num_salient; also bias and quantiz
                  embeddings is the linear "packed" in them
 shared           {tensor: the stored tensor whose memory it shares}
 dtypes           {tensor or unsaved buffer: its dtype}, if it is not the expected one
+kept             {module that stays as it is: why}, for reasons that the model itself does not show:
+                 no calibration token reached it. Left out if empty
 checksums        {linear, other stored tensor, or "config.json": its CRC-32} (`checksums`)
 checksum         the CRC-32 of all other fields. Folders of earlier versions lack the last two.
 """
@@ -62,6 +64,7 @@ FIELDS = {
     "shared": dict,
     "dtypes": dict,
 }
+OPTIONAL = {"plugin": str, "kept": dict}
 CHECKSUM_FIELDS = {"checksums": dict, "checksum": str}
 PLUGIN = f"pip install {DISTRIBUTION}; import smoothquant"
 
@@ -97,6 +100,7 @@ class Manifest:
     shared: dict[str, str] = dataclasses.field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = dataclasses.field(default_factory=dict)
     checksums: dict[str, str] = dataclasses.field(default_factory=dict)
+    kept: dict[str, str] = dataclasses.field(default_factory=dict)
     altered: bool = False
 
     @classmethod
@@ -135,6 +139,7 @@ class Manifest:
             for name, tensor in {**tensors, **unsaved_buffers(model)}.items()
             if tensor.dtype != usual[name]
         }
+        manifest.kept = dict(getattr(model, "mixedquant_unreached", {}))
         return manifest
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,6 +161,8 @@ class Manifest:
             "shared": self.shared,
             "dtypes": {name: dtype_name(dtype) for name, dtype in self.dtypes.items()},
         }
+        if self.kept:
+            fields["kept"] = self.kept
         if self.checksums:
             fields["checksums"] = self.checksums
             fields["checksum"] = json_checksum(fields)
@@ -182,8 +189,8 @@ class Manifest:
             )
         summed = isinstance(fields, dict) and any(field in fields for field in CHECKSUM_FIELDS)
         expected = FIELDS | CHECKSUM_FIELDS if summed else FIELDS
-        if isinstance(fields, dict) and "plugin" in fields:
-            expected = expected | {"plugin": str}
+        if isinstance(fields, dict):
+            expected = expected | {name: OPTIONAL[name] for name in OPTIONAL.keys() & fields.keys()}
         _check_fields(path, "it", fields, expected)
         if fields["quant_method"] != MixedQuantConfig.quant_method:
             raise CheckpointError(
@@ -200,8 +207,9 @@ class Manifest:
         for name, entry in fields["linears"].items():
             linears[name] = LINEAR_DEFAULTS | entry if isinstance(entry, dict) else entry
             _check_fields(path, f"linear {name}", linears[name], LINEAR_FIELDS)
-        for field in ("shared", "dtypes", "checksums")[: 3 if summed else 2]:
-            _check_fields(path, field, fields[field], dict.fromkeys(fields[field], str))
+        for field in ("shared", "dtypes", "checksums", "kept"):
+            entries = fields.get(field, {})
+            _check_fields(path, field, entries, dict.fromkeys(entries, str))
         for name, dtype in [("the model", fields["dtype"]), *fields["dtypes"].items()]:
             if dtype not in DTYPES:
                 raise CheckpointError(f"{path}: dtype of {name} is {dtype!r}")
@@ -217,6 +225,7 @@ class Manifest:
             dict(fields["shared"]),
             dtypes,
             dict(fields.get("checksums", {})),
+            kept=dict(fields.get("kept", {})),
             altered=summed and fields["checksum"] != json_checksum(rest),
         )
 
@@ -233,6 +242,7 @@ class Manifest:
             linears=renamed(self.linears),
             shared={name: owner for name, owner in owners.items() if owner is not None},
             dtypes=renamed(self.dtypes),
+            kept=renamed(self.kept),
         )
 
     def blank(self, name: str, k: int, n: int) -> QuantizedLinear:

@@ -135,6 +135,7 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
     config: Any = getattr(model, "mixedquant_config", None)
     kept = kept_modules(model, config.ignore if config else ())
     kept |= find_tables(model, config).kept if config else {}
+    kept |= getattr(model, "mixedquant_unreached", {})
     return QuantizationReport(quantized + kept_records(model, known_inputs(model), kept))
 
 

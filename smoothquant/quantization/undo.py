@@ -54,7 +54,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     blocks = {n: m for n, m in model.named_modules() if isinstance(m, W4A4Experts)}
     _restore(model, layers, blocks, dtype)
     unfuse(model)
-    for name in ("mixedquant_config", "mixedquant_report"):
+    for name in ("mixedquant_config", "mixedquant_report", "mixedquant_unreached"):
         vars(model).pop(name, None)
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
