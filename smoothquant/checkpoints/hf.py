@@ -409,7 +409,7 @@ class _PackedFiles:
         self.config = config
         self.stored = {**fields, "quant_method": self.method}
         super().__init__(**{**self.stored, "dequantize": True})
-        self.quant_method = self.method
+        vars(self)["quant_method"] = self.method
 
 
 @register_quantization_config(DEQUANTIZED)
@@ -470,7 +470,7 @@ class Float8Reader(_PackedReader, FineGrainedFP8HfQuantizer):
 
 
 @register_quantizer(DEQUANTIZED_MXFP4)
-class Mxfp4Reader(_PackedReader, Mxfp4HfQuantizer):
+class Mxfp4Reader(_PackedReader, Mxfp4HfQuantizer):  # type: ignore[misc]
     """Reads files with MXFP4 weights."""
 
 

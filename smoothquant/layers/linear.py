@@ -524,7 +524,7 @@ class W4A4Linear(QuantizedLinear):
         """
         if not is_linear(module):
             raise TypeError(f"module must be an nn.Linear; got {type(module).__name__}")
-        weight = linear_weight(module)
+        weight, bias = linear_weight(module), getattr(module, "bias", None)
         config = published_config(
             backend,
             act_quant,
@@ -550,7 +550,7 @@ class W4A4Linear(QuantizedLinear):
                 stats, salient_prop=config.salient_prop, sort=sort, sort_stats=weight_stats
             )
         return linear_class(config).from_weight(
-            weight, module.bias, config, plan, quantize_output=quantize_output
+            weight, bias, config, plan, quantize_output=quantize_output
         )
 
     def _forward(self, x: Tensor) -> Tensor:
