@@ -93,6 +93,23 @@ _OPT = {
     "max_position_embeddings": 64,
 }
 _BLOOM = {"vocab_size": 96, "hidden_size": 48, "n_layer": 2, "n_head": 4}
+_NEMOTRON_H = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "layer_types": ["linear_attention", "moe", "full_attention", "mlp"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 12,
+    "n_groups": 2,
+    "ssm_state_size": 8,
+    "chunk_size": 8,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 64,
+    "moe_shared_expert_intermediate_size": 80,
+}
 
 ARCHITECTURES = {
     "opt": ("opt", _OPT),
@@ -111,6 +128,21 @@ ARCHITECTURES = {
         dict(_HEAD_DIM, intermediate_size=64, num_local_experts=4, num_experts_per_tok=2),
     ),
     "deepseek_v3": ("deepseek_v3", _DEEPSEEK),
+    "llama4_text": (
+        "llama4_text",
+        dict(
+            _HEAD_DIM,
+            intermediate_size=64,
+            intermediate_size_mlp=88,
+            num_local_experts=4,
+            num_experts_per_tok=1,
+            moe_layers=[1],
+        ),
+    ),
+    "aria_text": ("aria_text", dict(_HEAD_DIM, intermediate_size=64, moe_num_experts=4)),
+    "nemotron_h": ("nemotron_h", _NEMOTRON_H),
+    "nemotron_h-latent": ("nemotron_h", dict(_NEMOTRON_H, moe_latent_size=32)),
+    "gpt2": ("gpt2", {"vocab_size": 96, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_inner": 88}),
     "falcon-parallel": ("falcon", dict(_FALCON, parallel_attn=True)),
     "falcon-sequential": ("falcon", dict(_FALCON, parallel_attn=False, multi_query=False)),
     "falcon-new": ("falcon", dict(_FALCON, new_decoder_architecture=True, num_kv_heads=2)),
@@ -152,8 +184,8 @@ def token_ids():
     return torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(7))
 
 
-# Of two architectures with experts beside linears, one is enough for the short form.
-LONG = {"deepseek_v3"}
+# Of the architectures with experts beside linears, one is enough for the short form.
+LONG = {"deepseek_v3", "llama4_text", "aria_text", "nemotron_h", "nemotron_h-latent"}
 
 
 @pytest.fixture(

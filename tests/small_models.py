@@ -11,8 +11,8 @@ from transformers.models.auto import modeling_auto
 LARGEST = [
     (r"(num|n)_?(key_value|kv|query)_?(heads|groups)$|multi_query_group_num", 2),
     (r"num_(routed_)?experts_per_tok|top_?k$|moe_topk|num_selected", 2),
-    (r"(num|n)_(local_|routed_|shared_)?experts$|moe_num_experts|n_group|topk_group", 4),
-    (r"heads?$|num_attention_heads|nhead", 2),
+    (r"(num|n)_(local_|routed_|shared_)?experts$|moe_num_experts|n_group$|topk_group", 4),
+    (r"heads?$|num_attention_heads|nhead|^n_groups$", 2),
     (r"(head|kv|key|value|v|qk_nope|d)_?(head)?_?dim$|d_kv|d_head|head_size|qk_rope_head_dim", 16),
     (r"max_(source|target)?_?(position|seq|len)|max_position|n_positions|n_ctx|context_length", 64),
     (r"layers?$|depth|num_blocks|blocks$|num_stages|repeats", 2),
@@ -20,10 +20,10 @@ LARGEST = [
     (r"image_size|input_size|img_size|crop_size|max_image", 64),
     (r"rank$|lora", 8),
     (r"intermediate|ffn|inner|mlp_dim|d_ff|feed_?forward|fc_dim", 64),
-    (r"hidden|embed|d_model|dim|size|channels|width|filters|features|units", 32),
+    (r"hidden|embe?d|d_model|dim|size|channels|width|filters|features|units", 32),
 ]
 KEPT = re.compile(
-    r"(^|_)id$|_ids?$|patch_size|kernel|stride|padding|pad|group|window|num_labels|tubelet|pool|"
+    r"(^|_)id$|_ids?$|patch_size|kernel|stride|padding|pad|(?<!^n_)group|window|num_labels|tubelet|pool|"
     r"num_channels|in_channels|in_chans|feat_extract|sampling|rate|bins|conv_dim|(in|out)_?_indices|stage"
 )
 LISTS = re.compile(r"depths|layers|blocks|repeats|num_heads|hidden_sizes|dims?$|channels|embed")

@@ -11,20 +11,20 @@ import pytest
 import torch
 from length import at_length
 from small_models import model_classes, small_model
-from torch import nn
 
 from smoothquant import MixedQuantConfig, convert, load_quantized, quantize, save_quantized
 from smoothquant.core.progress import progress_bar
 from smoothquant.layers.linear import is_quantized
 from smoothquant.models.families import decoder_layers
 from smoothquant.models.kept import output_heads
+from smoothquant.models.linears import is_linear
 
 CONFIG = MixedQuantConfig(group_size=16)
 
 
 def has_linears(model):
     """Whether there is a linear to quantize."""
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name for name, module in model.named_modules() if is_linear(module)}
     return bool(linears - output_heads(model))
 
 
@@ -84,6 +84,13 @@ SHORT = [
     "LlavaForConditionalGeneration",
     "BlipForConditionalGeneration",
     "RTDetrV2ForObjectDetection",
+    "GPT2DoubleHeadsModel",
+    "ClvpForCausalLM",
+    "Llama4ForConditionalGeneration",
+    "Llama4ForCausalLM",
+    "AriaForConditionalGeneration",
+    "AriaTextForCausalLM",
+    "NemotronHForCausalLM",
 ]
 
 

@@ -30,6 +30,7 @@ from smoothquant.core.config import MixedQuantConfig
 from smoothquant.core.errors import CheckpointError
 from smoothquant.layers.linear import W4A4Linear
 from smoothquant.models.families import layer_inputs
+from smoothquant.models.linears import is_linear
 
 ROWS = wikitext("validation")[:60]
 
@@ -93,7 +94,7 @@ def test_token_blocks_arguments(tiny_opt):
 
 
 def capture_inputs(model, batches):
-    """The inputs of every nn.Linear, {name: [rows, K]}, by the plainest hooks there are."""
+    """The inputs of every linear, {name: [rows, K]}, by the plainest hooks there are."""
     rows: dict[str, list[torch.Tensor]] = {}
 
     def hook(name):
@@ -105,7 +106,7 @@ def capture_inputs(model, batches):
     handles = [
         module.register_forward_pre_hook(hook(name))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if is_linear(module)
     ]
     with torch.no_grad():
         for batch in batches:

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from smoothquant import MixedQuantConfig, collect_stats, dequantize, fold_permutations, quantize
 from smoothquant.layers.linear import QuantizedLinear, W4A4Linear
+from smoothquant.models.linears import linear_weight
 from smoothquant.models.modules import module_copy
 from smoothquant.models.routing import expert_matrix
 
@@ -32,7 +33,7 @@ def weights(model):
 def plain_weight(model, name):
     """A dequantized linear's weight, or that of one expert's matrix."""
     try:
-        return model.get_submodule(name).weight
+        return linear_weight(model.get_submodule(name))
     except AttributeError:
         block, expert, part = name.rsplit(".", 2)
         return expert_matrix(model.get_submodule(block), int(expert), part)[0]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_ways_in import by_layer, stored, while_loading
-from transformers import AutoModelForCausalLM, Mxfp4Config
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from smoothquant import CheckpointError, MixedQuantConfig, quantize, save_quantized
@@ -143,7 +143,6 @@ def test_blocks_may_end_early(shape, block):
     "method, message",
     [
         ({"quant_method": "gptq", "bits": 4}, "'gptq' .quantize the float model that it was made"),
-        ({"quant_method": "mxfp4"}, r"'mxfp4' .transformers loads .*Mxfp4Config.dequantize=True"),
         ({"quant_method": "compressed-tensors"}, "CompressedTensorsConfig.run_compressed=False"),
         ({**METHOD, "weight_block_size": [0, 128]}, "weight_block_size of .* must be two positive"),
     ],
@@ -194,37 +193,3 @@ def test_a_model_whose_layers_stayed_fp8_is_refused(make_model):
     model.model.layers[0].mlp.up_proj.weight_scale_inv = torch.nn.Parameter(torch.ones(1, 1))
     with pytest.raises(ValueError, match="layers.0.mlp.up_proj has FP8 .*dequantize=True"):
         quantize(model, MixedQuantConfig(), progress=False)
-
-
-def test_mxfp4_files_are_read_in_memory_and_the_remedy_works(make_model, tmp_path):
-    model = make_model("gpt_oss", hidden_size=64, head_dim=16, num_hidden_layers=1).bfloat16()
-    model.save_pretrained(tmp_path / "mxfp4")
-    tensors = load_file(tmp_path / "mxfp4" / TENSORS)
-    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    values, want = torch.cat([values, -values]), {}
-    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
-        experts, k, n = tensors.pop(name).shape
-        codes = torch.randint(0, 16, (experts, n, k // 32, 32), dtype=torch.uint8)
-        scales = torch.randint(118, 123, (experts, n, k // 32), dtype=torch.uint8)
-        tensors[f"{name}_blocks"] = codes[..., ::2] | codes[..., 1::2] << 4
-        tensors[f"{name}_scales"] = scales
-        weight = values[codes.long()] * (scales.float() - 127).exp2()[..., None]
-        want[name] = weight.flatten(2).transpose(1, 2).bfloat16()
-    save_file(tensors, tmp_path / "mxfp4" / TENSORS, {"format": "pt"})
-    kept = [
-        "model.layers.*.self_attn",
-        "model.layers.*.mlp.router",
-        "model.embed_tokens",
-        "lm_head",
-    ]
-    with_config(tmp_path / "mxfp4", {"quant_method": "mxfp4", "modules_to_not_convert": kept})
-    model = load_pretrained(tmp_path / "mxfp4")
-    assert all(torch.equal(model.get_parameter(name), weight) for name, weight in want.items())
-    remedy = Mxfp4Config(dequantize=True)
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "mxfp4", quantization_config=remedy)
-    saved.save_pretrained(tmp_path / "float")
-    config = MixedQuantConfig(group_size=16, calibration="weights")
-    records = quantize(model, config, progress=False)
-    assert records == by_layer(tmp_path / "float", tmp_path / "q", config)
-    save_quantized(model, tmp_path / "same")
-    assert stored(tmp_path / "q") == stored(tmp_path / "same")

@@ -10,12 +10,20 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from smoothquant import MixedQuantConfig, collect_stats, convert, quantization_report, quantize
+from smoothquant import (
+    CheckpointError,
+    MixedQuantConfig,
+    collect_stats,
+    convert,
+    quantization_report,
+    quantize,
+)
 from smoothquant.bundled import DATA, load_bundled
 from smoothquant.calibration.stats_files import save_stats
 from smoothquant.channels.sorting import choose_channels
 from smoothquant.channels.statistics import ChannelStats
 from smoothquant.checkpoints.folder import load_quantized, save_quantized
+from smoothquant.checkpoints.manifest import Manifest
 from smoothquant.cli.commands import app
 from smoothquant.models.kept import kept_modules, output_heads
 from smoothquant.quantization.records import weight_counts
@@ -356,6 +364,25 @@ def test_every_way_in_treats_unreached_layers_alike(unreached, tmp_path):
     for folder in ("c", "q"):
         loaded = load_quantized(tmp_path / folder)
         assert type(loaded.get_submodule(name)) is type(model.get_submodule(name))
+        loaded.save_pretrained(tmp_path / f"{folder} again")
+        base = type(loaded.base_model).from_pretrained(tmp_path / folder)
+        assert reasons(base).get(name.removeprefix("model.")) == reasons(loaded).get(name)
+        for again in (loaded, type(loaded).from_pretrained(tmp_path / f"{folder} again")):
+            assert reasons(again) == reasons(model)
+
+
+def reasons(model):
+    """Why each kept parameter stays, by the report."""
+    return {r.name: r.reason for r in quantization_report(model) if r.action == "kept"}
+
+
+@pytest.mark.parametrize("kept", [["a"], {"a": 1}, "a"])
+def test_stored_reasons_are_checked(kept, make_model, tmp_path):
+    model = make_model("llama")
+    quantize(model, CONFIG, progress=False)
+    fields = {**Manifest.of_model(model).to_dict(), "kept": kept}
+    with pytest.raises(CheckpointError, match="kept"):
+        Manifest.from_dict(fields)
 
 
 def test_a_model_that_calibrates_while_loading_takes_unreached_layers_too(tmp_path):

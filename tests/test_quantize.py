@@ -19,7 +19,7 @@ from smoothquant.model_size import get_model_size
 from smoothquant.models.families import layer_inputs
 from smoothquant.models.kept import output_heads
 from smoothquant.models.modules import module_places, replace_module
-from smoothquant.models.routing import GATED, routed_inputs
+from smoothquant.models.routing import GATED, expert_names, routed_inputs
 from smoothquant.quantization.engine import Plan
 
 pytestmark = pytest.mark.usefixtures("linears_alone")
@@ -46,8 +46,9 @@ def matrix_groups(model):
         if item.linears:
             yield item.linears
         if item.experts:
-            for expert in range(model.get_submodule(item.experts).num_experts):
-                yield from ((item.expert_linear(expert, part),) for part in GATED)
+            experts = model.get_submodule(item.experts)
+            for name in expert_names(item.experts, experts):
+                yield (name,)
 
 
 @pytest.mark.parametrize("backend", ["int4", "fake"])

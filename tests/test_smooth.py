@@ -8,6 +8,8 @@ from torch import nn
 from smoothquant import MixedQuantConfig
 from smoothquant.channels.statistics import ChannelStats
 from smoothquant.models.families import layer_inputs
+from smoothquant.models.linears import linear_weight
+from smoothquant.models.routing import expert_parts
 from smoothquant.quantization.engine import Plan
 from smoothquant.quantization.smoothing import smooth_lm, smooth_ln_fcs, smooth_ln_fcs_llama_like
 
@@ -18,8 +20,10 @@ def random_scales(model, seed=1):
     generator = torch.Generator().manual_seed(seed)
     scales = {}
     for item in layer_inputs(model):
+        if item.norm is None:
+            continue
         name = item.router or item.linears[0]
-        k = model.get_submodule(name).weight.shape[1]
+        k = linear_weight(model.get_submodule(name)).shape[1]
         scales[name] = torch.rand(k, generator=generator) * 4 + 0.05
     return scales
 
@@ -47,7 +51,9 @@ def test_function_is_preserved(architecture, make_model, token_ids):
         for name in item.linears:
             assert (f"{name}.weight" in changed) == (item.norm is not None), name
         if item.experts:
-            for name in (f"{item.experts}.gate_up_proj", f"{item.router}.weight"):
+            first, _ = expert_parts(model.get_submodule(item.experts))
+            readers = [f"{item.router}.weight"] if item.router else []
+            for name in (f"{item.experts}.{first}", *readers):
                 assert (name in changed) == (item.norm is not None), name
     torch.testing.assert_close(logits(model, token_ids), before, rtol=1e-6, atol=1e-6)
 

@@ -15,6 +15,7 @@ from ..core.progress import progress_bar
 from ..core.texts import read_texts
 from ..layers.linear import refuse_quantized
 from ..models.families import layer_inputs
+from ..models.linears import is_linear
 from ..models.running import evaluating, first_argument, hooked, run_tokens
 
 # Every run draws the same texts. The published code uses this seed too.
@@ -54,7 +55,7 @@ def get_act_scales(
             raise ValueError(f"the input of layer {name} holds NaN or Inf")
         scales[name] = torch.maximum(scales[name], largest) if name in scales else largest
 
-    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    names = [name for name, m in model.named_modules() if is_linear(m)]
     for item in layer_inputs(model):
         names += filter(None, (item.experts, item.router))
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..channels.statistics import ChannelStats
 from ..core.progress import progress_bar
 from ..layers.linear import refuse_quantized
-from ..models.families import LayerInput, layer_inputs
+from ..models.families import LayerInput, decoder_layers, has_more, layer_inputs
+from ..models.linears import is_linear, linear_weight
 from ..models.routing import expert_names, expert_parts, expert_weights
 from ..models.running import (
     HeadReached,
@@ -102,6 +103,9 @@ def collect_stats(
     if head:
         hooks[head] = at_head
     if by_layer:
+        if has_more(model):  # no token reaches what is outside the decoder layers
+            inside = tuple(f"{layer}." for layer in decoder_layers(model))
+            hooked_inputs = [name for name in hooked_inputs if name.startswith(inside)]
         layers = blocks(model, hooked_inputs, list(checked_batches()), spill, head)
         for block in progress_bar(layers, desc="calibrating", unit="layer", shown=progress):
             block.run({name: hook for name, hook in hooks.items() if block.holds(name)})
@@ -136,8 +140,8 @@ def collect_stats(
 def _channels(model: nn.Module, name: str) -> int:
     """The input channels of a linear or experts module."""
     module = model.get_submodule(name)
-    if isinstance(module, nn.Linear):
-        return module.in_features
+    if is_linear(module):
+        return linear_weight(module).shape[1]
     return expert_weights(module, expert_parts(module)[0]).shape[-1]
 
 

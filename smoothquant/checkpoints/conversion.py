@@ -52,14 +52,6 @@ from ..core.tensor_files import (
 from ..core.tensors import DTYPES, FLOATS, dtype_name
 from ..core.version import __version__
 from ..models.families import decoder_layers
-from ..models.float8 import (
-    SCALE,
-    dequantized,
-    float8_block,
-    warn_of_float8,
-    weight_scales,
-    without_scales,
-)
 from ..models.loading import (
     Companions,
     StoredNames,
@@ -68,6 +60,12 @@ from ..models.loading import (
     loaded_in_float32,
 )
 from ..models.modules import assign, distinct_tensors
+from ..models.packed_weights import (
+    PackedWeight,
+    float_headers,
+    packed_weights,
+    warn_of_packed,
+)
 from ..quantization.checks import check_batches
 from ..quantization.engine import Plan
 from ..quantization.pipeline import Group
@@ -104,8 +102,8 @@ def convert(
 
     Args:
         source: a folder with config.json and model.safetensors, or with shards and their index.
-            FP8 weights (`smoothquant.models.float8`) are dequantized one at a time into files
-            beside the target.
+            FP8 and MXFP4 weights (`smoothquant.models.packed_weights`) are dequantized one at a
+            time into files beside the target.
         target: as for `save_quantized`.
         config, stats, batches: as for `quantize`. Missing statistics are collected from the
             batches, one decoder layer at a time.
@@ -129,7 +127,7 @@ def convert(
     if not isinstance(config, MixedQuantConfig):
         raise TypeError(f"config must be a MixedQuantConfig; got {type(config).__name__}")
     source, stats = _checked_source(source), given_stats(stats)
-    headers, scales = _stored_weights(source)
+    headers, packed = _stored_weights(source)
     model, layers = float_source(source, headers)
     batches, config = chosen_batches(model, config, stats, batches, tokenizer or source)
     check_batches(config, batches)
@@ -148,7 +146,7 @@ def convert(
                 f"Keeping finished layers in {work} until the conversion is complete.", flush=True
             )
         try:
-            _map_weights(model, source, headers, scales, mapped, work / "fused")
+            _map_weights(model, source, headers, packed, mapped, work / "fused")
 
             def collect(
                 model: nn.Module, batches: Sequence[Tensor], head: str | None
@@ -197,39 +195,41 @@ class _Conversion:
         return self.folder.parent / f"layer-{index + 1:05}.json"
 
     def run(self) -> None:
-        """Pack and write every decoder layer that an earlier run did not finish."""
-        groups_of: dict[int, list[Group]] = {index: [] for index in range(len(self.layers))}
+        """Pack and write every decoder layer that an earlier run did not finish, and pack what is
+        outside the layers."""
+        rest = len(self.layers)
+        groups_of: dict[int, list[Group]] = {index: [] for index in range(rest + 1)}
         for group in self.plan.groups:
             groups_of[self._layer_of(group.name)].append(group)
         unfinished = {}
         for index, groups in groups_of.items():
-            if self.path(index).exists():
+            if index < rest and self.path(index).exists():
                 self._restore(index)
             else:
                 unfinished[index] = groups
         # Calibration tokens run through all layers in one pass; without them, layers are
         # independent.
         passes = list(unfinished.values())
-        if self.config.needs_tokens and passes:
-            passes = [sum(passes, [])]
+        if self.config.needs_tokens:
+            passes = [[g for g in self.plan.groups if self._layer_of(g.name) in unfinished]]
         records: dict[int, list[LinearRecord]] = {}
         with self.plan.bar() as bar:
-            for groups in passes:
+            for groups in filter(None, passes):
                 for record in self.plan.pack(groups):
                     index = self._layer_of(record.name)
                     layer_records = records.setdefault(index, [])
                     layer_records.append(record)
                     bar.update()
-                    if len(layer_records) == sum(len(group.names) for group in groups_of[index]):
+                    count = sum(len(group.names) for group in groups_of[index])
+                    if index < rest and len(layer_records) == count:
                         self._write(index, layer_records)
 
     def _layer_of(self, name: str) -> int:
+        """The index of the decoder layer that a module is in; one more for any other."""
         for index, layer in enumerate(self.layers):
             if name.startswith(layer + "."):
                 return index
-        raise ValueError(
-            f"source: {name} is not in a decoder layer; use smoothquant.quantize instead"
-        )
+        return len(self.layers)
 
     def _tensors(self, index: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The distinct tensors and the aliases of a layer, by full name."""
@@ -327,25 +327,18 @@ def float_shapes(source: str | os.PathLike) -> nn.Module:
     Raises:
         ValueError, CheckpointError: as `convert`.
     """
-    headers, scales = _stored_weights(_checked_source(source))
+    headers, packed = _stored_weights(_checked_source(source))
     model, _ = float_source(Path(source), headers)
-    return model.to(_main_dtype(read_json(Path(source) / CONFIG) if scales else {}, headers))
+    return model.to(_main_dtype(read_json(Path(source) / CONFIG) if packed else {}, headers))
 
 
-def _stored_weights(source: Path) -> tuple[dict[str, Header], dict[str, Header]]:
-    """The headers of a folder's tensors, and {name of an FP8 weight: header of its scales}.
-
-    Raises:
-        ValueError: the folder is quantized in another way.
-        CheckpointError: scales are missing, or do not fit.
-    """
+def _stored_weights(source: Path) -> tuple[dict[str, Header], dict[str, PackedWeight]]:
+    """The headers of a folder's float weights, and how those are stored that are not floats; raises
+    the errors of `packed_weights`."""
     headers = stored_tensors(source)
     quantization = read_json(source / CONFIG).get("quantization_config")
-    if quantization is None:
-        return headers, {}
-    block = float8_block(source, quantization if isinstance(quantization, dict) else {})
-    scales = weight_scales(headers, block)
-    return without_scales(headers, scales), scales
+    packed = packed_weights(source, quantization, headers)
+    return headers if quantization is None else float_headers(headers, packed), packed
 
 
 def _main_dtype(fields: Mapping[str, Any], headers: Mapping[str, Header]) -> torch.dtype:
@@ -373,29 +366,33 @@ def _map_weights(
     model: Any,
     source: Path,
     headers: Mapping[str, Header],
-    scales: Mapping[str, Header],
+    packed: Mapping[str, PackedWeight],
     mapped: Mapped,
     fused: Path,
 ) -> None:
     """Map a model's parameters from the files of `source`.
 
     Parameters that transformers builds from several tensors on loading, such as the experts of a
-    layer, are built one at a time and stored in files of the folder `fused`. FP8 weights, which
-    have `scales`, are dequantized there, and routers that transformers loads in float32 upcast.
+    layer, are built one at a time and stored in files of the folder `fused`. `packed` weights
+    are dequantized there, and routers that transformers loads in float32 upcast.
     """
     from transformers.core_model_loading import WeightConverter, dot_natural_key
 
     named = StoredNames(model)
     expected = named.expected
     check_unused(source, model, headers, named)
-    readable = {n: h for n, h in headers.items() if h.dtype in STORED_DTYPES.values()}
+    floats = _unpacked(source, model, packed, mapped)
+    readable = {
+        name: header
+        for name, header in headers.items()
+        if name not in floats and header.dtype in STORED_DTYPES.values()
+    }
     stored = mapped_tensors(readable, mapped)
-    floats = _float8_weights(source, model, stored, scales, mapped)
     loaded: dict[str, tuple[Path, Tensor]] = {}
     parts: dict[str, WeightConverter | Callable[[], Tensor]] = {}
     for key in sorted(headers, key=dot_natural_key):
         name, pattern = named(key)
-        if name in expected and key not in stored:
+        if name in expected and key not in stored and key not in floats:
             raise _unusable(headers[key], key)
         if name in expected and pattern is None and key in floats:
             parts[name] = floats[key]
@@ -447,23 +444,18 @@ def _map_weights(
         assign(model, name, loaded[name][1])
 
 
-def _float8_weights(
-    source: Path,
-    model: nn.Module,
-    stored: Mapping[str, Tensor],
-    scales: Mapping[str, Header],
-    mapped: Mapped,
+def _unpacked(
+    source: Path, model: nn.Module, packed: Mapping[str, PackedWeight], mapped: Mapped
 ) -> dict[str, Callable[[], Tensor]]:
-    """{name of a stored FP8 weight: function that dequantizes it to the model's dtype}."""
-    if not scales:
+    """{name of a packed weight: function that dequantizes it to the model's dtype}."""
+    if not packed:
         return {}
-    block = float8_block(source, read_json(source / CONFIG)["quantization_config"])
-    by_name = {name + SCALE: header for name, header in scales.items()}
-    factors, dtype = mapped_tensors(by_name, mapped), next(model.parameters()).dtype
-    warn_of_float8(source, dtype)
+    parts = {part: header for weight in packed.values() for part, header in weight.parts.items()}
+    stored, dtype = mapped_tensors(parts, mapped), next(model.parameters()).dtype
+    warn_of_packed(source, read_json(source / CONFIG)["quantization_config"], dtype)
     return {
-        name: partial(dequantized, stored[name], factors[name + SCALE], block, dtype)
-        for name in scales
+        name: partial(weight.unpack, *(stored[part] for part in weight.parts), dtype=dtype)
+        for name, weight in packed.items()
     }
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ..kernels import ops
 from ..layers.experts import W4A4Experts
 from ..layers.linear import QuantizedLinear, W4A4Linear
+from ..models.linears import is_conv1d
 from ..models.modules import is_transformers_model, module_copy, module_places, replace_module
-from ..quantization.undo import dequantize_tables
+from ..quantization.undo import dequantize_tables, float_modules
 from .folder import check_target, write_folder
 from .manifest import Manifest
 
@@ -63,6 +64,9 @@ def export_compressed_tensors(
     for name, module in model.named_modules():
         if isinstance(module, W4A4Experts):
             raise _not_expressible(name, "the format has no fused experts")
+    for name, module in float_modules(model).items():
+        if is_conv1d(module) and isinstance(model.get_submodule(name), QuantizedLinear):
+            raise _not_expressible(name, "the format has no Conv1D layers, only nn.Linear")
     exported: Any = module_copy(model)
     dequantize_tables(exported, dtype)
     places = module_places(exported)

@@ -254,7 +254,7 @@ def open_quantized(folder: str | os.PathLike) -> Opened:
     manifest = Manifest.from_dict(fields["quantization_config"], path)
     headers = stored_tensors(folder)
     model = float_model(folder, fields.get("architectures"), headers)
-    model.mixedquant_config = manifest.config
+    model.mixedquant_config, model.mixedquant_unreached = manifest.config, manifest.kept
     insert_linears(model, manifest, path)
     paths = {header.path for header in headers.values()} or {folder / TENSORS}
     dtypes = check_headers(model, manifest, headers, tensors_file(paths))

@@ -35,7 +35,12 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
-from transformers.utils.quantization_config import FineGrainedFP8Config, QuantizationConfigMixin
+from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
+from transformers.utils.quantization_config import (
+    FineGrainedFP8Config,
+    Mxfp4Config,
+    QuantizationConfigMixin,
+)
 
 from ..calibration.tokens import default_calibration
 from ..core.config import WEIGHTS, MixedQuantConfig
@@ -53,14 +58,8 @@ from ..layers.embedding import QuantizedEmbedding
 from ..layers.experts import W4A4Experts
 from ..layers.linear import QuantizedLinear
 from ..models.families import LayerInput
-from ..models.float8 import (
-    DEQUANTIZED,
-    dequantized,
-    float8_block,
-    warn_of_float8,
-    weight_scales,
-    without_scales,
-)
+from ..models.float8 import DEQUANTIZED, dequantized, float8_block
+from ..models.linears import is_linear
 from ..models.loading import (
     check_complete,
     check_unused,
@@ -69,8 +68,15 @@ from ..models.loading import (
     tokenizer_folder,
 )
 from ..models.modules import assign, distinct_tensors, unsaved_buffers
+from ..models.packed_weights import (
+    DEQUANTIZED_MXFP4,
+    float_headers,
+    is_mxfp4,
+    packed_weights,
+    warn_of_packed,
+)
 from ..models.routing import is_fused_experts
-from ..quantization.checks import check_batches
+from ..quantization.checks import check_batches, check_not_offloaded
 from ..quantization.engine import Plan
 from ..quantization.undo import FLOAT_TIES, dequantize
 from .attachment import finish_and_attach
@@ -189,6 +195,7 @@ class QuantizeLoadedWeights(ConversionOps):
 
     def finish(self, model: Any) -> None:
         """Finish the model; raise the first error, or CheckpointError if weights are missing."""
+        check_not_offloaded(model)
         if self.error is not None:
             raise self.error
         _check_complete(model, self.awaited)
@@ -222,16 +229,8 @@ class MixedQuantQuantizer(HfQuantizer):
         self.tokenizer = ""
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        config = self.quantization_config.config
-        if self.pre_quantized:
-            return
-        if config.calibration == WEIGHTS:
-            check_batches(config, None)
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError(
-                "device_map must not use the disk while weights are quantized; save the quantized "
-                "model first and load that"
-            )
+        if not self.pre_quantized:
+            _check_loading(self.quantization_config.config, device_map)
 
     @property
     def quantized_element_size(self) -> float:
@@ -293,6 +292,7 @@ class MixedQuantQuantizer(HfQuantizer):
             raise CheckpointError(
                 f"{model.name_or_path}: no quantized layer is part of a {type(model).__name__}"
             )
+        model.mixedquant_unreached = manifest.kept
         insert_linears(model, manifest)
         _skip_initialization(model)
         _untie_quantized(model)
@@ -393,54 +393,96 @@ class MixedQuantQuantizer(HfQuantizer):
         return True
 
 
-@register_quantization_config(DEQUANTIZED)
-class Float8Files(FineGrainedFP8Config):
-    """FP8 weights in a model's files, which become a float model, or are quantized on loading.
+class _PackedFiles:
+    """Packed weights in a model's files (`models.packed_weights`), which become a float model, or
+    are quantized on loading.
 
     Args:
         config: how to quantize the float model; None keeps it as it is.
         fields: ``quantization_config`` in the model's config.json.
     """
 
+    method: str
+
     def __init__(self, config: MixedQuantConfig | None = None, **fields: Any) -> None:
+        packed_weights("the model", fields, {})  # checks the fields
         self.config = config
-        self.block = float8_block("the model", fields)
-        super().__init__(**{**fields, "quant_method": DEQUANTIZED, "dequantize": True})
+        self.stored = {**fields, "quant_method": self.method}
+        super().__init__(**{**self.stored, "dequantize": True})
+        vars(self)["quant_method"] = self.method
 
 
-@register_quantizer(DEQUANTIZED)
-class Float8Reader(FineGrainedFP8HfQuantizer):
-    """Dequantizes FP8 weights as transformers loads them, then quantizes the float model."""
+@register_quantization_config(DEQUANTIZED)
+class Float8Files(_PackedFiles, FineGrainedFP8Config):
+    """Files with FP8 weights."""
 
-    quantization_config: Float8Files
+    method = DEQUANTIZED
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """The block size, or None for one scale per tensor."""
+        return float8_block("the model", self.stored)
+
+
+@register_quantization_config(DEQUANTIZED_MXFP4)
+class Mxfp4Files(_PackedFiles, Mxfp4Config):
+    """Files with MXFP4 weights."""
+
+    method = DEQUANTIZED_MXFP4
+
+
+class _PackedReader:
+    """Lets transformers dequantize packed weights as it loads them; then quantizes the model."""
+
+    quantization_config: Any
     tokenizer = ""
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        config = self.quantization_config.config
-        if config is not None and config.calibration == WEIGHTS:
-            check_batches(config, None)
-
-    def get_load_operations(self) -> dict[str, Callable[[Any], ConversionOps]]:
-        return {"dequantize": _dequantize_operation}
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if self.quantization_config.config is not None:
+            _check_loading(self.quantization_config.config, device_map)
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
+        stored, config = self.quantization_config.stored, self.quantization_config.config
         headers = read_headers(checkpoint_files or ())
-        scales = weight_scales(headers, self.quantization_config.block)
-        config = self.quantization_config.config
+        packed = packed_weights(model.name_or_path, stored, headers)
         if config is not None:
-            check_unused(model.name_or_path, model, without_scales(headers, scales))
-        warn_of_float8(model.name_or_path, next(model.parameters()).dtype)
+            check_unused(model.name_or_path, model, float_headers(headers, packed))
+        warn_of_packed(model.name_or_path, stored, next(model.parameters()).dtype)
         if config is not None and config.calibration != WEIGHTS:
             self.tokenizer = tokenizer_folder(model.name_or_path, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        model._weight_conversions = None  # of FP8 files
+        model._weight_conversions = None  # of packed files
         config = self.quantization_config.config
         if config is not None:
             _quantize_loaded(model, config, self.tokenizer)
             place_and_fuse(model)
+
+
+@register_quantizer(DEQUANTIZED)
+class Float8Reader(_PackedReader, FineGrainedFP8HfQuantizer):
+    """Reads files with FP8 weights."""
+
+    def get_load_operations(self) -> dict[str, Callable[[Any], ConversionOps]]:
+        return {"dequantize": _dequantize_operation}
+
+
+@register_quantizer(DEQUANTIZED_MXFP4)
+class Mxfp4Reader(_PackedReader, Mxfp4HfQuantizer):  # type: ignore[misc]
+    """Reads files with MXFP4 weights."""
+
+
+def _check_loading(config: MixedQuantConfig, device_map: Any) -> None:
+    """Raise ValueError for what cannot work while weights are quantized on loading."""
+    if config.calibration == WEIGHTS:
+        check_batches(config, None)
+    if isinstance(device_map, dict) and "disk" in device_map.values():
+        raise ValueError(
+            "device_map must not use the disk while weights are quantized; save the quantized "
+            "model first and load that"
+        )
 
 
 def _dequantize_operation(quantizer: Any) -> ConversionOps:
@@ -477,7 +519,7 @@ _merge_configs = AutoHfQuantizer.merge_quantization_configs
 
 
 def _merge_with_files(stored: Any, given: Any) -> Any:
-    """Let `from_pretrained` quantize files with FP8 weights; refuse other methods by name.
+    """Let `from_pretrained` quantize files with packed weights; refuse other methods by name.
 
     Args:
         stored: ``quantization_config`` of the model's files, a dict or a config of transformers.
@@ -489,7 +531,7 @@ def _merge_with_files(stored: Any, given: Any) -> Any:
         if isinstance(given, dict) and given.get("quant_method") == ours:
             given = MixedQuantManifest.from_dict(given)
         if isinstance(given, MixedQuantConfig):
-            return Float8Files(given, **fields)
+            return (Mxfp4Files if is_mxfp4(fields) else Float8Files)(given, **fields)
     return _merge_configs(stored, given)
 
 
@@ -599,7 +641,7 @@ def _has_place(model: nn.Module, name: str) -> bool:
         if child is None:
             if isinstance(module, nn.Embedding) and part == "packed":
                 return True
-            is_place = isinstance(module, nn.Linear) or hasattr(module, part)
+            is_place = is_linear(module) or hasattr(module, part)
             return depth == len(path) - 1 and is_place
         module = child
     return True

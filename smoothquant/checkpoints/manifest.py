@@ -14,6 +14,8 @@ linears          {name of a quantized linear: num_salient; also bias and quantiz
                  embeddings is the linear "packed" in them
 shared           {tensor: the stored tensor whose memory it shares}
 dtypes           {tensor or unsaved buffer: its dtype}, if it is not the expected one
+kept             {module that stays as it is: why}, for reasons that the model itself does not show:
+                 no calibration token reached it. Left out if empty
 checksums        {linear, other stored tensor, or "config.json": its CRC-32} (`checksums`)
 checksum         the CRC-32 of all other fields. Folders of earlier versions lack the last two.
 """
@@ -40,8 +42,10 @@ from ..layers.int8 import Int8Linear, blank_table
 from ..layers.linear import QuantizedLinear, linear_class
 from ..models.families import decoder_layers
 from ..models.kept import unlike_experts, unlike_linear
+from ..models.linears import is_linear, linear_weight
 from ..models.modules import distinct_tensors, module_places, replace_module, unsaved_buffers
 from ..models.routing import expert_names, expert_weights, is_fused_experts, num_experts
+from ..models.running import text_model
 from ..models.tables import unlike_embedding
 from ..quantization.checks import non_finite_parameters
 from .checksums import config_checksum, json_checksum, tensor_checksums
@@ -60,6 +64,7 @@ FIELDS = {
     "shared": dict,
     "dtypes": dict,
 }
+OPTIONAL = {"plugin": str, "kept": dict}
 CHECKSUM_FIELDS = {"checksums": dict, "checksum": str}
 PLUGIN = f"pip install {DISTRIBUTION}; import smoothquant"
 
@@ -95,6 +100,7 @@ class Manifest:
     shared: dict[str, str] = dataclasses.field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = dataclasses.field(default_factory=dict)
     checksums: dict[str, str] = dataclasses.field(default_factory=dict)
+    kept: dict[str, str] = dataclasses.field(default_factory=dict)
     altered: bool = False
 
     @classmethod
@@ -133,6 +139,7 @@ class Manifest:
             for name, tensor in {**tensors, **unsaved_buffers(model)}.items()
             if tensor.dtype != usual[name]
         }
+        manifest.kept = dict(getattr(model, "mixedquant_unreached", {}))
         return manifest
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,6 +161,8 @@ class Manifest:
             "shared": self.shared,
             "dtypes": {name: dtype_name(dtype) for name, dtype in self.dtypes.items()},
         }
+        if self.kept:
+            fields["kept"] = self.kept
         if self.checksums:
             fields["checksums"] = self.checksums
             fields["checksum"] = json_checksum(fields)
@@ -180,8 +189,8 @@ class Manifest:
             )
         summed = isinstance(fields, dict) and any(field in fields for field in CHECKSUM_FIELDS)
         expected = FIELDS | CHECKSUM_FIELDS if summed else FIELDS
-        if isinstance(fields, dict) and "plugin" in fields:
-            expected = expected | {"plugin": str}
+        if isinstance(fields, dict):
+            expected = expected | {name: OPTIONAL[name] for name in OPTIONAL.keys() & fields.keys()}
         _check_fields(path, "it", fields, expected)
         if fields["quant_method"] != MixedQuantConfig.quant_method:
             raise CheckpointError(
@@ -198,8 +207,9 @@ class Manifest:
         for name, entry in fields["linears"].items():
             linears[name] = LINEAR_DEFAULTS | entry if isinstance(entry, dict) else entry
             _check_fields(path, f"linear {name}", linears[name], LINEAR_FIELDS)
-        for field in ("shared", "dtypes", "checksums")[: 3 if summed else 2]:
-            _check_fields(path, field, fields[field], dict.fromkeys(fields[field], str))
+        for field in ("shared", "dtypes", "checksums", "kept"):
+            entries = fields.get(field, {})
+            _check_fields(path, field, entries, dict.fromkeys(entries, str))
         for name, dtype in [("the model", fields["dtype"]), *fields["dtypes"].items()]:
             if dtype not in DTYPES:
                 raise CheckpointError(f"{path}: dtype of {name} is {dtype!r}")
@@ -215,6 +225,7 @@ class Manifest:
             dict(fields["shared"]),
             dtypes,
             dict(fields.get("checksums", {})),
+            kept=dict(fields.get("kept", {})),
             altered=summed and fields["checksum"] != json_checksum(rest),
         )
 
@@ -231,6 +242,7 @@ class Manifest:
             linears=renamed(self.linears),
             shared={name: owner for name, owner in owners.items() if owner is not None},
             dtypes=renamed(self.dtypes),
+            kept=renamed(self.kept),
         )
 
     def blank(self, name: str, k: int, n: int) -> QuantizedLinear:
@@ -328,8 +340,8 @@ def insert_linears(model: nn.Module, manifest: Manifest, path: Path | str = CONF
     shapes: dict[str, torch.Size] = {}
     blocks: dict[str, dict[tuple[int, str], str]] = {}
     for name, module in modules.items():
-        if isinstance(module, nn.Linear) and not unlike_linear(module):
-            shapes[name] = module.weight.shape
+        if is_linear(module) and not unlike_linear(module):
+            shapes[name] = linear_weight(module).shape
         elif isinstance(module, nn.Embedding) and not unlike_embedding(module):
             shapes[f"{name}.packed"] = module.weight.shape
         # Not more experts than the manifest has entries: a malicious number would exhaust memory.
@@ -589,7 +601,7 @@ def try_model(model: Any, path: Path | str, *, must_run: bool = True) -> None:
         return  # it may need inputs other than tokens
     tokens = torch.zeros(1, 3, dtype=torch.int64)  # 3, as wrong sizes of 1 would broadcast
     try:
-        output = model(tokens.to(next(model.parameters()).device), return_dict=True)
+        output = text_model(model)(tokens.to(next(model.parameters()).device), return_dict=True)
     except Exception as error:  # a broken config may raise anything in the model
         if not must_run:
             logger.warning("%s was not tried: %s", type(model).__name__, error)

@@ -14,6 +14,7 @@ from ..layers.int8 import blank_table
 from ..layers.linear import QuantizedLinear, linear_class
 from ..models.families import known_inputs
 from ..models.kept import output_heads
+from ..models.linears import is_linear
 from ..models.modules import distinct_tensors, module_copy, module_places, replace_module
 from ..models.routing import is_fused_experts
 from ..models.tables import find_tables
@@ -57,7 +58,7 @@ def bytes_by_kind(model: nn.Module, sizes: Mapping[str, int] | None = None) -> d
             kind = "biases"
         elif block in heads:
             kind = "output head"
-        elif is_fused_experts(module) or (isinstance(module, nn.Linear) and block not in routers):
+        elif is_fused_experts(module) or (is_linear(module) and block not in routers):
             kind = "float linears"
         else:
             kind = "norms and others"

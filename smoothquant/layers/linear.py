@@ -17,6 +17,7 @@ from ..channels.statistics import ChannelStats
 from ..core.config import MixedQuantConfig, check_integer, layer_group_size, published_config
 from ..core.tensors import is_finite, is_permutation
 from ..kernels import ops
+from ..models.linears import is_linear, linear_weight
 from .gptq import Curvature, descend, gptq
 from .rounding import round_to_grid, stored_scale, weight_group_scales
 
@@ -495,7 +496,7 @@ class W4A4Linear(QuantizedLinear):
     @classmethod
     def from_float(
         cls,
-        module: nn.Linear,
+        module: nn.Module,
         weight_quant: str = "per_channel",
         act_quant: str = "per_token",
         quantize_output: bool = False,
@@ -508,7 +509,7 @@ class W4A4Linear(QuantizedLinear):
         backend: str = "int4",
         plan: ChannelPlan | None = None,
     ) -> QuantizedLinear:
-        """A quantized copy of an nn.Linear.
+        """A quantized copy of an nn.Linear or a transformers Conv1D.
 
         Args:
             importance: [K], mean magnitude of each input channel, which ranks channels for
@@ -521,8 +522,9 @@ class W4A4Linear(QuantizedLinear):
             TypeError: module is not an nn.Linear.
             ValueError: another argument is invalid.
         """
-        if not isinstance(module, nn.Linear):
+        if not is_linear(module):
             raise TypeError(f"module must be an nn.Linear; got {type(module).__name__}")
+        weight, bias = linear_weight(module), getattr(module, "bias", None)
         config = published_config(
             backend,
             act_quant,
@@ -534,22 +536,21 @@ class W4A4Linear(QuantizedLinear):
             sort_by="weight",
         )
         if plan is None:
-            weight_stats = ChannelStats.empty(module.in_features)
-            weight_stats.update(module.weight)
+            weight_stats = ChannelStats.empty(weight.shape[1])
+            weight_stats.update(weight)
             stats = weight_stats
             if importance is not None:
                 stats = ChannelStats.from_mean(importance)
-                if stats.num_channels != module.in_features:
+                if stats.num_channels != weight.shape[1]:
                     raise ValueError(
-                        f"importance must have {module.in_features} entries; "
-                        f"got {stats.num_channels}"
+                        f"importance must have {weight.shape[1]} entries; got {stats.num_channels}"
                     )
             assert config.salient_prop is not None
             plan = choose_channels(
                 stats, salient_prop=config.salient_prop, sort=sort, sort_stats=weight_stats
             )
         return linear_class(config).from_weight(
-            module.weight, module.bias, config, plan, quantize_output=quantize_output
+            weight, bias, config, plan, quantize_output=quantize_output
         )
 
     def _forward(self, x: Tensor) -> Tensor:

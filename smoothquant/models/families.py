@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .kept import check_ignore, kept_modules
+from .linears import is_linear
 from .routing import is_fused_experts
 
 
@@ -28,7 +29,7 @@ class LayerInput:
     name: key of its statistics: the first linear that reads it, or else the experts module.
     norm: the norm that produces it and feeds nothing else, or None. Its gain may be folded into
         the weights that read the activation.
-    linears: the nn.Linear modules that read it.
+    linears: the linears that read it (`smoothquant.models.linears`).
     experts: the fused experts module that reads it, or None (`smoothquant.models.routing`).
         Statistics are kept per expert matrix, with keys from `expert_linear`.
     router: a module with a ``weight [E, H]`` that also reads the activation but stays in 16 bits,
@@ -78,6 +79,8 @@ class Reads(NamedTuple):
     norms: names of the norm that produces it; the first one that exists in the layer counts. Rows
         with the same norm describe the same activation.
     experts, router, made_by, made_from: as in LayerInput, but with names relative to the layer.
+    projection: a linear through which the experts read the activation, or None. Where it is no
+        linear (nn.Identity), they read it directly.
     """
 
     linears: tuple[str, ...]
@@ -86,6 +89,7 @@ class Reads(NamedTuple):
     router: str | None = None
     made_by: tuple[str, ...] = ()
     made_from: str | None = None
+    projection: str | None = None
 
 
 class DecoderParts(NamedTuple):
@@ -128,8 +132,10 @@ class DecoderParts(NamedTuple):
 class Family(NamedTuple):
     """A row of the table.
 
-    layers: name of the list of decoder layers.
+    layers: the end of the name of the list of decoder layers.
     reads: the activations in a layer, in forward order.
+    more: linears outside the decoder layers are quantized too, each with an input of its own, such
+        as those of a vision tower.
     residual_from_norm: (config field, value). If the field has this value, the norms also feed the
         residual stream, so their gains cannot be folded.
     norm_offset: as in LayerInput.
@@ -141,6 +147,7 @@ class Family(NamedTuple):
     residual_from_norm: tuple[str, object] | None = None
     norm_offset: float = 0.0
     decoder: DecoderParts | None = None
+    more: bool = False
 
 
 def _produced(linear: str, *made_by: str, made_from: str = "channel") -> Reads:
@@ -162,6 +169,33 @@ _4H_TO_H = _produced("mlp.dense_4h_to_h", "mlp.dense_h_to_4h")
 _LLAMA_READS = _ATTENTION + (
     Reads(("mlp.gate_proj", "mlp.up_proj"), ("post_attention_layernorm",)),
     _GATED,
+)
+
+# The experts of Llama 4 read the activation times the router's score, so its gain is not folded.
+_LLAMA4_READS = _ATTENTION + (
+    Reads(("feed_forward.gate_proj", "feed_forward.up_proj"), ("post_attention_layernorm",)),
+    _produced("feed_forward.down_proj", "feed_forward.gate_proj", "feed_forward.up_proj"),
+    Reads((), experts="feed_forward.experts"),
+    Reads(("feed_forward.shared_expert.gate_proj", "feed_forward.shared_expert.up_proj")),
+    _produced(
+        "feed_forward.shared_expert.down_proj",
+        "feed_forward.shared_expert.gate_proj",
+        "feed_forward.shared_expert.up_proj",
+    ),
+)
+
+_ARIA_READS = _ATTENTION + (
+    Reads(
+        ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+        ("post_attention_layernorm",),
+        experts="mlp.experts",
+        router="mlp.router",
+    ),
+    _produced(
+        "mlp.shared_experts.down_proj",
+        "mlp.shared_experts.gate_proj",
+        "mlp.shared_experts.up_proj",
+    ),
 )
 
 _LLAMA = Family("layers", _LLAMA_READS, decoder=DecoderParts(plain_attention=True))
@@ -214,6 +248,49 @@ FAMILIES = {
         "layers",
         _ATTENTION
         + (Reads((), ("post_attention_layernorm",), experts="mlp.experts", router="mlp.router"),),
+    ),
+    "llama4_text": Family("layers", _LLAMA4_READS),
+    "llama4": Family("language_model.model.layers", _LLAMA4_READS, more=True),
+    "aria_text": Family("layers", _ARIA_READS),
+    "aria": Family("language_model.layers", _ARIA_READS, more=True),
+    # A layer is a Mamba mixer, attention, an MLP or a mixture of experts. The input of a Mamba
+    # mixer's out_proj comes from a norm of its own.
+    "nemotron_h": Family(
+        "layers",
+        (
+            Reads(
+                (
+                    "mixer.in_proj",
+                    "mixer.q_proj",
+                    "mixer.k_proj",
+                    "mixer.v_proj",
+                    "mixer.up_proj",
+                    "mixer.shared_experts.up_proj",
+                ),
+                ("norm",),
+                experts="mixer.experts",
+                router="mixer.gate",
+                projection="mixer.fc1_latent_proj",
+            ),
+            Reads(("mixer.out_proj",)),
+            _produced("mixer.o_proj", "mixer.v_proj", made_from="v"),
+            _produced("mixer.down_proj", "mixer.up_proj"),
+            Reads(("mixer.fc2_latent_proj",)),
+            _produced("mixer.shared_experts.down_proj", "mixer.shared_experts.up_proj"),
+        ),
+    ),
+    # The cross-attention's q_attn reads the decoder's states; its c_attn those of the encoder.
+    "gpt2": Family(
+        "h",
+        (
+            Reads(("attn.c_attn",), ("ln_1",)),
+            _produced("attn.c_proj", "attn.c_attn", made_from="q, k, v"),
+            Reads(("crossattention.q_attn",), ("ln_cross_attn",)),
+            Reads(("crossattention.c_attn",)),
+            Reads(("crossattention.c_proj",)),
+            Reads(("mlp.c_fc",), ("ln_2",)),
+            _produced("mlp.c_proj", "mlp.c_fc"),
+        ),
     ),
     # The inputs of o_proj come from some of the rows of kv_b_proj; the others make keys.
     "deepseek_v3": Family(
@@ -335,6 +412,9 @@ FAMILIES = {
 }
 
 
+_NOTHING = nn.Identity()
+
+
 def layer_inputs(model: nn.Module, ignore: Sequence[str] = ()) -> list[LayerInput]:
     """All distinct inputs of a float model's quantizable linears and experts, in forward order.
 
@@ -343,7 +423,7 @@ def layer_inputs(model: nn.Module, ignore: Sequence[str] = ()) -> list[LayerInpu
     Args:
         model: a transformers model, with or without a head, or any nn.Module. If the table has no
             row for ``model.config.model_type``, every quantizable module is assumed to have its own
-            input, and a warning lists these guesses.
+            input, and a warning lists these guesses. So are those that `Family.more` means.
         ignore: patterns of modules to leave out, as in `MixedQuantConfig`.
 
     Raises:
@@ -364,6 +444,10 @@ def layer_inputs(model: nn.Module, ignore: Sequence[str] = ()) -> list[LayerInpu
         ]
         if unexpected:
             warnings.warn(f"not quantized: {_listed(unexpected)}", stacklevel=2)
+        if has_more(model):
+            inside = tuple(f"{layer}." for layer in decoder_layers(model))
+            alone = _inputs_alone(model, kept)
+            inputs = [item for item in alone if not item.name.startswith(inside)] + inputs
     else:
         inputs = _guessed_inputs(model, kept)
     if not inputs:
@@ -398,6 +482,7 @@ def known_inputs(model: nn.Module) -> list[LayerInput]:
     if family is None:
         return []
     config: Any = model.config
+    text = config.get_text_config()
     modules = dict(model.named_modules())
     field, value = family.residual_from_norm or ("", None)
     can_fold = not field or getattr(config, field, None) != value
@@ -409,7 +494,8 @@ def known_inputs(model: nn.Module) -> list[LayerInput]:
     for layer in layers:
 
         def existing(*names: str | None, layer: str = layer) -> tuple[str, ...]:
-            return tuple(f"{layer}.{name}" for name in names if f"{layer}.{name}" in modules)
+            full = (f"{layer}.{name}" for name in names)
+            return tuple(n for n in full if not isinstance(modules.get(n, _NOTHING), nn.Identity))
 
         index_by_norm: dict[str, int] = {}
         for reads in family.reads:
@@ -417,6 +503,10 @@ def known_inputs(model: nn.Module) -> list[LayerInput]:
             if any(name in further for name in (f"{layer}.{part}" for part in reads.linears)):
                 unfoldable.add(norm)
             experts = next(iter(existing(reads.experts)), None)
+            projection = existing(reads.projection)
+            projected = experts if projection else None
+            if projected:
+                linears, experts = projection + linears, None
             name = linears[0] if linears else experts
             if norm in index_by_norm:
                 shared = inputs[index_by_norm[norm]]
@@ -428,11 +518,13 @@ def known_inputs(model: nn.Module) -> list[LayerInput]:
                 item = LayerInput(name, norm, linears, experts, router, family.norm_offset)
                 made_by = existing(*reads.made_by)
                 if made_by and len(made_by) == len(reads.made_by):
-                    heads = 0 if reads.made_from == "channel" else config.num_attention_heads
+                    heads = 0 if reads.made_from == "channel" else text.num_attention_heads
                     item = replace(
                         item, made_by=made_by, made_from=reads.made_from, num_heads=heads
                     )
                 inputs.append(item)
+            if projected:
+                inputs.append(LayerInput(projected, None, (), projected))
 
     names_of: dict[nn.Module, set[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -459,6 +551,12 @@ def decoder_layers(model: nn.Module) -> list[str]:
     """Full names of the model's decoder layers in forward order; empty for an unknown family."""
     family = _family(model)
     return _decoder_layers(dict(model.named_modules()), family.layers) if family else []
+
+
+def has_more(model: nn.Module) -> bool:
+    """Whether the model also takes inputs other than tokens, such as images (`Family.more`)."""
+    family = _family(model)
+    return family is not None and family.more
 
 
 def decoder_parts(model: nn.Module) -> DecoderParts | None:
@@ -500,21 +598,26 @@ def _decoder_layers(modules: dict[str, nn.Module], list_name: str) -> list[str]:
     return [
         f"{name}.{child}" if name else child
         for name, module in modules.items()
-        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == list_name
+        if isinstance(module, nn.ModuleList) and f".{name}".endswith(f".{list_name}")
         for child, _ in module.named_children()
     ]
 
 
+def _inputs_alone(model: nn.Module, kept: Mapping[str, str]) -> list[LayerInput]:
+    """An input for every quantizable module of a model."""
+    inputs = []
+    for name, module in model.named_modules():
+        if is_fused_experts(module) and name not in kept:
+            inputs.append(LayerInput(name, None, (), experts=name))
+        elif is_linear(module) and name not in kept:
+            inputs.append(LayerInput(name, None, (name,)))
+    return inputs
+
+
 def _guessed_inputs(model: nn.Module, kept: Mapping[str, str]) -> list[LayerInput]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    inputs, fused = [], set()
-    for name, module in model.named_modules():
-        if is_fused_experts(module):
-            fused.add(name)
-            if name not in kept:
-                inputs.append(LayerInput(name, None, (), experts=name))
-        elif isinstance(module, nn.Linear) and name not in kept:
-            inputs.append(LayerInput(name, None, (name,)))
+    inputs = _inputs_alone(model, kept)
+    fused = {name for name, module in model.named_modules() if is_fused_experts(module)}
     if inputs:
         stay = [f"{name} ({reason})" for name, reason in kept.items()]
         for name, parameter in model.named_parameters():

@@ -7,7 +7,6 @@ float8_e4m3fn, its file has the factors ``X_scale_inv``: one for each block of
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,24 +16,15 @@ from torch import Tensor
 
 from ..core.errors import CheckpointError
 from ..core.tensor_files import Header
-from ..core.tensors import DTYPES, FLOATS, dtype_name
-
-logger = logging.getLogger("smoothquant")
+from ..core.tensors import DTYPES, FLOATS
 
 METHOD = "fp8"
 DEQUANTIZED = "mixedquant_fp8"  # the method under which transformers dequantizes such files
 SCALE = "_scale_inv"
 ACTIVATION_SCALES = ("activation_scale", "input_scale")  # of no use for a float model
 
-# {method: what to change in quantization_config, so that transformers loads a float model}
-AS_FLOAT: dict[str, dict[str, Any]] = {
-    METHOD: {"quant_method": DEQUANTIZED},
-    "mxfp4": {"dequantize": True},
-}
-
 # {method: the config with which transformers loads it as a float model}
 REMEDIES = {
-    "mxfp4": "Mxfp4Config(dequantize=True)",
     "compressed-tensors": "CompressedTensorsConfig(run_compressed=False)",
 }
 
@@ -58,7 +48,7 @@ def float8_block(source: object, quantization: Mapping[str, Any]) -> tuple[int, 
                 "float model by save_pretrained"
             )
         raise ValueError(
-            f"source must hold a float model or FP8 weights; {source} is quantized by "
+            f"source must hold a float model, or FP8 or MXFP4 weights; {source} is quantized by "
             f"{method!r:.80} ({remedy})"
         )
     block = quantization.get("weight_block_size", (128, 128))
@@ -74,13 +64,6 @@ def float8_block(source: object, quantization: Mapping[str, Any]) -> tuple[int, 
             f"got {block!r:.80}"
         )
     return block[0], block[1]
-
-
-def warn_of_float8(source: object, dtype: torch.dtype) -> None:
-    """Log the one line that says that FP8 weights are dequantized."""
-    logger.warning(
-        "%s holds FP8 weights: they are dequantized to %s on reading", source, dtype_name(dtype)
-    )
 
 
 def weight_scales(
@@ -115,18 +98,6 @@ def weight_scales(
             )
         scales[name] = factors
     return scales
-
-
-def without_scales(
-    headers: Mapping[str, Header], scales: Mapping[str, Header]
-) -> dict[str, Header]:
-    """The headers without those of scales: of weights (from `weight_scales`) and activations."""
-    names = {name + SCALE for name in scales}
-    return {
-        name: header
-        for name, header in headers.items()
-        if name not in names and name.rpartition(".")[2] not in ACTIVATION_SCALES
-    }
 
 
 def _shape_of_scales(shape: Sequence[int], block: tuple[int, int] | None) -> tuple[int, ...]:

@@ -18,13 +18,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .linears import CONV1D, class_path, is_linear
 from .routing import BATCHED, expert_parameters, expert_parts, expert_weights, is_fused_experts
 
 # Names of top-level linears that compute a model's outputs, for models that are not transformers'.
 HEADS = frozenset({"lm_head", "embed_out", "score", "classifier", "qa_outputs"})
 
-# Subclasses of nn.Linear whose own forward computes what nn.Linear's does.
-PLAIN_LINEARS = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
+# Classes whose own forward computes what nn.Linear's does.
+PLAIN_LINEARS = frozenset({CONV1D, "transformers.models.falcon.modeling_falcon.FalconLinear"})
 
 # Experts known by name. Others are known by what transformers' decorator sets.
 KNOWN_EXPERTS = BATCHED | {"MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts"}
@@ -47,7 +48,7 @@ _INITIALIZE = ("__init__", "_init", "init", "reset", "tie", "_tie")  # names of 
 
 
 def kept_modules(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, str]:
-    """The nn.Linear and fused experts modules that are not to be quantized.
+    """The linears and fused experts modules that are not to be quantized.
 
     Args:
         ignore: patterns of modules to leave out, as in `MixedQuantConfig`.
@@ -59,7 +60,7 @@ def kept_modules(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, str]
     return {
         name: why[module]
         for name, module in model.named_modules(remove_duplicate=False)
-        if module in why and (isinstance(module, nn.Linear) or is_fused_experts(module))
+        if module in why and (is_linear(module) or is_fused_experts(module))
     }
 
 
@@ -96,7 +97,7 @@ def reasons_to_keep(
         if "base_layer" in module._modules:
             for inner in module.modules():
                 keep(inner, "part of an adapter layer")
-        if isinstance(module, nn.Linear):
+        if is_linear(module):
             keep(module, unlike_linear(module))
             keep(module, "router" if "router" in name.split(".") else "")
         elif is_fused_experts(module):
@@ -129,7 +130,7 @@ def check_ignore(model: nn.Module, ignore: Sequence[str]) -> None:
 
 
 def output_heads(model: nn.Module) -> set[str]:
-    """Full names of the nn.Linear modules that compute the model's output, or share their weight
+    """Full names of the linears that compute the model's output, or share their weight
     with one of these or with an embedding.
 
     In a transformers model, the output is computed by everything outside its base model.
@@ -146,12 +147,12 @@ def output_heads(model: nn.Module) -> set[str]:
     shared = {
         id(module.weight)
         for module in model.modules()
-        if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and module in heads)
+        if isinstance(module, nn.Embedding) or (is_linear(module) and module in heads)
     }
     return {
         name
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear) and (module in heads or id(module.weight) in shared)
+        if is_linear(module) and (module in heads or id(module.weight) in shared)
     }
 
 
@@ -178,16 +179,16 @@ def _outside_base(model: nn.Module) -> Iterator[nn.Module]:
             yield from (module for module in inner if module not in in_base)
 
 
-def unlike_linear(module: nn.Linear) -> str:
+def unlike_linear(module: nn.Module) -> str:
     """Why a linear computes more than its weight and bias say; "" if it does not."""
     kind = type(module)
     if parametrize.is_parametrized(module):
         return "its parameters are parametrized"
-    known = f"{kind.__module__}.{kind.__qualname__}" in PLAIN_LINEARS
+    plain: Any = next(b for b in kind.__mro__ if b is nn.Linear or class_path(b) in PLAIN_LINEARS)
     # accelerate's device hooks wrap the forward of the instance.
     replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
-    own_forward = kind.forward is not nn.Linear.forward or kind.__call__ is not nn.Module.__call__
-    if replaced or (own_forward and not known):
+    own_forward = kind.forward is not plain.forward or kind.__call__ is not nn.Module.__call__
+    if replaced or own_forward:
         return f"{kind.__name__} has a forward of its own"
     if set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:
         return "it has tensors besides weight and bias"

@@ -19,7 +19,12 @@ import torch
 from torch import nn
 
 from ..core.errors import CheckpointError
-from .float8 import AS_FLOAT
+from .float8 import DEQUANTIZED, METHOD
+from .linears import is_linear
+from .packed_weights import DEQUANTIZED_MXFP4, MXFP4
+
+# {method: the one under which transformers loads a float model from such files}
+AS_FLOAT = {METHOD: DEQUANTIZED, MXFP4: DEQUANTIZED_MXFP4}
 
 TOKENIZER_FILES = (
     "tokenizer*", "*vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.tokenizer",
@@ -61,7 +66,7 @@ def load_pretrained(
     """Load a model with all its weights, as the class that its config names.
 
     A config that names no transformers class is loaded by AutoModelForCausalLM. FP8 and MXFP4
-    weights are dequantized (`float8.AS_FLOAT`).
+    weights are dequantized (`packed_weights`).
 
     Args:
         dtype: dtype of the floating-point tensors; "auto" for the stored one.
@@ -80,7 +85,8 @@ def load_pretrained(
     config = load_config(name_or_folder, **where)
     quantization = getattr(config, "quantization_config", None) or {}
     if quantization.get("quant_method") in AS_FLOAT:
-        config.quantization_config = {**quantization, **AS_FLOAT[quantization["quant_method"]]}
+        method = AS_FLOAT[quantization["quant_method"]]
+        config.quantization_config = {**quantization, "quant_method": method}
     cls = transformers_class(config.architectures)
     if cls is None:
         cls = AutoModelForCausalLM
@@ -222,7 +228,7 @@ def _not_ignored(names: Iterable[str], patterns: Iterable[str] | None) -> list[s
 
 def _linear_of(model: nn.Module, name: str) -> bool:
     try:
-        return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
+        return is_linear(model.get_submodule(name.rpartition(".")[0]))
     except AttributeError:
         return False
 

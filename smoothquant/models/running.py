@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families import LayerInput, decoder_layers
+from .families import LayerInput, decoder_layers, has_more
 from .modules import is_transformers_model
 from .routing import expert_arguments, expert_parts, num_experts, routed_inputs
 
@@ -45,12 +45,22 @@ def runs_on_tokens(model: nn.Module) -> bool:
     return True
 
 
+def text_model(model: Any) -> Any:
+    """What computes a model's logits from tokens alone: the text model within one that also takes
+    images, if it has the output head; else the model itself."""
+    if not has_more(model):
+        return model
+    inner = model.get_decoder()
+    return model if inner.get_output_embeddings() is None else inner
+
+
 def run_tokens(model: nn.Module, tokens: Tensor) -> Any:
     """Call a model with token ids [B, T], without a cache.
 
     The decoder of an encoder-decoder model gets the same tokens as its encoder.
     """
     config: Any = getattr(model, "config", None)
+    model = text_model(model)
     options: dict[str, Any] = {"use_cache": False} if hasattr(config, "use_cache") else {}
     if getattr(config, "is_encoder_decoder", False):
         options["decoder_input_ids"] = tokens

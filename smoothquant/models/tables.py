@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from ..core.config import MixedQuantConfig
 from .kept import reasons_to_keep, unlike_linear
+from .linears import is_linear
 
 # KL divergence and speed chose it: docs/results.md
 DEFAULT_FORMAT = "int8"
@@ -92,7 +93,7 @@ def find_tables(model: nn.Module, config: MixedQuantConfig) -> Tables:
     why = reasons_to_keep(model, config.ignore, heads=False)
     # transformers asks a model's parameters for its dtype and device.
     would_be_bare = not any(
-        module._parameters and not isinstance(module, (nn.Linear, nn.Embedding))
+        module._parameters and not (is_linear(module) or isinstance(module, nn.Embedding))
         for module in model.modules()
     )
     quantized, kept = [], {}

@@ -17,6 +17,7 @@ from ..core.tensors import is_finite, largest_magnitude
 from ..layers.linear import refuse_quantized, salient_dtype_for
 from ..models.families import LayerInput, layer_inputs, without
 from ..models.float8 import SCALE
+from ..models.linears import is_linear
 from ..models.modules import check_no_adapter
 from ..models.tables import Table
 from .pipeline import Group, model_groups, with_shares
@@ -94,17 +95,33 @@ def check_arguments(model: Any, config: Any, stats: Any) -> None:
         raise TypeError(
             f"stats must be a mapping of module names or None; got {type(stats).__name__}"
         )
-    if isinstance(model, nn.Linear):
+    if is_linear(model):
         raise ValueError(
             "model must contain nn.Linear modules, not be one; use W4A4Linear.from_float"
         )
     check_no_adapter(model)
+    check_not_offloaded(model)
     refuse_quantized(model)
     for name, module in model.named_modules():
         if any(leaf.endswith(SCALE) for leaf in (*module._parameters, *module._buffers)):
             raise ValueError(
                 f"model must be a float model; {name} has FP8 weights with scales: load it with "
                 "quantization_config=FineGrainedFP8Config(dequantize=True)"
+            )
+
+
+def check_not_offloaded(model: Any) -> None:
+    """Raise ValueError if a ``device_map`` has moved weights out of the model, whose parameters are
+    on meta until their module runs: to the disk or, for a model on a GPU, to the CPU."""
+    places = getattr(model, "hf_device_map", None) or {}
+    on_meta = [n for n, p in model.named_parameters(remove_duplicate=False) if p.is_meta]
+    for block, place in places.items():
+        prefix = f"{block}." if block else ""
+        if place in ("cpu", "disk") and any(f"{name}.".startswith(prefix) for name in on_meta):
+            raise ValueError(
+                f"device_map must not offload weights while they are quantized, but it has {block} "
+                f"on {place!r}: quantize with device_map='cpu', save the quantized model, and load "
+                "that with the device_map"
             )
 
 
@@ -205,7 +222,7 @@ def check_modules(model: nn.Module, items: Iterable[LayerInput]) -> None:
     for item in items:
         for name in (*item.linears, *([item.experts] if item.experts else [])):
             module = model.get_submodule(name)
-            if name != item.experts and not isinstance(module, nn.Linear):
+            if name != item.experts and not is_linear(module):
                 raise TypeError(f"{name} must be an nn.Linear; got {type(module).__name__}")
             hooks = (
                 module._forward_hooks,

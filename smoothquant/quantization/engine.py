@@ -73,6 +73,7 @@ class Plan:
         items: the model's layer inputs, in forward order.
         tables: the output head and embeddings to quantize (`models.tables`).
         kept: {linear, experts module or embedding that stays as it is: why}.
+        unreached: those of them that stay because no calibration token reached them.
         groups: groups of linears that share a channel plan, in forward order.
         config: the given one, with the field calibration set to what was chosen.
         records: {name of a matrix: its record} for the matrices packed so far.
@@ -123,8 +124,10 @@ class Plan:
             else:
                 stats = collect(model, batches, head)
         self.items, unreached = reached_inputs(self.items, stats, config)
+        self.unreached: dict[str, str] = {}
         if config.unreached == "keep":
-            self.kept |= dict.fromkeys(unreached, UNREACHED)
+            self.unreached = dict.fromkeys(unreached, UNREACHED)
+            self.kept |= self.unreached
         self.groups = checked_groups(model, config, stats, self.items)
         self.records: dict[str, LinearRecord] = {}
         self._head_stats = {
@@ -191,6 +194,7 @@ class Plan:
         warn_if_mostly_kept(self.model, report)
         model: Any = self.model
         model.mixedquant_config, model.mixedquant_report = self.config, report
+        model.mixedquant_unreached = self.unreached
         return report
 
 

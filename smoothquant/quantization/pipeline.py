@@ -24,6 +24,7 @@ from ..channels.statistics import ChannelStats
 from ..core.config import MixedQuantConfig
 from ..layers import gptq
 from ..models.families import LayerInput, value_rows
+from ..models.linears import linear_weight
 from ..models.routing import DOWN, expert_matrix, expert_names
 from .search import ALPHAS, Trial, resolve
 from .smoothing import apply_fold, fold_of_input, unshare
@@ -77,7 +78,7 @@ class Group(NamedTuple):
             experts, index, part = self.expert
             return expert_matrix(model.get_submodule(experts), index, part)
         module: Any = model.get_submodule(name)
-        return module.weight, getattr(module, "bias", None)  # embeddings have none
+        return linear_weight(module), getattr(module, "bias", None)  # embeddings have none
 
     def weight(self, model: nn.Module) -> Tensor:
         """All weights concatenated along the rows, [sum of N, K]."""
@@ -374,9 +375,8 @@ def _heads(model: nn.Module, item: LayerInput) -> tuple[int, int] | None:
     """(number of heads, number of heads of v) of an attention output, or None."""
     if not item.num_heads:
         return None
-    reader: Any = model.get_submodule(item.linears[0])
-    maker: Any = model.get_submodule(item.made_by[0])
-    values = value_rows(item, reader.in_features, maker.out_features)
+    reader, maker = (model.get_submodule(name) for name in (item.linears[0], item.made_by[0]))
+    values = value_rows(item, linear_weight(reader).shape[1], len(linear_weight(maker)))
     return None if values is None else (item.num_heads, len(values))
 
 

@@ -17,6 +17,7 @@ from ..core.version import install_command
 from ..layers.linear import QuantizedLinear
 from ..models.families import LayerInput, known_inputs
 from ..models.kept import kept_modules
+from ..models.linears import is_linear
 from ..models.tables import find_tables
 
 logger = logging.getLogger("smoothquant")
@@ -134,6 +135,7 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
     config: Any = getattr(model, "mixedquant_config", None)
     kept = kept_modules(model, config.ignore if config else ())
     kept |= find_tables(model, config).kept if config else {}
+    kept |= getattr(model, "mixedquant_unreached", {})
     return QuantizationReport(quantized + kept_records(model, known_inputs(model), kept))
 
 
@@ -222,7 +224,7 @@ def kept_records(
             reason = kept.get(block, EMBEDDING)
         elif block in kept:
             reason = kept[block]
-        elif isinstance(module, nn.Linear):
+        elif is_linear(module):
             reason = "not in the table of families"
         elif leaf == "weight" and block in routers:
             reason = "router"

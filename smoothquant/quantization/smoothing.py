@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..calibration.stats_files import with_current_names
 from ..core.config import check_real
 from ..models.families import LayerInput, layer_inputs
+from ..models.linears import is_linear, linear_weight
 from ..models.routing import DOWN, expert_names, expert_parts, expert_weights
 
 FLOOR = 1e-5
@@ -101,9 +102,9 @@ def smooth_ln_fcs(
     """
     fcs = [fcs] if isinstance(fcs, nn.Module) else list(fcs)
     for fc in fcs:
-        if not isinstance(fc, nn.Linear):
+        if not is_linear(fc):
             raise TypeError(f"fcs must be nn.Linear; got {type(fc).__name__}")
-    apply_fold(_fold(ln, [fc.weight for fc in fcs], act_scales, alpha))
+    apply_fold(_fold(ln, [linear_weight(fc) for fc in fcs], act_scales, alpha))
 
 
 @torch.no_grad()
@@ -199,9 +200,9 @@ def _weights(modules: Mapping[str, nn.Module], item: LayerInput) -> list[Tensor]
     weights: list[Tensor] = []
     for name in item.linears:
         module = modules[name]
-        if not isinstance(module, nn.Linear):
+        if not is_linear(module):
             raise TypeError(f"{name} must be an nn.Linear; got {type(module).__name__}")
-        weights.append(module.weight)
+        weights.append(linear_weight(module))
     if item.router:
         weights.append(modules[item.router].get_parameter("weight"))
     if item.experts:

@@ -12,6 +12,7 @@ from ..layers.decoder import unfuse
 from ..layers.embedding import QuantizedEmbedding
 from ..layers.experts import W4A4Experts
 from ..layers.linear import QuantizedLinear, W4A4Linear
+from ..models.linears import is_linear, linear_weight, set_linear_weight
 from ..models.modules import is_transformers_model, module_copy, module_places, replace_module
 from ..models.routing import set_expert_matrices, without_weights
 from ..models.tables import embedding_scale
@@ -53,7 +54,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     blocks = {n: m for n, m in model.named_modules() if isinstance(m, W4A4Experts)}
     _restore(model, layers, blocks, dtype)
     unfuse(model)
-    for name in ("mixedquant_config", "mixedquant_report"):
+    for name in ("mixedquant_config", "mixedquant_report", "mixedquant_unreached"):
         vars(model).pop(name, None)
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
@@ -80,7 +81,7 @@ def _restore(
 ) -> None:
     """Replace quantized layers and blocks of experts by float ones, and tie float tables as the
     model does. layers: by name, with those in the blocks; emptied."""
-    originals, places = _float_modules(model), module_places(model)
+    originals, places = float_modules(model), module_places(model)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedEmbedding) and module.embed_scale is not None:
             original: Any = originals.get(name)
@@ -129,12 +130,12 @@ def _restore(
             tied.all_tied_weights_keys = tied.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def _restored(layer: QuantizedLinear, linear: Any, weight: nn.Parameter) -> nn.Linear:
+def _restored(layer: QuantizedLinear, linear: Any, weight: nn.Parameter) -> nn.Module:
     """A float linear with this weight and the layer's bias: `linear`, if it fits."""
-    if not isinstance(linear, nn.Linear) or linear.weight.shape != weight.shape:
+    if not is_linear(linear) or linear_weight(linear).shape != weight.shape:
         n, k = weight.shape
         linear = nn.Linear(k, n, bias=layer.bias is not None, device="meta")
-    linear.weight = weight
+    set_linear_weight(linear, weight)
     bias = None if layer.bias is None else nn.Parameter(layer.bias.to(weight.dtype))
     linear.register_parameter("bias", bias)
     return linear
@@ -147,7 +148,7 @@ def _float_weight(name: str, layer: QuantizedLinear, dtype: torch.dtype) -> Tens
     return weight
 
 
-def _float_modules(model: nn.Module) -> dict[str, nn.Module]:
+def float_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The float modules of a transformers model, on the meta device; {} for any other model."""
     if not is_transformers_model(model):
         return {}
