@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ def quantize(
     batches: Sequence[Tensor] | None = None,
     *,
     tokenizer: Any = None,
+    tuning_state: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> QuantizationReport:
     """Quantize a float model in place.
@@ -51,6 +53,9 @@ def quantize(
             before it. None draws them from ``config.calibration`` if they are needed.
         tokenizer: the model's tokenizer, to draw calibration tokens. None looks for it where the
             model was loaded from.
+        tuning_state: a file for the progress of ``tune=True``, written every few steps. The same
+            call, after an interruption, quantizes again, resumes the tuning from there and gives
+            the same bytes. None keeps no progress.
         progress: show progress bars.
 
     Returns:
@@ -63,7 +68,15 @@ def quantize(
         TypeError: an argument or weight has the wrong type. The model is unchanged.
         CheckpointError: the statistics file is damaged. The model is unchanged.
     """
-    plan = Plan(model, config, given_stats(stats), batches, tokenizer=tokenizer, progress=progress)
+    plan = Plan(
+        model,
+        config,
+        given_stats(stats),
+        batches,
+        tokenizer=tokenizer,
+        tuning_state=None if tuning_state is None else Path(tuning_state),
+        progress=progress,
+    )
     _warn_of_random_weights(plan)
     plan.pack_all()
     records = finish_and_attach(plan)

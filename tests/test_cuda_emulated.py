@@ -17,7 +17,7 @@ CASES = 4  # random ones
 def checks() -> dict[int, str]:
     """{architecture: the program that checks its kernels}."""
     folder = built(
-        "emulated", _build, ARCHS, SANITIZED, FLAGS, EMULATED, version(*CC), version(*CXX)
+        "emulated", _build, ARCHS, SANITIZERS, FLAGS, EMULATED, version(*CC), version(*CXX)
     )
     return {arch: str(folder / f"check_{arch}") for arch in ARCHS}
 

@@ -23,7 +23,7 @@ from smoothquant.cli import app
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOT_RUN = {"README.md": 1, "CONTRIBUTING.md": 1, "install.md": 1, "tutorial.md": 1, "how-to.md": 4}
+NOT_RUN = {"README.md": 1, "CONTRIBUTING.md": 1, "install.md": 1, "tutorial.md": 1, "how-to.md": 5}
 NOT_RUN |= {"serving.md": 3}
 NOT_RUN_PAGES = {"results.md"}
 

@@ -126,6 +126,11 @@ def convert(
     target = check_target(target, overwrite=overwrite)
     if not isinstance(config, MixedQuantConfig):
         raise TypeError(f"config must be a MixedQuantConfig; got {type(config).__name__}")
+    if config.tune:
+        raise ValueError(
+            "tune=True needs the whole model in memory: use smoothquant.quantize and "
+            "save_quantized (the command without --by-layer), or recipe='best'"
+        )
     source, stats = _checked_source(source), given_stats(stats)
     headers, packed = _stored_weights(source)
     model, layers = float_source(source, headers)

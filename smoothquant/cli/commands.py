@@ -175,7 +175,7 @@ def quantize(
         Recipe,
         typer.Option(
             help="fast: rotate, then round to nearest. best: also search and use GPTQ (minutes). "
-            "rtn: only round to nearest."
+            "tuned: best, then trained against the 16-bit model. rtn: only round to nearest."
         ),
     ] = FAST,
     group_size: Annotated[
@@ -269,6 +269,7 @@ def quantize(
     from ..checkpoints.folder import check_target, save_quantized
     from ..checkpoints.sizes import bytes_by_kind
     from ..core.config import WEIGHTS, MixedQuantConfig, parse_field, read_fields
+    from ..core.files import hidden_sibling
     from ..models.loading import Companions
     from ..quantization.folding import fold_permutations
 
@@ -301,6 +302,11 @@ def quantize(
     )
     if no_calibration and config.needs_tokens:
         raise ValueError(f"{config.needs_tokens} needs calibration; drop --no-calibration")
+    if by_layer and config.tune:
+        raise typer.BadParameter(
+            "--by-layer cannot be combined with recipe 'tuned' (tune=True), which needs the whole "
+            "model in memory"
+        )
     target = check_target(target, overwrite=overwrite)
     loaded_stats = load_stats(stats) if stats else None
     if dry_run:
@@ -311,11 +317,14 @@ def quantize(
     else:
         model, tokenizer = _load(source, device, dtype)
         before = bytes_by_kind(model)
-        in_memory.quantize(model, config, loaded_stats, tokenizer=tokenizer)
+        state = hidden_sibling(target, "tuning") if config.tune else None
+        in_memory.quantize(model, config, loaded_stats, tokenizer=tokenizer, tuning_state=state)
         if fold:
             typer.echo(f"Folded the channel permutations of {len(fold_permutations(model))} layers")
         files = Companions(bundled_folder(source) if source in BUNDLED_MODELS else source)
         save_quantized(model, target, files, overwrite=overwrite)
+        if state is not None:
+            state.unlink(missing_ok=True)
     return _summary(source, target, before, time.perf_counter() - started)
 
 
@@ -387,6 +396,7 @@ def _plan(
     from ..checkpoints.sizes import bytes_by_kind, planned_bytes
     from ..core.config import WEIGHTS
     from ..quantization.memory import planned_memory
+    from ..quantization.tuning import SEQUENCE, planned_steps
 
     how = Device.cpu, dtype
     model = float_shapes(model_folder(source)) if by_layer else _load(source, *how)[0]
@@ -400,12 +410,16 @@ def _plan(
     size = sum(after.values())
     memory = planned_memory(model, config, size, tokens, stats, by_layer=by_layer, spill=spill)
     print_memory(memory)
+    steps = planned_steps(tokens) if config.tune else 0
+    if steps:
+        typer.echo(f"Tuning takes {steps} training steps of {SEQUENCE} tokens each.")
     return {
         "bytes_before": sum(before.values()),
         "bytes": size,
         "ratio": sum(before.values()) / size,
         "kinds": after,
         "peak_memory": memory,
+        "tuning_steps": steps,
         "config": config.to_dict(),
     }
 

@@ -44,6 +44,7 @@ NEWER: dict[str, Any] = {
     "head": "16bit",
     "embeddings": "16bit",
     "ignore": [],
+    "tune": False,
 }
 
 # The values that each recipe gives to fields left at None. rotation="group" is the largest rotation
@@ -71,6 +72,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_rounding": "gptq",
     },
 }
+for _recipe in RECIPES.values():
+    _recipe["tune"] = False
+RECIPES["tuned"] = RECIPES["best"] | {"tune": True}
 
 
 SHOWN_PATTERNS = 8  # patterns of `ignore` in a repr
@@ -87,7 +91,7 @@ class MixedQuantConfig:
         recipe: default values for the fields marked (recipe); explicit values override them. "fast"
             uses rotation, zero-points, an activation clip and error-minimizing weight scales.
             "best" also searches clip and format per layer and rounds by GPTQ; it needs calibration
-            tokens. "rtn" only rounds to nearest.
+            tokens. "tuned" is "best", then trained on those tokens. "rtn" only rounds to nearest.
         num_bits: bits of the quantized weights, and of the activations unless act_bits is given:
             2-4 with ``backend="int4"`` (weights always take 4 bits of storage), 2-8 with
             ``backend="fake"``.
@@ -141,6 +145,10 @@ class MixedQuantConfig:
         weight_quant: what shares a weight scale: a group, an output channel or the tensor.
         act_quant: what shares an activation scale: a group, a token, or (only with
             ``backend="fake"``) the whole batch.
+        tune: (recipe) when all layers are quantized, train weight scales, salient weights and
+            activation clips by the KL divergence from the float model, in sequences of 256
+            calibration tokens (`smoothquant.quantization.tuning`). The result is kept only if it is
+            better on a tenth of the tokens that is held out. Needs the whole model in memory.
         quantize_output: also quantize the outputs of q, k and v, the inputs of the attention
             products.
         backend: "int4" packs 4-bit weights and runs integer kernels; "fake" simulates the same
@@ -198,6 +206,7 @@ class MixedQuantConfig:
     weight_quant: str = "per_group"
     weight_scale: str | None = None
     weight_rounding: str | None = None
+    tune: bool | None = None
     act_quant: str = "per_group"
     act_format: str | None = None
     act_clip: float | str | None = None
@@ -264,7 +273,7 @@ class MixedQuantConfig:
             )
         if self.act_clip != "search":
             self._set("act_clip", check_real, 2.0**-10, 1.0)
-        for name in ("sort_within_heads", "quantize_output"):
+        for name in ("sort_within_heads", "quantize_output", "tune"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool; got {getattr(self, name)!r}")
         self._set("calibration_tokens", check_integer, 1)
@@ -320,7 +329,9 @@ class MixedQuantConfig:
         if there is none."""
         if self.weight_rounding == "gptq":
             return "weight_rounding='gptq'"
-        return self.searches or ("smooth_alpha='search'" if self.smooth_alpha == "search" else "")
+        if self.searches or self.smooth_alpha == "search":
+            return self.searches or "smooth_alpha='search'"
+        return "tune=True" if self.tune else ""
 
     def settled(self) -> MixedQuantConfig:
         """The config with searched fields set to fixed values: act_format="auto" becomes
@@ -349,7 +360,7 @@ class MixedQuantConfig:
         """All fields as plain JSON values; calibration texts are replaced by their sha256. Fields
         that are newer than others are left out at the value that stands for the time before:
         ``act_bits`` None, ``unreached`` "keep", ``head`` and ``embeddings`` "16bit", ``ignore``
-        empty."""
+        empty, ``tune`` False."""
         fields = dataclasses.asdict(self)
         if isinstance(self.calibration, tuple):
             fields["calibration"] = _digest(self.calibration)
@@ -408,6 +419,7 @@ def table_config(config: MixedQuantConfig, kind: str, k: int) -> MixedQuantConfi
         "act_format": "symmetric",
         "act_clip": 1.0,
         "weight_rounding": "nearest",
+        "tune": False,
         "smooth_alpha": None,
         "salient_allocation": "uniform",
         "tp_blocks": 1,

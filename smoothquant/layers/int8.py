@@ -13,7 +13,14 @@ from ..channels.sorting import ChannelPlan
 from ..core.config import MixedQuantConfig, table_config
 from ..kernels import ops
 from .gptq import Curvature
-from .linear import FakeW4A4Linear, W4A4Linear, check_weight, kernel_choices, linear_class
+from .linear import (
+    FakeW4A4Linear,
+    W4A4Linear,
+    check_weight,
+    in_panels,
+    kernel_choices,
+    linear_class,
+)
 from .rounding import SMALLEST_NORMAL, stored_scale
 
 TABLE_KINDS = ("int8", "int4")
@@ -140,13 +147,7 @@ def _packed(w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     high = ((codes + 8) / 16).floor_()
     planes = torch.cat((high, codes - 16 * high), dim=1)  # [N, 2 G, group_size]
     plane_scales = torch.cat((16 * scales, scales), dim=1).squeeze(-1)
-    return pack_groups(planes.to(torch.int8)), _in_panels(plane_scales).bfloat16()
-
-
-def _in_panels(rows: Tensor) -> Tensor:
-    """[N, C] -> [P, C, 16], with rows of zeros at the end."""
-    padded = F.pad(rows, (0, 0, 0, -len(rows) % ops.PANEL))
-    return padded.unflatten(0, (-1, ops.PANEL)).transpose(1, 2).contiguous()
+    return pack_groups(planes.to(torch.int8)), in_panels(plane_scales).bfloat16()
 
 
 def pack_groups(codes: Tensor) -> Tensor:

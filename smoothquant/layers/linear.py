@@ -142,6 +142,17 @@ def stored_salient(w: Tensor, config: MixedQuantConfig, dtype: torch.dtype) -> T
     return round_to_grid(w, scale, SALIENT_Q_MAX)
 
 
+def in_panels(rows: Tensor) -> Tensor:
+    """[N, C] -> [P, C, 16], with rows of zeros at the end."""
+    padded = F.pad(rows, (0, 0, 0, -len(rows) % ops.PANEL))
+    return padded.unflatten(0, (-1, ops.PANEL)).transpose(1, 2).contiguous()
+
+
+def grouped(values: Tensor, size: int) -> Tensor:
+    """[N, K] -> [N, G, size], with zeros at the end."""
+    return F.pad(values, (0, -values.shape[1] % size)).unflatten(1, (-1, size))
+
+
 class _StraightThrough(torch.autograd.Function):
     """Computes function(x), but with the gradient of x @ weight^T."""
 
@@ -311,6 +322,24 @@ class QuantizedLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight that the layer computes with, [N, K] in natural channel order."""
+        raise NotImplementedError
+
+    def grid(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight in packed order, taken apart.
+
+        Returns:
+            The codes [N, G, g], int8 (fp32 in a simulation, which has no integers); the scales,
+            fp32 [N, G]; and the salient weights, fp32 [N, K_s].
+        """
+        raise NotImplementedError
+
+    def set_grid(self, codes: Tensor, scales: Tensor, salient: Tensor, clip: float) -> None:
+        """Replace scales, salient weights and activation clip, rounded as they are stored.
+
+        Args:
+            codes, scales, salient: as from `grid`; the codes are those of the layer.
+            clip: in [2^-10, 1].
+        """
         raise NotImplementedError
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -577,6 +606,30 @@ class W4A4Linear(QuantizedLinear):
             *self._packed(), self.perm, self.out_features, self.group_size, rotation
         )
 
+    def grid(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As `QuantizedLinear.grid`."""
+        k4 = self.in_features - self.num_salient
+        weight = self.simulated().simulated_weight
+        scales = self.scales.float().transpose(1, 2).flatten(0, 1)[: self.out_features]
+        groups = grouped(weight[:, :k4], self.group_size)
+        codes = (groups / scales.unsqueeze(-1)).nan_to_num_(0.0).round_().to(torch.int8)
+        return codes, scales, weight[:, k4:].clone()
+
+    def set_grid(self, codes: Tensor, scales: Tensor, salient: Tensor, clip: float) -> None:
+        """As `QuantizedLinear.set_grid`."""
+        self.config = dataclasses.replace(self.config, act_clip=clip)
+        self.scales = in_panels(stored_scale(scales)).bfloat16()
+        _, _, weights, salient_scales = ops.pack_weight(
+            salient.cpu().contiguous(),
+            torch.arange(self.num_salient, dtype=torch.int32),
+            self.num_salient,
+            self.group_size,
+            salient_dtype=self.salient_weight.dtype,
+        )
+        self.salient_weight = weights.to(self.scales.device)
+        if salient_scales is not None:
+            self.salient_scales = salient_scales.to(self.scales.device)
+
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the dequantized weight: int64 [...] in [0, N) -> float32 [..., K]."""
         rotation = kernel_choices(self.config).rotation
@@ -671,6 +724,25 @@ class FakeW4A4Linear(QuantizedLinear):
     def dequantize(self) -> Tensor:
         """The simulated weight, [N, K], channels in natural order."""
         return self._in_natural_order(self.simulated_weight.clone())
+
+    def grid(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As `QuantizedLinear.grid`. Scales that cover the largest weight stand for the lost ones:
+        the codes are no integers where the largest code is not in use."""
+        k4 = self.in_features - self.num_salient
+        weight = self.simulated_weight.float()
+        covering = dataclasses.replace(self.config, weight_scale="max")
+        scales = weight_group_scales(weight[:, :k4], covering, self.group_size)
+        groups = grouped(weight[:, :k4], self.group_size)
+        codes = (groups / scales.to(weight.device).unsqueeze(-1)).nan_to_num_(0.0)
+        return codes, scales.to(weight.device), weight[:, k4:].clone()
+
+    def set_grid(self, codes: Tensor, scales: Tensor, salient: Tensor, clip: float) -> None:
+        """As `QuantizedLinear.set_grid`."""
+        self.config = dataclasses.replace(self.config, act_clip=clip)
+        k4, dtype = self.in_features - self.num_salient, self.simulated_weight.dtype
+        int4 = (codes * stored_scale(scales).unsqueeze(-1)).flatten(1)[:, :k4]
+        kept = stored_salient(salient, self.config, dtype)
+        self.simulated_weight = torch.cat((int4, kept), dim=1).to(dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the simulated weight: int64 [...] in [0, N) -> [..., K]."""

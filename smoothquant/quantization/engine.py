@@ -48,6 +48,7 @@ from .records import (
     warn_if_mostly_kept,
 )
 from .tables import pack_table
+from .tuning import Tuning, check_tunable
 
 # (model, batches, output head whose input's statistics are needed or None) -> statistics
 Collect = Callable[[nn.Module, Sequence[Tensor], str | None], Mapping[str, ChannelStats]]
@@ -65,6 +66,7 @@ class Plan:
         config, stats, batches, tokenizer: as for `smoothquant.quantize`.
         collect: computes statistics from the model and batches; None for `collect_stats`.
         spill: a folder for large tensors (`smoothquant.core.spill`); None keeps them in memory.
+        tuning_state: as for `smoothquant.quantize`.
         weights_to_come: the model has no weights yet. Those of a group must be there when it is
             packed, the others at `finish`, which checks them.
         progress: show progress bars.
@@ -92,6 +94,7 @@ class Plan:
         tokenizer: Any = None,
         collect: Collect | None = None,
         spill: Path | None = None,
+        tuning_state: Path | None = None,
         weights_to_come: bool = False,
         progress: bool = False,
     ) -> None:
@@ -99,6 +102,8 @@ class Plan:
         stats = current_stats(model, stats)
         batches, config = chosen_batches(model, config, stats, batches, tokenizer)
         check_batches(config, batches)
+        if config.tune:
+            check_tunable(model, config)
         self.model, self.config, self.batches = model, config, batches
         self.spill, self.progress = spill, progress
         self.items = layer_inputs(model, config.ignore)
@@ -137,6 +142,10 @@ class Plan:
         }
         warn_of_missing_stats(config, stats, self.groups, unreached)
         warn_of_tables(self.tables, tables.kept, stats)
+        self._tuning: Tuning | None = None
+        if config.tune:
+            assert batches is not None, "check_batches refuses a config that needs tokens"
+            self._tuning = Tuning(model, config, batches, tuning_state, progress)
 
     @torch.no_grad()
     def pack(self, groups: Sequence[Group] | None = None) -> Iterator[LinearRecord]:
@@ -172,8 +181,8 @@ class Plan:
 
     @torch.no_grad()
     def finish(self) -> QuantizationReport:
-        """Quantize the output head and the embeddings, and mark the model as
-        quantized.
+        """Quantize the output head and the embeddings, tune the model if the config says so, and
+        mark it as quantized.
 
         Returns:
             The records of all parameters: packed matrices in forward order, then the others.
@@ -188,6 +197,8 @@ class Plan:
         for table in self.tables:
             record = pack_table(self.model, table, self.config, self._head_stats)
             self.records[record.name] = record
+        if self._tuning is not None:
+            self._tuning.run(self.model, [group.names for group in self.groups])
         packed = [self.records[name] for group in self.groups for name in group.names]
         packed += [self.records[table.name] for table in self.tables]
         report = QuantizationReport(packed + kept_records(self.model, self.items, self.kept))

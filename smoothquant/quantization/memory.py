@@ -15,27 +15,31 @@ from ..channels.statistics import ChannelStats
 from ..core.config import MixedQuantConfig
 from ..layers import gptq
 from ..models.families import decoder_layers
-from ..models.tables import find_tables
+from ..models.tables import find_tables, output_head
 from .checks import checked_groups
 from .tables import table_group
+from .tuning import LOGIT_TOKENS, SEQUENCE
 
 # float32 copies of a weight while it is packed. GPTQ holds the original, the rounded weight and the
 # remaining error.
 MATRIX_COPIES = {"nearest": 2, "gptq": 3}
 BATCH_COPIES = 4  # copies of a batch's widest activation
+TUNED_COPIES = 7  # fp32: value, first and best value, gradient, scaled gradient, Adam's two means
+LOGIT_COPIES = 5
 
 
 class _Input(NamedTuple):
     """A layer input and the matrices that read it.
 
     k: channels. n: rows of all matrices together. n_largest: rows of the largest matrix. layer: the
-    decoder layer that holds them.
+    decoder layer that holds them. trained: values per row that tuning changes.
     """
 
     k: int
     n: int
     n_largest: int
     layer: str
+    trained: int
 
 
 def planned_memory(
@@ -67,7 +71,8 @@ def planned_memory(
         weights = [weight for weight, _ in group.matrices(model)]
         rows, k = [len(weight) for weight in weights], weights[0].shape[1]
         layer = next((name for name in layers if group.name.startswith(name + ".")), "")
-        inputs.append(_Input(k, sum(rows), max(rows), layer))
+        trained = group.num_salient + -(-k // config.group_size)
+        inputs.append(_Input(k, sum(rows), max(rows), layer, trained))
         if config.smooth_alpha is not None and group.reads_norm:
             smoothed[layer] += sum(weight.nbytes for weight in weights)
     tables = [
@@ -89,6 +94,7 @@ def planned_memory(
         "Hessians": _hessian_bytes(inputs) if config.weight_rounding == "gptq" and not spill else 0,
         "hidden states": tokens * inputs[0].k * dtype.itemsize if waiting else 0,
         "activations of a batch": BATCH_COPIES * batch * dtype.itemsize,
+        "tuning": _tuning_bytes(model, inputs, config, tokens, dtype) if config.tune else 0,
     }
     return {part: size for part, size in memory.items() if size}
 
@@ -109,6 +115,28 @@ def _weight_bytes(
     if config.weight_rounding == "gptq" and not spill:
         peak = max(peak, 4 * max(x.k for x in inputs) ** 2)
     return peak
+
+
+def _tuning_bytes(
+    model: nn.Module,
+    inputs: Sequence[_Input],
+    config: MixedQuantConfig,
+    tokens: int,
+    dtype: torch.dtype,
+) -> int:
+    """The float model's hidden states and head, codes and trained values, the activations of a
+    sequence, and the logits of a few tokens."""
+    head = output_head(model)
+    vocabulary, hidden = (0, 0) if head is None else head.weight.shape
+    code = 1 if config.backend == "int4" else 4
+    return (
+        tokens * hidden * dtype.itemsize
+        + vocabulary * hidden * (4 + dtype.itemsize)
+        + LOGIT_COPIES * 4 * LOGIT_TOKENS * vocabulary
+        + sum(x.n * (x.k * code + 4 * TUNED_COPIES * x.trained) for x in inputs)
+        + 4 * MATRIX_COPIES["gptq"] * max(x.n_largest * x.k for x in inputs)
+        + SEQUENCE * sum(4 * BATCH_COPIES * x.k + 8 * x.n for x in inputs)
+    )
 
 
 def _hessian_bytes(inputs: Sequence[_Input]) -> int:
