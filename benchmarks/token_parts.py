@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from smoothquant.evaluation.speed import TokenTimes, greedy
-from smoothquant.layers.decoder import runs_fused
+from smoothquant.layers.decoder import FusedStack, runs_fused
 from smoothquant.layers.embedding import QuantizedEmbedding
 from smoothquant.layers.linear import QuantizedLinear
 from smoothquant.models.families import decoder_layers
 from smoothquant.models.kept import output_heads
 
 HEAD, LINEARS, ATTENTION = "output head", "linears", "attention"
-LAYERS = "decoder layers, fused"
-SMALL, OTHER = "norms, activation, residuals", "embedding, generate, other Python"
+LAYERS = "fused layers, embedding"
+SMALL, OTHER = "norms, activation, residuals", "generate, other Python"
 PARTS = (LAYERS, LINEARS, HEAD, ATTENTION, SMALL, OTHER)
 
 
@@ -56,8 +56,10 @@ class PartTimes(TokenTimes):
 
 
 def parts_of(model: nn.Module) -> dict[str, str]:
-    """{full name of a module: its part} for the modules of a decoder-only model. A fused decoder
-    layer is one part; timing its modules would make it run step by step.
+    """{full name of a module: its part} for the modules of a decoder-only model.
+
+    Fused decoder layers are one part, with the embedding and the last norm where a stack of them
+    is one call; timing their modules would make them run step by step.
 
     Raises:
         ValueError: the model's family is not known.
@@ -72,6 +74,9 @@ def parts_of(model: nn.Module) -> dict[str, str]:
         raise ValueError(f"the decoder layers of a {type(model).__name__} are not known")
     parts = {}
     fused = {name for name in layers if runs_fused(model.get_submodule(name))}
+    stack = next(iter(layers)).rpartition(".")[0].rpartition(".")[0]
+    if fused == layers and isinstance(model.get_submodule(stack), FusedStack):
+        fused = {stack}
     for name, module in model.named_modules():
         if name in fused:
             parts[name] = LAYERS
@@ -97,6 +102,7 @@ def weight_bytes(model: nn.Module, parts: dict[str, str]) -> dict[str, int]:
     for name, part in parts.items():
         if part in (LAYERS, LINEARS, HEAD):
             module = model.get_submodule(name)
+            module = module.layers if isinstance(module, FusedStack) else module
             tensors = [*module.parameters(), *module.buffers()]
             sizes[part] += sum(tensor.nbytes for tensor in tensors)
     return sizes

@@ -123,14 +123,12 @@ def test_a_module_is_charged_without_the_modules_inside_it(monkeypatch):
     assert clock.at_token == [seconds]
 
 
-def test_a_fused_layer_is_one_part():
+def test_fused_layers_are_one_part():
     model = llama(pad_token_id=0, hidden_size=64, intermediate_size=96, head_dim=16)
     config = MixedQuantConfig(recipe="rtn", group_size=16, calibration="weights")
     quantize(model, config, progress=False)
     parts = token_parts.parts_of(model)
-    assert sorted(parts.values()) == sorted(
-        [token_parts.LAYERS] * 2 + [token_parts.HEAD, token_parts.SMALL]
-    )
+    assert parts == {"model": token_parts.LAYERS, "lm_head": token_parts.HEAD}
     layers = 4 * 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)
     assert layers / 8 < token_parts.weight_bytes(model, parts)[token_parts.LAYERS] < layers / 3
     seconds = token_parts.token_parts(model, torch.ones(1, 8, dtype=torch.long), 3)[1]
