@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -332,6 +333,69 @@ def test_a_stack_that_computes_something_else_is_left_alone(make_model, token_id
         with stepwise():
             assert_same(actual, model(ids, **with_cache(caches[1])).logits)
     assert decoder._STACKS[model.get_decoder()].result is False
+
+
+@torch.no_grad()
+def test_a_stack_asks_the_cache_that_it_is_given(make_model, token_ids):
+    """Layers put into a known cache, such as those of a stored prefix, count at once."""
+    model = quantized(make_model, act_bits=8)
+    cache, prefix = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    model(token_ids[:, :8], **with_cache(prefix))
+    for i in range(9):
+        model(token_ids[:, i : i + 1], **with_cache(cache))
+    expected = model(token_ids[:, 8:9], **with_cache(copy.deepcopy(prefix))).logits
+    cache.layers[:] = copy.deepcopy(prefix.layers)
+    assert torch.equal(model(token_ids[:, 8:9], **with_cache(cache)).logits, expected)
+    assert cache.get_seq_length() == 9
+
+
+@torch.no_grad()
+def test_a_stack_does_not_keep_a_cache_that_is_reset(make_model, token_ids):
+    model = quantized(make_model, act_bits=8)
+    cache = DynamicCache(config=model.config)
+    for i in range(4):
+        model(token_ids[:, i : i + 1], **with_cache(cache))
+    keys = weakref.ref(cache.layers[0]._room[0])
+    cache.reset()
+    assert keys() is None
+
+
+@torch.no_grad()
+def test_odd_arguments_of_a_stack_are_those_of_transformers(make_model, token_ids):
+    model = quantized(make_model, "qwen2", act_bits=8)
+    cache = DynamicCache(config=model.config)
+    for i in range(3):
+        model(token_ids[:, i : i + 1], **with_cache(cache))
+
+    def outcome(**options):
+        try:
+            return model(**options, **with_cache(copy.deepcopy(cache))).logits
+        except (RuntimeError, ValueError) as error:
+            return type(error)
+
+    ids = token_ids[:, 3:4]
+    for options in (
+        {"inputs_embeds": torch.randn(2, 1, 16)},
+        {"inputs_embeds": torch.randn(2, 1, 64)},
+        {"inputs_embeds": torch.randn(2, 1, 64).half()},
+        {"input_ids": ids, "attention_mask": {"full_attention": None}},
+        {"input_ids": ids, "attention_mask": torch.ones(2, 3)},
+        {"input_ids": ids, "attention_mask": torch.zeros(2, 4)},
+        {"input_ids": ids, "position_ids": torch.tensor([[3], [5]])},
+    ):
+        actual = outcome(**options)
+        with stepwise():
+            expected = outcome(**options)
+        if isinstance(expected, type):
+            assert actual is expected
+        else:
+            assert torch.equal(actual.isnan(), expected.isnan())
+            assert_same(actual.nan_to_num(), expected.nan_to_num())
+    torch.set_default_device("meta")
+    try:
+        assert_same(outcome(input_ids=ids), model(ids, **with_cache(cache)).logits)
+    finally:
+        torch.set_default_device(None)
 
 
 @torch.no_grad()

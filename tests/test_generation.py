@@ -6,6 +6,7 @@ from length import at_length
 
 from smoothquant import MixedQuantConfig, quantize
 from smoothquant.bundled import load_bundled
+from smoothquant.evaluation.speed import TokenTimes, greedy
 from smoothquant.layers import decoder
 from smoothquant.models.generation import generate
 
@@ -121,3 +122,12 @@ def test_modules_are_compared_once_and_after_it_again(make_model, monkeypatch):
     layer.mlp.down_proj = torch.nn.Linear(96, 64, bias=False)
     (expected, _), (actual, _) = both(model, ids, **options)
     assert torch.equal(actual, expected) and not torch.equal(actual, before)
+
+
+def test_a_measured_text_has_exactly_so_many_tokens(make_model):
+    model = make_model("llama")
+    model.generation_config.eos_token_id = list(range(96))
+    model.generation_config.do_sample = True
+    times = TokenTimes()
+    greedy(model, torch.arange(3, 12)[None], 10, times)
+    assert len(times.times) == 1 + 10  # the prompt is one

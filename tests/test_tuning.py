@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from length import at_length
+from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -261,6 +262,24 @@ def test_models_that_cannot_be_tuned(make_model):
     model.forward = lambda *a, call=model.forward, **k: _scaled(call(*a, **k))
     with pytest.raises(ValueError, match="scales or caps"):
         quantize(model, config, batches=batches(), progress=False)
+
+
+def test_states_are_checked_before_any_work(make_model, tmp_path):
+    (tmp_path / "folder").mkdir()
+    save_file({"w": torch.ones(3)}, tmp_path / "other")
+    (tmp_path / "text").write_text("mine")
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    config, refused = MixedQuantConfig(**FIELDS), "tuning_state must be"
+    for name in ("folder", "absent/state", "other", "text"):
+        model = make_model("llama")
+        with pytest.raises(ValueError, match=refused):
+            quantize(model, config, batches=batches(), tuning_state=tmp_path / name)
+        assert not any(isinstance(m, QuantizedLinear) for m in model.modules())
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == kept
+    with pytest.raises(ValueError, match="tuning_state needs tune=True"):
+        quantize(make_model("llama"), MixedQuantConfig(), tuning_state=tmp_path / "state")
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        quantize(make_model("llama"), config, batches=batches())
 
 
 def _scaled(output):

@@ -300,8 +300,9 @@ def quantize(
     config = MixedQuantConfig.from_fields(
         options | from_file | given | dict(map(parse_field, fields or []))
     )
-    if no_calibration and config.needs_tokens:
-        raise ValueError(f"{config.needs_tokens} needs calibration; drop --no-calibration")
+    if config.calibration == WEIGHTS and config.needs_tokens:
+        without = "--no-calibration" if no_calibration else "calibration='weights'"
+        raise ValueError(f"{config.needs_tokens} needs calibration; drop {without}")
     if by_layer and config.tune:
         raise typer.BadParameter(
             "--by-layer cannot be combined with recipe 'tuned' (tune=True), which needs the whole "
@@ -318,6 +319,8 @@ def quantize(
         model, tokenizer = _load(source, device, dtype)
         before = bytes_by_kind(model)
         state = hidden_sibling(target, "tuning") if config.tune else None
+        if state is not None:
+            typer.echo(f"Tuning keeps its progress in {state}; the same command resumes it.")
         in_memory.quantize(model, config, loaded_stats, tokenizer=tokenizer, tuning_state=state)
         if fold:
             typer.echo(f"Folded the channel permutations of {len(fold_permutations(model))} layers")
@@ -396,10 +399,12 @@ def _plan(
     from ..checkpoints.sizes import bytes_by_kind, planned_bytes
     from ..core.config import WEIGHTS
     from ..quantization.memory import planned_memory
-    from ..quantization.tuning import SEQUENCE, planned_steps
+    from ..quantization.tuning import SEQUENCE, check_tunable, planned_steps
 
     how = Device.cpu, dtype
     model = float_shapes(model_folder(source)) if by_layer else _load(source, *how)[0]
+    if config.tune:
+        check_tunable(model, config)
     for name, value in config.to_dict().items():
         typer.echo(f"{name:<20}{value}")
     calibrates = config.calibration != WEIGHTS and (stats is None or bool(config.needs_tokens))

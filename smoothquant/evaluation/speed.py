@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -44,14 +43,14 @@ def greedy(model: Any, prompt: Tensor, new: int, streamer: Any) -> None:
         prompt: int64 [B, T].
         streamer: its `put` gets the prompt, then the B tokens of each step.
     """
-    config = copy.deepcopy(model.generation_config)
-    config.eos_token_id = None  # min_new_tokens would look through the vocabulary at every token
-    config.update(max_new_tokens=new, do_sample=False, pad_token_id=0)
     generate(
         model,
         prompt,
         attention_mask=torch.ones_like(prompt),
-        generation_config=config,
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=None,  # min_new_tokens would look through the vocabulary at every token
+        pad_token_id=0,
         streamer=streamer,
     )
 

@@ -112,13 +112,14 @@ class GrowingLayer(DynamicLayer):
         self._take(length)
         return self._room
 
-    def still_has(self, room: tuple[Tensor, Tensor], tokens: int) -> bool:
-        """Whether `room_for_one_more` would return this room, for a token after so many."""
+    def still_has(self, keys: Tensor | None, tokens: int) -> bool:
+        """Whether `room_for_one_more` would return the room with these keys, for a token after so
+        many."""
         return (
-            self._room is room
+            self._has_no_views()
+            and self._room is not None
+            and self._room[0] is keys
             and self._used == tokens
-            and self._keys is None
-            and self._values is None
             and self._owner == id(self)
         )
 
@@ -273,11 +274,8 @@ class QuantizedLayer(GrowingLayer):
             return NO_BLOCKS
         keys, values = self.blocks
         group = group_size(self.values.shape[-1])
-        return (
-            *(keys.data_ptr(), values.data_ptr()),
-            *(keys.stride(1), values.stride(1)),
-            *(keys.shape[2], self.bits, group),
-        )
+        addresses = keys.data_ptr(), values.data_ptr()
+        return *addresses, keys.stride(1), values.stride(1), keys.shape[2], self.bits, group
 
     def take_one_more(self) -> None:
         super().take_one_more()

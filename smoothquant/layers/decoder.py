@@ -254,7 +254,7 @@ def _state_of(layer: nn.Module) -> _Prepared | None:
         source = _Source(layer, parts.names + ((activation,) if activation else ()))
         fused = _prepared(layer, parts)
         if fused is not None:
-            fused.memory = source.memory
+            fused.memory, fused.snapshot = source.memory, source.snapshot
         known = _STATES[layer] = source, fused
     source, fused = known
     return fused if source.snapshot.is_plain() else None
@@ -413,6 +413,7 @@ class _Prepared:
 
     layer: all of it for one token per sequence; None if its attention is not a plain one.
     memory: what they point to, kept alive.
+    snapshot: tells whether they still hold.
     """
 
     parts: DecoderParts
@@ -423,6 +424,7 @@ class _Prepared:
     layer: _C.Layer | None
     dtype: torch.dtype
     memory: list[Any] = field(default_factory=list)
+    snapshot: _C.Snapshot | None = None
 
     @property
     def attention(self) -> Any:
@@ -495,7 +497,8 @@ class _Prepared:
             if mask.dtype != torch.bool or mask.shape != (len(x), 1, 1, room.seen + 1):
                 return None
             mask = mask[:, 0, 0]
-        out = room.decode([self], x, position_embeddings, mask)
+        assert self.layer is not None
+        out = room.decode([self.layer], x, position_embeddings, mask)
         if out is not None:
             room.take_one_more()
         return out
@@ -508,16 +511,24 @@ def _asks_for_nothing(arguments: Mapping[str, Any]) -> bool:
 class _Room:
     """Room for one more token in some layers of a cache, while nobody else writes to them.
 
-    layers: of the cache.
-    rooms: keys and values of each, see `GrowingLayer.room_for_one_more`.
+    layers: of the cache; indices: where in it.
+    keys: weak references to those of each room. The layers own them: a cache that is reset must not
+        stay in memory.
     seen: all tokens in a layer. tokens: those of them that are in its room.
     """
 
-    def __init__(self, layers: Sequence[GrowingLayer], rooms: list[tuple[Tensor, Tensor]]) -> None:
-        self.layers, self.rooms = layers, rooms
+    def __init__(
+        self,
+        layers: Sequence[GrowingLayer],
+        indices: Sequence[int],
+        rooms: list[tuple[Tensor, Tensor]],
+    ) -> None:
+        self.layers, self.indices = layers, indices
+        self.keys = [weakref.ref(keys) for keys, _ in rooms]
         self.seen, self.tokens = layers[0].get_seq_length(), layers[0].plain_tokens()
         self.capacity = min(keys.shape[-2] for keys, _ in rooms)
-        self.sequences, self.dtype = len(rooms[0][0]), rooms[0][0].dtype
+        first = rooms[0][0]
+        self.sequences, self.dtype, self.head_dim = len(first), first.dtype, first.shape[-1]
         self.is_inference = any(t.is_inference() for room in rooms for t in room)
         self.caches = _C.Caches(
             [
@@ -553,17 +564,24 @@ class _Room:
             if room is None:
                 return None
             rooms.append(room)
-        return cls(known, rooms)
+        return cls(known, indices, rooms)
 
-    def is_current(self, sequences: int, dtype: torch.dtype) -> bool:
+    def is_current(self, cache: Any, sequences: int, dtype: torch.dtype) -> bool:
+        """Whether `of` would find the same."""
+        from .cache import growing_layer  # it imports transformers
+
+        first, layers = self.indices[0], cache.layers
         return (
-            self.tokens < self.capacity
+            growing_layer(cache, first) is self.layers[0]
+            and not getattr(cache, "offloading", False)
+            and all(layers[i] is one for i, one in zip(self.indices, self.layers, strict=True))
+            and self.tokens < self.capacity
             and self.sequences == sequences
             and self.dtype == dtype
             and (not self.is_inference or torch.is_inference_mode_enabled())
             and all(
-                layer.still_has(room, self.tokens)
-                for layer, room in zip(self.layers, self.rooms, strict=True)
+                layer.still_has(keys(), self.tokens)
+                for layer, keys in zip(self.layers, self.keys, strict=True)
             )
         )
 
@@ -576,7 +594,7 @@ class _Room:
 
     def decode(
         self,
-        prepared: Sequence[_Prepared],
+        layers: list[_C.Layer],
         x: Tensor,
         position: tuple[Tensor, Tensor],
         mask: Tensor | None,
@@ -584,6 +602,7 @@ class _Room:
         """The hidden states [B, 1, K] after decoder layers, and keys and values in their room.
 
         Args:
+            layers: as many as the room has.
             position: cosines and sines, in x's dtype [B or 1, 1, head_dim].
             mask: which tokens are seen, bool [B, seen + 1].
 
@@ -591,18 +610,19 @@ class _Room:
             None if that is not what the arguments are, or if a sequence sees no token.
         """
         cos, sin = position
-        shape, size = cos.shape, prepared[0].attention.head_dim
+        shape, tensors = cos.shape, position if mask is None else (*position, mask)
         if (
             any(t.dtype != x.dtype or not t.is_contiguous() for t in position)
+            or any(t.device.type != "cpu" for t in tensors)
             or shape != sin.shape
-            or shape not in ((1, 1, size), (len(x), 1, size))
+            or shape not in ((1, 1, self.head_dim), (len(x), 1, self.head_dim))
             or (mask is not None and not mask.any(-1).all())
         ):
             return None
         mask = None if mask is None else mask.contiguous()
         out = torch.empty_like(x)
         _C.decode(
-            [p.layer for p in prepared if p.layer is not None],
+            layers,
             self.caches,
             self.tokens,
             cos.data_ptr(),
@@ -626,9 +646,11 @@ class _Stack:
     rooms: in the caches that were used.
     """
 
-    def __init__(self, module: Any, prepared: list[_Prepared], snapshots: list[Any]) -> None:
+    def __init__(self, module: Any, prepared: list[_Prepared]) -> None:
         self.prepared = prepared
+        self.calls = [p.layer for p in prepared if p.layer is not None]
         self.dtype = prepared[0].dtype
+        self.width = prepared[0].children[prepared[0].parts.o].out_features
         self.result: Any = None
         self.rooms: weakref.WeakKeyDictionary[Any, _Room] = weakref.WeakKeyDictionary()
         layers = module.layers
@@ -636,7 +658,8 @@ class _Stack:
         places += [(layers._modules, name) for name in layers._modules]
         own = [layer.__dict__ for layer in layers]
         classes = list({type(layer) for layer in layers})
-        self.snapshots = [*snapshots, _C.Snapshot(places, own, classes, [], [])]
+        self.snapshots = [p.snapshot for p in prepared if p.snapshot is not None]
+        self.snapshots.append(_C.Snapshot(places, own, classes, [], []))
 
     def run(self, module: Any, forward: Any, kwargs: dict[str, Any]) -> Any:
         """What the stack's own forward returns for these arguments."""
@@ -676,23 +699,28 @@ class _Stack:
         ):
             return None
         x = module.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if type(x) is not Tensor or x.dtype != self.dtype or not x.is_contiguous() or x.dim() != 3:
+        if (
+            type(x) is not Tensor
+            or (x.dtype, x.device.type) != (self.dtype, "cpu")
+            or x.shape[1:] != (1, self.width)
+            or not x.is_contiguous()
+        ):
             return None
         room = self.rooms.get(past)
-        if room is None or not room.is_current(len(x), x.dtype):
+        if room is None or not room.is_current(past, len(x), x.dtype):
             room = _Room.of(past, self.prepared, len(x), x.dtype)
             if room is None:
                 return None
             self.rooms[past] = room
         mask = attention_mask
         if mask is not None:
-            if mask.shape != (len(x), room.seen + 1):
+            if not isinstance(mask, Tensor) or mask.shape != (len(x), room.seen + 1):
                 return None
             mask = mask.bool()
         if position_ids is None:
-            position_ids = torch.tensor([[room.seen]])
+            position_ids = torch.tensor([[room.seen]], device=x.device)
         position = module.rotary_emb(x, position_ids=position_ids)
-        hidden = room.decode(self.prepared, x, position, mask)
+        hidden = room.decode(self.calls, x, position, mask)
         return None if hidden is None else (room, module.norm(hidden), past)
 
 
@@ -730,12 +758,12 @@ def _stack_of(module: Any) -> _Stack | None:
     known = known_while_generating()
     if known is None:
         return _checked_stack(module)
-    if id(module) not in known:
+    if module not in known:
         stack = _checked_stack(module)
         if stack is None:
             return None
-        known[id(module)] = stack
-    return known[id(module)]
+        known[module] = stack
+    return known[module]
 
 
 def _checked_stack(module: Any) -> _Stack | None:
@@ -750,6 +778,5 @@ def _checked_stack(module: Any) -> _Stack | None:
         prepared.append(fused)
     if len({p.dtype for p in prepared}) != 1:
         return None
-    snapshots = [_STATES[layer][0].snapshot for layer in module.layers]
-    made = _STACKS[module] = _Stack(module, prepared, snapshots)
+    made = _STACKS[module] = _Stack(module, prepared)
     return made if _C.all_hold(made.snapshots) else None

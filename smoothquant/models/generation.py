@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 CACHES = ("cache", "past_key_values")  # the cache's name in transformers, newer and older
 # Arguments of the model that need no preparation from one token to the next.
@@ -21,16 +22,19 @@ KEPT_BACK = ("tokenizer", "assistant_model", "assistant_tokenizer", "synced_gpus
 _thread = threading.local()
 
 
-def known_while_generating() -> dict[int, Any] | None:
-    """What was found out about modules, by their id, since `generate` started in this thread: it
-    holds until the last token. None if it does not run."""
+Known = weakref.WeakKeyDictionary[nn.Module, Any]
+
+
+def known_while_generating() -> Known | None:
+    """What was found out about modules since `generate` started in this thread: it holds until the
+    last token. None if it does not run."""
     return getattr(_thread, "known", None)
 
 
 @contextmanager
 def _generating() -> Iterator[None]:
     outer = known_while_generating()
-    _thread.known = {}
+    _thread.known = Known()
     try:
         yield
     finally:

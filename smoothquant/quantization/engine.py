@@ -48,7 +48,7 @@ from .records import (
     warn_if_mostly_kept,
 )
 from .tables import pack_table
-from .tuning import Tuning, check_tunable
+from .tuning import Tuning, check_state, check_tunable
 
 # (model, batches, output head whose input's statistics are needed or None) -> statistics
 Collect = Callable[[nn.Module, Sequence[Tensor], str | None], Mapping[str, ChannelStats]]
@@ -104,6 +104,9 @@ class Plan:
         check_batches(config, batches)
         if config.tune:
             check_tunable(model, config)
+            check_state(tuning_state)
+        elif tuning_state is not None:
+            raise ValueError("tuning_state needs tune=True (recipe='tuned')")
         self.model, self.config, self.batches = model, config, batches
         self.spill, self.progress = spill, progress
         self.items = layer_inputs(model, config.ignore)

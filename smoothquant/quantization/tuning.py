@@ -21,12 +21,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..core.config import MixedQuantConfig
 from ..core.progress import progress_bar
 from ..core.tensor_files import write_tensors
+from ..core.version import __version__
 from ..kernels import ops
 from ..layers.linear import QuantizedLinear, grouped, kernel_choices
 from ..layers.rounding import SMALLEST_NORMAL
@@ -99,8 +101,8 @@ class Tuning:
         self.head = module_copy(model.get_submodule(name))  # shares the float weight
         shown = progress_bar(sequences, desc="16-bit outputs", unit="sequence", shown=progress)
         with evaluating(model), torch.no_grad():
+            _check_logits(model, self.head, sequences[0], _hidden(model, name, sequences[0]))
             self.hidden = [_hidden(model, name, tokens).cpu() for tokens in shown]
-            _check_logits(model, self.head, sequences[0], self.hidden[0])
 
     def run(self, model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
         """Tune the quantized model in place; log the KL divergence before and after.
@@ -149,6 +151,8 @@ def check_tunable(model: nn.Module, config: MixedQuantConfig) -> None:
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if config.act_quant == "per_tensor":
         why = "act_quant='per_tensor' makes a token's result depend on the whole batch"
+    elif torch.is_inference_mode_enabled():
+        why, remedy = "torch.inference_mode() allows no gradients", "use torch.no_grad() instead"
     elif any(tensor.is_meta for tensor in model.parameters()):
         why, remedy = f"{kind} has weights on meta or offloaded", "load the whole model into memory"
     elif not is_transformers_model(model) or head_name(model) is None or encoder_decoder:
@@ -157,6 +161,25 @@ def check_tunable(model: nn.Module, config: MixedQuantConfig) -> None:
         why = f"{kind} does not run on token ids alone"
     if why:
         raise ValueError(f"tune=True cannot train this model: {why}; {remedy}")
+
+
+def check_state(path: Path | None) -> None:
+    """Raise ValueError if a file cannot hold the progress of tuning, or holds something else."""
+    if path is None:
+        return
+    if not path.parent.is_dir() or path.is_dir():
+        raise ValueError(f"tuning_state must be a file in an existing folder; got {str(path)!r}")
+    if path.exists():
+        try:
+            with safe_open(path, "pt") as file:
+                is_ours = "progress" in set(file.keys())
+        except Exception:  # whatever it is
+            is_ours = False
+        if not is_ours:
+            raise ValueError(
+                f"tuning_state must be a new file, or one with the progress of tuning; "
+                f"{str(path)!r} holds something else"
+            )
 
 
 def _check_logits(model: nn.Module, head: nn.Module, tokens: Tensor, hidden: Tensor) -> None:
@@ -494,7 +517,8 @@ class _Run:
     def _identity(self) -> str:
         """A hash of all that the result depends on."""
         digest = hashlib.sha256(json.dumps(self.tuning.config.to_dict()).encode())
-        digest.update(repr((RATES, FACTORS, TRIAL_STEPS, WARM_UP, EVALUATIONS)).encode())
+        choices = (RATES, FACTORS, TRIAL_STEPS, WARM_UP, EVALUATIONS, BETAS, SMALLEST_CLIP)
+        digest.update(repr((__version__, choices, HELD_OUT, LOGIT_TOKENS)).encode())
         codes = [linear.codes for linear in self.linears]
         first = [value.first for value in self.values]
         for tensor in (*self.tuning.sequences, *self.tuning.hidden, *codes, *first):
@@ -521,10 +545,11 @@ class _Run:
         try:
             tensors = load_file(path)
             at = json.loads(bytes(tensors["progress"].tolist()))
+            known = at.pop("identity")
         except Exception as error:  # a broken file costs time, not the result
             logger.warning("%s cannot be read (%s): tuning starts anew", path, error)
             return
-        if at.pop("identity") != identity:
+        if known != identity:
             logger.warning("%s is of another model or config: tuning starts anew", path)
             return
         self.at = at
