@@ -517,7 +517,7 @@ def test_plan_errors():
         ({"act_format": "log"}, "act_format must be one of symmetric.*'log'"),
         ({"act_format": "unsigned", "rotation": 32}, "'unsigned' needs rotation=0"),
         ({"recipe": ["best"]}, "recipe must be one of"),
-        ({"recipe": "good"}, "recipe must be one of rtn, fast, best; got 'good'"),
+        ({"recipe": "good"}, "recipe must be one of rtn, fast, best, tuned; got 'good'"),
         ({"weight_rounding": "up"}, "weight_rounding must be one of nearest, gptq; got 'up'"),
     ],
 )

@@ -272,7 +272,7 @@ def wide_weight(model, stats):
 
 
 def foreign_module(model, stats):
-    model.model.layers[1].mlp.down_proj = nn.Identity()
+    model.model.layers[1].mlp.down_proj = nn.ReLU()
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def foreign_module(model, stats):
         (huge_weight, ValueError, "down_proj holds values beyond the range of torch.bfloat16"),
         (nan_bias, ValueError, "bias of model.layers.1.mlp.down_proj holds NaN"),
         (wide_weight, TypeError, "down_proj must be float32, .*got torch.float64"),
-        (foreign_module, TypeError, "down_proj must be an nn.Linear; got Identity"),
+        (foreign_module, TypeError, "down_proj must be an nn.Linear; got ReLU"),
     ],
 )
 def test_everything_is_checked_before_the_first_layer_changes(

@@ -330,8 +330,9 @@ def float_model(
     return model
 
 
-# Counts in config.json for which lists and modules are built in Python.
-COUNT = re.compile(r"(num|n)_(?!param|position|ctx)|.*(layers|labels|experts|heads)$")
+# Counts in config.json for which lists and modules are built in Python, and tokens (of a chunk) to
+# which short texts are padded.
+COUNT = re.compile(r"(num|n)_(?!param|position|ctx)|.*(layers|labels|experts|heads|chunk_size)$")
 MOST_COUNT = 2**14  # transformers takes 50 us for a label
 UNSAVED_BYTES = 2**27  # of buffers, besides the size of the files
 
