@@ -401,7 +401,13 @@ def test_export(folder, plain_order, tmp_path):
     refused = answer("export", folder, tmp_path / "x.gguf", "--format", "gguf", code=1)
     assert "MODEL must be a LlamaForCausalLM" in refused.stderr or "got OPT" in refused.stderr
     taken = answer("export", folder, tmp_path / "ct", "--format", "gguf", "--overwrite", code=1)
-    assert "DST already exists" in taken.stderr and (tmp_path / "ct").is_dir()
+    assert "DST must be a file" in taken.stderr and (tmp_path / "ct").is_dir()
+    weights = folder / "model.safetensors"
+    before = weights.read_bytes()
+    spared = answer("export", folder, weights, "--format", "gguf", "--overwrite", code=1)
+    assert "other than a GGUF file" in spared.stderr and weights.read_bytes() == before
+    words = ("--format", "compressed-tensors", "--round-to", "q4_0")
+    assert "--round-to requires" in answer("export", folder, tmp_path / "x", *words, code=2).stderr
 
 
 # ---- Looking at a folder

@@ -224,7 +224,13 @@ def test_what_cannot_be_expressed_is_refused_by_name(tmp_path):
     (tmp_path / "m.gguf").write_text("mine")
     with pytest.raises(ValueError, match="path already exists"):
         export_gguf(float_model(), tmp_path / "m.gguf")
+    with pytest.raises(ValueError, match="other than a GGUF file"):
+        export_gguf(float_model(), tmp_path / "m.gguf", overwrite=True)
     assert (tmp_path / "m.gguf").read_text() == "mine"
+    model = float_model()
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match="output_norm.weight holds NaN"):
+        export_gguf(model, tmp_path / "n.gguf")
 
 
 # ---- Tokenizers
@@ -274,6 +280,31 @@ def without_special_bytes(backend):
     return Tokenizer.from_str(json.dumps(data))
 
 
+def test_tokenizers_that_do_more_are_refused(tmp_path):
+    lower = normalizers.Lowercase()
+
+    def with_normalizer(backend, normalizer):
+        backend.normalizer = normalizer
+
+    def with_steps(backend, *steps):
+        backend.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
+
+    (pattern,) = [steps[0][1] for steps, cut in CUTS.items() if cut == "qwen2"]
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for name, change in (
+        ("gpt-2", lambda backend: with_normalizer(backend, lower)),
+        ("llama", lambda backend: with_normalizer(backend, lower)),
+        ("llama", lambda backend: with_normalizer(backend, normalizers.Replace("a", "b"))),
+        ("qwen2", lambda b: with_steps(b, pre_tokenizers.Split(Regex(pattern), "isolated"))),
+        ("qwen2", lambda b: with_steps(b, pre_tokenizers.Split(Regex(pattern), "removed"), whole)),
+    ):
+        tokenizer = trained(name)
+        change(tokenizer.backend_tokenizer)
+        model = float_model(vocab_size=len(tokenizer), num_hidden_layers=1)
+        with pytest.raises(ValueError, match="tokenizer (normalizes|cuts)"):
+            export_gguf(model, tmp_path / "m.gguf", tokenizer)
+
+
 TOKENIZERS = ["llama", *CUTS.values()]
 
 
@@ -306,7 +337,7 @@ def test_the_vocabulary_is_in_the_file(name, tmp_path):
 def test_tokenizers_without_a_name_are_refused(tmp_path):
     tokenizer = trained("gpt-2")
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(ValueError, match=r"has no name in GGUF: \['Whitespace'\]"):
+    with pytest.raises(ValueError, match=r"has no name in GGUF: \['no ByteLevel', 'Whitespace'\]"):
         export_gguf(float_model(vocab_size=600), tmp_path / "m.gguf", tokenizer)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import ops
 from ..layers.experts import W4A4Experts
 from ..layers.linear import QuantizedLinear, W4A4Linear
 from ..models.linears import is_conv1d
@@ -179,20 +178,9 @@ def _has_groups(layer: QuantizedLinear) -> bool:
 
 def natural_codes(layer: W4A4Linear) -> Tensor:
     """The codes of a layer without rotation, int8 [N, K], with channels in natural order."""
-    n, k, size = layer.out_features, layer.in_features, layer.group_size
-    values = ops.unpack_weight(
-        layer.qweight,
-        layer.scales,
-        layer.salient_weight,
-        layer.salient_scales,
-        torch.arange(k, dtype=torch.int32),  # keeps the packed order of the channels
-        n,
-        size,
-    )
-    by_column = _scales(layer).repeat_interleave(size, dim=1)[:, :k]
-    codes = torch.where(by_column > 0, values / by_column, 0).round().to(torch.int8)
+    codes = layer.grid()[0].flatten(1)[:, : layer.in_features].to("cpu", torch.int8)
     natural = torch.empty_like(codes)
-    natural[:, layer.perm.long()] = codes
+    natural[:, layer.perm.cpu().long()] = codes
     return natural
 
 
@@ -216,7 +204,7 @@ def natural_scales(name: str, layer: W4A4Linear, dtype: torch.dtype) -> Tensor:
 
 def _scales(layer: W4A4Linear) -> Tensor:
     """float32 [N, G], in the packed order of the groups."""
-    return layer.scales.float().movedim(2, 1).flatten(0, 1)[: layer.out_features]
+    return layer.scales.cpu().float().movedim(2, 1).flatten(0, 1)[: layer.out_features]
 
 
 def _groups_in_order(name: str, layer: W4A4Linear) -> Tensor:
@@ -225,7 +213,7 @@ def _groups_in_order(name: str, layer: W4A4Linear) -> Tensor:
     if k % size:
         raise _not_expressible(name, f"its {k} channels are not a multiple of group_size={size}")
     group = torch.empty(k, dtype=torch.int64)
-    group[layer.perm.long()] = torch.arange(k) // size
+    group[layer.perm.cpu().long()] = torch.arange(k) // size
     runs = group.view(-1, size)
     if (runs != runs[:, :1]).any():
         raise _not_expressible(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ FORMATS = ("Q8_0", "Q4_0")
 
 
 @dataclass(frozen=True)
-class Family:
+class Architecture:
     """How llama.cpp names a model class, and whether it rotates channels 2 i and 2 i + 1 of a head
     together, where transformers rotates i and i + head_dim / 2."""
 
@@ -43,10 +43,10 @@ class Family:
     interleaves: bool
 
 
-FAMILIES = {
-    "LlamaForCausalLM": Family("llama", True),
-    "MistralForCausalLM": Family("llama", True),
-    "Qwen2ForCausalLM": Family("qwen2", False),
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture("llama", True),
+    "MistralForCausalLM": Architecture("llama", True),
+    "Qwen2ForCausalLM": Architecture("qwen2", False),
 }
 
 # llama.cpp's names for the ways to cut a text before byte-pair encoding.
@@ -79,7 +79,7 @@ def export_gguf(
             vocabulary, which reads token ids only.
         round_to: "Q8_0" (8.5 bits per weight) or "Q4_0" (4.5), for quantized weights that Q4_0
             cannot express exactly.
-        overwrite: replace an existing file.
+        overwrite: replace a GGUF file, or an empty one.
 
     Returns:
         {format: number of tensors stored in it}.
@@ -93,23 +93,24 @@ def export_gguf(
     path = Path(path)
     if round_to not in FORMATS:
         raise ValueError(f"round_to must be one of {', '.join(FORMATS)}; got {round_to!r}")
-    if path.exists() and not (overwrite and path.is_file()):
-        raise ValueError(f"path already exists: {path}")
+    check_gguf_target(path, overwrite=overwrite)
     try:
         import gguf
     except ImportError as error:
         command = install_command("gguf")
         raise RuntimeError(f"writing GGUF files needs the package gguf: {command}") from error
-    family = _family(model)
+    architecture = _architecture(model)
     config: Any = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.name.upper()], config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(
+        gguf.MODEL_ARCH[architecture.name.upper()], config.num_hidden_layers
+    )
     tensors: list[_Stored] = []
     for name, source in _weights(model):
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if stored is None:
             raise ValueError(f"GGUF has no name for {name} of {type(model).__name__}")
-        reordered = family.interleaves and name.split(".")[-2] in ("q_proj", "k_proj")
+        reordered = architecture.interleaves and name.split(".")[-2] in ("q_proj", "k_proj")
         tensors.append(_stored(stored, source, round_to, head_dim if reordered else 0))
     factors = _frequency_factors(model, head_dim)
     if factors is not None:
@@ -120,7 +121,7 @@ def export_gguf(
     vocabulary = None if tokenizer is None else _vocabulary(tokenizer, config.vocab_size)
 
     with atomic_file(path) as partial:
-        writer = gguf.GGUFWriter(partial, family.name)
+        writer = gguf.GGUFWriter(partial, architecture.name)
         _add_config(writer, config, head_dim)
         widest = max(("F16", *FORMATS), key=lambda kind: counts.get(kind, 0))
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{widest}"])
@@ -155,20 +156,20 @@ class _Stored:
     data: Callable[[], np.ndarray]
 
 
-def _family(model: nn.Module) -> Family:
+def _architecture(model: nn.Module) -> Architecture:
     name = type(model).__name__
-    family, config = FAMILIES.get(name), getattr(model, "config", None)
-    if family is None or config is None:
-        raise ValueError(f"model must be a {', '.join(FAMILIES)} for a GGUF file; got {name}")
+    architecture, config = ARCHITECTURES.get(name), getattr(model, "config", None)
+    if architecture is None or config is None:
+        raise ValueError(f"model must be a {', '.join(ARCHITECTURES)} for a GGUF file; got {name}")
     if config.hidden_act != "silu":
         raise ValueError(f"GGUF has no {name} with hidden_act={config.hidden_act!r}")
     rope: Any = config.rope_parameters
-    usual = ("default", "llama3") if family.name == "llama" else ("default",)
+    usual = ("default", "llama3") if architecture.name == "llama" else ("default",)
     if rope["rope_type"] not in usual or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
             f"cannot write the position embeddings of {name} as GGUF: rope_parameters={dict(rope)}"
         )
-    return family
+    return architecture
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
@@ -217,6 +218,8 @@ def _stored(name: str, source: Tensor | QuantizedLinear, round_to: str, head_dim
 def _encoded(name: str, weight: Tensor, kind: str) -> np.ndarray:
     import gguf
 
+    if not weight.isfinite().all():
+        raise ValueError(f"{name} holds NaN or Inf")
     if kind == "F32":
         return weight.numpy()
     half = weight.half()
@@ -249,6 +252,25 @@ def _q4_blocks(layer: QuantizedLinear) -> Callable[[], np.ndarray] | None:
         return torch.cat((each, packed), dim=2).flatten(1).numpy()
 
     return blocks
+
+
+def check_gguf_target(
+    path: Path, *, overwrite: bool, name: str = "path", option: str = "overwrite=True"
+) -> None:
+    """Raise ValueError unless a GGUF file can be written to a path, or may replace what is there.
+
+    Args:
+        name, option: what the caller's users call `path`, and what replaces a file.
+    """
+    if path.is_dir():
+        raise ValueError(f"{name} must be a file; {path} is a folder")
+    if not path.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{name} already exists: {path} ({option} replaces a GGUF file)")
+    with path.open("rb") as file:
+        if file.read(4) not in (b"", b"GGUF"):
+            raise ValueError(f"{name} holds something other than a GGUF file and stays: {path}")
 
 
 def interleaved(rows: Tensor, head_dim: int) -> Tensor:
@@ -340,19 +362,25 @@ def _vocabulary(tokenizer: Any, size: int) -> _Vocabulary:
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault(pair.replace(" ", ""), rank)
-    scores = tuple(-float(ranks.get(token, 0)) for token in tokens)
+    scores = tuple(-float(ranks.get(token, len(merges))) for token in tokens)
     return _Vocabulary("llama", tokens, types, scores=scores, adds_space=_adds_space(data))
 
 
 def _cut(data: dict[str, Any]) -> str:
     """llama.cpp's name for the pre-tokenizer of a tokenizer.json."""
+    _check_normalizers(data, ["NFC"])
     first = data["pre_tokenizer"] or {"type": "None"}
+    parts = first.get("pretokenizers", [first])
     steps: list[Any] = []
-    for step in first.get("pretokenizers", [first]):
+    if not any(part["type"] == "ByteLevel" for part in parts):
+        steps.append("no ByteLevel")
+    for step in parts:
         if step["type"] == "Digits":
             steps.append(("Digits", step["individual_digits"]))
         elif step["type"] == "Split":
             steps.append(("Split", step["pattern"].get("Regex")))
+            if step["behavior"] != "Isolated" or step["invert"]:
+                steps.append(f"{step['behavior']}{', inverted' * step['invert']}")
         elif step["type"] != "ByteLevel" or step["use_regex"] or step["add_prefix_space"]:
             steps.append(step["type"] + (" with a space" * bool(step.get("add_prefix_space"))))
     name = CUTS.get(tuple(steps))
@@ -361,11 +389,23 @@ def _cut(data: dict[str, Any]) -> str:
     return name
 
 
+def _check_normalizers(data: dict[str, Any], known: Sequence[str]) -> list[str]:
+    """The types of a tokenizer's normalizers; ValueError if llama.cpp does not know one of them."""
+    normalizer = data["normalizer"]
+    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    for step in steps:
+        is_space = (step.get("pattern"), step.get("content")) == ({"String": " "}, "\u2581")
+        if step["type"] not in known or (step["type"] == "Replace" and not is_space):
+            raise ValueError(
+                f"tokenizer normalizes texts ({step['type']}) in a way that llama.cpp does not"
+            )
+    return [step["type"] for step in steps]
+
+
 def _adds_space(data: dict[str, Any]) -> bool:
     """Whether a tokenizer with byte fallback puts a space before a text."""
-    normalizer, before = data["normalizer"] or {}, data["pre_tokenizer"] or {}
-    steps = normalizer.get("normalizers", [normalizer])
-    if any(step.get("type") == "Prepend" for step in steps):
+    before = data["pre_tokenizer"] or {}
+    if "Prepend" in _check_normalizers(data, ["Prepend", "Replace"]):
         return True
     return before.get("type") == "Metaspace" and before["prepend_scheme"] != "never"
 

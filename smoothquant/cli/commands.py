@@ -453,9 +453,12 @@ def export(
     target: Annotated[Path, typer.Argument(metavar="DST", help="Output folder, or file for gguf.")],
     to: Annotated[Format, typer.Option("--format", help="Output format.")],
     round_to: Annotated[
-        RoundTo,
-        typer.Option(help="gguf: format of quantized weights that Q4_0 cannot express exactly."),
-    ] = RoundTo["q8_0"],
+        RoundTo | None,
+        typer.Option(
+            help="gguf: format of quantized weights that Q4_0 cannot express exactly.",
+            show_default="q8_0",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option(OVERWRITE, help="Replace a folder that holds a model, or a file.")
     ] = False,
@@ -466,17 +469,19 @@ def export(
     and rounds the others. A model that the format cannot express is rejected with the reason.
     """
     from ..checkpoints.export import export_compressed_tensors
-    from ..checkpoints.export_gguf import export_gguf
+    from ..checkpoints.export_gguf import check_gguf_target, export_gguf
     from ..checkpoints.folder import check_target, load_quantized
     from ..models.loading import Companions, load_tokenizer
 
-    report: Report = {"folder": str(target), "format": to.value}
-    if to is Format.gguf:
-        if target.exists() and not (overwrite and target.is_file()):
-            raise ValueError(f"DST already exists: {target} (use --overwrite to replace a file)")
+    is_file = to is Format.gguf
+    if round_to and not is_file:
+        raise typer.BadParameter("--round-to requires --format gguf")
+    report: Report = {"file" if is_file else "folder": str(target), "format": to.value}
+    if is_file:
+        check_gguf_target(target, overwrite=overwrite, name="DST", option="--overwrite")
         model = load_quantized(source)
         tokenizer = load_tokenizer(source) if Companions(source).has_tokenizer else None
-        kind = round_to.value.upper()
+        kind = (round_to or RoundTo["q8_0"]).value.upper()
         report["tensors"] = export_gguf(
             model, target, tokenizer, round_to=kind, overwrite=overwrite
         )

@@ -482,7 +482,7 @@ def known_inputs(model: nn.Module) -> list[LayerInput]:
     if family is None:
         return []
     config: Any = model.config
-    text = config.get_text_config()
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
     modules = dict(model.named_modules())
     field, value = family.residual_from_norm or ("", None)
     can_fold = not field or getattr(config, field, None) != value

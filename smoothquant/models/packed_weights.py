@@ -142,6 +142,12 @@ def dequantized_mxfp4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
     """
     positive = torch.tensor(POSITIVE, device=codes.device)
     values = torch.cat([positive, -positive])
-    pairs = torch.stack([codes & 0x0F, codes >> 4], dim=-1).flatten(-2)
-    weight = torch.ldexp(values[pairs.int()], scales.int()[..., None] - 127)
-    return weight.to(dtype).flatten(-2).transpose(-1, -2).contiguous()
+    *outer, n, groups, half = codes.shape
+    out = torch.empty((*outer, 2 * half * groups, n), dtype=dtype, device=codes.device)
+    # one matrix at a time: on the way, a value takes 17 bytes
+    matrices = out.flatten(0, -3), codes.flatten(0, -4), scales.flatten(0, -3)
+    for to, of_matrix, exponents in zip(*matrices, strict=True):
+        pairs = torch.stack([of_matrix & 0x0F, of_matrix >> 4], dim=-1).flatten(-2)
+        weight = torch.ldexp(values[pairs.int()], exponents.int()[..., None] - 127)
+        to.copy_(weight.flatten(-2).T)
+    return out

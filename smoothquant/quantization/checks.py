@@ -119,9 +119,9 @@ def check_not_offloaded(model: Any) -> None:
         prefix = f"{block}." if block else ""
         if place in ("cpu", "disk") and any(f"{name}.".startswith(prefix) for name in on_meta):
             raise ValueError(
-                f"device_map must not offload weights while they are quantized, but it has {block} "
-                f"on {place!r}: quantize with device_map='cpu', save the quantized model, and load "
-                "that with the device_map"
+                "device_map must not offload weights while they are quantized, but it has "
+                f"{block or 'the whole model'} on {place!r}: quantize with device_map='cpu', save "
+                "the quantized model, and load that with the device_map"
             )
 
 
