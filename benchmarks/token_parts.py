@@ -80,13 +80,13 @@ def parts_of(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         if name in fused:
             parts[name] = LAYERS
+        elif module in heads:
+            parts[name] = HEAD
         elif (
             fused & {name[:end] for end, letter in enumerate(name) if letter == "."}
             or module in embeddings
         ):
             continue
-        elif module in heads:
-            parts[name] = HEAD
         elif isinstance(module, QuantizedLinear | nn.Linear):
             parts[name] = LINEARS
         elif type(module).__name__.endswith("Attention"):

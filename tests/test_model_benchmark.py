@@ -133,6 +133,9 @@ def test_fused_layers_are_one_part():
     assert layers / 8 < token_parts.weight_bytes(model, parts)[token_parts.LAYERS] < layers / 3
     seconds = token_parts.token_parts(model, torch.ones(1, 8, dtype=torch.long), 3)[1]
     assert seconds[token_parts.LAYERS] > 0 == seconds[token_parts.LINEARS]
+    tied = llama(tie_word_embeddings=True, hidden_size=64, intermediate_size=96, head_dim=16)
+    quantize(tied, config, progress=False)
+    assert sorted(token_parts.parts_of(tied).values()) == sorted(parts.values())
 
 
 @pytest.mark.parametrize("quantized", [False, True])
