@@ -494,7 +494,8 @@ def main() -> None:
         draw_profile(profiles, rows, args.model, args.figure)
     if args.json:
         record = {"chip": chip(), "isa": ops.isa(), "date": str(date.today())} | versions
-        record |= {"arguments": vars(args), "packing": packs, "quality": scores}
+        arguments = {name: value for name, value in vars(args).items() if name != "llama_cpp"}
+        record |= {"arguments": arguments, "packing": packs, "quality": scores}
         with open(args.json, "w") as file:
             json.dump(record | {"rows": rows, "profile": profiles}, file, indent=1, default=str)
     if args.gate:
