@@ -78,17 +78,22 @@ def in_memory(source, target, config):
     return records
 
 
-@pytest.mark.parametrize("architecture, block", [("deepseek_v3", BLOCK), ("llama-bias", None)])
-def test_every_way_in_dequantizes_them(architecture, block, folders, tmp_path, caplog):
-    plain, packed = folders(architecture, block)
-    config = MixedQuantConfig(group_size=16, calibration="weights")
+def assert_every_way_in_dequantizes(plain, packed, config, weights, tmp_path, caplog):
+    """The folders `plain` and `packed` become the same, and one line tells of the `weights`."""
     want = in_memory(plain, tmp_path / "want", config), stored(tmp_path / "want")
     for way in (in_memory, by_layer, while_loading):
         caplog.clear()
         got = way(packed, tmp_path / way.__name__, config), stored(tmp_path / way.__name__)
         assert got == want, way
-        told = [r.message for r in caplog.records if "FP8" in r.message]
+        told = [r.message for r in caplog.records if weights in r.message]
         assert len(told) == 1 and told[0].endswith("dequantized to bfloat16 on reading")
+
+
+@pytest.mark.parametrize("architecture, block", [("deepseek_v3", BLOCK), ("llama-bias", None)])
+def test_every_way_in_dequantizes_them(architecture, block, folders, tmp_path, caplog):
+    config = MixedQuantConfig(group_size=16, calibration="weights")
+    plain, packed = folders(architecture, block)
+    assert_every_way_in_dequantizes(plain, packed, config, "FP8", tmp_path, caplog)
 
 
 def test_the_command_dequantizes_them_in_memory_and_by_layer(folders, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_float8 import command, in_memory, with_config
+from test_float8 import assert_every_way_in_dequantizes, command, in_memory, with_config
 from test_ways_in import by_layer, stored, while_loading
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -50,14 +50,7 @@ def test_the_values_are_those_of_transformers(dtype):
 
 
 def test_every_way_in_dequantizes_them(folders, tmp_path, caplog):
-    plain, packed = folders
-    want = in_memory(plain, tmp_path / "want", CONFIG), stored(tmp_path / "want")
-    for way in WAYS:
-        caplog.clear()
-        got = way(packed, tmp_path / way.__name__, CONFIG), stored(tmp_path / way.__name__)
-        assert got == want, way
-        told = [r.message for r in caplog.records if "MXFP4 weights" in r.message]
-        assert len(told) == 1 and told[0].endswith("dequantized to bfloat16 on reading")
+    assert_every_way_in_dequantizes(*folders, CONFIG, "MXFP4 weights", tmp_path, caplog)
 
 
 def test_the_command_dequantizes_them_by_layer(folders, tmp_path):

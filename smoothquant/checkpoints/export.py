@@ -191,7 +191,7 @@ def natural_scales(name: str, layer: W4A4Linear, dtype: torch.dtype) -> Tensor:
         ValueError: its groups are not such runs, or the scales do not fit in `dtype`; the message
             has the layer's `name`.
     """
-    scales = _scales(layer)
+    scales = layer.group_scales().cpu()
     if _has_groups(layer):
         scales = scales[:, _groups_in_order(name, layer)]
     if not _has_groups(layer) or layer.config.weight_quant != "per_group":
@@ -200,11 +200,6 @@ def natural_scales(name: str, layer: W4A4Linear, dtype: torch.dtype) -> Tensor:
     if not torch.equal(stored.float(), scales):
         raise _not_expressible(name, f"its scales do not fit in {dtype}")
     return stored.contiguous()
-
-
-def _scales(layer: W4A4Linear) -> Tensor:
-    """float32 [N, G], in the packed order of the groups."""
-    return layer.scales.cpu().float().movedim(2, 1).flatten(0, 1)[: layer.out_features]
 
 
 def _groups_in_order(name: str, layer: W4A4Linear) -> Tensor:

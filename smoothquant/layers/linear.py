@@ -606,11 +606,15 @@ class W4A4Linear(QuantizedLinear):
             *self._packed(), self.perm, self.out_features, self.group_size, rotation
         )
 
+    def group_scales(self) -> Tensor:
+        """The scales in the packed order of the groups, fp32 [N, G]."""
+        return self.scales.float().transpose(1, 2).flatten(0, 1)[: self.out_features]
+
     def grid(self) -> tuple[Tensor, Tensor, Tensor]:
         """As `QuantizedLinear.grid`."""
         k4 = self.in_features - self.num_salient
         weight = self.simulated().simulated_weight
-        scales = self.scales.float().transpose(1, 2).flatten(0, 1)[: self.out_features]
+        scales = self.group_scales()
         groups = grouped(weight[:, :k4], self.group_size)
         codes = (groups / scales.unsqueeze(-1)).nan_to_num_(0.0).round_().to(torch.int8)
         return codes, scales, weight[:, k4:].clone()
